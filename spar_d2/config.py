@@ -1,0 +1,91 @@
+"""Every config key of the project, each documented once, here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+
+def add_spar_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.SPAR.*`` and ``SPAR.*`` with their defaults to a Detectron2 config, in place.
+
+    ``import spar_d2`` does this for Detectron2's default config, so every ``get_cfg()`` has the keys. Calling it again
+    on a config that has them changes nothing.
+    """
+    from detectron2.config import CfgNode as CN
+
+    if "SPAR" in cfg.MODEL:
+        return
+
+    cfg.MODEL.SPAR = CN()
+    # Image encoder: a model name that open_clip knows ("ViT-B-16"), or a JSON model config file of open_clip's form.
+    cfg.MODEL.SPAR.ENCODER = "ViT-B-16"
+    # Its weights: a tag of open_clip's ("laion2b_s34b_b88k"), a file, or "" for random ones (the same every time).
+    cfg.MODEL.SPAR.PRETRAINED = ""
+    # Reproduce the authors' code: cut the image to whole patches instead of padding it, and add the position table
+    # unresampled where a grid has the native number of cells but another shape.
+    cfg.MODEL.SPAR.REFERENCE_COMPAT = False
+    # What is trained: "last_blocks:N", "all", "none", or the authors' words ("blk_-1,blk_-2").
+    cfg.MODEL.SPAR.TRAINABLE = "last_blocks:2"
+    # Bring the framework's normalised input (PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT) to the encoder's own mean and
+    # deviation in RGB. Set it to False only where those keys already are the encoder's.
+    cfg.MODEL.SPAR.CONVERT_PIXELS = True
+    # Channels of every level of the pyramid backbone.
+    cfg.MODEL.SPAR.PYRAMID_CHANNELS = 256
+
+    # Classes to segment: a file (UTF-8, one class per line, synonyms separated by ", "), or inline text ("cat, kitten;
+    # dog"). "" takes the class names of the data set under test.
+    cfg.MODEL.SPAR.VOCABULARY = ""
+    # Prompt templates: "imagenet" (open_clip's 80), "simple" ("a photo of a {}."), or a file with one per line.
+    cfg.MODEL.SPAR.TEMPLATES = "imagenet"
+    # Folder that keeps text embeddings between runs; "" keeps them in memory only.
+    cfg.MODEL.SPAR.TEXT_CACHE = ""
+    # Factor on the cosine scores before the softmax over all words.
+    cfg.MODEL.SPAR.LOGIT_SCALE = 40.0
+    # Pixels whose best class has a lower probability than this become class 0.
+    cfg.MODEL.SPAR.PROB_THRESHOLD = 0.0
+    # Classes other than 0 that cover no more than this share of the pixels of all such classes are removed; 0: none.
+    cfg.MODEL.SPAR.AREA_THRESHOLD = 0.0
+    # Inference returns "labels" (H, W) in "sem_seg_labels", or "scores" (classes, H, W) in Detectron2's "sem_seg".
+    cfg.MODEL.SPAR.OUTPUT = "labels"
+    # How inference encodes the image: "single_pass", or "sliding_window" with SPAR.TEACHER's window and stride.
+    cfg.MODEL.SPAR.INFERENCE = "single_pass"
+
+    cfg.SPAR = CN()
+    cfg.SPAR.TEACHER = CN()
+    # Side of the sliding window in pixels, a multiple of the patch; 0 is the encoder's pre-training size.
+    cfg.SPAR.TEACHER.WINDOW = 0
+    # Step of the sliding window in pixels. One that the patch does not divide cuts every pixel differently.
+    cfg.SPAR.TEACHER.STRIDE = 24
+    # Windows encoded at once; the teacher's memory grows with it, not with the image.
+    cfg.SPAR.TEACHER.BATCH_SIZE = 32
+    # Windows drawn at random per training image; 0 encodes them all.
+    cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 0
+
+    cfg.SPAR.DISTILL = CN()
+    # Train by distillation: the trainer adds the hook, "loss_distill" joins the model's losses.
+    cfg.SPAR.DISTILL.ENABLED = False
+    # Factor on "loss_distill".
+    cfg.SPAR.DISTILL.WEIGHT = 1.0
+
+    cfg.SPAR.DATA = CN()
+    # Folder of photos to distil on (searched through all its sub-folders); "" uses DATASETS.TRAIN.
+    cfg.SPAR.DATA.IMAGES = ""
+    # The short side of a training image is scaled to a random length in this range, in pixels.
+    cfg.SPAR.DATA.SHORT_SIDE = (512, 2048)
+    # The long side is never scaled beyond this, in pixels.
+    cfg.SPAR.DATA.MAX_SIDE = 4096
+    # Chance of training on a random crop of the scaled image.
+    cfg.SPAR.DATA.CROP_PROB = 0.5
+    # A crop's sides are drawn between max(CROP_MIN_FRACTION of the side, CROP_MIN_SIDE pixels) and the whole side.
+    cfg.SPAR.DATA.CROP_MIN_FRACTION = 0.4
+    cfg.SPAR.DATA.CROP_MIN_SIDE = 512
+    # Sides of training images are cut to a multiple of this, in pixels: the encoder's patch, or a multiple of it.
+    cfg.SPAR.DATA.SIDE_MULTIPLE = 16
+    # Chance of a horizontal flip.
+    cfg.SPAR.DATA.FLIP_PROB = 0.5
+
+    # Name of torch.optim's optimizer class for training ("AdamW", "SGD", ...).
+    cfg.SPAR.OPTIMIZER = "AdamW"

@@ -1,0 +1,68 @@
+"""Data sets that are registered with Detectron2 on import."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+from tqdm import tqdm
+
+from spar_d2.data import scenes
+from spar_d2.files import replacing
+
+# Name of a split to (seed, number of scenes). "train" is used without its labels; "tune" is for choosing settings.
+SCENE_SPLITS = {"train": (101, 60), "tune": (202, 40), "val": (303, 60)}
+IGNORE_LABEL = 255
+
+
+def register_scenes() -> None:
+    """Register ``spar_scenes_{train,tune,val}``; their scenes are drawn when they are first asked for."""
+    for split in SCENE_SPLITS:
+        name = f"spar_scenes_{split}"
+        DatasetCatalog.register(name, functools.partial(load_scenes, split))
+        MetadataCatalog.get(name).set(
+            stuff_classes=list(scenes.SCENE_CLASSES),
+            stuff_colors=scenes.class_colours(),
+            evaluator_type="sem_seg",
+            ignore_label=IGNORE_LABEL,
+        )
+
+
+def load_scenes(split: str, root: str | os.PathLike | None = None) -> list[dict]:
+    """Dataset dicts of drawn scenes in Detectron2's form for semantic segmentation.
+
+    Args:
+        split: one of ``SCENE_SPLITS``.
+        root: where the images are kept, in a folder named after the version of the drawing code; drawn if not there.
+            Default: ``$DETECTRON2_DATASETS``, or "datasets".
+
+    Returns:
+        For each scene file_name, sem_seg_file_name, image_id, height, width.
+    """
+    root = Path(root or os.getenv("DETECTRON2_DATASETS", "datasets"))
+    version = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:8]
+    folder = root / f"spar_scenes_{version}" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    seed, count = SCENE_SPLITS[split]
+    records = []
+    for index in tqdm(range(count), desc=f"scenes {split}", disable=None, leave=False):
+        image, labels = folder / f"{index:04d}.png", folder / f"{index:04d}_labels.png"
+        if not (image.is_file() and labels.is_file()):
+            scene = scenes.large_scene(seed, index)
+            _write_png(scene.labels, labels)
+            _write_png(scene.image, image)
+        with Image.open(image) as header:
+            width, height = header.size
+        record = {"file_name": str(image), "sem_seg_file_name": str(labels), "image_id": index}
+        records.append({**record, "height": height, "width": width})
+    return records
+
+
+def _write_png(pixels: np.ndarray, path: Path) -> None:
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary)

@@ -1,0 +1,103 @@
+"""Unlabelled photos: finding them in a folder, reading and augmenting them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import detection_utils, transforms
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+# What Pillow raises on damaged files, depending on the format and on where the damage is.
+_DAMAGE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def find_photos(folder: str | os.PathLike) -> list[dict]:
+    """Dataset dicts of all images below a folder, sorted by path.
+
+    Every file's header is read; files that are no images are left out and named in the log.
+
+    Args:
+        folder: searched through all its sub-folders for jpg, png and webp files.
+
+    Returns:
+        One {"file_name": str, "image_id": int} for each image.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no image, or none that can be read.
+    """
+    key = "SPAR.DATA.IMAGES"
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{key}: there is no folder {folder}")
+    paths = sorted(
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(EXTENSIONS)
+    )
+    if not paths:
+        raise ValueError(f"{key}: the folder {folder} has no images ({', '.join(EXTENSIONS)})")
+    readable = [path for path in tqdm(paths, desc="checking photos", disable=None, leave=False) if _is_image(path)]
+    if len(readable) < len(paths):
+        damaged = sorted(set(paths) - set(readable))
+        shown = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+        if not readable:
+            raise ValueError(f"{key}: none of the {len(paths)} images in {folder} can be read ({shown})")
+        logger.warning("Left out %d of %d images that cannot be read: %s", len(damaged), len(paths), shown)
+    return [{"file_name": path, "image_id": index} for index, path in enumerate(readable)]
+
+
+def _is_image(path: str) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except _DAMAGE:
+        return False
+
+
+class PhotoDataset(Dataset):
+    """Reads and augments photos.
+
+    A photo that turns out to be damaged when it is decoded is named in the log, and the next one takes its place.
+
+    Args:
+        dicts: dataset dicts with "file_name".
+        augmentations: applied in order, drawn anew every time.
+        format: order of the channels, "RGB" or "BGR".
+    """
+
+    def __init__(self, dicts: list[dict], augmentations: list[transforms.Augmentation], format: str) -> None:
+        self.dicts = dicts
+        self.augmentations = transforms.AugmentationList(augmentations)
+        self.format = format
+
+    def __len__(self) -> int:
+        return len(self.dicts)
+
+    def __getitem__(self, index: int) -> dict:
+        """The dataset dict with "image", (3, H, W) uint8.
+
+        Raises:
+            RuntimeError: no photo at all can be decoded.
+        """
+        for step in range(len(self)):
+            record = self.dicts[(index + step) % len(self)]
+            try:
+                image = detection_utils.read_image(record["file_name"], self.format)
+            except _DAMAGE as error:
+                logger.warning("Skipped %s, it cannot be decoded: %s", record["file_name"], error)
+                continue
+            sample = transforms.AugInput(image)
+            self.augmentations(sample)
+            # (H, W, 3) -> (3, H, W)
+            return {**record, "image": torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))}
+        raise RuntimeError(f"SPAR.DATA.IMAGES: none of the {len(self)} photos can be decoded, see the warnings above")

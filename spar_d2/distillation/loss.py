@@ -1,0 +1,45 @@
+"""The distillation loss: plain regression of dense features."""
+
+from __future__ import annotations
+
+import torch
+
+from spar_d2.teacher import SampledTarget
+
+
+def distillation_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference over all elements (SPAR, the training objective).
+
+    Args:
+        student, target: (B, D, h, w), not normalised; computed in float32 whatever their types.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    _check_shapes(student, target)
+    return (student.float() - target.float()).square().mean()
+
+
+def sampled_distillation_loss(student: torch.Tensor, target: SampledTarget) -> torch.Tensor:
+    """Loss against a random subset of windows, with the full loss's gradient in expectation.
+
+    With ``w = target.weight`` and ``t = weighted_sum / w``, it is ``scale * mean(w * (student - t) ** 2)`` over all
+    cells, those with ``w = 0`` counting as zero. Its gradient, ``2 * scale * (w * student - weighted_sum)``, is linear
+    in the windows drawn, so that its mean over all subsets is the gradient of :func:`distillation_loss`.
+
+    Args:
+        student: (B, D, h, w).
+        target: of the same size.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    _check_shapes(student, target.weighted_sum)
+    weight = target.weight
+    mean = target.weighted_sum / torch.where(weight > 0, weight, torch.ones_like(weight))
+    return target.scale * (weight * (student.float() - mean).square()).mean()
+
+
+def _check_shapes(student: torch.Tensor, target: torch.Tensor) -> None:
+    if student.shape != target.shape:
+        raise ValueError(f"student and target differ in shape: {tuple(student.shape)} and {tuple(target.shape)}")

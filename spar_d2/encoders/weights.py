@@ -1,0 +1,120 @@
+"""Reading weight files of others, safely, and checking them against a model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from spar_d2.files import replacing
+
+KEY = "MODEL.SPAR.PRETRAINED"
+# Wrappers that trainers put around a state dict, and prefixes that they put before its keys.
+_WRAPPERS = ("state_dict", "model")
+_PREFIXES = ("module.", "backbone.encoder.", "backbone.net.encoder.")
+
+
+def read_checkpoint(path: str | os.PathLike, key: str = KEY) -> object:
+    """Whatever a weight file holds, as long as it is tensors in plain containers.
+
+    Args, raises: as :func:`read_state_dict`, which takes the weights out of it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{key}: there is no weight file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RuntimeError(
+            f"{key}: {path} cannot be read as weights, it is damaged or holds more than tensors ({reason}); "
+            "fetch it again, or save its state_dict() on its own"
+        ) from error
+    return content
+
+
+def read_state_dict(path: str | os.PathLike, key: str = KEY) -> dict[str, torch.Tensor]:
+    """Read a weight file: safetensors, or what ``torch.save`` wrote, restricted to tensors and plain containers.
+
+    Args:
+        path: ``*.safetensors``; anything else is given to ``torch.load(weights_only=True)``. A dictionary inside
+            "state_dict" or "model" is unwrapped, and the prefixes that DDP and Detectron2 add to keys are removed.
+        key: name of the setting that the path came from, for error messages.
+
+    Returns:
+        Key to tensor, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RuntimeError: the file is damaged, empty, or holds something else than tensors.
+    """
+    content: object = read_checkpoint(path, key)
+    while isinstance(content, Mapping) and any(isinstance(content.get(name), Mapping) for name in _WRAPPERS):
+        content = next(content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping))
+    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise RuntimeError(f"{key}: {path} holds no weights")
+    return {_strip(name): tensor for name, tensor in tensors.items()}
+
+
+def _strip(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def load_checked(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], needed: Iterable[str], source: str, key: str = KEY
+) -> None:
+    """Load ``tensors`` into ``model`` and insist on the keys ``needed``; others may be absent.
+
+    Raises:
+        RuntimeError: needed keys are missing, keys are unknown to the model, or shapes differ; names a few of each.
+    """
+    own = model.state_dict()
+    missing = sorted(set(needed) - set(tensors))
+    unexpected = sorted(set(tensors) - set(own))
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{len(found)} {kind} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+        for kind, found in (("missing keys", missing), ("unknown keys", unexpected), ("other shapes", shapes))
+        if found
+    ]
+    if problems:
+        raise RuntimeError(
+            f"{key}: {source} does not fit the model: {'; '.join(problems)}. "
+            "Choose the weights' own model in MODEL.SPAR.ENCODER, or other weights"
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def write_safetensors(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Write tensors to a safetensors file that either is complete or is not there."""
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def fingerprint(pretrained: str) -> str:
+    """Text that changes with the weights: a file's SHA-256, or the tag itself."""
+    if not Path(pretrained).is_file():
+        return pretrained
+    digest = hashlib.sha256()
+    with open(pretrained, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

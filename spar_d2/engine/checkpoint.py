@@ -1,0 +1,100 @@
+"""Checkpoints that are complete or not there, and the student as a file of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from spar_d2.encoders import DenseEncoder, build_text_tower, find_encoder
+from spar_d2.encoders.weights import load_checked, read_checkpoint, read_state_dict, write_safetensors
+from spar_d2.files import replacing
+
+logger = logging.getLogger(__name__)
+
+KEY = "MODEL.WEIGHTS"
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, made safe.
+
+    Checkpoints are written under a temporary name and renamed, and read without running code from them. Besides its
+    own, it loads files of encoder weights (``*.safetensors``, such as a student's) into the model's encoder.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write model, checkpointables and ``kwargs`` to ``name``.pth in the output folder."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        with replacing(path) as temporary:
+            torch.save({"model": self.model.state_dict(), **states, **kwargs}, temporary)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
+            temporary.write_text(last_filename_basename)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint, or encoder weights.
+
+        Raises:
+            FileNotFoundError: no such file.
+            RuntimeError: a damaged file, or weights of another model.
+            ValueError: a pickle.
+        """
+        if path and "://" not in path and not os.path.isfile(path):
+            raise FileNotFoundError(f"{KEY}: there is no checkpoint {path}")
+        return super().load(path, *args, **kwargs)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pkl"):
+            raise ValueError(f"{KEY}: {filename} is a pickle, which can run code; use .pth or .safetensors weights")
+        if filename.endswith(".safetensors"):
+            return {"model": self._encoder_weights(filename)}
+        content = read_checkpoint(filename, KEY)
+        return content if "model" in content else {"model": content}
+
+    def _encoder_weights(self, filename: str) -> dict[str, torch.Tensor]:
+        """Weights for the model's encoder under the model's own keys; those of a text tower are left out."""
+        encoder = find_encoder(self.model)
+        own = encoder.state_dict()
+        roots = {key.split(".")[0] for key in own}
+        tensors = {k: v for k, v in read_state_dict(filename, KEY).items() if k.split(".")[0] in roots}
+        load_checked(encoder, tensors, own, filename, KEY)
+        prefix = next(name for name, module in self.model.named_modules() if module is encoder)
+        state = self.model.state_dict()
+        # The model's other weights stay as they are, so that nothing is reported as missing.
+        return {**state, **{f"{prefix}.{key}": tensor for key, tensor in tensors.items()}}
+
+
+def export_student(encoder: DenseEncoder, name: str, pretrained: str, path: str | os.PathLike) -> None:
+    """Write a student with the text tower it belongs to, under the keys of its library.
+
+    ``open_clip.create_model(name, pretrained=path)`` loads the file, as do ``MODEL.SPAR.PRETRAINED`` and
+    ``MODEL.WEIGHTS`` here.
+
+    Args:
+        encoder: the student.
+        name, pretrained: what it was built from (``MODEL.SPAR.ENCODER``, ``MODEL.SPAR.PRETRAINED``).
+        path: ``*.safetensors`` to write.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        tensors.update(build_text_tower(name, pretrained).model.state_dict())
+    except (RuntimeError, ValueError) as error:
+        logger.warning("The student is written without a text tower: %s", error)
+    tensors.update(encoder.state_dict())
+    write_safetensors(tensors, path)
+    logger.info("Wrote the student to %s", path)
+
+
+def student_of(model: nn.Module) -> DenseEncoder:
+    """The encoder of a model that may be wrapped for distributed training."""
+    return find_encoder(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)

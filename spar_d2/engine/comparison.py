@@ -1,0 +1,100 @@
+"""Ways of inference side by side: how well they segment, and how long they take."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.modeling import build_model
+from tqdm import tqdm
+
+from spar_d2.engine.checkpoint import Checkpointer
+from spar_d2.evaluation import SemanticEvaluator
+from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison.
+
+    Attributes:
+        name: shown in the table.
+        overrides: config keys and values in turn, as on a command line.
+        weights: encoder weights to load in place of the pre-trained ones; "" for none.
+    """
+
+    name: str
+    overrides: Sequence = ()
+    weights: str = ""
+
+
+@dataclass
+class Result:
+    """What was measured for a method.
+
+    Attributes:
+        scores: of the evaluator, in percent.
+        seconds: of the model alone, per image, in order.
+    """
+
+    method: Method
+    scores: dict[str, float]
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Median: a busy machine stretches single images."""
+        return sorted(self.seconds)[len(self.seconds) // 2]
+
+
+def build_method(cfg: CfgNode, method: Method) -> OpenVocabularySegmentor:
+    """The segmentor of a config under a method's overrides and weights, in eval mode."""
+    cfg = copy.deepcopy(cfg)
+    cfg.defrost()
+    cfg.merge_from_list(list(method.overrides))
+    model = build_model(cfg).eval()
+    if method.weights:
+        Checkpointer(model).load(method.weights)
+    return model
+
+
+@torch.no_grad()
+def measure(cfg: CfgNode, dataset: str, method: Method) -> Result:
+    """Evaluate a method on a data set, and time it."""
+    model = build_method(cfg, method)
+    evaluator = SemanticEvaluator(dataset, distributed=False)
+    loader = build_detection_test_loader(cfg, dataset, mapper=DatasetMapper(cfg, is_train=False))
+    result = Result(method, {})
+    for index, inputs in enumerate(tqdm(loader, desc=method.name, unit="image")):
+        if index == 0:
+            model(inputs)  # computes the vectors of the words and warms up
+        _wait(model)
+        started = time.perf_counter()
+        outputs = model(inputs)
+        _wait(model)
+        result.seconds.append(time.perf_counter() - started)
+        evaluator.process(inputs, outputs)
+    result.scores = evaluator.evaluate()["sem_seg"]
+    return result
+
+
+def _wait(model: OpenVocabularySegmentor) -> None:
+    if model.pixel_mean.is_cuda:
+        torch.cuda.synchronize()
+
+
+def markdown_table(results: Sequence[Result], baseline: Result) -> str:
+    """A table of scores and times; speed-ups are relative to ``baseline``."""
+    lines = ["| method | mIoU | pixel accuracy | seconds per image | speed-up |", "|---|---:|---:|---:|---:|"]
+    for result in results:
+        ratio = baseline.seconds_per_image / result.seconds_per_image
+        lines.append(
+            f"| {result.method.name} | {result.scores['mIoU']:.1f} | {result.scores['pACC']:.1f} "
+            f"| {result.seconds_per_image:.3f} | {ratio:.1f}x |"
+        )
+    return "\n".join(lines)

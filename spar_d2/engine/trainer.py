@@ -1,0 +1,119 @@
+"""The trainer: Detectron2's default one, with this project's data, optimizer, evaluator and hooks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+from spar_d2.data.augmentation import build_augmentations
+from spar_d2.data.photos import PhotoDataset, find_photos
+from spar_d2.distillation import DistillationHook
+from spar_d2.engine.checkpoint import Checkpointer
+from spar_d2.engine.hooks import Interrupted, ProgressBar, StopOnInterrupt, StudentWriter
+from spar_d2.evaluation import SemanticEvaluator
+from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
+
+logger = logging.getLogger(__name__)
+
+STUDENT_FILE = "student.safetensors"
+
+
+class Trainer(DefaultTrainer):
+    """Trains and tests what a config describes.
+
+    With ``SPAR.DISTILL.ENABLED`` it distils on photos (``SPAR.DATA``) and writes the student to ``OUTPUT_DIR``;
+    without, it trains like Detectron2's own trainer, with this project's optimizer.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.MAX_ITER < 1:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH and SOLVER.MAX_ITER must be at least 1, "
+                f"got {cfg.SOLVER.IMS_PER_BATCH} and {cfg.SOLVER.MAX_ITER}"
+            )
+        super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        # The parent's hooks write through the checkpointer they are built with, so it is exchanged first.
+        cfg = self.cfg
+        self.checkpointer = Checkpointer(self._trainer.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        hooks = super().build_hooks()
+        if cfg.SPAR.DISTILL.ENABLED:
+            student = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
+            hooks.insert(0, DistillationHook(cfg))
+            hooks.append(StudentWriter(cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED, student))
+        # Last, so that all other hooks have finished the step when it stops.
+        return [*hooks, ProgressBar(), StopOnInterrupt(self.checkpointer)]
+
+    def train(self):
+        """Train from where it stands; a user's Ctrl-C ends it quietly, with a checkpoint."""
+        logger.info("Output goes to %s", os.path.abspath(self.cfg.OUTPUT_DIR))
+        try:
+            return super().train()
+        except Interrupted as stop:
+            logger.info("Training %s", stop)
+            return None
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """``SPAR.OPTIMIZER`` over the trainable parameters, with Detectron2's rules for decay and biases."""
+        kind = getattr(torch.optim, cfg.SPAR.OPTIMIZER, None)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise ValueError(f"SPAR.OPTIMIZER must be an optimizer class of torch.optim, got {cfg.SPAR.OPTIMIZER!r}")
+        groups = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        if not groups:
+            raise ValueError(f"nothing to train: MODEL.SPAR.TRAINABLE is {cfg.MODEL.SPAR.TRAINABLE!r}")
+        return maybe_add_gradient_clipping(cfg, kind)(groups, lr=cfg.SOLVER.BASE_LR)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        data = cfg.SPAR.DATA
+        if not data.IMAGES and cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
+            # A model with losses of its own needs labels, with or without distillation beside them.
+            return super().build_train_loader(cfg)
+        if data.IMAGES:
+            dicts = find_photos(data.IMAGES)
+        elif cfg.DATASETS.TRAIN:
+            dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
+        else:
+            raise ValueError("nothing to distil on: set SPAR.DATA.IMAGES to a folder of photos, or DATASETS.TRAIN")
+        augmentations = build_augmentations(
+            data.SIDE_MULTIPLE,
+            data.SHORT_SIDE,
+            data.MAX_SIDE,
+            data.CROP_PROB,
+            data.CROP_MIN_FRACTION,
+            data.CROP_MIN_SIDE,
+            data.FLIP_PROB,
+        )
+        logger.info("Distilling on %d images", len(dicts))
+        return build_detection_train_loader(
+            dataset=PhotoDataset(dicts, augmentations, cfg.INPUT.FORMAT),
+            mapper=None,
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            aspect_ratio_grouping=False,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if kind != "sem_seg":
+            raise ValueError(f'DATASETS.TEST: {dataset_name!r} is of evaluator type {kind!r}, supported is "sem_seg"')
+        return SemanticEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))

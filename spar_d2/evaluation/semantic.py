@@ -1,0 +1,142 @@
+"""Semantic segmentation as a Detectron2 evaluator."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from spar_d2.evaluation.confusion import confusion_matrix, segmentation_scores
+from spar_d2.files import replacing
+
+logger = logging.getLogger(__name__)
+
+_SUMMARY = ("mIoU", "mIoU-all", "fwIoU", "mACC", "pACC")
+
+
+class SemanticEvaluator(DatasetEvaluator):
+    """Intersection over union of label maps.
+
+    Takes what our segmentor returns ("sem_seg_labels") as well as any Detectron2 model's scores ("sem_seg"). The true
+    labels are those of the input ("sem_seg", "sem_seg_file_name"), or else what the data set has for its file.
+
+    Args:
+        dataset_name: registered name; its metadata must have "stuff_classes" and may have "ignore_label".
+        distributed: add up the counts of all processes; the first returns the scores.
+        output_dir: if given, write the scores ("sem_seg_scores.json") there and, with ``dump_predictions``, the masks
+            ("sem_seg_predictions.json", one run-length-encoded mask per image and class, as Detectron2 does).
+        dump_predictions: see ``output_dir``.
+
+    Raises:
+        ValueError: the data set has no class names, or masks are to be written but not where.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        distributed: bool = True,
+        output_dir: str | os.PathLike | None = None,
+        dump_predictions: bool = False,
+    ) -> None:
+        metadata = MetadataCatalog.get(dataset_name)
+        self.names = metadata.get("stuff_classes")
+        if not self.names:
+            raise ValueError(f"the data set {dataset_name!r} has no stuff_classes in its metadata, nothing to evaluate")
+        if dump_predictions and not output_dir:
+            raise ValueError("dump_predictions needs an output_dir to write to")
+        self.dataset_name = dataset_name
+        self.distributed = distributed
+        self.output_dir = Path(output_dir) if output_dir else None
+        self.dump_predictions = dump_predictions
+        self.ignore_label = metadata.get("ignore_label", 255)
+        dataset_ids = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
+        self._dataset_id = {ours: theirs for theirs, ours in dataset_ids.items()}
+        self._truth_files: dict[str, str] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self._confusion = np.zeros((len(self.names), len(self.names) + 1), dtype=np.int64)
+        self._dumped: list[dict] = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Count one batch.
+
+        Raises:
+            ValueError: an output without labels or scores, an image without ground truth, or sizes that differ.
+        """
+        for record, output in zip(inputs, outputs):
+            labels, truth = _labels(output), self._truth(record)
+            if labels.shape != truth.shape:
+                raise ValueError(
+                    f"prediction and ground truth of {record.get('file_name', 'an image')} differ in size: "
+                    f"{labels.shape} and {truth.shape}"
+                )
+            self._confusion += confusion_matrix(labels, truth, len(self.names), self.ignore_label)
+            if self.dump_predictions:
+                self._dumped += self._encode(labels, record.get("file_name", ""))
+
+    def evaluate(self) -> OrderedDict | None:
+        """Scores as {"sem_seg": {...}}, see :func:`segmentation_scores`; None in all processes but the first."""
+        confusion, dumped = self._confusion, self._dumped
+        if self.distributed:
+            comm.synchronize()
+            gathered = comm.gather((confusion, dumped))
+            if not comm.is_main_process():
+                return None
+            confusion = np.sum([part for part, _ in gathered], axis=0)
+            dumped = [mask for _, part in gathered for mask in part]
+        scores = segmentation_scores(confusion, self.names)
+        if self.output_dir:
+            _write_json(scores, self.output_dir / "sem_seg_scores.json")
+            if self.dump_predictions:
+                _write_json(dumped, self.output_dir / "sem_seg_predictions.json")
+        summary = ", ".join(f"{name} {scores[name]:.2f}" for name in _SUMMARY)
+        logger.info("%s: %s", self.dataset_name, summary)
+        return OrderedDict(sem_seg=scores)
+
+    def _truth(self, record: dict) -> np.ndarray:
+        if "sem_seg" in record:
+            return np.asarray(record["sem_seg"])
+        file = record.get("sem_seg_file_name")
+        if file is None:
+            # Detectron2's mapper drops the name of the label file in testing.
+            if self._truth_files is None:
+                dicts = DatasetCatalog.get(self.dataset_name)
+                self._truth_files = {d["file_name"]: d["sem_seg_file_name"] for d in dicts if "sem_seg_file_name" in d}
+            file = self._truth_files.get(record.get("file_name"))
+        if file is None:
+            raise ValueError(f"{self.dataset_name} has no ground truth for the image {record.get('file_name')}")
+        with Image.open(file) as image:
+            return np.asarray(image)
+
+    def _encode(self, labels: np.ndarray, file_name: str) -> list[dict]:
+        masks = []
+        for label in np.unique(labels):
+            encoded = coco_mask.encode(np.asfortranarray(labels == label))
+            encoded["counts"] = encoded["counts"].decode()
+            category = int(self._dataset_id.get(int(label), label))
+            masks.append({"file_name": file_name, "category_id": category, "segmentation": encoded})
+        return masks
+
+
+def _labels(output: dict) -> np.ndarray:
+    if "sem_seg_labels" in output:
+        return output["sem_seg_labels"].cpu().numpy()
+    if "sem_seg" in output:
+        return output["sem_seg"].argmax(dim=0).to("cpu", torch.int64).numpy()
+    raise ValueError(f'SemanticEvaluator needs "sem_seg_labels" or "sem_seg" in an output, got {sorted(output)}')
+
+
+def _write_json(content: object, path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content))

@@ -1,0 +1,83 @@
+"""Registers everything with Detectron2, each thing once the part of Detectron2 that it belongs to is imported.
+
+Importing ``detectron2.modeling`` takes longer than ``import spar_d2`` may; a program that uses a registry or a config
+imports that part anyway, and that is the moment to add to it.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def register_all() -> None:
+    """Add config keys, model parts and data sets to Detectron2, now or when its modules are first imported."""
+    when_imported("detectron2.config", _register_config)
+    when_imported("detectron2.modeling", _register_modeling)
+    when_imported("detectron2.data", _register_datasets)
+
+
+def _register_config() -> None:
+    from detectron2.config.defaults import _C
+
+    from spar_d2.config import add_spar_config
+
+    add_spar_config(_C)
+
+
+def _register_modeling() -> None:
+    from spar_d2.modeling import backbone, open_vocab, pyramid  # noqa: F401  registers
+
+
+def _register_datasets() -> None:
+    from spar_d2.data.datasets import register_scenes
+
+    register_scenes()
+
+
+def when_imported(module: str, action: Callable[[], None]) -> None:
+    """Call ``action`` right after ``module`` is imported: at once where it is already, otherwise when that happens."""
+    if module in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _ActionFinder(module, action))
+
+
+class _ActionFinder(importlib.abc.MetaPathFinder):
+    """Finds one module by asking the other finders, and gives it a loader that runs the action afterwards."""
+
+    def __init__(self, module: str, action: Callable[[], None]) -> None:
+        self.module, self.action = module, action
+
+    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
+        if fullname != self.module:
+            return None
+        # Off the list first: the look-up below must not come back here, and the action must run once.
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ActionLoader(spec.loader, self.action)
+        return spec
+
+
+class _ActionLoader(importlib.abc.Loader):
+    """Loads through the module's own loader, then runs the action."""
+
+    def __init__(self, loader: importlib.abc.Loader, action: Callable[[], None]) -> None:
+        self.loader, self.action = loader, action
+
+    def __getattr__(self, name: str):
+        # Resources, source look-up and the like are the real loader's business.
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        self.action()

@@ -1,0 +1,172 @@
+"""Dense features by a sliding window: encode windows at the pre-training size, stitch their features by averaging."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spar_d2.encoders import DenseEncoder
+from spar_d2.encoders.base import check_images
+from spar_d2.teacher.windows import WindowPlan
+
+
+@dataclass(frozen=True)
+class SampledTarget:
+    """What a random subset of the windows says about the stitched target.
+
+    Attributes:
+        weighted_sum: (B, D, h, w) float32, the subset's share of the full target.
+        weight: (B, 1, h, w) float32, the share of each cell's windows that is in the subset, 0..1.
+        scale: windows of the full plan divided by windows of the subset.
+    """
+
+    weighted_sum: torch.Tensor
+    weight: torch.Tensor
+    scale: float
+
+
+class SlidingWindowTeacher(nn.Module):
+    """A frozen copy of an encoder that sees an image through a sliding window.
+
+    Args:
+        encoder: copied; later changes to it do not reach the teacher.
+        window: side of the window in pixels, a multiple of the patch; None is the encoder's ``native_size``.
+        stride: step in pixels, 1..window.
+        batch_size: windows encoded at once; bounds the memory.
+
+    Raises:
+        ValueError: a window or stride that the encoder cannot be used with.
+    """
+
+    def __init__(
+        self, encoder: DenseEncoder, window: int | None = None, stride: int = 24, batch_size: int = 32
+    ) -> None:
+        super().__init__()
+        self.window, self.stride, self.batch_size = check_window(encoder, window, stride, batch_size)
+        self.encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
+        self.eval()
+
+    def train(self, mode: bool = True) -> SlidingWindowTeacher:
+        """Always stays in eval mode."""
+        return super().train(False)
+
+    def plan(self, height: int, width: int) -> WindowPlan:
+        """The windows of an image of the given size in pixels."""
+        return plan_windows(self.encoder, height, width, self.window, self.stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The full target, see :func:`sliding_window_features`."""
+        return sliding_window_features(self.encoder, x, self.window, self.stride, self.batch_size)
+
+    @torch.no_grad()
+    def sample(self, x: torch.Tensor, windows: int, generator: torch.Generator | None = None) -> SampledTarget:
+        """Encode a random subset of each image's windows.
+
+        Averaged over all subsets, ``scale * weight`` is 1 and ``scale * weighted_sum`` is the full target.
+
+        Args:
+            x: (B, 3, H, W) as for the encoder.
+            windows: windows per image, at least 1; more than the plan has means all.
+            generator: CPU generator that draws them.
+
+        Raises:
+            ValueError: ``windows`` is below 1, or ``x`` has another form.
+        """
+        if windows < 1:
+            raise ValueError(f"windows must be at least 1, got {windows}")
+        check_images(x)
+        plan = self.plan(*x.shape[-2:])
+        windows = min(windows, len(plan))
+        # A random order of each image's windows, cut off: (B, m) -> (B, windows).
+        picks = torch.rand(len(x), len(plan), generator=generator).argsort(dim=1)[:, :windows]
+        weighted_sum, weight = _stitch(self.encoder, x, plan, picks, self.batch_size)
+        return SampledTarget(weighted_sum, weight, len(plan) / windows)
+
+
+@torch.no_grad()
+def sliding_window_features(
+    encoder: DenseEncoder, x: torch.Tensor, window: int | None = None, stride: int = 24, batch_size: int = 32
+) -> torch.Tensor:
+    """Features of all windows, refined, averaged where windows overlap, and brought back to the patch grid.
+
+    Args:
+        encoder: used as it is, without gradients.
+        x: (B, 3, H, W) as for the encoder, any size; images smaller than the window are padded with zeros.
+        window, stride, batch_size: as for :class:`SlidingWindowTeacher`.
+
+    Returns:
+        (B, D, ceil(H / p), ceil(W / p)) float32; floor instead of ceil with the encoder's ``reference_compat``.
+
+    Raises:
+        ValueError: arguments out of range.
+    """
+    window, stride, batch_size = check_window(encoder, window, stride, batch_size)
+    check_images(x)
+    plan = plan_windows(encoder, x.shape[-2], x.shape[-1], window, stride)
+    picks = torch.arange(len(plan)).expand(len(x), -1)
+    weighted_sum, _ = _stitch(encoder, x, plan, picks, batch_size)
+    return weighted_sum
+
+
+def check_window(encoder: DenseEncoder, window: int | None, stride: int, batch_size: int) -> tuple[int, int, int]:
+    """Fill in the default window and check the three numbers; ``ValueError`` names the config key that is wrong."""
+    window, patch = window or encoder.native_size, encoder.patch_size
+    if window < patch or window % patch:
+        raise ValueError(
+            f"window (SPAR.TEACHER.WINDOW) must be a multiple of the patch size {patch}, at least {patch}; got {window}"
+        )
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride (SPAR.TEACHER.STRIDE) must be in 1..{window} (the window), got {stride}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size (SPAR.TEACHER.BATCH_SIZE) must be at least 1, got {batch_size}")
+    return window, stride, batch_size
+
+
+def plan_windows(encoder: DenseEncoder, height: int, width: int, window: int, stride: int) -> WindowPlan:
+    """Plan over the image as the encoder pads it, and at least one window large."""
+    patch = encoder.patch_size
+    if not encoder.reference_compat:
+        height, width = (cells * patch for cells in encoder.grid(height, width))
+    return WindowPlan(max(height, window), max(width, window), window, stride, patch)
+
+
+def _stitch(
+    encoder: DenseEncoder, x: torch.Tensor, plan: WindowPlan, picks: torch.Tensor, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode the windows ``picks`` (B, k) of each image and add them up, every cell divided by the FULL plan's count.
+
+    Returns:
+        Sum (B, D, h, w) and the same for ones instead of features (B, 1, h, w).
+    """
+    batch, _, height, width = x.shape
+    padded = F.pad(x, (0, plan.width - width, 0, plan.height - height))
+    # A view (B, 3, rows, columns, window, window): indexing it copies the windows of one batch only.
+    views = padded.unfold(2, plan.window, 1).unfold(3, plan.window, 1)
+    images = torch.arange(batch).repeat_interleave(picks.shape[1])
+    windows = picks.reshape(-1)
+    cells = plan.mosaic_size[0] * plan.mosaic_size[1]
+    mosaic = x.new_zeros((batch * cells, encoder.embed_dim), dtype=torch.float32)
+    seen = x.new_zeros(batch * cells, dtype=torch.float32)
+    for start in range(0, len(windows), batch_size):
+        image, window = images[start : start + batch_size], windows[start : start + batch_size]
+        tops, lefts = plan.origins[window].unbind(1)
+        features = encoder(views[image, :, tops, lefts]).float()
+        if plan.factor > 1:
+            features = F.interpolate(features, size=(plan.window_cells,) * 2, mode="bilinear", align_corners=False)
+        places = (plan.cells_of(window) + image[:, None] * cells).flatten().to(x.device)
+        # (b, D, c, c) -> (b * c * c, D), the order of `places`.
+        mosaic.index_add_(0, places, features.permute(0, 2, 3, 1).reshape(len(places), -1))
+        seen.index_add_(0, places, torch.ones_like(places, dtype=torch.float32))
+    counts = plan.counts.to(x.device).flatten().repeat(batch)
+    both = torch.cat([mosaic, seen[:, None]], dim=1).div_(counts[:, None])
+    both = both.reshape(batch, *plan.mosaic_size, -1).permute(0, 3, 1, 2)
+    patches = (plan.height // plan.patch, plan.width // plan.patch)
+    if patches != plan.mosaic_size:
+        both = F.interpolate(both, size=patches, mode="bilinear", align_corners=False)
+    rows, columns = encoder.grid(height, width)
+    both = both[..., :rows, :columns]
+    return both[:, :-1].contiguous(), both[:, -1:].contiguous()

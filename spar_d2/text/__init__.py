@@ -1,0 +1,7 @@
+"""From words to unit vectors, in plain PyTorch."""
+
+from spar_d2.text.embeddings import TextEmbeddings
+from spar_d2.text.templates import load_templates
+from spar_d2.text.vocabulary import Vocabulary
+
+__all__ = ["TextEmbeddings", "Vocabulary", "load_templates"]

@@ -1,0 +1,53 @@
+"""Pictures in rows and columns, with titles and a legend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from spar_d2.files import replacing
+
+
+def draw_panels(
+    rows: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+    path: str | os.PathLike,
+    legend: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Write a PNG of pictures side by side.
+
+    Args:
+        rows: pictures, row by row; each (H, W, 3), uint8 or float in 0..1. Sizes may differ.
+        titles: one for each column.
+        path: file to write.
+        legend: name to RGB in 0..255, shown below.
+
+    Raises:
+        ValueError: a row with more or fewer pictures than there are titles, or no row.
+    """
+    if not rows or any(len(row) != len(titles) for row in rows):
+        raise ValueError(f"every row must have {len(titles)} pictures, got {[len(row) for row in rows]}")
+    # Inches: columns of one width, rows as high as their tallest picture needs.
+    width = 2.4
+    heights = [max(picture.shape[0] / picture.shape[1] for picture in row) * width for row in rows]
+    legend_height = 0.32 * -(-len(legend) // 7) + 0.1 if legend else 0.0
+    figure = Figure(figsize=(width * len(titles), sum(heights) + 0.3 + legend_height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+    axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
+    for number, (row, places) in enumerate(zip(rows, axes)):
+        for picture, place, title in zip(row, places, titles):
+            place.imshow(picture, interpolation="nearest")
+            place.set_axis_off()
+            if number == 0:
+                place.set_title(title, fontsize=10)
+    if legend:
+        patches = [Patch(color=np.asarray(colour) / 255, label=name) for name, colour in legend.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

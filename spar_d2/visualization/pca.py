@@ -1,0 +1,38 @@
+"""Feature maps as colours, by their three main directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def shared_pca_colours(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Project feature maps on their first three principal components, one projection for all, and show them as RGB.
+
+    Equal colours mean equal features, across maps too.
+
+    Args:
+        maps: each (D, h, w), any h and w; D is the same for all.
+
+    Returns:
+        For each map (h, w, 3) float32 in 0..1, on the CPU.
+
+    Raises:
+        ValueError: no maps, or fewer than three channels.
+    """
+    if not maps or any(m.ndim != 3 or m.shape[0] < 3 for m in maps):
+        raise ValueError(f"maps must be (D, h, w) with D >= 3, got {[tuple(m.shape) for m in maps]}")
+    # (D, h, w) -> (h * w, D), all maps in one table.
+    table = torch.cat([m.detach().float().cpu().flatten(1).T for m in maps])
+    centred = table - table.mean(0)
+    # Eigenvectors of the covariance, the largest last; the sign of each is arbitrary, so it is fixed.
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
+    largest = directions.abs().argmax(0)
+    directions = directions * directions[largest, torch.arange(3)].sign()
+    colours = centred @ directions
+    # Nearly all of the range: single outliers must not make everything else grey.
+    low, high = colours.quantile(0.01, dim=0), colours.quantile(0.99, dim=0)
+    colours = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    parts = colours.split([m.shape[1] * m.shape[2] for m in maps])
+    return [part.reshape(m.shape[1], m.shape[2], 3) for part, m in zip(parts, maps)]

@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""Distil, train and evaluate: Detectron2's usual flags, with this project's config keys."""
+
+from __future__ import annotations
+
+import argparse
+
+from detectron2.engine import default_argument_parser, launch
+
+import spar_d2  # noqa: F401  registers
+from spar_d2.engine.setup import clean_start, load_config, prepare, readable_errors
+
+
+def main(args: argparse.Namespace):
+    from spar_d2.engine.checkpoint import Checkpointer
+    from spar_d2.engine.trainer import Trainer
+
+    with readable_errors():
+        cfg = load_config(args.config_file, args.opts)
+        with clean_start(cfg.OUTPUT_DIR):
+            prepare(cfg, args)
+            if args.eval_only:
+                if not cfg.DATASETS.TEST:
+                    raise ValueError("nothing to evaluate on: DATASETS.TEST is empty")
+                model = Trainer.build_model(cfg)
+                Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+                return Trainer.test(cfg, model)
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser().parse_args()
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )
