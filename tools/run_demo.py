@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shutil
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 
 import spar_d2  # noqa: F401  registers
 from spar_d2.engine.comparison import Method, build_method, markdown_table, measure
-from spar_d2.engine.setup import load_config, prepare, readable_errors
+from spar_d2.engine.setup import load_config, prepare, quiet_console, readable_errors
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.visualization import draw_panels, shared_pca_colours
 
@@ -39,11 +38,7 @@ def main() -> None:
         cfg = load_config(args.config_file, ["OUTPUT_DIR", str(args.output), "SEED", args.seed])
         shutil.rmtree(args.output / "pictures", ignore_errors=True)
         prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False))
-        # The console belongs to the progress bars; all of it is in log.txt.
-        for name in ("detectron2", "fvcore", "spar_d2"):
-            for handler in logging.getLogger(name).handlers:
-                if type(handler) is logging.StreamHandler:
-                    handler.setLevel(logging.WARNING)
+        quiet_console()
         print(f"Distilling {cfg.SOLVER.MAX_ITER} steps (log: {args.output}/log.txt) ...")
         trainer = Trainer(cfg)
         trainer.train()

@@ -32,6 +32,9 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         ValueError: an unknown key, or a value of another type.
     """
     cfg = get_cfg()
+    flags = [word for word in overrides[::2] if word.startswith("--")]
+    if flags:
+        raise ValueError(f"{flags[0]} comes after the first KEY VALUE pair: flags go before the pairs")
     if config_file and not os.path.isfile(config_file):
         raise FileNotFoundError(f"--config-file: there is no file {config_file}")
     try:
@@ -52,6 +55,14 @@ def prepare(cfg: CfgNode, args: argparse.Namespace) -> None:
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="spar_d2", abbrev_name="spar_d2")
+
+
+def quiet_console() -> None:
+    """Leave the console to progress bars: below a warning, logs go to the output folder's log.txt alone."""
+    for name in ("detectron2", "fvcore", "spar_d2"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager

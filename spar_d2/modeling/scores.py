@@ -68,12 +68,9 @@ def upsampled_bands(
     Raises:
         ValueError: a size that is not positive, or ``padded_size`` smaller than ``size``.
     """
+    _check_sizes(size, padded_size)
     height, width = size
     padded_size = padded_size or size
-    if height < 1 or width < 1:
-        raise ValueError(f"size must be at least 1x1, got {height}x{width}")
-    if padded_size[0] < height or padded_size[1] < width:
-        raise ValueError(f"padded_size must be at least size {height}x{width}, got {padded_size[0]}x{padded_size[1]}")
     down = _Resampling.along(scores.shape[0], padded_size[0], height, scores.device)
     across = _Resampling.along(scores.shape[1], padded_size[1], width, scores.device)
     budget = _BAND_BYTES.get(scores.device.type, _BAND_BYTES["other"])
@@ -83,6 +80,13 @@ def upsampled_bands(
         # (rows, w, Q), then (rows, W, Q): queries last, so that every step moves whole runs of memory.
         band = torch.lerp(scores[down.before[rows]], scores[down.after[rows]], down.fraction[rows, None, None])
         yield rows, torch.lerp(band[:, across.before], band[:, across.after], across.fraction[:, None])
+
+
+def _check_sizes(size: tuple[int, int], padded_size: tuple[float, float] | None) -> None:
+    if min(size) < 1:
+        raise ValueError(f"size must be at least 1x1, got {size[0]}x{size[1]}")
+    if padded_size and (padded_size[0] < size[0] or padded_size[1] < size[1]):
+        raise ValueError(f"padded_size must be at least size {size[0]}x{size[1]}, got {tuple(padded_size)}")
 
 
 @torch.no_grad()
@@ -122,6 +126,7 @@ def segment_features(
     """
     if len(query_class) != len(text):
         raise ValueError(f"query_class must name the class of each of the {len(text)} queries, got {len(query_class)}")
+    _check_sizes(size, padded_size)
     scores = cosine_scores(features, text)
     query_class = query_class.to(scores.device)
     bands = (scores, query_class, size, padded_size, logit_scale)
@@ -178,6 +183,7 @@ def class_probabilities(
         (classes, H, W) float32 in 0..1, the largest probability among each class's queries; does not sum to one where
         a class has synonyms.
     """
+    _check_sizes(size, padded_size)
     scores = cosine_scores(features, text)
     query_class = query_class.to(scores.device)
     classes = int(query_class.max()) + 1

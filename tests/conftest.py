@@ -1,0 +1,59 @@
+"""Shared fixtures: the model of the reference numbers, a config for it, and photos."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+
+from reference import ROOT, TINY_CONFIG, reference_image, reference_weight
+
+
+@pytest.fixture(scope="session")
+def reference_clip() -> open_clip.CLIP:
+    """The tiny CLIP of the reference numbers; not to be changed by tests."""
+    model = open_clip.CLIP(**TINY_CONFIG).eval()
+    weights = {k: reference_weight(k, tuple(v.shape)) for k, v in model.state_dict().items() if v.is_floating_point()}
+    model.load_state_dict(weights)
+    return model
+
+
+@pytest.fixture
+def tiny_model(tmp_path, reference_clip) -> tuple[str, str]:
+    """The tiny CLIP as files: (model config, weights)."""
+    from spar_d2.encoders.weights import write_safetensors
+
+    config, weights = tmp_path / "reference-tiny.json", tmp_path / "weights.safetensors"
+    config.write_text(json.dumps(TINY_CONFIG))
+    write_safetensors(reference_clip.state_dict(), weights)
+    return str(config), str(weights)
+
+
+@pytest.fixture
+def tiny_cfg(tiny_model, tmp_path):
+    """Config of a segmentor with the tiny CLIP on the CPU, for distillation at small sizes."""
+    from spar_d2.engine.setup import load_config
+
+    cfg = load_config(str(ROOT / "configs/distill/Base-distill.yaml"), ["MODEL.DEVICE", "cpu"])
+    cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED = tiny_model
+    cfg.MODEL.SPAR.TEMPLATES = "simple"
+    cfg.SPAR.DATA.SHORT_SIDE = (64, 96)
+    cfg.SPAR.DATA.CROP_MIN_SIDE = 48
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SEED = 3
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    return cfg
+
+
+@pytest.fixture
+def photo_folder(tmp_path) -> Path:
+    """Three JPEGs of different sizes, one in a sub-folder."""
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for index, (name, height, width) in enumerate((("a.jpg", 70, 100), ("b.JPG", 128, 96), ("more/c.jpeg", 90, 90))):
+        Image.fromarray(reference_image(height, width, index)).save(folder / name)
+    return folder

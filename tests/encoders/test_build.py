@@ -1,0 +1,135 @@
+"""From names and files to encoders, and what is said when they are wrong."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+
+from reference import TINY_CONFIG
+from spar_d2.encoders import build_encoder, build_text_tower
+from spar_d2.encoders.weights import read_state_dict, write_safetensors
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone(tiny_model):
+    torch.manual_seed(5)
+    first = build_encoder(tiny_model[0])
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    torch.manual_seed(6)
+    second = build_encoder(tiny_model[0])
+    for one, other in zip(first.parameters(), second.parameters()):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weight_files_of_torch(tiny_model, tmp_path, reference_clip, wrapper, prefix):
+    state = {prefix + key: value for key, value in reference_clip.state_dict().items()}
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "w.pt")
+    encoder = build_encoder(tiny_model[0], str(tmp_path / "w.pt"))
+    assert torch.equal(encoder.visual.proj, reference_clip.visual.proj)
+
+
+def test_image_weights_alone_are_enough_for_the_encoder_but_not_for_the_text(tiny_model, tmp_path, reference_clip):
+    visual = {key: value for key, value in reference_clip.state_dict().items() if key.startswith("visual.")}
+    path = str(tmp_path / "visual.safetensors")
+    write_safetensors(visual, path)
+    build_encoder(tiny_model[0], path)
+    with pytest.raises(RuntimeError, match="missing keys"):
+        build_text_tower(tiny_model[0], path)
+
+
+def test_text_tower_equals_the_librarys(tiny_model, reference_clip):
+    tower = build_text_tower(*tiny_model)
+    texts = ["a cat", "two dogs on grass", "été"]
+    with torch.no_grad():
+        expected = reference_clip.encode_text(open_clip.get_tokenizer("ViT-B-16")(texts))
+    torch.testing.assert_close(tower.encode(texts, batch_size=2), expected)
+
+
+def test_half_precision_files_are_loaded_as_float32(tiny_model, tmp_path, reference_clip):
+    path = str(tmp_path / "half.safetensors")
+    write_safetensors({k: v.half() for k, v in reference_clip.state_dict().items() if v.is_floating_point()}, path)
+    assert build_encoder(tiny_model[0], path).visual.proj.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "near"), [("ViT-B16", "ViT-B-16"), ("vit-l-14", "ViT-L-14")])
+def test_unknown_names_suggest_near_ones(name, near):
+    with pytest.raises(ValueError, match=rf"MODEL\.SPAR\.ENCODER.*did you mean.*{near}"):
+        build_encoder(name)
+
+
+def test_models_that_open_clip_knows_but_that_are_no_plain_vit_are_refused():
+    with pytest.raises(ValueError, match="there is no encoder for 'RN50'"):
+        build_encoder("RN50")
+
+
+def test_missing_weight_files_and_unknown_tags(tiny_model):
+    with pytest.raises(FileNotFoundError, match="neither a weight file nor a known tag"):
+        build_encoder(tiny_model[0], "nowhere.pt")
+    with pytest.raises(FileNotFoundError, match="laion2b_s34b_b88k"):
+        build_encoder("ViT-B-16", "laion2b_s34b")
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not weights at all", None], ids=["empty", "text", "truncated"])
+def test_damaged_weight_files(tiny_model, tmp_path, name, content):
+    path = tmp_path / name
+    if content is None:
+        whole = tmp_path / f"whole-{name}"
+        if name.endswith(".pt"):
+            torch.save({"a": torch.zeros(1000)}, whole)
+        else:
+            write_safetensors({"a": torch.zeros(1000)}, whole)
+        content = whole.read_bytes()[:2000]
+    path.write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"MODEL\.SPAR\.PRETRAINED.*cannot be read as weights"):
+        build_encoder(tiny_model[0], str(path))
+
+
+def test_files_that_would_run_code_are_not_opened(tiny_model, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "evil"), "w"))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(RuntimeError, match="more than tensors"):
+        build_encoder(tiny_model[0], str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_weights_of_another_model_name_a_few_keys(tiny_model, tmp_path):
+    write_safetensors(
+        {"visual.conv1.weight": torch.zeros(2, 3, 16, 16), "head.bias": torch.zeros(1)}, tmp_path / "w.safetensors"
+    )
+    with pytest.raises(RuntimeError, match=r"missing keys \(visual.*unknown keys \(head.bias\).*other shapes"):
+        build_encoder(tiny_model[0], str(tmp_path / "w.safetensors"))
+
+
+def test_a_config_file_must_be_a_config_of_its_own_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model config file"):
+        build_encoder(str(tmp_path / "none.json"))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="no valid JSON"):
+        build_encoder(str(tmp_path / "bad.json"))
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="embed_dim, vision_cfg, text_cfg"):
+        build_encoder(str(tmp_path / "other.json"))
+    (tmp_path / "ViT-B-16.json").write_text(json.dumps(TINY_CONFIG))
+    with pytest.raises(ValueError, match="another model of the name 'ViT-B-16'"):
+        build_encoder(str(tmp_path / "ViT-B-16.json"))
+
+
+def test_prefixes_of_checkpoints_are_removed(tmp_path):
+    torch.save({"model": {"module.backbone.encoder.visual.proj": torch.ones(2)}}, tmp_path / "c.pth")
+    assert list(read_state_dict(tmp_path / "c.pth")) == ["visual.proj"]
+
+
+def test_writing_fails_without_debris(tmp_path):
+    target = tmp_path / "w.safetensors"
+    target.mkdir()
+    with pytest.raises(OSError):
+        write_safetensors({"a": torch.zeros(2)}, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]

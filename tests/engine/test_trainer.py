@@ -1,0 +1,114 @@
+"""The whole way: photos, trainer, hook, checkpoints, student."""
+
+import os
+import signal
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+
+from spar_d2.encoders import build_encoder
+from spar_d2.engine.trainer import STUDENT_FILE, Trainer
+
+
+@pytest.fixture
+def cfg(tiny_cfg, photo_folder):
+    tiny_cfg.SPAR.DATA.IMAGES = str(photo_folder)
+    tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 2
+    tiny_cfg.SOLVER.MAX_ITER = 4
+    tiny_cfg.SOLVER.IMS_PER_BATCH = 2
+    tiny_cfg.SOLVER.BASE_LR = 1e-3
+    os.makedirs(tiny_cfg.OUTPUT_DIR)
+    return tiny_cfg
+
+
+def test_distils_photos_into_a_student_file(cfg, tiny_model):
+    Trainer(cfg).train()
+    files = set(os.listdir(cfg.OUTPUT_DIR))
+    assert {STUDENT_FILE, "model_final.pth", "last_checkpoint", "metrics.json"} <= files
+    assert not [name for name in files if "tmp" in name]
+    student = build_encoder(tiny_model[0], os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
+    original = build_encoder(*tiny_model)
+    same = {
+        name: torch.equal(a, b) for (name, a), b in zip(student.state_dict().items(), original.state_dict().values())
+    }
+    assert not same["visual.transformer.resblocks.2.mlp.c_fc.weight"]
+    assert same["visual.transformer.resblocks.0.mlp.c_fc.weight"]
+    assert same["visual.proj"]
+
+
+class PressCtrlC(HookBase):
+    """Sends the signal of Ctrl-C in the middle of a step."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_resume_goes_on_after_it(cfg, capfd):
+    handler = signal.getsignal(signal.SIGINT)
+    first = Trainer(cfg)
+    first.register_hooks([PressCtrlC(1)])
+    first.train()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (first.iter, os.path.exists(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))) == (1, False)
+
+    second = Trainer(cfg)
+    second.resume_or_load(resume=True)
+    assert second.start_iter == 2
+    for ours, theirs in zip(second._trainer.model.parameters(), first._trainer.model.parameters()):
+        assert torch.equal(ours, theirs)
+    state = second._trainer.optimizer.state_dict()["state"]
+    assert {float(entry["step"]) for entry in state.values()} == {2.0}
+    second.train()
+    assert second.iter == cfg.SOLVER.MAX_ITER
+    assert os.path.exists(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_resumed_students_teacher_is_the_original(cfg, tiny_model):
+    cfg.SOLVER.MAX_ITER = 2
+    Trainer(cfg).train()
+    again = Trainer(cfg)
+    again.resume_or_load(resume=True)
+    teacher = next(hook for hook in again._hooks if type(hook).__name__ == "DistillationHook").teacher
+    for ours, original in zip(teacher.encoder.parameters(), build_encoder(*tiny_model).parameters()):
+        assert torch.equal(ours, original)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_reach_the_model_as_the_config_says(cfg, workers):
+    cfg.DATALOADER.NUM_WORKERS = workers
+    batch = next(iter(Trainer.build_train_loader(cfg)))
+    assert len(batch) == 2
+    for record in batch:
+        assert record["image"].dtype == torch.uint8
+        assert all(side % 16 == 0 for side in record["image"].shape[1:])
+
+
+def test_optimizer_of_the_config(cfg):
+    model = Trainer.build_model(cfg)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    assert type(optimizer).__name__ == "AdamW"
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["MODEL.SPAR.TRAINABLE", "none"], r"nothing to train: MODEL\.SPAR\.TRAINABLE"),
+        (["SPAR.OPTIMIZER", "Adamm"], r"SPAR\.OPTIMIZER"),
+        (["SPAR.OPTIMIZER", "lr_scheduler"], r"SPAR\.OPTIMIZER"),
+        (["SPAR.DATA.IMAGES", ""], r"SPAR\.DATA\.IMAGES"),
+        (["SOLVER.MAX_ITER", 0], r"SOLVER\.MAX_ITER"),
+    ],
+)
+def test_wrong_keys_are_named(cfg, keys, message):
+    cfg.merge_from_list(keys)
+    with pytest.raises(ValueError, match=message):
+        Trainer(cfg)

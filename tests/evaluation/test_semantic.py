@@ -1,0 +1,150 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import SemSegEvaluator
+from PIL import Image
+
+from spar_d2.evaluation import SemanticEvaluator, confusion_matrix, segmentation_scores
+
+NAMES = ["sky", "grass", "cat", "dog", "never"]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Eight label maps with ignored pixels, registered; the class "never" is in none of them."""
+    rng = np.random.default_rng(0)
+    records = []
+    for index in range(8):
+        size = tuple(rng.integers(5, 30, 2))
+        labels = rng.integers(0, 4, size).astype(np.uint8)
+        labels[rng.random(size) < 0.1] = 255
+        path = tmp_path / f"{index}.png"
+        Image.fromarray(labels).save(path)
+        records.append({"file_name": f"{index}.jpg", "sem_seg_file_name": str(path)})
+    name = f"labels_{tmp_path.name}"
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(stuff_classes=NAMES, ignore_label=255)
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def predictions(name):
+    rng = np.random.default_rng(1)
+    for record in DatasetCatalog.get(name):
+        truth = np.asarray(Image.open(record["sem_seg_file_name"]))
+        guess = np.where(rng.random(truth.shape) < 0.6, truth, rng.integers(0, 5, truth.shape))
+        yield record, np.where(guess == 255, 0, guess)
+
+
+def test_same_scores_as_detectron2(dataset):
+    def load(file, dtype=int):
+        return np.asarray(Image.open(file), dtype=dtype)
+
+    ours = SemanticEvaluator(dataset, distributed=False)
+    theirs = SemSegEvaluator(dataset, distributed=False, sem_seg_loading_fn=load)
+    theirs.reset()
+    for record, guess in predictions(dataset):
+        scores = torch.nn.functional.one_hot(torch.from_numpy(guess), 5).permute(2, 0, 1).float()
+        ours.process([{"file_name": record["file_name"]}], [{"sem_seg_labels": torch.from_numpy(guess)}])
+        theirs.process([record], [{"sem_seg": scores}])
+    our, their = ours.evaluate()["sem_seg"], theirs.evaluate()["sem_seg"]
+    for key, value in their.items():
+        if key in our and not np.isnan(value):
+            assert our[key] == pytest.approx(value, abs=1e-12), key
+    assert {"mIoU", "fwIoU", "mACC", "pACC", "IoU-sky", "ACC-dog"} <= set(our) & set(their)
+
+
+def test_scores_and_labels_are_the_same_to_it(dataset):
+    by_labels, by_scores = SemanticEvaluator(dataset, False), SemanticEvaluator(dataset, False)
+    for record, guess in predictions(dataset):
+        labels = torch.from_numpy(guess)
+        by_labels.process([record], [{"sem_seg_labels": labels}])
+        by_scores.process([record], [{"sem_seg": torch.nn.functional.one_hot(labels, 5).permute(2, 0, 1)}])
+    assert json.dumps(by_labels.evaluate()) == json.dumps(by_scores.evaluate())
+
+
+def test_two_averages():
+    """Class 2 is not in the truth: Detectron2's average leaves it out, the other counts its false pixels."""
+    truth, guess = np.array([[0, 0, 1, 1]]), np.array([[0, 0, 1, 2]])
+    scores = segmentation_scores(confusion_matrix(guess, truth, 4), list("abcd"))
+    assert scores["mIoU"] == pytest.approx(100 * (1 + 1 / 2) / 2)
+    assert scores["mIoU-all"] == pytest.approx(100 * (1 + 1 / 2 + 0) / 3)
+    assert scores["pACC"] == 75
+    assert scores["fwIoU"] == pytest.approx(75)
+    assert np.isnan(scores["IoU-d"])
+
+
+def test_ignored_pixels_and_labels_that_are_no_class():
+    truth, guess = np.array([0, 0, 255, 9]), np.array([0, 7, 0, 0])
+    assert confusion_matrix(guess, truth, 2).tolist() == [[1, 0, 1], [0, 0, 0]]
+
+
+def test_sums_over_images_equal_one_large_image():
+    rng = np.random.default_rng(2)
+    truth, guess = rng.integers(0, 6, (40, 50)), rng.integers(0, 6, (40, 50))
+    parts = confusion_matrix(guess[:13], truth[:13], 6) + confusion_matrix(guess[13:], truth[13:], 6)
+    assert np.array_equal(parts, confusion_matrix(guess, truth, 6))
+
+
+def test_nothing_evaluated_is_nan_not_a_crash(dataset):
+    assert np.isnan(SemanticEvaluator(dataset, False).evaluate()["sem_seg"]["mIoU"])
+
+
+def test_masks_are_dumped_only_when_asked_for(dataset, tmp_path):
+    from pycocotools import mask as coco_mask
+
+    plain = SemanticEvaluator(dataset, False, tmp_path / "plain")
+    dumping = SemanticEvaluator(dataset, False, tmp_path / "dump", dump_predictions=True)
+    for record, guess in predictions(dataset):
+        for evaluator in (plain, dumping):
+            evaluator.process([record], [{"sem_seg_labels": torch.from_numpy(guess)}])
+    plain.evaluate(), dumping.evaluate()
+    assert [path.name for path in (tmp_path / "plain").iterdir()] == ["sem_seg_scores.json"]
+    masks = json.loads((tmp_path / "dump" / "sem_seg_predictions.json").read_text())
+    record, guess = next(predictions(dataset))
+    rebuilt = sum(
+        m["category_id"] * coco_mask.decode(m["segmentation"]).astype(int)
+        for m in masks
+        if m["file_name"] == record["file_name"]
+    )
+    assert np.array_equal(rebuilt, guess)
+
+
+def test_what_is_missing_is_named(dataset):
+    evaluator = SemanticEvaluator(dataset, False)
+    with pytest.raises(ValueError, match=r"no ground truth for the image none\.jpg"):
+        evaluator.process([{"file_name": "none.jpg"}], [{"sem_seg_labels": torch.zeros(2, 2)}])
+    with pytest.raises(ValueError, match=r"0\.jpg differ in size"):
+        evaluator.process([{"file_name": "0.jpg"}], [{"sem_seg_labels": torch.zeros(1, 1)}])
+    with pytest.raises(ValueError, match="sem_seg_labels"):
+        evaluator.process([{"file_name": "0.jpg"}], [{"instances": 1}])
+    with pytest.raises(ValueError, match="no stuff_classes"):
+        SemanticEvaluator("unheard_of")
+    with pytest.raises(ValueError, match="output_dir"):
+        SemanticEvaluator(dataset, dump_predictions=True)
+
+
+def _count_own_images(rank, folder):
+    """One of two processes: counts its own image, and writes down the scores it gets."""
+    import torch.distributed as dist
+    from detectron2.utils import comm
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    MetadataCatalog.get("halves").set(stuff_classes=["a", "b"])
+    evaluator = SemanticEvaluator("halves")
+    truth = torch.tensor([[0, 0, 1, 1]])
+    guess = truth if rank == 0 else torch.tensor([[0, 1, 1, 1]])
+    evaluator.process([{"sem_seg": truth}], [{"sem_seg_labels": guess}])
+    (folder / f"{rank}.json").write_text(json.dumps(evaluator.evaluate()))
+    dist.destroy_process_group()
+
+
+def test_two_processes_add_up(tmp_path):
+    torch.multiprocessing.spawn(_count_own_images, (tmp_path,), nprocs=2)
+    assert json.loads((tmp_path / "1.json").read_text()) is None
+    assert json.loads((tmp_path / "0.json").read_text())["sem_seg"]["pACC"] == pytest.approx(100 * 7 / 8)

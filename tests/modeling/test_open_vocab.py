@@ -1,0 +1,105 @@
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from reference import golden_names, load_golden
+from spar_d2.teacher import SlidingWindowTeacher
+from spar_d2.text import Vocabulary
+
+
+def rgb(image):
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("name", golden_names("E_syn"))
+def test_labels_of_the_reference_from_the_pixels(name, tiny_cfg, tmp_path):
+    arrays, meta = load_golden(name)
+    (tmp_path / "classes.txt").write_text(meta["class_file_text"])
+    spar = tiny_cfg.MODEL.SPAR
+    spar.VOCABULARY, spar.TEMPLATES = str(tmp_path / "classes.txt"), "imagenet"
+    spar.LOGIT_SCALE, spar.PROB_THRESHOLD = float(meta["logit_scale"]), meta["prob_thd"]
+    model = build_model(tiny_cfg).eval()
+    labels = model([{"image": rgb(arrays["image_u8"][0])}])[0]["sem_seg_labels"]
+    different = int((labels.numpy() != arrays["pred"][0]).sum())
+    assert different <= meta["pixels_with_top2_margin_below_1e_5"] + meta["pixels_within_1e_5_of_prob_thd"]
+
+
+@pytest.fixture
+def model(tiny_cfg):
+    tiny_cfg.MODEL.SPAR.VOCABULARY = "cat, kitten; dog; sky"
+    return build_model(tiny_cfg).eval()
+
+
+def test_batches_of_different_sizes_give_what_single_images_give(model):
+    inputs = [{"image": torch.randint(0, 256, (3, *size), dtype=torch.uint8)} for size in ((70, 100), (33, 64), (1, 9))]
+    together = [output["sem_seg_labels"] for output in model(inputs)]
+    for labels, record in zip(together, inputs):
+        assert labels.shape == record["image"].shape[1:]
+        assert labels.dtype == torch.int64
+        assert torch.equal(labels, model([record])[0]["sem_seg_labels"])
+
+
+def test_the_result_has_the_size_asked_for(model):
+    record = {"image": torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8), "height": 35, "width": 200}
+    assert model([record])[0]["sem_seg_labels"].shape == (35, 200)
+
+
+def test_scores_are_probabilities_whose_best_is_the_label(tiny_cfg, model):
+    record = {"image": torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8)}
+    tiny_cfg.MODEL.SPAR.OUTPUT = "scores"
+    tiny_cfg.MODEL.SPAR.VOCABULARY = "cat, kitten; dog; sky"
+    scores = build_model(tiny_cfg).eval()([record])[0]["sem_seg"]
+    assert scores.shape == (3, 70, 100)
+    assert 0 <= scores.min() <= scores.max() <= 1
+    assert (scores.argmax(0) == model([record])[0]["sem_seg_labels"]).float().mean() > 0.999
+
+
+def test_a_new_vocabulary_takes_effect_at_once(model):
+    record = {"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}
+    before = model([record])[0]["sem_seg_labels"]
+    model.set_vocabulary(Vocabulary(["one"]))
+    assert (model([record])[0]["sem_seg_labels"] == 0).all()
+    model.set_vocabulary(Vocabulary.load("cat, kitten; dog; sky"))
+    assert torch.equal(model([record])[0]["sem_seg_labels"], before)
+
+
+def test_sliding_window_inference_is_the_teacher(tiny_cfg):
+    tiny_cfg.MODEL.SPAR.INFERENCE = "sliding_window"
+    tiny_cfg.MODEL.SPAR.VOCABULARY = "a;b"
+    model = build_model(tiny_cfg).eval()
+    image = torch.randint(0, 256, (3, 100, 90), dtype=torch.uint8)
+    x = model.backbone.pixels(model._normalise(image)[None])
+    expected = SlidingWindowTeacher(model.backbone.encoder, stride=24)(x)[0]
+    assert torch.equal(model.encode(image), expected)
+
+
+def test_class_names_of_the_test_set_are_the_default(tiny_cfg):
+    tiny_cfg.DATASETS.TEST = ("spar_scenes_val",)
+    assert build_model(tiny_cfg).vocabulary.names[:2] == ["grass", "sand"]
+
+
+def test_without_classes_inference_says_so(tiny_cfg):
+    model = build_model(tiny_cfg).eval()
+    with pytest.raises(RuntimeError, match=r"MODEL\.SPAR\.VOCABULARY"):
+        model([{"image": torch.zeros(3, 64, 64)}])
+
+
+def test_training_without_the_hook_says_so(model):
+    with pytest.raises(RuntimeError, match="DistillationHook"):
+        model.train()([{"image": torch.zeros(3, 64, 64)}])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("OUTPUT", "masks"), ("INFERENCE", "tiles"), ("PROB_THRESHOLD", 1.5), ("AREA_THRESHOLD", -0.1)],
+)
+def test_wrong_keys_are_named(tiny_cfg, key, value):
+    tiny_cfg.MODEL.SPAR[key] = value
+    with pytest.raises(ValueError, match=rf"MODEL\.SPAR\.{key}"):
+        build_model(tiny_cfg)
+
+
+def test_another_backbone_is_refused(tiny_cfg):
+    tiny_cfg.MODEL.BACKBONE.NAME = "SPARPyramid"
+    with pytest.raises(ValueError, match="must be SPARViT"):
+        build_model(tiny_cfg)

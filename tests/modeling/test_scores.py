@@ -1,0 +1,139 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reference import golden_names, load_golden
+from spar_d2.modeling import class_probabilities, scores, segment_features
+from spar_d2.modeling.scores import cosine_scores, upsampled_bands
+
+
+def whole(low, size, padded=None):
+    return torch.cat([band for _, band in upsampled_bands(low, size, padded)]).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("name", golden_names("E_syn"))
+def test_segmentation_of_the_reference(name):
+    arrays, meta = load_golden(name)
+    # (1, h, w, D) -> (D, h, w)
+    features = torch.from_numpy(arrays["patch_features"])[0].permute(2, 0, 1)
+    text, size = torch.from_numpy(arrays["query_features"]), tuple(meta["ori_shape"])
+    query_class = torch.tensor(meta["query_idx"])
+    logits = whole(cosine_scores(features, text), size)
+    torch.testing.assert_close(logits, torch.from_numpy(arrays["logits"])[0], rtol=0, atol=1e-5)
+
+    probabilities = class_probabilities(features, text, query_class, size, logit_scale=meta["logit_scale"])
+    expected = torch.from_numpy(arrays["class_prob_before_area"])
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-4)
+
+    labels = segment_features(
+        features, text, query_class, size, None, meta["logit_scale"], meta["prob_thd"], meta["area_thd"]
+    )
+    different = int((labels.numpy() != arrays["pred"][0]).sum())
+    # Pixels so close to a tie or to the threshold that rounding decides.
+    assert different <= meta["pixels_with_top2_margin_below_1e_5"] + meta["pixels_within_1e_5_of_prob_thd"]
+
+
+def by_definition(features, text, query_class, size, padded_size, logit_scale, prob_threshold, area_threshold):
+    """The same with full maps, one operation after the other."""
+    low = torch.einsum("dhw,qd->qhw", F.normalize(features, dim=0), text)
+    full = F.interpolate(low[None], size=padded_size, mode="bilinear", align_corners=False)[0]
+    probabilities = (logit_scale * full[:, : size[0], : size[1]]).softmax(0)
+    classes = int(query_class.max()) + 1
+    best = torch.stack([probabilities[query_class == k].amax(0) for k in range(classes)])
+    if area_threshold is not None:
+        areas = torch.bincount(best.argmax(0).flatten(), minlength=classes)
+        areas[0] = 0
+        keep = areas > area_threshold * areas.sum()
+        keep[0] = True
+        best = best * keep[:, None, None]
+    labels = best.argmax(0)
+    labels[best.amax(0) < prob_threshold] = 0
+    return labels
+
+
+@pytest.mark.parametrize("band_bytes", [1, 5000, 1 << 30])
+@pytest.mark.parametrize("seed", range(8))
+def test_bands_give_the_labels_of_the_full_computation(seed, band_bytes, monkeypatch):
+    monkeypatch.setitem(scores._BAND_BYTES, "cpu", band_bytes)
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    h, w, queries, classes = rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 12), rng.randint(1, 6)
+    patch = 16
+    padded = (h * patch, w * patch)
+    size = (padded[0] - rng.randint(0, 15), padded[1] - rng.randint(0, 15))
+    features, text = torch.randn(5, h, w), F.normalize(torch.randn(max(queries, classes), 5), dim=1)
+    query_class = torch.tensor([*range(classes), *(rng.randrange(classes) for _ in range(len(text) - classes))])
+    for prob_threshold in (0.0, 0.3):
+        for area_threshold in (None, 0.0, 0.2, 0.9):
+            arguments = (features, text, query_class, size, padded, 10.0, prob_threshold, area_threshold)
+            different = (segment_features(*arguments) != by_definition(*arguments)).float().mean()
+            assert different < 2e-3, (prob_threshold, area_threshold)
+
+
+def test_padding_keeps_pixels_where_they_are():
+    """A grid over a padded image: the labels of a column of patches end where the patches do."""
+    features = torch.zeros(2, 1, 4)
+    features[0, :, :2], features[1, :, 2:] = 1, 1
+    labels = segment_features(features, torch.eye(2), torch.arange(2), (10, 60), padded_size=(16, 64))
+    assert labels.shape == (10, 60)
+    assert (labels[:, :32] == 0).all()
+    assert (labels[:, 32:] == 1).all()
+
+
+def test_fractional_padded_sizes():
+    """An image that was enlarged by a factor covers a fraction of a pixel of the result."""
+    low = torch.randn(3, 4, 2)
+    exact = whole(low, (30, 40), (30.0, 40.0))
+    assert (whole(low, (30, 40), (30.001, 40.001)) - exact).abs().max() < 1e-3
+
+
+def test_class_zero_is_neither_counted_nor_removed():
+    features = torch.tensor([[[1.0, 1, 1, 0]], [[0.0, 0, 0, 1]]])
+    labels = segment_features(features, torch.eye(2), torch.arange(2), (1, 4), area_threshold=0.99)
+    assert labels.tolist() == [[0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": torch.zeros(3, 2, 2)}, "features"),
+        ({"query_class": torch.arange(3)}, "query_class"),
+        ({"size": (0, 4)}, "size"),
+        ({"size": (-1, 4)}, "size"),
+        ({"padded_size": (3, 3)}, "padded_size"),
+    ],
+)
+def test_what_does_not_go_together_is_named(changes, message):
+    arguments = {"features": torch.zeros(2, 2, 2), "text": torch.eye(2), "query_class": torch.arange(2), "size": (4, 4)}
+    with pytest.raises(ValueError, match=message):
+        segment_features(**{**arguments, **changes})
+
+
+def test_no_map_of_all_classes_is_made():
+    """Peak memory of many classes is far below one full map of them."""
+    queries, side = 200, 400
+    features, text = torch.randn(8, 25, 25), F.normalize(torch.randn(queries, 8), dim=1)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel() * result.element_size())
+            return result
+
+    with Watch():
+        segment_features(features, text, torch.arange(queries), (side, side), prob_threshold=0.1, area_threshold=0.01)
+    assert largest < queries * side * side * 4 / 10
+    assert largest >= side * side * 8, "the labels themselves are counted"
+
+
+def test_labels_are_int64_of_the_size_asked_for():
+    labels = segment_features(torch.randn(2, 3, 5), torch.eye(2), torch.arange(2), (37, 51))
+    assert labels.dtype == torch.int64
+    assert labels.shape == (37, 51)
+    assert np.isin(labels.numpy(), [0, 1]).all()

@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+import spar_d2
+from reference import reference_image
+from spar_d2.text import Vocabulary
+
+
+def test_file_image_and_array_give_the_same(tiny_model, tmp_path):
+    pixels = reference_image(70, 101)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    words = "cat, kitten; dog; été"
+    results = [
+        spar_d2.segment(image, vocabulary, *tiny_model, templates="simple")
+        for image, vocabulary in (
+            (str(tmp_path / "a.png"), words),
+            (Image.fromarray(pixels), Vocabulary.load(words)),
+            (pixels, words),
+        )
+    ]
+    for result in results:
+        assert result.labels.shape == (70, 101)
+        assert result.names == ["cat", "dog", "été"]
+        assert np.array_equal(result.labels, results[0].labels)
+        assert sum(result.areas.values()) == pytest.approx(1)
+        assert set(result.areas) == {result.names[k] for k in np.unique(result.labels)}
+
+
+def test_turned_photos_are_read_upright(tiny_model, tmp_path):
+    image = Image.fromarray(reference_image(40, 80))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert spar_d2.segment(tmp_path / "turned.jpg", "a;b", *tiny_model, templates="simple").labels.shape == (80, 40)
+
+
+def test_what_is_no_image_is_named(tiny_model, tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.jpg cannot be read"):
+        spar_d2.segment(tmp_path / "text.jpg", "a", *tiny_model)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        spar_d2.segment(tmp_path / "none.jpg", "a", *tiny_model)
+    with pytest.raises(ValueError, match="uint8 RGB"):
+        spar_d2.segment(np.zeros((4, 4)), "a", *tiny_model)

@@ -1,0 +1,75 @@
+"""Reference numbers of the method, and how to re-create the weights and images they were made with."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+TINY_CONFIG = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 64, "layers": 3, "width": 96, "patch_size": 16, "head_width": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+def reference_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The weight that the reference numbers were made with: seeded by its key alone."""
+    rng = np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF)
+    value = rng.standard_normal(shape).astype(np.float32)
+    last = key.rsplit(".", 1)[-1]
+    if key == "logit_scale":
+        return torch.tensor(math.log(100.0))
+    if last == "positional_embedding":
+        value = value * np.float32(0.3)
+    elif value.ndim == 1 and last == "weight":
+        value = np.float32(1) + value * np.float32(0.1)
+    elif value.ndim <= 1:
+        value = value * np.float32(0.1)
+    else:
+        inputs = shape[1] if value.ndim == 2 else math.prod(shape[1:])
+        value = value * np.float32(1 / math.sqrt(inputs))
+    return torch.from_numpy(value)
+
+
+def reference_image(height: int, width: int, index: int = 0) -> np.ndarray:
+    """(H, W, 3) uint8 image of the reference cases."""
+    rng = np.random.RandomState(zlib.crc32(f"image:{height}x{width}:{index}".encode()) & 0x7FFFFFFF)
+    base = rng.randint(0, 256, size=(math.ceil(height / 8), math.ceil(width / 8), 3), dtype=np.int64)
+    image = base.repeat(8, 0).repeat(8, 1)[:height, :width]
+    noise = rng.randint(-24, 25, size=(height, width, 3), dtype=np.int64)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+def normalised(image: np.ndarray, encoder) -> torch.Tensor:
+    """(H, W, 3) uint8 to (1, 3, H, W) as the encoder wants it."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
+    return ((torch.from_numpy(image).permute(2, 0, 1).float() / 255 - mean) / std)[None]
+
+
+def golden_names(prefix: str) -> list:
+    """Names of the reference cases that start with ``prefix``; one skipped parameter where there are none."""
+    names = sorted(path.stem for path in (SHARED / "golden").glob(f"{prefix}*.npz"))
+    reason = f"no reference numbers in {SHARED / 'golden'}"
+    return names or [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
+
+
+def load_golden(name: str) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and metadata of a reference case."""
+    folder = SHARED / "golden"
+    with np.load(folder / f"{name}.npz") as arrays:
+        return dict(arrays), json.loads((folder / f"{name}.json").read_text())
+
+
+def golden_input(arrays: dict[str, np.ndarray], encoder) -> torch.Tensor:
+    """(n, 3, H, W), stored or made from the stored image."""
+    if "x" in arrays:
+        return torch.from_numpy(arrays["x"])
+    return torch.cat([normalised(image, encoder) for image in arrays["image_u8"]])

@@ -1,0 +1,78 @@
+"""The rooms of the package and what they may use."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "spar_d2"
+# A room uses only rooms on lower floors, and itself.
+FLOORS = [
+    {"files"},
+    {"encoders", "text", "data", "evaluation", "visualization", "config"},
+    {"teacher"},
+    {"modeling"},
+    {"distillation"},
+    {"engine"},
+]
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# What plain PyTorch users rely on must not need Detectron2.
+WITHOUT_DETECTRON2 = ["encoders", "text", "teacher", "visualization", "evaluation/confusion.py", "modeling/scores.py"]
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+        elif isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+    return modules
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+ROOM_FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if room_of(path) not in ("__init__", "registration")]
+
+
+@pytest.mark.parametrize("path", ROOM_FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downwards(path):
+    room = room_of(path)
+    for module in imported_modules(path):
+        if module.startswith("spar_d2."):
+            used = module.split(".")[1]
+            assert used == room or FLOOR_OF[used] < FLOOR_OF[room], f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("place", WITHOUT_DETECTRON2)
+def test_plain_parts_do_not_import_detectron2(place):
+    target = PACKAGE / place
+    for path in [target] if target.is_file() else target.glob("*.py"):
+        assert not any(module.split(".")[0] == "detectron2" for module in imported_modules(path)), path
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_import_alone_loads_no_part_of_detectron2_and_no_encoder():
+    loaded = run("import spar_d2, sys; print(*sys.modules)").split()
+    assert not {"detectron2.modeling", "detectron2.config", "open_clip", "torch"} & set(loaded)
+
+
+@pytest.mark.parametrize("order", ["import spar_d2, {0}", "import {0}, spar_d2"], ids=["before", "after"])
+def test_registers_whether_imported_before_or_after_detectron2(order):
+    code = order.format("detectron2.modeling, detectron2.config, detectron2.data") + (
+        "\nfrom detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY"
+        "\nprint('SPARViT' in BACKBONE_REGISTRY, 'SPARPyramid' in BACKBONE_REGISTRY)"
+        "\nprint('OpenVocabularySegmentor' in META_ARCH_REGISTRY)"
+        "\nprint(detectron2.config.get_cfg().MODEL.SPAR.ENCODER)"
+        "\nprint('spar_scenes_val' in detectron2.data.DatasetCatalog)"
+    )
+    assert run(code).split() == ["True", "True", "True", "ViT-B-16", "True"]

@@ -1,0 +1,88 @@
+import functools
+import gc
+import weakref
+
+import pytest
+import torch
+
+from reference import golden_names, load_golden
+from spar_d2.encoders import TextTower, build_text_tower
+from spar_d2.text import TextEmbeddings, Vocabulary, load_templates
+
+
+class CountingTower:
+    """Encodes a text by its bytes; counts what it encodes."""
+
+    def __init__(self):
+        self.texts = []
+
+    def encode(self, texts):
+        self.texts += texts
+        rows = [[float(len(text)), float(sum(text.encode()) % 97), 1.0] for text in texts]
+        return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("name", golden_names("E_"))
+def test_query_vectors_of_the_reference(name, reference_clip, tiny_model):
+    arrays, meta = load_golden(name)
+    vocabulary = Vocabulary(line.split(", ") for line in meta["class_file_text"].split("\n"))
+    embeddings = TextEmbeddings(functools.partial(build_text_tower, *tiny_model), "tiny", load_templates("imagenet"))
+    text, query_class = embeddings(vocabulary)
+    torch.testing.assert_close(text, torch.from_numpy(arrays["query_features"]), rtol=0, atol=1e-5)
+    assert query_class.tolist() == meta["query_idx"]
+
+
+def test_vectors_are_unit_means_of_unit_vectors():
+    tower = CountingTower()
+    text, _ = TextEmbeddings(lambda: tower, "m", ["a {}", "the {}!"])(Vocabulary(["cat"]))
+    one, two = (torch.nn.functional.normalize(v, dim=0) for v in CountingTower().encode(tower.texts))
+    torch.testing.assert_close(text[0], torch.nn.functional.normalize((one + two) / 2, dim=0))
+
+
+def test_words_with_braces_are_only_words():
+    tower = CountingTower()
+    TextEmbeddings(lambda: tower, "m", ["a {}."])(Vocabulary(["{x} {}"]))
+    assert tower.texts == ["a {x} {}."]
+
+
+def test_computed_once_per_content_on_disk_too(tmp_path):
+    towers = []
+
+    def build():
+        towers.append(CountingTower())
+        return towers[-1]
+
+    def embed(words, identity="m", templates=("a {}",)):
+        return TextEmbeddings(build, identity, templates, tmp_path)(Vocabulary(words))[0]
+
+    first = embed(["cat", "dog"])
+    assert torch.equal(embed(["cat", "dog"]), first)
+    assert len(towers) == 1
+    embed(["cat", "dogs"])
+    embed(["cat", "dog"], identity="other weights")
+    embed(["cat", "dog"], templates=("the {}",))
+    assert len(towers) == 4
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"damaged")
+    assert torch.equal(embed(["cat", "dog"]), first)
+    assert len(towers) == 5
+
+
+def test_the_tower_is_freed_after_use(tiny_model):
+    alive = []
+
+    def build() -> TextTower:
+        tower = build_text_tower(*tiny_model)
+        alive.append(weakref.ref(tower))
+        return tower
+
+    TextEmbeddings(build, "m", ["a {}"])(Vocabulary(["cat"]))
+    gc.collect()
+    assert alive[0]() is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    text, _ = TextEmbeddings(CountingTower, "m", ["a {}"], tmp_path / "file" / "folder")(Vocabulary(["cat"]))
+    assert text.shape == (1, 3)
+    assert "could not be stored" in caplog.text

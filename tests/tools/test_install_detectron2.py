@@ -1,0 +1,65 @@
+"""The installer, with a small wheel in place of the real one."""
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from reference import ROOT
+
+TOOL = ROOT / "tools" / "install_detectron2.py"
+
+
+@pytest.fixture
+def installer():
+    spec = importlib.util.spec_from_file_location("install_detectron2", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    path = tmp_path / "labgym-3.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("LabGym/detectron2/__init__.py", "from LabGym.detectron2.a import X\n__version__ = '0.6'\n")
+        archive.writestr("LabGym/detectron2/a.py", "X = 1\n")
+        archive.writestr("LabGym/detectron2/model_zoo/configs/c.yaml", "A: 1\n")
+        archive.writestr("LabGym/other.py", "raise SystemExit\n")
+        archive.writestr("labgym-3.1.2.dist-info/METADATA", "Name: LabGym\n")
+    return path
+
+
+def test_installed_already_does_nothing():
+    done = subprocess.run([sys.executable, TOOL], capture_output=True, text=True, check=True)
+    assert "nothing to do" in done.stdout
+
+
+def test_repacked_wheel_installs_shows_and_uninstalls(installer, wheel, tmp_path):
+    packed = installer.repack(wheel, tmp_path)
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", "--target", site, packed], check=True)
+    names = {path.name for path in site.iterdir()}
+    assert names == {"detectron2", f"detectron2-{installer.VERSION}.dist-info"}
+    assert (site / "detectron2" / "__init__.py").read_text().startswith("from detectron2.a import X")
+    assert (site / "detectron2" / "model_zoo" / "configs" / "c.yaml").is_file()
+    notice = (site / f"detectron2-{installer.VERSION}.dist-info" / "NOTICE").read_text()
+    assert "Apache License, Version 2.0" in notice
+    listed = subprocess.run([*pip, "list", "--path", site], capture_output=True, text=True, check=True).stdout
+    assert f"detectron2 {installer.VERSION}" in " ".join(listed.split())
+
+
+def test_another_file_under_the_wheels_name_is_refused(installer, wheel, capsys):
+    assert not installer.install_from_wheel(wheel)
+    output = capsys.readouterr().out
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() in output
+    assert installer.WHEEL_SHA256 in output
+
+
+def test_a_missing_wheel_file_is_named(installer, tmp_path, capsys):
+    assert not installer.install_from_wheel(tmp_path / "none.whl")
+    assert "there is no file" in capsys.readouterr().out

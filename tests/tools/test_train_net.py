@@ -1,0 +1,122 @@
+"""The command line, as a user types it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from reference import ROOT
+
+TOOL = str(ROOT / "tools" / "train_net.py")
+CONFIG = str(ROOT / "configs" / "distill" / "Base-distill.yaml")
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-W", "ignore", TOOL, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def arguments_for(tiny_model, photo_folder, output):
+    return [
+        "--config-file", CONFIG, "MODEL.DEVICE", "cpu", "MODEL.SPAR.ENCODER", tiny_model[0],
+        "MODEL.SPAR.PRETRAINED", tiny_model[1], "SPAR.DATA.IMAGES", photo_folder, "SPAR.DATA.SHORT_SIDE", "(64,96)",
+        "SPAR.DATA.CROP_MIN_SIDE", 48, "SPAR.TEACHER.WINDOWS_PER_IMAGE", 2, "SOLVER.MAX_ITER", 3,
+        "DATALOADER.NUM_WORKERS", 2, "OUTPUT_DIR", output,
+    ]  # fmt: skip
+
+
+def test_help_names_the_flags():
+    done = run("--help")
+    assert done.returncode == 0
+    for flag in ("--config-file", "--resume", "--eval-only", "--num-gpus", "--num-machines", "--dist-url"):
+        assert flag in done.stdout
+
+
+def test_stops_at_ctrl_c_resumes_and_evaluates(tiny_model, photo_folder, tmp_path):
+    output = tmp_path / "run"
+    arguments = arguments_for(tiny_model, photo_folder, output)
+    # Long enough to be interrupted in the middle; the whole process group gets the signal, as from a terminal.
+    command = [sys.executable, "-W", "ignore", TOOL, *map(str, arguments), "SOLVER.MAX_ITER", "100000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    deadline = time.time() + 200
+    metrics = output / "metrics.json"
+    while not (metrics.is_file() and metrics.stat().st_size) and time.time() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, text
+    assert "Traceback" not in text
+    assert "--resume goes on" in text
+    stopped = int((output / "last_checkpoint").read_text().removeprefix("model_").removesuffix(".pth"))
+
+    done = run("--resume", *arguments, "SOLVER.MAX_ITER", stopped + 3)
+    assert done.returncode == 0, done.stderr
+    assert f"Starting training from iteration {stopped + 1}" in done.stdout + done.stderr
+    student = output / "student.safetensors"
+    assert student.is_file()
+
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path / "datasets")}
+    done = run(
+        "--eval-only", *arguments, "MODEL.WEIGHTS", student, "MODEL.SPAR.TEMPLATES", "simple",
+        "DATASETS.TEST", "('spar_scenes_tune',)", env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "mIoU" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["MODEL.SPAR.ENCODER", "ViT-B-61"], "did you mean ViT-B-16"),
+        (["MODEL.SPAR.PRETRAINED", "nowhere.safetensors"], "MODEL.SPAR.PRETRAINED: 'nowhere.safetensors' is neither"),
+        (["MODEL.SPAR.PRETRAINED", "{corrupt}"], "MODEL.SPAR.PRETRAINED: {corrupt} cannot be read as weights"),
+        (["SPAR.DATA.IMAGES", "{empty}"], "SPAR.DATA.IMAGES: the folder {empty} has no images"),
+        (["SPAR.DATA.IMAGES", "{ruined}"], "SPAR.DATA.IMAGES: none of the 1 images"),
+        (["MODEL.SPAR.VOCABULARY", ";"], "vocabulary is empty"),
+        (["SPAR.TEACHER.WINDOW", 8], "SPAR.TEACHER.WINDOW"),
+        (["SPAR.TEACHER.STRIDE", 0], "SPAR.TEACHER.STRIDE"),
+        (["SPAR.DATA.SHORT_SIDE", "(-64,96)"], "SPAR.DATA.SHORT_SIDE"),
+        (["MODEL.SPAR.ENCODR", "x"], "MODEL.SPAR.ENCODR"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no checkpoint nowhere.pth"),
+    ],
+)
+def test_bad_input_gives_one_message_and_no_debris(wrong, message, tiny_model, photo_folder, tmp_path, capsys):
+    """In this process, to be quick: what the command line calls."""
+    import importlib.util
+
+    from detectron2.engine import default_argument_parser
+
+    places = {"empty": tmp_path / "empty", "ruined": tmp_path / "ruined", "corrupt": tmp_path / "corrupt.safetensors"}
+    places["empty"].mkdir()
+    places["ruined"].mkdir()
+    (places["ruined"] / "a.jpg").write_bytes(b"ruined")
+    places["corrupt"].write_bytes(b"corrupt")
+    output = tmp_path / "run"
+    arguments = [str(a) for a in arguments_for(tiny_model, photo_folder, output) + wrong]
+    spec = importlib.util.spec_from_file_location("train_net", TOOL)
+    train_net = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_net)
+    with pytest.raises(SystemExit) as exit_:
+        train_net.main(default_argument_parser().parse_args([a.format(**places) for a in arguments]))
+    assert exit_.value.code == 1
+    assert message.format(**places) in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_missing_config_file_and_missing_gpu(tmp_path):
+    done = run("--config-file", tmp_path / "none.yaml")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --config-file: there is no file")
+    done = run("--config-file", CONFIG, "--eval-only", "MODEL.DEVICE", "cuda", "OUTPUT_DIR", tmp_path / "run")
+    assert done.returncode == 1
+    assert "nothing to evaluate on: DATASETS.TEST is empty" in done.stderr
+    import torch
+
+    if not torch.cuda.is_available():
+        assert "there is no GPU here: using the CPU" in done.stderr

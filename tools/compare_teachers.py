@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Compare teachers on the demo's world: all windows against a few at random, each at its best learning rate.
+
+For every number of windows, learning rate and seed a student is distilled and evaluated. The learning rate is chosen on
+scenes of their own ("tune"), the scores reported are those on the evaluation scenes ("val"). Finished runs are kept in
+the output folder, so that the comparison can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from pathlib import Path
+
+from tqdm import tqdm
+
+import spar_d2  # noqa: F401  registers
+from spar_d2.distillation import DistillationHook
+from spar_d2.engine.comparison import Method, measure
+from spar_d2.engine.hooks import StepTimer
+from spar_d2.engine.setup import load_config, prepare, quiet_console, readable_errors
+from spar_d2.engine.trainer import STUDENT_FILE, Trainer
+from spar_d2.files import replacing
+
+TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", default="configs/demo/distill.yaml")
+    parser.add_argument("--windows", type=int, nargs="+", default=[0, 8], help="per image; 0 is all (default: 0 8)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3], help="learning rates")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--output", type=Path, default=Path("output/compare_teachers"), help="folder for all runs")
+    return parser.parse_args()
+
+
+def distil(config_file: str, folder: Path, windows: int, rate: float, seed: int) -> dict[str, float]:
+    """One run; read from its folder if it is there."""
+    record = folder / "result.json"
+    if record.is_file():
+        return json.loads(record.read_text())
+    overrides = ["SPAR.TEACHER.WINDOWS_PER_IMAGE", windows, "SOLVER.BASE_LR", rate, "SEED", seed]
+    cfg = load_config(config_file, [*overrides, "OUTPUT_DIR", str(folder), "DATASETS.TEST", ()])
+    prepare(cfg, argparse.Namespace(config_file=config_file, eval_only=False))
+    quiet_console()
+    trainer, timer = Trainer(cfg), StepTimer()
+    trainer.register_hooks([timer])
+    trainer.train()
+    hook = next(hook for hook in trainer._hooks if isinstance(hook, DistillationHook))
+    result = {"windows": hook.windows_encoded, "seconds": timer.seconds}
+    cfg.defrost()
+    cfg.DATASETS.TEST = (VAL,)
+    student = Method("student", weights=str(folder / STUDENT_FILE))
+    for dataset in (TUNE, VAL):
+        result[dataset] = measure(cfg, dataset, student).scores["mIoU"]
+    with replacing(record) as temporary:
+        temporary.write_text(json.dumps(result))
+    return result
+
+
+def table(results: dict[tuple[int, float, int], dict], args: argparse.Namespace) -> str:
+    """For every number of windows the rate that is best on the tuning scenes, and what it gives."""
+    lines = [
+        "| windows per image | learning rate | mIoU on tuning scenes | mIoU, seeds "
+        + ", ".join(map(str, args.seeds))
+        + " | mean mIoU | teacher windows a run | seconds a run |",
+        "|---:|---:|---:|---|---:|---:|---:|",
+    ]
+    for windows in args.windows:
+
+        def tuned(rate: float, windows: int = windows) -> float:
+            return statistics.mean(results[windows, rate, seed][TUNE] for seed in args.seeds)
+
+        best = max(args.rates, key=tuned)
+        for rate in args.rates:
+            runs = [results[windows, rate, seed] for seed in args.seeds]
+            scores = [run[VAL] for run in runs]
+            mark = "**" if rate == best else ""
+            lines.append(
+                f"| {windows or 'all'} | {mark}{rate:g}{mark} | {tuned(rate):.1f} "
+                f"| {' / '.join(f'{score:.1f}' for score in scores)} | {mark}{statistics.mean(scores):.1f}{mark} "
+                f"| {statistics.mean(run['windows'] for run in runs):,.0f} "
+                f"| {statistics.median(run['seconds'] for run in runs):.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    with readable_errors():
+        combinations = list(itertools.product(args.seeds, args.rates, args.windows))
+        results = {}
+        for seed, rate, windows in tqdm(combinations, desc="runs", unit="run"):
+            folder = args.output / f"windows{windows}_rate{rate:g}_seed{seed}"
+            results[windows, rate, seed] = distil(args.config_file, folder, windows, rate, seed)
+        text = table(results, args)
+        with replacing(args.output / "table.md") as temporary:
+            temporary.write_text(text + "\n")
+    print(f"\n{text}\n\nThe rate in bold is the best on the tuning scenes. Everything is in {args.output}.")
+
+
+if __name__ == "__main__":
+    main()
