@@ -20,7 +20,7 @@ import spar_d2  # noqa: F401  registers
 from spar_d2.distillation import DistillationHook
 from spar_d2.engine.comparison import Method, measure
 from spar_d2.engine.hooks import StepTimer
-from spar_d2.engine.setup import load_config, prepare, quiet_console, readable_errors
+from spar_d2.engine.setup import load_config, prepare, readable_errors
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.files import replacing
 
@@ -44,11 +44,12 @@ def distil(config_file: str, folder: Path, windows: int, rate: float, seed: int)
         return json.loads(record.read_text())
     overrides = ["SPAR.TEACHER.WINDOWS_PER_IMAGE", windows, "SOLVER.BASE_LR", rate, "SEED", seed]
     cfg = load_config(config_file, [*overrides, "OUTPUT_DIR", str(folder), "DATASETS.TEST", ()])
-    prepare(cfg, argparse.Namespace(config_file=config_file, eval_only=False))
-    quiet_console()
+    prepare(cfg, argparse.Namespace(config_file=config_file, eval_only=False), quiet=True)
     trainer, timer = Trainer(cfg), StepTimer()
     trainer.register_hooks([timer])
     trainer.train()
+    if trainer.iter < trainer.max_iter:
+        raise SystemExit(f"stopped; runs that were finished are kept in {folder.parent}")
     hook = next(hook for hook in trainer._hooks if isinstance(hook, DistillationHook))
     result = {"windows": hook.windows_encoded, "seconds": timer.seconds}
     cfg.defrost()

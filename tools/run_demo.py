@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 
 import spar_d2  # noqa: F401  registers
+from spar_d2.encoders import build_encoder
 from spar_d2.engine.comparison import Method, build_method, markdown_table, measure
-from spar_d2.engine.setup import load_config, prepare, quiet_console, readable_errors
+from spar_d2.engine.setup import load_config, prepare, readable_errors
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.visualization import draw_panels, shared_pca_colours
 
@@ -36,13 +36,14 @@ def main() -> None:
     started = time.time()
     with readable_errors():
         cfg = load_config(args.config_file, ["OUTPUT_DIR", str(args.output), "SEED", args.seed])
-        shutil.rmtree(args.output / "pictures", ignore_errors=True)
-        prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False))
-        quiet_console()
+        student = args.output / STUDENT_FILE
+        student.unlink(missing_ok=True)
+        prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)
         print(f"Distilling {cfg.SOLVER.MAX_ITER} steps (log: {args.output}/log.txt) ...")
-        trainer = Trainer(cfg)
-        trainer.train()
-        results = [measure(cfg, VAL, method) for method in methods(cfg, args.output / STUDENT_FILE)]
+        Trainer(cfg).train()
+        if not student.is_file():
+            raise SystemExit("stopped before the student was finished")
+        results = [measure(cfg, VAL, method) for method in methods(cfg, student)]
         table = markdown_table(results, baseline=results[2])
         (args.output / "table.md").write_text(table + "\n")
         draw(cfg, [results[0].method, results[2].method, results[3].method], args.output / "pictures")
@@ -55,10 +56,10 @@ def methods(cfg: CfgNode, student: Path) -> list[Method]:
     """Pre-trained single pass, disjoint tiles, teacher, student."""
     sliding = ["MODEL.SPAR.INFERENCE", "sliding_window", "SPAR.TEACHER.STRIDE"]
     stride = cfg.SPAR.TEACHER.STRIDE
-    native = 64
+    window = cfg.SPAR.TEACHER.WINDOW or build_encoder(cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED).native_size
     return [
         Method("pre-trained, single pass"),
-        Method("pre-trained, disjoint tiles", [*sliding, native]),
+        Method("pre-trained, disjoint tiles", [*sliding, window]),
         Method(f"sliding-window teacher, stride {stride}", [*sliding, stride]),
         Method("SPAR student, single pass", weights=str(student)),
     ]

@@ -109,12 +109,12 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: str | os.PathLi
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
-def fingerprint(pretrained: str) -> str:
-    """Text that changes with the weights: a file's SHA-256, or the tag itself."""
-    if not Path(pretrained).is_file():
-        return pretrained
+def fingerprint(source: str) -> str:
+    """Text that changes with what it stands for: a file's SHA-256, or else a name or tag itself."""
+    if not Path(source).is_file():
+        return source
     digest = hashlib.sha256()
-    with open(pretrained, "rb") as file:
+    with open(source, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -50,19 +50,23 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     return cfg
 
 
-def prepare(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Freeze the config, make the output folder, set up logging and seeds, as all of Detectron2's tools do."""
+def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None:
+    """Freeze the config, make the output folder, set up logging and seeds, as all of Detectron2's tools do.
+
+    ``quiet`` leaves the console to progress bars: below a warning, logs go to the output folder's log.txt alone.
+    """
     cfg.freeze()
+    # The same calls as Detectron2's own set-up, which finds the loggers ready and keeps them.
+    rank = comm.get_rank()
+    loggers = [
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore"),
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank),
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="spar_d2", abbrev_name="spar_d2"),
+    ]
+    for handler in (handler for logger in loggers for handler in logger.handlers):
+        if quiet and type(handler) is logging.StreamHandler:
+            handler.setLevel(logging.WARNING)
     default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="spar_d2", abbrev_name="spar_d2")
-
-
-def quiet_console() -> None:
-    """Leave the console to progress bars: below a warning, logs go to the output folder's log.txt alone."""
-    for name in ("detectron2", "fvcore", "spar_d2"):
-        for handler in logging.getLogger(name).handlers:
-            if type(handler) is logging.StreamHandler:
-                handler.setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager

@@ -87,14 +87,12 @@ class OpenVocabularySegmentor(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
+        # Only vectors on disk outlive the model, and must be told from those of other weights.
+        identity = f"{fingerprint(spar.ENCODER)} {fingerprint(spar.PRETRAINED)}" if spar.TEXT_CACHE else ""
+        build_tower = functools.partial(build_text_tower, spar.ENCODER, spar.PRETRAINED)
         return {
             "backbone": build_backbone(cfg),
-            "embeddings": TextEmbeddings(
-                functools.partial(build_text_tower, spar.ENCODER, spar.PRETRAINED),
-                identity=f"{spar.ENCODER} {fingerprint(spar.ENCODER)} {fingerprint(spar.PRETRAINED)}",
-                templates=load_templates(spar.TEMPLATES),
-                cache_dir=spar.TEXT_CACHE,
-            ),
+            "embeddings": TextEmbeddings(build_tower, identity, load_templates(spar.TEMPLATES), spar.TEXT_CACHE),
             "vocabulary": _vocabulary(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,

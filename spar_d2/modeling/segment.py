@@ -33,8 +33,8 @@ class Segmentation:
 def segment(
     image: str | os.PathLike | Image.Image | np.ndarray,
     vocabulary: str | Vocabulary,
-    encoder: str = "ViT-B-16",
-    pretrained: str = "",
+    encoder: str,
+    pretrained: str,
     templates: str = "imagenet",
     device: str = "cpu",
 ) -> Segmentation:
@@ -55,7 +55,9 @@ def segment(
     """
     vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary.load(vocabulary)
     pixels = torch.tensor(_read(image), device=device).permute(2, 0, 1).float() / 255
-    model, embeddings = _load(encoder, pretrained, templates, device)
+    # A file that was written anew is loaded anew.
+    changed = tuple(os.stat(name).st_mtime_ns if os.path.isfile(name) else 0 for name in (encoder, pretrained))
+    model, embeddings = _load(encoder, pretrained, templates, device, changed)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (model.pixel_mean, model.pixel_std))
     text, query_class = embeddings(vocabulary)
     with torch.no_grad():
@@ -83,7 +85,9 @@ def _read(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(encoder: str, pretrained: str, templates: str, device: str) -> tuple[DenseEncoder, TextEmbeddings]:
+def _load(
+    encoder: str, pretrained: str, templates: str, device: str, changed: tuple[int, ...]
+) -> tuple[DenseEncoder, TextEmbeddings]:
     def build_tower() -> TextTower:
         return build_text_tower(encoder, pretrained)
 

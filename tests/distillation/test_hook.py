@@ -164,6 +164,38 @@ def test_under_autocast_the_loss_is_float32_and_close(tiny_cfg):
     assert rough.losses[0] == pytest.approx(exact.losses[0], rel=0.05)
 
 
+def _one_step(rank, cfg, folder):
+    """One of two processes: one step on its own image, weights written down."""
+    import torch.distributed as dist
+    from detectron2.utils import comm
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    model = nn.parallel.DistributedDataParallel(build_model(cfg), broadcast_buffers=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    data = [[{"image": as_tensor(reference_image(64, 96, rank))}]] * 2
+    trainer = SimpleTrainer(model, data, torch.optim.SGD(trained, lr=0.1))
+    trainer.register_hooks([DistillationHook(cfg)])
+    trainer.train(0, 1)
+    torch.save(model.module.state_dict(), f"{folder}/{rank}.pth")
+    dist.destroy_process_group()
+
+
+def test_two_processes_make_the_step_of_one_with_both_images(tiny_cfg, tmp_path):
+    torch.multiprocessing.spawn(_one_step, (tiny_cfg, tmp_path), nprocs=2)
+    model = build_model(tiny_cfg)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    data = [[{"image": as_tensor(reference_image(64, 96, index))} for index in range(2)]]
+    trainer = SimpleTrainer(model, data, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    trainer.register_hooks([DistillationHook(tiny_cfg)])
+    trainer.train(0, 1)
+    first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
+    for name, value in model.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(start[name], value) for name, value in first.items())
+
+
 def test_evaluation_between_steps_leaves_nothing_behind(tiny_cfg):
     images = [as_tensor(reference_image(64, 96))]
     trainer = trainer_for(tiny_cfg, images, DistillationHook(tiny_cfg))

@@ -43,3 +43,16 @@ def test_what_is_no_image_is_named(tiny_model, tmp_path):
         spar_d2.segment(tmp_path / "none.jpg", "a", *tiny_model)
     with pytest.raises(ValueError, match="uint8 RGB"):
         spar_d2.segment(np.zeros((4, 4)), "a", *tiny_model)
+
+
+def test_weights_written_anew_are_loaded_anew(tiny_model):
+    from safetensors.torch import load_file
+
+    from spar_d2.encoders.weights import write_safetensors
+
+    image = reference_image(64, 64)
+    before = spar_d2.segment(image, "cat; dog; sky", *tiny_model, templates="simple").labels
+    weights = load_file(tiny_model[1])
+    weights["visual.proj"] = -weights["visual.proj"]
+    write_safetensors(weights, tiny_model[1])
+    assert not np.array_equal(spar_d2.segment(image, "cat; dog; sky", *tiny_model, templates="simple").labels, before)
