@@ -40,5 +40,5 @@ setup(
         # Its model zoo imports pkg_resources, which later versions no longer have.
         "setuptools<81",
     ],
-    extras_require={"test": ["pytest>=7.0", "ruff>=0.4"]},
+    extras_require={"test": ["pytest>=7.0", "ruff~=0.17.0"]},
 )

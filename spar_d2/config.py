@@ -35,8 +35,8 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Channels of every level of the pyramid backbone.
     cfg.MODEL.SPAR.PYRAMID_CHANNELS = 256
 
-    # Classes to segment: a file (UTF-8, one class per line, synonyms separated by ", "), or inline text ("cat, kitten;
-    # dog"). "" takes the class names of the data set under test.
+    # Classes to segment: a file (*.txt in UTF-8, one class per line, synonyms separated by ", "), or inline text
+    # ("cat, kitten; dog"). "" takes the class names of the data set under test.
     cfg.MODEL.SPAR.VOCABULARY = ""
     # Prompt templates: "imagenet" (open_clip's 80), "simple" ("a photo of a {}."), or a file with one per line.
     cfg.MODEL.SPAR.TEMPLATES = "imagenet"
@@ -76,7 +76,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     # The short side of a training image is scaled to a random length in this range, in pixels.
     cfg.SPAR.DATA.SHORT_SIDE = (512, 2048)
     # The long side is never scaled beyond this, in pixels.
-    cfg.SPAR.DATA.MAX_SIDE = 4096
+    cfg.SPAR.DATA.MAX_SIDE = 2048
     # Chance of training on a random crop of the scaled image.
     cfg.SPAR.DATA.CROP_PROB = 0.5
     # A crop's sides are drawn between max(CROP_MIN_FRACTION of the side, CROP_MIN_SIDE pixels) and the whole side.

@@ -21,11 +21,11 @@ def distillation_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tens
 
 
 def sampled_distillation_loss(student: torch.Tensor, target: SampledTarget) -> torch.Tensor:
-    """Loss against a random subset of windows, with the full loss's gradient in expectation.
+    """Loss against a few random windows, with the full loss's gradient in expectation.
 
     With ``w = target.weight`` and ``t = weighted_sum / w``, it is ``scale * mean(w * (student - t) ** 2)`` over all
     cells, those with ``w = 0`` counting as zero. Its gradient, ``2 * scale * (w * student - weighted_sum)``, is linear
-    in the windows drawn, so that its mean over all subsets is the gradient of :func:`distillation_loss`.
+    in the windows drawn, so that its mean over all draws is the gradient of :func:`distillation_loss`.
 
     Args:
         student: (B, D, h, w).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class DenseEncoder(nn.Module):
+class DenseEncoder(nn.Module, ABC):
     """A ViT that gives one feature per patch, for images of any size.
 
     Attributes:

@@ -50,6 +50,13 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     return cfg
 
 
+def check_gpus(wanted: int) -> None:
+    """Raise ``ValueError`` where ``--num-gpus`` asks for several GPUs and there are fewer."""
+    present = torch.cuda.device_count()
+    if wanted > max(1, present):
+        raise ValueError(f"--num-gpus: {wanted} asked for, {present} present; without a GPU leave it at 1")
+
+
 def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None:
     """Freeze the config, make the output folder, set up logging and seeds, as all of Detectron2's tools do.
 
@@ -71,14 +78,17 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None
 
 @contextlib.contextmanager
 def clean_start(output_dir: str) -> Iterator[None]:
-    """While a run is being set up: where that fails, an output folder that was not there before is removed again."""
-    existed = os.path.exists(output_dir)
+    """While a run is being set up: where that fails, folders made for its output are removed again."""
+    path = os.path.abspath(output_dir)
+    new = ""
+    while path and not os.path.exists(path):
+        path, new = os.path.dirname(path), path
     try:
         yield
     except Exception:
-        if not existed and comm.is_main_process():
+        if new and comm.is_main_process():
             logging.shutdown()
-            shutil.rmtree(output_dir, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
         raise
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
-from spar_d2.encoders import build_text_tower
+from spar_d2.encoders import TextTower, build_text_tower
 from spar_d2.encoders.weights import fingerprint
 from spar_d2.modeling.backbone import DENSE, SPARViT
 from spar_d2.modeling.scores import class_probabilities, segment_features
@@ -89,7 +87,10 @@ class OpenVocabularySegmentor(nn.Module):
         spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
         # Only vectors on disk outlive the model, and must be told from those of other weights.
         identity = f"{fingerprint(spar.ENCODER)} {fingerprint(spar.PRETRAINED)}" if spar.TEXT_CACHE else ""
-        build_tower = functools.partial(build_text_tower, spar.ENCODER, spar.PRETRAINED)
+
+        def build_tower() -> TextTower:
+            return build_text_tower(spar.ENCODER, spar.PRETRAINED).to(cfg.MODEL.DEVICE)
+
         return {
             "backbone": build_backbone(cfg),
             "embeddings": TextEmbeddings(build_tower, identity, load_templates(spar.TEMPLATES), spar.TEXT_CACHE),

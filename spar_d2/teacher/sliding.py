@@ -16,12 +16,12 @@ from spar_d2.teacher.windows import WindowPlan
 
 @dataclass(frozen=True)
 class SampledTarget:
-    """What a random subset of the windows says about the stitched target.
+    """What a few random windows say about the stitched target.
 
     Attributes:
-        weighted_sum: (B, D, h, w) float32, the subset's share of the full target.
-        weight: (B, 1, h, w) float32, the share of each cell's windows that is in the subset, 0..1.
-        scale: windows of the full plan divided by windows of the subset.
+        weighted_sum: (B, D, h, w) float32, their share of the full target.
+        weight: (B, 1, h, w) float32, the share of each cell's windows that is among them.
+        scale: windows of the full plan divided by the windows drawn.
     """
 
     weighted_sum: torch.Tensor
@@ -62,15 +62,14 @@ class SlidingWindowTeacher(nn.Module):
         """The full target, see :func:`sliding_window_features`."""
         return sliding_window_features(self.encoder, x, self.window, self.stride, self.batch_size)
 
-    @torch.no_grad()
     def sample(self, x: torch.Tensor, windows: int, generator: torch.Generator | None = None) -> SampledTarget:
-        """Encode a random subset of each image's windows.
+        """Encode a few windows of each image, at random but evenly spread.
 
-        Averaged over all subsets, ``scale * weight`` is 1 and ``scale * weighted_sum`` is the full target.
+        On average over all draws, ``scale * weight`` is 1 and ``scale * weighted_sum`` is the full target.
 
         Args:
             x: (B, 3, H, W) as for the encoder.
-            windows: windows per image, at least 1; more than the plan has means all.
+            windows: windows per image, at least 1; as many as the plan has, or more, means all.
             generator: CPU generator that draws them.
 
         Raises:
@@ -80,11 +79,18 @@ class SlidingWindowTeacher(nn.Module):
             raise ValueError(f"windows must be at least 1, got {windows}")
         check_images(x)
         plan = self.plan(*x.shape[-2:])
-        windows = min(windows, len(plan))
-        # A random order of each image's windows, cut off: (B, m) -> (B, windows).
-        picks = torch.rand(len(x), len(plan), generator=generator).argsort(dim=1)[:, :windows]
+        if windows < len(plan):
+            picks = plan.spread(windows, torch.rand(len(x), 2, generator=generator))
+        else:
+            picks = torch.arange(len(plan)).expand(len(x), -1)
+        return self.encode_windows(x, picks)
+
+    @torch.no_grad()
+    def encode_windows(self, x: torch.Tensor, picks: torch.Tensor) -> SampledTarget:
+        """Encode the windows with the numbers ``picks`` (B, k) of each image (B, 3, H, W); see :meth:`sample`."""
+        plan = self.plan(*x.shape[-2:])
         weighted_sum, weight = _stitch(self.encoder, x, plan, picks, self.batch_size)
-        return SampledTarget(weighted_sum, weight, len(plan) / windows)
+        return SampledTarget(weighted_sum, weight, len(plan) / picks.shape[1])
 
 
 @torch.no_grad()
@@ -148,7 +154,7 @@ def _stitch(
     views = padded.unfold(2, plan.window, 1).unfold(3, plan.window, 1)
     images = torch.arange(batch).repeat_interleave(picks.shape[1])
     windows = picks.reshape(-1)
-    cells = plan.mosaic_size[0] * plan.mosaic_size[1]
+    cells = plan.counts.numel()
     mosaic = x.new_zeros((batch * cells, encoder.embed_dim), dtype=torch.float32)
     seen = x.new_zeros(batch * cells, dtype=torch.float32)
     for start in range(0, len(windows), batch_size):
@@ -161,12 +167,15 @@ def _stitch(
         # (b, D, c, c) -> (b * c * c, D), the order of `places`.
         mosaic.index_add_(0, places, features.permute(0, 2, 3, 1).reshape(len(places), -1))
         seen.index_add_(0, places, torch.ones_like(places, dtype=torch.float32))
-    counts = plan.counts.to(x.device).flatten().repeat(batch)
-    both = torch.cat([mosaic, seen[:, None]], dim=1).div_(counts[:, None])
-    both = both.reshape(batch, *plan.mosaic_size, -1).permute(0, 3, 1, 2)
+    grid = encoder.grid(height, width)
+    return _to_patches(mosaic, plan, batch, grid), _to_patches(seen[:, None], plan, batch, grid)
+
+
+def _to_patches(mosaic: torch.Tensor, plan: WindowPlan, batch: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Sums (batch * cells, C) to their share of the full plan's mean, at the patches: (batch, C, *grid)."""
+    counts = plan.counts.to(mosaic.device).flatten().repeat(batch)
+    mosaic = mosaic.div_(counts[:, None]).reshape(batch, *plan.mosaic_size, -1).permute(0, 3, 1, 2)
     patches = (plan.height // plan.patch, plan.width // plan.patch)
     if patches != plan.mosaic_size:
-        both = F.interpolate(both, size=patches, mode="bilinear", align_corners=False)
-    rows, columns = encoder.grid(height, width)
-    both = both[..., :rows, :columns]
-    return both[:, :-1].contiguous(), both[:, -1:].contiguous()
+        mosaic = F.interpolate(mosaic, size=patches, mode="bilinear", align_corners=False)
+    return mosaic[..., : grid[0], : grid[1]].contiguous()

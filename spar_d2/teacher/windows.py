@@ -7,6 +7,8 @@ from functools import cached_property
 
 import torch
 
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
     """Positions of the windows along one side: every ``stride``, and one more flush with the end if needed."""
@@ -59,14 +61,41 @@ class WindowPlan:
         return self.height // self.cell, self.width // self.cell
 
     @cached_property
+    def starts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tops and lefts of the windows in pixels, int64 each; every pair of them is a window."""
+        tops, lefts = (window_starts(side, self.window, self.stride) for side in (self.height, self.width))
+        return torch.tensor(tops), torch.tensor(lefts)
+
+    @cached_property
     def origins(self) -> torch.Tensor:
         """(m, 2) int64, top and left of every window in pixels, row by row."""
-        rows = torch.tensor(window_starts(self.height, self.window, self.stride))
-        columns = torch.tensor(window_starts(self.width, self.window, self.stride))
-        return torch.cartesian_prod(rows, columns).reshape(-1, 2)
+        return torch.cartesian_prod(*self.starts)
 
     def __len__(self) -> int:
         return len(self.origins)
+
+    def spread(self, count: int, shifts: torch.Tensor) -> torch.Tensor:
+        """Choose windows that lie evenly over the image.
+
+        A fixed pattern of points, evenly spread over the unit square (a lattice of the golden ratio), is shifted around
+        the torus, and each point takes the window that it falls on. With random shifts every window is equally likely
+        at every point, which is all that sampled targets need to be right on average; that the windows hardly overlap
+        makes them vary less than windows drawn apart would.
+
+        Args:
+            count: windows to choose, at least 1.
+            shifts: (B, 2), uniform in 0..1, one for each image.
+
+        Returns:
+            (B, count) int64 numbers of windows.
+        """
+        steps = torch.arange(count, dtype=torch.float64)
+        pattern = torch.stack([steps / count, steps * _GOLDEN_RATIO], dim=1)
+        points = (pattern + shifts[:, None].double()) % 1
+        rows, columns = (len(starts) for starts in self.starts)
+        # Rounding must not carry a point just below 1 to the number after the last.
+        row, column = ((points[..., i] * n).long().clamp(max=n - 1) for i, n in enumerate((rows, columns)))
+        return row * columns + column
 
     def cells_of(self, windows: torch.Tensor) -> torch.Tensor:
         """(k,) window numbers to (k, window_cells ** 2) numbers of the mosaic cells that they cover, both in raster
@@ -79,11 +108,8 @@ class WindowPlan:
     @cached_property
     def counts(self) -> torch.Tensor:
         """(rows, columns) float32, how many windows of the full plan cover each mosaic cell; at least 1."""
-        along_sides = []
-        for length, total in zip((self.height, self.width), self.mosaic_size):
-            starts = torch.tensor(window_starts(length, self.window, self.stride)) // self.cell
-            along_sides.append(_coverage(starts, self.window_cells, total))
-        return torch.outer(*along_sides)
+        sides = zip(self.starts, self.mosaic_size)
+        return torch.outer(*(_coverage(starts // self.cell, self.window_cells, total) for starts, total in sides))
 
 
 def _coverage(starts: torch.Tensor, length: int, total: int) -> torch.Tensor:

@@ -48,12 +48,11 @@ class Vocabulary:
                 ";" between classes and "," between synonyms ("cat, kitten; dog; sky").
 
         Raises:
-            FileNotFoundError: ``source`` looks like a path (ends in ".txt", or has a separator and no ";") and is not
-                there.
+            FileNotFoundError: ``source`` looks like a path (ends in ".txt", or begins with "/", "./" or "../") and is
+                not there.
             ValueError: nothing in it, or a file that is not UTF-8.
         """
-        is_path = source.endswith(".txt") or (os.sep in source and ";" not in source)
-        if is_path or (source.strip() and len(source) < 256 and Path(source).is_file()):
+        if source.endswith(".txt") or source.startswith(("/", "./", "../")):
             return cls.from_file(source)
         try:
             return cls(part.split(",") for part in source.split(";"))

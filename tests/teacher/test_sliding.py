@@ -107,32 +107,39 @@ def test_wrong_windows_are_named(encoder, arguments, key):
         SlidingWindowTeacher(encoder, **arguments)
 
 
-def test_sampled_targets_average_to_the_full_one_over_all_subsets(encoder):
-    """Exact, over all pairs of windows of a small plan: the target, and the gradient of the loss."""
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_sampled_targets_average_to_the_full_one_over_all_draws(encoder, count):
+    """Exact, over all shifts of the pattern: the target's weights, and the gradient of the loss."""
     p = encoder.patch_size
     teacher = SlidingWindowTeacher(encoder, window=4 * p, stride=p + p // 2)
     x = torch.randn(1, 3, 6 * p, 7 * p)
     plan = teacher.plan(*x.shape[-2:])
+    rows, columns = map(len, plan.starts)
     student = torch.randn(1, encoder.embed_dim, 6, 7, requires_grad=True)
     full = torch.autograd.grad(distillation_loss(student, teacher(x)), student)[0]
 
-    pairs = list(itertools.combinations(range(len(plan)), 2))
     gradient, shares = torch.zeros_like(full), 0
-    for pair in pairs:
-        sample = teacher.sample(x, 2, generator=PickFirst(len(plan), pair))
-        gradient += torch.autograd.grad(sampled_distillation_loss(student, sample), student)[0] / len(pairs)
-        shares = shares + sample.scale * sample.weight / len(pairs)
+    shifts = list(itertools.product(range(rows), range(columns)))
+    for i, j in shifts:
+        sample = teacher.encode_windows(x, plan.spread(count, torch.tensor([[i / rows, j / columns]])))
+        gradient += torch.autograd.grad(sampled_distillation_loss(student, sample), student)[0] / len(shifts)
+        shares = shares + sample.scale * sample.weight / len(shifts)
     torch.testing.assert_close(gradient, full, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(shares, torch.ones_like(shares), rtol=1e-5, atol=1e-5)
 
 
-def PickFirst(windows: int, wanted: tuple[int, ...]) -> torch.Generator:  # noqa: N802
-    """A generator whose first draw puts the wanted windows first."""
-    for seed in itertools.count():
-        generator = torch.Generator().manual_seed(seed)
-        if set(torch.rand(1, windows, generator=generator).argsort(dim=1)[0, : len(wanted)].tolist()) == set(wanted):
-            return torch.Generator().manual_seed(seed)
-    raise AssertionError
+def test_windows_are_spread_and_equally_likely():
+    plan = WindowPlan(height=256, width=256, window=64, stride=12, patch=8)
+    rows, columns = map(len, plan.starts)
+    shifts = torch.cartesian_prod(torch.arange(rows) / rows, torch.arange(columns) / columns)
+    picks = plan.spread(16, shifts)
+    assert torch.equal(picks.flatten().bincount(minlength=len(plan)), torch.full((len(plan),), 16))
+
+    def share_seen(picks: torch.Tensor) -> float:
+        return sum(len(plan.cells_of(p).unique()) for p in picks) / len(picks) / plan.counts.numel()
+
+    random = torch.rand(200, len(plan), generator=torch.Generator().manual_seed(0)).argsort(1)[:, :16]
+    assert share_seen(picks) > share_seen(random) + 0.1
 
 
 def test_sampling_all_windows_is_the_full_target(encoder):

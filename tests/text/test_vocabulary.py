@@ -13,6 +13,10 @@ def test_inline_text():
     assert vocabulary.query_class == [0, 0, 1, 2]
 
 
+def test_words_with_a_slash_are_words():
+    assert Vocabulary.load("tv/monitor, screen; n/a").names == ["tv/monitor", "n/a"]
+
+
 def test_files_may_have_blank_lines_accents_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("\ufeffété, summer\n\n  \n犬\nwood \n", encoding="utf-8")
@@ -38,6 +42,8 @@ def test_empty_and_missing_and_binary_files(tmp_path):
         Vocabulary.load(str(tmp_path / "empty.txt"))
     with pytest.raises(FileNotFoundError, match="no vocabulary file"):
         Vocabulary.load(str(tmp_path / "missing.txt"))
+    with pytest.raises(FileNotFoundError, match="no vocabulary file"):
+        Vocabulary.load("./classes")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(ValueError, match="not UTF-8"):
         Vocabulary.load(str(tmp_path / "binary.txt"))

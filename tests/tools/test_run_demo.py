@@ -1,0 +1,48 @@
+"""The demo from end to end, with fewer scenes and steps."""
+
+import importlib.util
+import sys
+
+import pytest
+from PIL import Image
+
+from reference import ROOT
+from spar_d2.data.datasets import SCENE_SPLITS
+
+
+@pytest.fixture
+def run_demo(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    monkeypatch.setitem(SCENE_SPLITS, "train", (101, 10))
+    monkeypatch.setitem(SCENE_SPLITS, "val", (303, 12))
+    spec = importlib.util.spec_from_file_location("run_demo", ROOT / "tools" / "run_demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_pictures_and_student(run_demo, monkeypatch, tmp_path, capsys):
+    config = tmp_path / "short.yaml"
+    config.write_text(f"_BASE_: {ROOT}/configs/demo/distill.yaml\nSOLVER:\n  MAX_ITER: 25\n")
+    output = tmp_path / "output"
+    monkeypatch.setattr(sys, "argv", ["run_demo.py", "--config-file", str(config), "--output", str(output)])
+    run_demo.main()
+    table = (output / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    scores = [float(line.split("|")[2]) for line in table.splitlines()[2:]]
+    single_pass, tiles, teacher, student = scores
+    assert student > single_pass + 5
+    assert teacher > single_pass + 5
+    assert tiles > single_pass
+    assert (output / "student.safetensors").is_file()
+    for name in ("predictions.png", "features.png"):
+        with Image.open(output / "pictures" / name) as picture:
+            assert min(picture.size) > 400
+
+
+def test_a_wrong_config_file_is_one_line(run_demo, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_demo.py", "--config-file", "none.yaml"])
+    with pytest.raises(SystemExit):
+        run_demo.main()
+    assert capsys.readouterr().err.startswith("error: --config-file: there is no file none.yaml")
