@@ -30,8 +30,10 @@ TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default="configs/demo/distill.yaml")
-    parser.add_argument("--windows", type=int, nargs="+", default=[0, 8], help="per image; 0 is all (default: 0 8)")
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3], help="learning rates")
+    parser.add_argument(
+        "--windows", type=int, nargs="+", default=[0, 8, 16], help="per image; 0 is all (default: 0 8 16)"
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2, 3.2e-2], help="learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--output", type=Path, default=Path("output/compare_teachers"), help="folder for all runs")
     return parser.parse_args()

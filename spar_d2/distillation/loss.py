@@ -23,9 +23,9 @@ def distillation_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tens
 def sampled_distillation_loss(student: torch.Tensor, target: SampledTarget) -> torch.Tensor:
     """Loss against a few random windows, with the full loss's gradient in expectation.
 
-    With ``w = target.weight`` and ``t = weighted_sum / w``, it is ``scale * mean(w * (student - t) ** 2)`` over all
-    cells, those with ``w = 0`` counting as zero. Its gradient, ``2 * scale * (w * student - weighted_sum)``, is linear
-    in the windows drawn, so that its mean over all draws is the gradient of :func:`distillation_loss`.
+    With ``w = target.weight`` and ``t = weighted_sum / w``, it is ``mean(w * (student - t) ** 2)`` over all cells,
+    those with ``w = 0`` counting as zero. Its gradient is ``2 * (w * student - weighted_sum)``, over the number of
+    elements: linear in the windows drawn, so that its mean over all draws is that of :func:`distillation_loss`.
 
     Args:
         student: (B, D, h, w).
@@ -37,7 +37,7 @@ def sampled_distillation_loss(student: torch.Tensor, target: SampledTarget) -> t
     _check_shapes(student, target.weighted_sum)
     weight = target.weight
     mean = target.weighted_sum / torch.where(weight > 0, weight, torch.ones_like(weight))
-    return target.scale * (weight * (student.float() - mean).square()).mean()
+    return (weight * (student.float() - mean).square()).mean()
 
 
 def _check_shapes(student: torch.Tensor, target: torch.Tensor) -> None:

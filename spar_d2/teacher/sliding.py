@@ -16,17 +16,16 @@ from spar_d2.teacher.windows import WindowPlan
 
 @dataclass(frozen=True)
 class SampledTarget:
-    """What a few random windows say about the stitched target.
+    """What a few random windows say about the stitched target, right on average.
 
     Attributes:
-        weighted_sum: (B, D, h, w) float32, their share of the full target.
-        weight: (B, 1, h, w) float32, the share of each cell's windows that is among them.
-        scale: windows of the full plan divided by the windows drawn.
+        weighted_sum: (B, D, h, w) float32, its mean over all draws is the full target.
+        weight: (B, 1, h, w) float32, how much the windows drawn say about each cell; 0 where they say nothing. Its
+            mean over all draws is 1.
     """
 
     weighted_sum: torch.Tensor
     weight: torch.Tensor
-    scale: float
 
 
 class SlidingWindowTeacher(nn.Module):
@@ -63,13 +62,11 @@ class SlidingWindowTeacher(nn.Module):
         return sliding_window_features(self.encoder, x, self.window, self.stride, self.batch_size)
 
     def sample(self, x: torch.Tensor, windows: int, generator: torch.Generator | None = None) -> SampledTarget:
-        """Encode a few windows of each image, at random but evenly spread.
-
-        On average over all draws, ``scale * weight`` is 1 and ``scale * weighted_sum`` is the full target.
+        """Encode a few windows of each image, at random but evenly spread over it.
 
         Args:
             x: (B, 3, H, W) as for the encoder.
-            windows: windows per image, at least 1; as many as the plan has, or more, means all.
+            windows: windows per image, at least 1; as many as the plan has, or more, means all of them once.
             generator: CPU generator that draws them.
 
         Raises:
@@ -79,18 +76,24 @@ class SlidingWindowTeacher(nn.Module):
             raise ValueError(f"windows must be at least 1, got {windows}")
         check_images(x)
         plan = self.plan(*x.shape[-2:])
-        if windows < len(plan):
-            picks = plan.spread(windows, torch.rand(len(x), 2, generator=generator))
-        else:
+        if windows >= len(plan):
             picks = torch.arange(len(plan)).expand(len(x), -1)
-        return self.encode_windows(x, picks)
+            return self.encode_windows(x, picks, torch.ones(picks.shape))
+        picks = plan.spread(windows, torch.rand(len(x), 2, generator=generator))
+        # A window that is drawn rarely counts for more when it is (Horvitz and Thompson, 1952).
+        return self.encode_windows(x, picks, 1 / (windows * plan.probability[picks]))
 
     @torch.no_grad()
-    def encode_windows(self, x: torch.Tensor, picks: torch.Tensor) -> SampledTarget:
-        """Encode the windows with the numbers ``picks`` (B, k) of each image (B, 3, H, W); see :meth:`sample`."""
+    def encode_windows(self, x: torch.Tensor, picks: torch.Tensor, factors: torch.Tensor) -> SampledTarget:
+        """Encode chosen windows.
+
+        Args:
+            x: (B, 3, H, W) as for the encoder.
+            picks: (B, k) int64, numbers of windows in each image's plan.
+            factors: (B, k), how often each counts.
+        """
         plan = self.plan(*x.shape[-2:])
-        weighted_sum, weight = _stitch(self.encoder, x, plan, picks, self.batch_size)
-        return SampledTarget(weighted_sum, weight, len(plan) / picks.shape[1])
+        return SampledTarget(*_stitch(self.encoder, x, plan, picks, factors, self.batch_size))
 
 
 @torch.no_grad()
@@ -114,8 +117,8 @@ def sliding_window_features(
     check_images(x)
     plan = plan_windows(encoder, x.shape[-2], x.shape[-1], window, stride)
     picks = torch.arange(len(plan)).expand(len(x), -1)
-    weighted_sum, _ = _stitch(encoder, x, plan, picks, batch_size)
-    return weighted_sum
+    target, _ = _stitch(encoder, x, plan, picks, torch.ones(picks.shape), batch_size)
+    return target
 
 
 def check_window(encoder: DenseEncoder, window: int | None, stride: int, batch_size: int) -> tuple[int, int, int]:
@@ -141,9 +144,16 @@ def plan_windows(encoder: DenseEncoder, height: int, width: int, window: int, st
 
 
 def _stitch(
-    encoder: DenseEncoder, x: torch.Tensor, plan: WindowPlan, picks: torch.Tensor, batch_size: int
+    encoder: DenseEncoder,
+    x: torch.Tensor,
+    plan: WindowPlan,
+    picks: torch.Tensor,
+    factors: torch.Tensor,
+    batch_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode the windows ``picks`` (B, k) of each image and add them up, every cell divided by the FULL plan's count.
+    """Encode the windows ``picks`` (B, k) of each image and add them up, ``factors`` (B, k) times each.
+
+    Every cell is divided by the count of the FULL plan, whatever the windows picked.
 
     Returns:
         Sum (B, D, h, w) and the same for ones instead of features (B, 1, h, w).
@@ -154,6 +164,7 @@ def _stitch(
     views = padded.unfold(2, plan.window, 1).unfold(3, plan.window, 1)
     images = torch.arange(batch).repeat_interleave(picks.shape[1])
     windows = picks.reshape(-1)
+    factors = factors.reshape(-1, 1).to(x.device, torch.float32)
     cells = plan.counts.numel()
     mosaic = x.new_zeros((batch * cells, encoder.embed_dim), dtype=torch.float32)
     seen = x.new_zeros(batch * cells, dtype=torch.float32)
@@ -164,9 +175,11 @@ def _stitch(
         if plan.factor > 1:
             features = F.interpolate(features, size=(plan.window_cells,) * 2, mode="bilinear", align_corners=False)
         places = (plan.cells_of(window) + image[:, None] * cells).flatten().to(x.device)
+        factor = factors[start : start + batch_size]
         # (b, D, c, c) -> (b * c * c, D), the order of `places`.
-        mosaic.index_add_(0, places, features.permute(0, 2, 3, 1).reshape(len(places), -1))
-        seen.index_add_(0, places, torch.ones_like(places, dtype=torch.float32))
+        features = (features * factor[..., None, None]).permute(0, 2, 3, 1).reshape(len(places), -1)
+        mosaic.index_add_(0, places, features)
+        seen.index_add_(0, places, factor.expand(-1, plan.window_cells**2).reshape(-1))
     grid = encoder.grid(height, width)
     return _to_patches(mosaic, plan, batch, grid), _to_patches(seen[:, None], plan, batch, grid)
 

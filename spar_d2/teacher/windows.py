@@ -74,28 +74,48 @@ class WindowPlan:
     def __len__(self) -> int:
         return len(self.origins)
 
+    @cached_property
+    def probability(self) -> torch.Tensor:
+        """(m,) float64, chance of each window when a cell is drawn evenly and then one of the windows that see it.
+
+        Windows at the border, where others are few, are likelier than those in the middle; it sums to 1.
+        """
+        return torch.outer(*self._probability_along_sides).flatten()
+
+    @cached_property
+    def _probability_along_sides(self) -> tuple[torch.Tensor, torch.Tensor]:
+        # A window's chance is the sum of 1 / count over its cells, and counts are products of those of the two sides.
+        sides = []
+        for starts, seen in zip(self.starts, self._counts_along_sides):
+            running = torch.cat([torch.zeros(1), (1 / seen).cumsum(0)]).double()
+            first = starts // self.cell
+            share = running[first + self.window_cells] - running[first]
+            sides.append(share / share.sum())
+        return sides[0], sides[1]
+
     def spread(self, count: int, shifts: torch.Tensor) -> torch.Tensor:
-        """Choose windows that lie evenly over the image.
+        """Choose windows by their :attr:`probability`, lying evenly over the image.
 
         A fixed pattern of points, evenly spread over the unit square (a lattice of the golden ratio), is shifted around
-        the torus, and each point takes the window that it falls on. With random shifts every window is equally likely
-        at every point, which is all that sampled targets need to be right on average; that the windows hardly overlap
-        makes them vary less than windows drawn apart would.
+        the torus, and every point takes the window that its place falls to. With random shifts each point alone draws
+        by the probability; together they overlap less than points drawn apart would.
 
         Args:
             count: windows to choose, at least 1.
             shifts: (B, 2), uniform in 0..1, one for each image.
 
         Returns:
-            (B, count) int64 numbers of windows.
+            (B, count) int64 numbers of windows; a window may come up twice.
         """
         steps = torch.arange(count, dtype=torch.float64)
         pattern = torch.stack([steps / count, steps * _GOLDEN_RATIO], dim=1)
         points = (pattern + shifts[:, None].double()) % 1
-        rows, columns = (len(starts) for starts in self.starts)
-        # Rounding must not carry a point just below 1 to the number after the last.
-        row, column = ((points[..., i] * n).long().clamp(max=n - 1) for i, n in enumerate((rows, columns)))
-        return row * columns + column
+        chosen = []
+        for side, chances in enumerate(self._probability_along_sides):
+            place = torch.searchsorted(chances.cumsum(0), points[..., side].contiguous(), right=True)
+            # The sum of all chances may fall short of 1 by rounding.
+            chosen.append(place.clamp(max=len(chances) - 1))
+        return chosen[0] * len(self.starts[1]) + chosen[1]
 
     def cells_of(self, windows: torch.Tensor) -> torch.Tensor:
         """(k,) window numbers to (k, window_cells ** 2) numbers of the mosaic cells that they cover, both in raster
@@ -108,8 +128,12 @@ class WindowPlan:
     @cached_property
     def counts(self) -> torch.Tensor:
         """(rows, columns) float32, how many windows of the full plan cover each mosaic cell; at least 1."""
+        return torch.outer(*self._counts_along_sides)
+
+    @cached_property
+    def _counts_along_sides(self) -> list[torch.Tensor]:
         sides = zip(self.starts, self.mosaic_size)
-        return torch.outer(*(_coverage(starts // self.cell, self.window_cells, total) for starts, total in sides))
+        return [_coverage(starts // self.cell, self.window_cells, total) for starts, total in sides]
 
 
 def _coverage(starts: torch.Tensor, length: int, total: int) -> torch.Tensor:

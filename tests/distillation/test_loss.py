@@ -17,7 +17,7 @@ def test_half_precision_features_give_a_float32_loss():
 def test_cells_without_windows_do_not_count_and_have_no_gradient():
     student = torch.randn(1, 3, 2, 2, requires_grad=True)
     weight = torch.tensor([[[[0.5, 0.0], [0.25, 0.0]]]])
-    target = SampledTarget(torch.randn(1, 3, 2, 2) * (weight > 0), weight, scale=4.0)
+    target = SampledTarget(torch.randn(1, 3, 2, 2) * (weight > 0), weight)
     loss = sampled_distillation_loss(student, target)
     loss.backward()
     assert loss.isfinite()
@@ -27,7 +27,7 @@ def test_cells_without_windows_do_not_count_and_have_no_gradient():
 
 def test_full_weight_is_the_plain_loss():
     student, target = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
-    sampled = sampled_distillation_loss(student, SampledTarget(target, torch.ones(1, 1, 4, 4), 1.0))
+    sampled = sampled_distillation_loss(student, SampledTarget(target, torch.ones(1, 1, 4, 4)))
     torch.testing.assert_close(sampled, distillation_loss(student, target))
 
 

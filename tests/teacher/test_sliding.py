@@ -107,39 +107,63 @@ def test_wrong_windows_are_named(encoder, arguments, key):
         SlidingWindowTeacher(encoder, **arguments)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_sampled_targets_average_to_the_full_one_over_all_draws(encoder, count):
-    """Exact, over all shifts of the pattern: the target's weights, and the gradient of the loss."""
+def test_sampled_targets_average_to_the_full_one_over_all_draws(encoder):
+    """Exact, over all pairs of windows by their chance: the target, its weight, and the gradient of the loss."""
     p = encoder.patch_size
     teacher = SlidingWindowTeacher(encoder, window=4 * p, stride=p + p // 2)
     x = torch.randn(1, 3, 6 * p, 7 * p)
-    plan = teacher.plan(*x.shape[-2:])
-    rows, columns = map(len, plan.starts)
+    chance = teacher.plan(*x.shape[-2:]).probability
     student = torch.randn(1, encoder.embed_dim, 6, 7, requires_grad=True)
-    full = torch.autograd.grad(distillation_loss(student, teacher(x)), student)[0]
+    full = torch.autograd.grad(distillation_loss(student, target := teacher(x)), student)[0]
 
-    gradient, shares = torch.zeros_like(full), 0
-    shifts = list(itertools.product(range(rows), range(columns)))
-    for i, j in shifts:
-        sample = teacher.encode_windows(x, plan.spread(count, torch.tensor([[i / rows, j / columns]])))
-        gradient += torch.autograd.grad(sampled_distillation_loss(student, sample), student)[0] / len(shifts)
-        shares = shares + sample.scale * sample.weight / len(shifts)
+    gradient, target_mean, weight_mean = torch.zeros_like(full), torch.zeros_like(full), 0
+    for pair in itertools.product(range(len(chance)), repeat=2):
+        picks = torch.tensor([pair])
+        sample = teacher.encode_windows(x, picks, 1 / (2 * chance[picks]))
+        share = float(chance[pair[0]] * chance[pair[1]])
+        gradient += share * torch.autograd.grad(sampled_distillation_loss(student, sample), student)[0]
+        target_mean += share * sample.weighted_sum
+        weight_mean = weight_mean + share * sample.weight
     torch.testing.assert_close(gradient, full, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(shares, torch.ones_like(shares), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(target_mean, target, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weight_mean, torch.ones_like(weight_mean), rtol=1e-5, atol=1e-5)
 
 
-def test_windows_are_spread_and_equally_likely():
+@pytest.mark.parametrize("windows", [1, 3, 8])
+def test_gradients_of_many_samples_average_to_the_full_one(windows):
+    """The same for windows as they are really drawn, within what is left of chance."""
+    torch.manual_seed(0)
+    encoder = FAMILIES[sorted(FAMILIES)[0]].example()
+    teacher = SlidingWindowTeacher(encoder, window=64, stride=24)
+    x = torch.randn(1, 3, 112, 160)
+    # Every window is encoded once; the draws are put together from them.
+    plan = teacher.plan(112, 160)
+    single = [teacher.encode_windows(x, torch.tensor([[w]]), torch.ones(1, 1)) for w in range(len(plan))]
+    draws = plan.spread(windows, torch.rand(20000, 2, generator=torch.Generator().manual_seed(1)))
+    often = draws.flatten().bincount(minlength=len(plan)) / draws.numel()
+    torch.testing.assert_close(often.double(), plan.probability, rtol=0.1, atol=2e-3)
+    mean = sum(share * sample.weighted_sum / chance for share, sample, chance in zip(often, single, plan.probability))
+    target = teacher(x)
+    assert (mean - target).square().mean().sqrt() < 0.03 * target.std()
+
+
+def test_windows_are_spread_over_the_image():
     plan = WindowPlan(height=256, width=256, window=64, stride=12, patch=8)
-    rows, columns = map(len, plan.starts)
-    shifts = torch.cartesian_prod(torch.arange(rows) / rows, torch.arange(columns) / columns)
-    picks = plan.spread(16, shifts)
-    assert torch.equal(picks.flatten().bincount(minlength=len(plan)), torch.full((len(plan),), 16))
+    generator = torch.Generator().manual_seed(0)
+    spread = plan.spread(16, torch.rand(200, 2, generator=generator))
+    apart = torch.multinomial(plan.probability.expand(200, -1), 16, replacement=True, generator=generator)
 
     def share_seen(picks: torch.Tensor) -> float:
         return sum(len(plan.cells_of(p).unique()) for p in picks) / len(picks) / plan.counts.numel()
 
-    random = torch.rand(200, len(plan), generator=torch.Generator().manual_seed(0)).argsort(1)[:, :16]
-    assert share_seen(picks) > share_seen(random) + 0.1
+    assert share_seen(spread) > share_seen(apart) + 0.1
+
+
+def test_chances_are_the_share_of_cells_and_favour_the_border():
+    for plan in (WindowPlan(112, 176, 64, 24, 16), WindowPlan(64, 64, 64, 24, 16), WindowPlan(256, 192, 64, 12, 8)):
+        expected = (1 / plan.counts.flatten())[plan.cells_of(torch.arange(len(plan)))].sum(1) / plan.counts.numel()
+        torch.testing.assert_close(plan.probability, expected.double(), rtol=1e-5, atol=1e-8)
+        assert plan.probability.sum() == pytest.approx(1)
 
 
 def test_sampling_all_windows_is_the_full_target(encoder):
@@ -148,7 +172,6 @@ def test_sampling_all_windows_is_the_full_target(encoder):
     sample = teacher.sample(x, 10_000)
     torch.testing.assert_close(sample.weighted_sum, teacher(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sample.weight, torch.ones_like(sample.weight))
-    assert sample.scale == 1
 
 
 def test_samples_follow_their_generator(encoder):
