@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Pre-train the demo's tiny CLIP on drawn scenes with captions (40 minutes on two CPU cores; its result is kept in configs/demo)."""
+"""Pre-train the demo's tiny CLIP on drawn scenes with captions.
+
+It takes 40 minutes on two CPU cores; its result is kept in configs/demo.
+"""
 
 from __future__ import annotations
 
