@@ -26,7 +26,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 demo: $(READY)
-	$(BIN)/python tools/run_demo.py
+	$(BIN)/python -W ignore::FutureWarning tools/run_demo.py
 
 clean:
 	rm -rf $(VENV) output datasets

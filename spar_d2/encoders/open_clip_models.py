@@ -42,9 +42,7 @@ def create_clip(name: str, pretrained: str, part: str = "all") -> nn.Module:
         near = difflib.get_close_matches(pretrained, tags, n=3, cutoff=0.4) or tags[:5]
         allowed = f"a tag of {name} ({', '.join(near)}, ...)" if tags else f"{name} has no tags"
         raise FileNotFoundError(f"{KEY}: {pretrained!r} is neither a weight file nor a known tag; {allowed}")
-    with _without_open_clip_warnings(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_RANDOM_WEIGHTS_SEED)
-        model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+    model = _create_random(name)
     if pretrained:
         needed = [key for key in model.state_dict() if part == "all" or key.startswith("visual.") == (part == "visual")]
         # Without them a model still encodes; files differ in whether they have them.
@@ -53,13 +51,28 @@ def create_clip(name: str, pretrained: str, part: str = "all") -> nn.Module:
     return model
 
 
+def _create_random(name: str) -> nn.Module:
+    with _without_open_clip_warnings(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_WEIGHTS_SEED)
+        try:
+            return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+        except Exception as error:  # a wrong config fails anywhere; some text towers ask a hub for theirs
+            raise ValueError(
+                f"MODEL.SPAR.ENCODER: open_clip cannot build the model {name!r} ({_first_line(error)}); "
+                "check its config, and whether its text tower needs a download"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _download(name: str, tag: str) -> nn.Module:
     try:
         return open_clip.create_model(name, pretrained=tag)
     except Exception as error:  # whatever the hub's client raises: network, disk, access
-        reason = str(error).strip().splitlines()[0]
         raise RuntimeError(
-            f"{KEY}: the weights {tag!r} of {name} could not be had ({reason}); "
+            f"{KEY}: the weights {tag!r} of {name} could not be had ({_first_line(error)}); "
             "with no way to download them, give the path of a weight file"
         ) from error
 

@@ -27,7 +27,7 @@ class SPARPyramid(SimpleFeaturePyramid):
         out_channels: channels of every level.
 
     Raises:
-        ValueError: another patch size.
+        ValueError: another patch size, or no channels.
     """
 
     @configurable
@@ -38,6 +38,8 @@ class SPARPyramid(SimpleFeaturePyramid):
                 f"SPARPyramid needs an encoder whose patch is a power of two, as its levels differ by 2; got {patch}. "
                 "Choose another MODEL.SPAR.ENCODER, or MODEL.BACKBONE.NAME SPARViT"
             )
+        if out_channels < 1:
+            raise ValueError(f"out_channels (MODEL.SPAR.PYRAMID_CHANNELS) must be at least 1, got {out_channels}")
         super().__init__(net, DENSE, out_channels, _SCALES, top_block=LastLevelMaxPool())
 
     @classmethod

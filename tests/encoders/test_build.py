@@ -122,6 +122,24 @@ def test_a_config_file_must_be_a_config_of_its_own_name(tmp_path):
         build_encoder(str(tmp_path / "ViT-B-16.json"))
 
 
+def test_a_config_that_cannot_be_built_is_named(tmp_path):
+    wrong = {**TINY_CONFIG, "vision_cfg": {**TINY_CONFIG["vision_cfg"], "no_such_option": 1}}
+    (tmp_path / "wrong-option.json").write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match=r"cannot build the model 'wrong-option'.*no_such_option"):
+        build_encoder(str(tmp_path / "wrong-option.json"))
+
+
+def test_a_tag_whose_download_fails_is_named(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(open_clip, "create_model", no_network)
+    with pytest.raises(
+        RuntimeError, match=r"MODEL\.SPAR\.PRETRAINED: the weights 'openai' of ViT-B-16.*no route to host"
+    ):
+        build_encoder("ViT-B-16", "openai")
+
+
 def test_prefixes_of_checkpoints_are_removed(tmp_path):
     torch.save({"model": {"module.backbone.encoder.visual.proj": torch.ones(2)}}, tmp_path / "c.pth")
     assert list(read_state_dict(tmp_path / "c.pth")) == ["visual.proj"]
