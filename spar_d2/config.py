@@ -87,5 +87,5 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Chance of a horizontal flip.
     cfg.SPAR.DATA.FLIP_PROB = 0.5
 
-    # Name of torch.optim's optimizer class for training ("AdamW", "SGD", ...).
+    # Optimizer for training, by its name in torch.optim ("AdamW", "Adam", "SGD", ...).
     cfg.SPAR.OPTIMIZER = "AdamW"

@@ -24,12 +24,13 @@ from spar_d2.engine.setup import load_config, prepare, readable_errors
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.files import replacing
 
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "distill.yaml"
 TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default="configs/demo/distill.yaml")
+    parser.add_argument("--config-file", default=str(DEMO))
     parser.add_argument(
         "--windows", type=int, nargs="+", default=[0, 8, 16], help="per image; 0 is all (default: 0 8 16)"
     )

@@ -19,13 +19,14 @@ from spar_d2.engine.setup import load_config, prepare, readable_errors
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.visualization import draw_panels, shared_pca_colours
 
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "distill.yaml"
 SHOWN_SCENES = (4, 1, 10)
 VAL = "spar_scenes_val"
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--config-file", default="configs/demo/distill.yaml", help="what to distil and how")
+    parser.add_argument("--config-file", default=str(DEMO), help="what to distil and how")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for everything written")
     return parser.parse_args()

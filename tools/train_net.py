@@ -8,7 +8,7 @@ import argparse
 from detectron2.engine import default_argument_parser, launch
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.engine.setup import check_gpus, clean_start, load_config, prepare, readable_errors
+from spar_d2.engine.setup import check_launch, clean_start, load_config, prepare, readable_errors
 
 
 def main(args: argparse.Namespace):
@@ -33,7 +33,7 @@ def main(args: argparse.Namespace):
 if __name__ == "__main__":
     arguments = default_argument_parser().parse_args()
     with readable_errors():
-        check_gpus(arguments.num_gpus)
+        check_launch(arguments.num_gpus, arguments.num_machines, arguments.machine_rank)
     launch(
         main,
         arguments.num_gpus,

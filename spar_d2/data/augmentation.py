@@ -6,6 +6,15 @@ import numpy as np
 from detectron2.data import transforms as T
 
 
+class ScaleShortSide(T.ResizeShortestEdge):
+    """Detectron2's resize, for images of any proportions: no side is scaled to nothing."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        resize = super().get_transform(image)
+        height, width = image.shape[:2]
+        return T.ResizeTransform(height, width, max(resize.new_h, 1), max(resize.new_w, 1))
+
+
 class CropToMultiple(T.Augmentation):
     """Crop to whole patches: with some chance a random part, otherwise as much as there is.
 
@@ -50,8 +59,9 @@ def build_augmentations(
     Raises:
         ValueError: a number out of range; names the config key.
     """
-    if len(short_side) != 2 or not 1 <= short_side[0] <= short_side[1]:
-        raise ValueError(f"SPAR.DATA.SHORT_SIDE must be (low, high) with 1 <= low <= high, got {tuple(short_side)}")
+    whole = len(short_side) == 2 and all(isinstance(side, int) for side in short_side)
+    if not whole or not 1 <= short_side[0] <= short_side[1]:
+        raise ValueError(f"SPAR.DATA.SHORT_SIDE must be whole pixels (low, high), 1 <= low <= high; got {short_side}")
     if max_side < short_side[0]:
         raise ValueError(f"SPAR.DATA.MAX_SIDE must be at least SHORT_SIDE's low {short_side[0]}, got {max_side}")
     for key, value in {"CROP_MIN_SIDE": crop_min_side, "SIDE_MULTIPLE": side_multiple}.items():
@@ -62,7 +72,7 @@ def build_augmentations(
         if not 0 <= share <= 1:
             raise ValueError(f"SPAR.DATA.{key} must be in 0..1, got {share}")
     return [
-        T.ResizeShortestEdge(tuple(short_side), max_side, sample_style="range"),
+        ScaleShortSide(tuple(short_side), max_side, sample_style="range"),
         CropToMultiple(side_multiple, crop_prob, crop_min_fraction, crop_min_side),
         T.RandomFlip(flip_prob),
     ]

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import detection_utils, transforms
-from PIL import Image, UnidentifiedImageError
+from detectron2.data import transforms
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
+
+from spar_d2.data.images import read_rgb
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-# What Pillow raises on damaged files, depending on the format and on where the damage is.
-_DAMAGE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def find_photos(folder: str | os.PathLike) -> list[dict]:
@@ -38,12 +39,7 @@ def find_photos(folder: str | os.PathLike) -> list[dict]:
     key = "SPAR.DATA.IMAGES"
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{key}: there is no folder {folder}")
-    paths = sorted(
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(EXTENSIONS)
-    )
+    paths = sorted(_walk(folder))
     if not paths:
         raise ValueError(f"{key}: the folder {folder} has no images ({', '.join(EXTENSIONS)})")
     readable = [path for path in tqdm(paths, desc="checking photos", disable=None, leave=False) if _is_image(path)]
@@ -56,11 +52,23 @@ def find_photos(folder: str | os.PathLike) -> list[dict]:
     return [{"file_name": path, "image_id": index} for index, path in enumerate(readable)]
 
 
+def _walk(folder: str | os.PathLike) -> Iterator[str]:
+    """Paths of image files below a folder; links are followed, but no folder is entered twice."""
+    entered = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        yield from (os.path.join(parent, name) for name in names if name.lower().endswith(EXTENSIONS))
+
+
 def _is_image(path: str) -> bool:
     try:
         with Image.open(path):
             return True
-    except _DAMAGE:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
 
 
@@ -79,6 +87,7 @@ class PhotoDataset(Dataset):
         self.dicts = dicts
         self.augmentations = transforms.AugmentationList(augmentations)
         self.format = format
+        self._skipped: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.dicts)
@@ -92,11 +101,15 @@ class PhotoDataset(Dataset):
         for step in range(len(self)):
             record = self.dicts[(index + step) % len(self)]
             try:
-                image = detection_utils.read_image(record["file_name"], self.format)
-            except _DAMAGE as error:
-                logger.warning("Skipped %s, it cannot be decoded: %s", record["file_name"], error)
+                image = read_rgb(record["file_name"])
+            except (ValueError, FileNotFoundError) as error:
+                if record["file_name"] not in self._skipped:
+                    logger.warning("Skipped: %s", error)
+                    self._skipped.add(record["file_name"])
                 continue
-            sample = transforms.AugInput(image)
+            if self.format == "BGR":
+                image = image[..., ::-1]
+            sample = transforms.AugInput(np.ascontiguousarray(image))
             self.augmentations(sample)
             # (H, W, 3) -> (3, H, W)
             return {**record, "image": torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))}

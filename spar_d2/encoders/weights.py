@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,7 +20,7 @@ _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "backbone.encoder.", "backbone.net.encoder.")
 
 
-def read_checkpoint(path: str | os.PathLike, key: str = KEY) -> object:
+def read_checkpoint(path: str | os.PathLike, key: str = KEY) -> Mapping:
     """Whatever a weight file holds, as long as it is tensors in plain containers.
 
     Args, raises: as :func:`read_state_dict`, which takes the weights out of it.
@@ -35,13 +33,21 @@ def read_checkpoint(path: str | os.PathLike, key: str = KEY) -> object:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # junk makes the readers raise almost anything
         raise RuntimeError(
-            f"{key}: {path} cannot be read as weights, it is damaged or holds more than tensors ({reason}); "
+            f"{key}: {path} cannot be read as weights, it is damaged or holds more than tensors ({_reason(error)}); "
             "fetch it again, or save its state_dict() on its own"
         ) from error
+    if not isinstance(content, Mapping):
+        raise RuntimeError(f"{key}: {path} holds no weights but a {type(content).__name__}; save a state_dict()")
     return content
+
+
+def _reason(error: Exception) -> str:
+    # torch's own words go on to advise loading the file unsafely.
+    if isinstance(error, pickle.UnpicklingError) or not str(error).strip():
+        return type(error).__name__
+    return str(error).strip().splitlines()[0]
 
 
 def read_state_dict(path: str | os.PathLike, key: str = KEY) -> dict[str, torch.Tensor]:
@@ -59,10 +65,10 @@ def read_state_dict(path: str | os.PathLike, key: str = KEY) -> dict[str, torch.
         FileNotFoundError: no such file.
         RuntimeError: the file is damaged, empty, or holds something else than tensors.
     """
-    content: object = read_checkpoint(path, key)
-    while isinstance(content, Mapping) and any(isinstance(content.get(name), Mapping) for name in _WRAPPERS):
+    content = read_checkpoint(path, key)
+    while any(isinstance(content.get(name), Mapping) for name in _WRAPPERS):
         content = next(content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping))
-    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, Mapping) else {}
+    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise RuntimeError(f"{key}: {path} holds no weights")
     return {_strip(name): tensor for name, tensor in tensors.items()}

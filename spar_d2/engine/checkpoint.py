@@ -61,6 +61,19 @@ class Checkpointer(DetectionCheckpointer):
         content = read_checkpoint(filename, KEY)
         return content if "model" in content else {"model": content}
 
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        prefix = next((name for name, part in self.model.named_modules() if isinstance(part, DenseEncoder)), None)
+        wrong = [key for key, *_ in incompatible.incorrect_shapes]
+        lost = [key for key in [*wrong, *incompatible.missing_keys] if prefix and key.startswith(f"{prefix}.")]
+        if lost:
+            raise RuntimeError(
+                f"{KEY}: the checkpoint is of another model: {len(lost)} weights of the encoder are not in it or "
+                f"have another shape ({', '.join(lost[:3])}, ...). Set MODEL.SPAR.ENCODER to the checkpoint's, or "
+                "choose another checkpoint or OUTPUT_DIR"
+            )
+        return incompatible
+
     def _encoder_weights(self, filename: str) -> dict[str, torch.Tensor]:
         """Weights for the model's encoder under the model's own keys; those of a text tower are left out."""
         encoder = find_encoder(self.model)

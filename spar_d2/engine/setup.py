@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.engine import default_setup
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -29,32 +34,69 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
 
     Raises:
         FileNotFoundError: no such config file.
-        ValueError: an unknown key, or a value of another type.
+        ValueError: no yaml, an unknown key, a value of another type, a name that is not registered, or an output folder
+            that cannot be written to.
     """
     cfg = get_cfg()
     flags = [word for word in overrides[::2] if word.startswith("--")]
     if flags:
         raise ValueError(f"{flags[0]} comes after the first KEY VALUE pair: flags go before the pairs")
-    if config_file and not os.path.isfile(config_file):
+    if not config_file:
+        raise ValueError("--config-file is needed, for example configs/distill/openclip_vit_b_16.yaml")
+    if not os.path.isfile(config_file):
         raise FileNotFoundError(f"--config-file: there is no file {config_file}")
     try:
-        if config_file:
-            cfg.merge_from_file(config_file)
+        cfg.merge_from_file(config_file)
         cfg.merge_from_list(overrides)
-    except (KeyError, AssertionError, ValueError) as error:
-        reason = error.args[0] if error.args else error
-        raise ValueError(f"the config cannot be read: {reason}; keys are listed in spar_d2/config.py") from error
+    except (KeyError, AssertionError, ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise ValueError(
+            f"{config_file} with its overrides cannot be read as a config: {reason}; keys are in spar_d2/config.py"
+        ) from error
+    _find_files(cfg, config_file)
+    check_config(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         print(f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but there is no GPU here: using the CPU.", file=sys.stderr)
         cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
-def check_gpus(wanted: int) -> None:
-    """Raise ``ValueError`` where ``--num-gpus`` asks for several GPUs and there are fewer."""
+def _find_files(cfg: CfgNode, config_file: str) -> None:
+    """Files named in a config may lie relative to the working folder, the config's folder, or one above it."""
+    for key in ("ENCODER", "PRETRAINED", "VOCABULARY", "TEMPLATES"):
+        value = cfg.MODEL.SPAR[key]
+        if not value or os.path.exists(value):
+            continue
+        candidates = (parent / value for parent in Path(config_file).resolve().parents)
+        cfg.MODEL.SPAR[key] = next((str(path) for path in candidates if path.is_file()), value)
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Raise ``ValueError`` for names that nothing is registered under, and an output folder that cannot be one."""
+    choices = {
+        "MODEL.META_ARCHITECTURE": ([cfg.MODEL.META_ARCHITECTURE], [name for name, _ in META_ARCH_REGISTRY]),
+        "MODEL.BACKBONE.NAME": ([cfg.MODEL.BACKBONE.NAME], [name for name, _ in BACKBONE_REGISTRY]),
+        "DATASETS.TEST": (cfg.DATASETS.TEST, DatasetCatalog.list()),
+        "DATASETS.TRAIN": (() if cfg.SPAR.DATA.IMAGES else cfg.DATASETS.TRAIN, DatasetCatalog.list()),
+    }
+    for key, (names, known) in choices.items():
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+                raise ValueError(f"{key}: nothing is registered as {name!r}; near names: {', '.join(near) or 'none'}")
+    folder = Path(cfg.OUTPUT_DIR).absolute()
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not cfg.OUTPUT_DIR or not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"OUTPUT_DIR must be a folder that can be written to, got {cfg.OUTPUT_DIR!r}")
+
+
+def check_launch(num_gpus: int, num_machines: int, machine_rank: int) -> None:
+    """Raise ``ValueError`` where the flags for several processes cannot be."""
     present = torch.cuda.device_count()
-    if wanted > max(1, present):
-        raise ValueError(f"--num-gpus: {wanted} asked for, {present} present; without a GPU leave it at 1")
+    if not 0 <= num_gpus <= max(1, present):
+        raise ValueError(f"--num-gpus: {num_gpus} asked for, {present} present; without a GPU leave it at 1")
+    if not 0 <= machine_rank < num_machines:
+        raise ValueError(f"--machine-rank must be in 0..{num_machines - 1} (--num-machines less 1), got {machine_rank}")
 
 
 def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None:
@@ -100,7 +142,7 @@ def readable_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         print(f"error: {error}\n({TRACEBACK_VARIABLE}=1 shows where it came from)", file=sys.stderr)

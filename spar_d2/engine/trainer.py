@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import weakref
 
@@ -25,6 +26,8 @@ from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
 logger = logging.getLogger(__name__)
 
 STUDENT_FILE = "student.safetensors"
+# Of torch.optim: those that take a step without a closure, on dense gradients.
+OPTIMIZERS = ("AdamW", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "SGD")
 
 
 class Trainer(DefaultTrainer):
@@ -35,11 +38,14 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.MAX_ITER < 1:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH and SOLVER.MAX_ITER must be at least 1, "
-                f"got {cfg.SOLVER.IMS_PER_BATCH} and {cfg.SOLVER.MAX_ITER}"
-            )
+        for key in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD"):
+            if cfg.SOLVER[key] < 1:
+                raise ValueError(f"SOLVER.{key} must be at least 1, got {cfg.SOLVER[key]}")
+        if not 0 < cfg.SOLVER.BASE_LR < math.inf:
+            raise ValueError(f"SOLVER.BASE_LR must be above 0, got {cfg.SOLVER.BASE_LR}")
+        for name in cfg.DATASETS.TEST:
+            # An evaluator that cannot be built should not be found out after training.
+            self.build_evaluator(cfg, name)
         super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -49,8 +55,9 @@ class Trainer(DefaultTrainer):
         hooks = super().build_hooks()
         if cfg.SPAR.DISTILL.ENABLED:
             student = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
-            hooks.insert(0, DistillationHook(cfg))
-            hooks.append(StudentWriter(cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED, student))
+            # Before the evaluation at the end, which may fail.
+            writer = StudentWriter(cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED, student)
+            hooks = [DistillationHook(cfg), writer, *hooks]
         # Last, so that all other hooks have finished the step when it stops.
         return [*hooks, ProgressBar(), StopOnInterrupt(self.checkpointer)]
 
@@ -66,9 +73,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """``SPAR.OPTIMIZER`` over the trainable parameters, with Detectron2's rules for decay and biases."""
-        kind = getattr(torch.optim, cfg.SPAR.OPTIMIZER, None)
-        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-            raise ValueError(f"SPAR.OPTIMIZER must be an optimizer class of torch.optim, got {cfg.SPAR.OPTIMIZER!r}")
+        if cfg.SPAR.OPTIMIZER not in OPTIMIZERS:
+            raise ValueError(f"SPAR.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}; got {cfg.SPAR.OPTIMIZER!r}")
+        kind = getattr(torch.optim, cfg.SPAR.OPTIMIZER)
         groups = get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,
@@ -103,8 +110,10 @@ class Trainer(DefaultTrainer):
             data.FLIP_PROB,
         )
         logger.info("Distilling on %d images", len(dicts))
+        photos = PhotoDataset(dicts, augmentations, cfg.INPUT.FORMAT)
+        photos[0]  # where not one can be decoded, say so before training starts
         return build_detection_train_loader(
-            dataset=PhotoDataset(dicts, augmentations, cfg.INPUT.FORMAT),
+            dataset=photos,
             mapper=None,
             total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
             aspect_ratio_grouping=False,

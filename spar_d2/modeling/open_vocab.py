@@ -152,6 +152,8 @@ class OpenVocabularySegmentor(nn.Module):
         if not encoder.reference_compat:
             grid = encoder.grid(height, width)
             covered = tuple(cells * encoder.patch_size * factor for cells, factor in zip(grid, scaled))
+            # Rounding must not leave the last pixel out.
+            covered = tuple(max(pixels, wanted) for pixels, wanted in zip(covered, size))
         arguments = (features, text, query_class, size, covered, self.logit_scale)
         if self.output == "scores":
             return {"sem_seg": class_probabilities(*arguments)}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
+from spar_d2.data.images import read_rgb
 from spar_d2.encoders import DenseEncoder, TextTower, build_encoder, build_text_tower
 from spar_d2.modeling.scores import segment_features
 from spar_d2.text import TextEmbeddings, Vocabulary, load_templates
@@ -32,9 +34,9 @@ class Segmentation:
 
 def segment(
     image: str | os.PathLike | Image.Image | np.ndarray,
-    vocabulary: str | Vocabulary,
-    encoder: str,
-    pretrained: str,
+    vocabulary: str | Sequence[str] | Vocabulary,
+    encoder: str | os.PathLike,
+    pretrained: str | os.PathLike,
     templates: str = "imagenet",
     device: str = "cpu",
 ) -> Segmentation:
@@ -44,7 +46,8 @@ def segment(
 
     Args:
         image: a file, a PIL image, or (H, W, 3) uint8 RGB.
-        vocabulary: ready, inline text ("cat, kitten; dog; sky"), or a file; see :meth:`Vocabulary.load`.
+        vocabulary: ready, a list of names, inline text ("cat, kitten; dog; sky"), or a file; see
+            :meth:`Vocabulary.load`.
         encoder, pretrained: see :func:`spar_d2.encoders.build_encoder`.
         templates: see :func:`spar_d2.text.load_templates`.
         device: "cpu", "cuda", ...
@@ -53,7 +56,9 @@ def segment(
         ValueError, FileNotFoundError, RuntimeError: as the functions named above; ValueError for an image that cannot
             be read or has another form.
     """
-    vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary.load(vocabulary)
+    if not isinstance(vocabulary, Vocabulary):
+        vocabulary = Vocabulary.load(vocabulary) if isinstance(vocabulary, str) else Vocabulary(vocabulary)
+    encoder, pretrained = os.fspath(encoder), os.fspath(pretrained)
     pixels = torch.tensor(_read(image), device=device).permute(2, 0, 1).float() / 255
     # A file that was written anew is loaded anew.
     changed = tuple(os.stat(name).st_mtime_ns if os.path.isfile(name) else 0 for name in (encoder, pretrained))
@@ -70,18 +75,11 @@ def segment(
 
 
 def _read(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
-    if isinstance(image, (str, os.PathLike)):
-        if not os.path.isfile(image):
-            raise FileNotFoundError(f"image: there is no file {image}")
-        try:
-            with Image.open(image) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"image: {image} cannot be read: {error}") from error
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    pixels = np.asarray(image) if isinstance(image, np.ndarray) else read_rgb(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
         raise ValueError(f"image must be (H, W, 3) uint8 RGB, got {pixels.dtype} {pixels.shape}")
-    return pixels
+    # Views such as image[:, :, ::-1] have strides that tensors do not.
+    return np.ascontiguousarray(pixels)
 
 
 @functools.lru_cache(maxsize=1)

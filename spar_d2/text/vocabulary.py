@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Vocabulary:
 
         Args:
             source: path of a UTF-8 file with one class per line and synonyms separated by ", "; or inline text with
-                ";" between classes and "," between synonyms ("cat, kitten; dog; sky").
+                ";" or new lines between classes and "," between synonyms ("cat, kitten; dog; sky").
 
         Raises:
             FileNotFoundError: ``source`` looks like a path (ends in ".txt", or begins with "/", "./" or "../") and is
@@ -55,7 +56,7 @@ class Vocabulary:
         if source.endswith(".txt") or source.startswith(("/", "./", "../")):
             return cls.from_file(source)
         try:
-            return cls(part.split(",") for part in source.split(";"))
+            return cls(part.split(",") for part in re.split("[;\n]", source))
         except ValueError as error:
             raise ValueError(f"{error}; got {source!r}") from error
 

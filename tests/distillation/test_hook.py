@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from processes import run_in_two_processes
 from reference import SHARED, reference_image
 from spar_d2.distillation import DistillationHook
 from spar_d2.encoders import FAMILIES
@@ -164,13 +165,8 @@ def test_under_autocast_the_loss_is_float32_and_close(tiny_cfg):
     assert rough.losses[0] == pytest.approx(exact.losses[0], rel=0.05)
 
 
-def _one_step(rank, cfg, folder):
+def _one_step(rank, folder, cfg):
     """One of two processes: one step on its own image, weights written down."""
-    import torch.distributed as dist
-    from detectron2.utils import comm
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    comm.create_local_process_group(2)
     model = nn.parallel.DistributedDataParallel(build_model(cfg), broadcast_buffers=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     data = [[{"image": as_tensor(reference_image(64, 96, rank))}]] * 2
@@ -178,11 +174,10 @@ def _one_step(rank, cfg, folder):
     trainer.register_hooks([DistillationHook(cfg)])
     trainer.train(0, 1)
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pth")
-    dist.destroy_process_group()
 
 
 def test_two_processes_make_the_step_of_one_with_both_images(tiny_cfg, tmp_path):
-    torch.multiprocessing.spawn(_one_step, (tiny_cfg, tmp_path), nprocs=2)
+    run_in_two_processes(_one_step, tmp_path, tiny_cfg)
     model = build_model(tiny_cfg)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     data = [[{"image": as_tensor(reference_image(64, 96, index))} for index in range(2)]]

@@ -81,3 +81,16 @@ def test_wrong_files_are_named(model, tmp_path):
     write_safetensors({"visual.proj": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(RuntimeError, match=r"MODEL\.WEIGHTS.*does not fit"):
         Checkpointer(model).load(str(tmp_path / "other.safetensors"))
+
+
+def test_checkpoints_of_other_models_are_refused(model, tmp_path):
+    state = model.state_dict()
+    torch.save({"model": {"foo": torch.zeros(3)}}, tmp_path / "foreign.pth")
+    smaller = {key: value[..., :1] for key, value in state.items()}
+    torch.save({"model": smaller}, tmp_path / "smaller.pth")
+    for name in ("foreign.pth", "smaller.pth"):
+        with pytest.raises(RuntimeError, match=r"MODEL\.WEIGHTS: the checkpoint is of another model"):
+            Checkpointer(model).load(str(tmp_path / name))
+    torch.save(torch.zeros(3), tmp_path / "bare.pth")
+    with pytest.raises(RuntimeError, match="holds no weights but a Tensor"):
+        Checkpointer(model).load(str(tmp_path / "bare.pth"))

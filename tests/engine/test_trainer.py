@@ -37,6 +37,13 @@ def test_distils_photos_into_a_student_file(cfg, tiny_model):
     assert same["visual.proj"]
 
 
+def test_the_student_survives_an_evaluation_that_fails(cfg, monkeypatch):
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        Trainer(cfg).train()
+    assert os.path.exists(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
+
+
 class PressCtrlC(HookBase):
     """Sends the signal of Ctrl-C in the middle of a step."""
 
@@ -103,7 +110,10 @@ def test_optimizer_of_the_config(cfg):
     [
         (["MODEL.SPAR.TRAINABLE", "none"], r"nothing to train: MODEL\.SPAR\.TRAINABLE"),
         (["SPAR.OPTIMIZER", "Adamm"], r"SPAR\.OPTIMIZER"),
-        (["SPAR.OPTIMIZER", "lr_scheduler"], r"SPAR\.OPTIMIZER"),
+        (["SPAR.OPTIMIZER", "LBFGS"], r"SPAR\.OPTIMIZER"),
+        (["SOLVER.CHECKPOINT_PERIOD", 0], r"SOLVER\.CHECKPOINT_PERIOD"),
+        (["SOLVER.BASE_LR", -1.0], r"SOLVER\.BASE_LR"),
+        (["DATASETS.TEST", ("coco_2017_val",)], r"DATASETS\.TEST: 'coco_2017_val' is of evaluator type 'coco'"),
         (["SPAR.DATA.IMAGES", ""], r"SPAR\.DATA\.IMAGES"),
         (["SOLVER.MAX_ITER", 0], r"SOLVER\.MAX_ITER"),
     ],

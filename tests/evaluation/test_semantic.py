@@ -7,6 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
+from processes import run_in_two_processes
 from spar_d2.evaluation import SemanticEvaluator, confusion_matrix, segmentation_scores
 
 NAMES = ["sky", "grass", "cat", "dog", "never"]
@@ -128,23 +129,17 @@ def test_what_is_missing_is_named(dataset):
         SemanticEvaluator(dataset, dump_predictions=True)
 
 
-def _count_own_images(rank, folder):
+def _count_own_image(rank, folder):
     """One of two processes: counts its own image, and writes down the scores it gets."""
-    import torch.distributed as dist
-    from detectron2.utils import comm
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    comm.create_local_process_group(2)
     MetadataCatalog.get("halves").set(stuff_classes=["a", "b"])
     evaluator = SemanticEvaluator("halves")
     truth = torch.tensor([[0, 0, 1, 1]])
     guess = truth if rank == 0 else torch.tensor([[0, 1, 1, 1]])
     evaluator.process([{"sem_seg": truth}], [{"sem_seg_labels": guess}])
     (folder / f"{rank}.json").write_text(json.dumps(evaluator.evaluate()))
-    dist.destroy_process_group()
 
 
 def test_two_processes_add_up(tmp_path):
-    torch.multiprocessing.spawn(_count_own_images, (tmp_path,), nprocs=2)
+    run_in_two_processes(_count_own_image, tmp_path)
     assert json.loads((tmp_path / "1.json").read_text()) is None
     assert json.loads((tmp_path / "0.json").read_text())["sem_seg"]["pACC"] == pytest.approx(100 * 7 / 8)

@@ -44,6 +44,12 @@ def test_the_result_has_the_size_asked_for(model):
     assert model([record])[0]["sem_seg_labels"].shape == (35, 200)
 
 
+@pytest.mark.parametrize(("given", "wanted"), [(336, 345), (112, 61), (448, 453), (64, 61), (400, 427)])
+def test_no_size_is_lost_to_rounding(model, given, wanted):
+    record = {"image": torch.zeros(3, given, 64, dtype=torch.uint8), "height": wanted, "width": 64}
+    assert model([record])[0]["sem_seg_labels"].shape == (wanted, 64)
+
+
 def test_scores_are_probabilities_whose_best_is_the_label(tiny_cfg, model):
     record = {"image": torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8)}
     tiny_cfg.MODEL.SPAR.OUTPUT = "scores"

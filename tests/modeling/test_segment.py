@@ -56,3 +56,14 @@ def test_weights_written_anew_are_loaded_anew(tiny_model):
     weights["visual.proj"] = -weights["visual.proj"]
     write_safetensors(weights, tiny_model[1])
     assert not np.array_equal(spar_d2.segment(image, "cat; dog; sky", *tiny_model, templates="simple").labels, before)
+
+
+def test_flipped_views_lists_of_names_and_paths_are_taken(tiny_model):
+    from pathlib import Path
+
+    pixels = reference_image(48, 64)
+    models = [Path(name) for name in tiny_model]
+    flipped = spar_d2.segment(pixels[:, :, ::-1], ["cat", "dog"], *models, templates="simple")
+    assert np.array_equal(
+        flipped.labels, spar_d2.segment(pixels[:, :, ::-1].copy(), "cat;dog", *tiny_model, templates="simple").labels
+    )

@@ -13,6 +13,10 @@ def test_inline_text():
     assert vocabulary.query_class == [0, 0, 1, 2]
 
 
+def test_lines_separate_classes_too():
+    assert Vocabulary.load("cat, kitten\ndog\n").names == ["cat", "dog"]
+
+
 def test_words_with_a_slash_are_words():
     assert Vocabulary.load("tv/monitor, screen; n/a").names == ["tv/monitor", "n/a"]
 

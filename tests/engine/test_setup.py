@@ -1,0 +1,69 @@
+import os
+
+import pytest
+
+from reference import ROOT
+from spar_d2.engine.setup import check_launch, load_config
+
+CONFIG = str(ROOT / "configs" / "demo" / "distill.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "just text", "- a", "a: [1, 2", "\x00\x01", "_BASE_: none.yaml", "MODEL: 3"])
+def test_files_that_are_no_config(tmp_path, content):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"c\.yaml with its overrides cannot be read as a config"):
+        load_config(str(tmp_path / "c.yaml"), [])
+
+
+def test_no_config_and_a_missing_one(tmp_path):
+    with pytest.raises(ValueError, match="--config-file is needed"):
+        load_config("", [])
+    with pytest.raises(FileNotFoundError, match="--config-file: there is no file"):
+        load_config(str(tmp_path / "none.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["MODEL.NO_KEY", 1], "MODEL.NO_KEY"),
+        (["SOLVER.MAX_ITER", "many"], "many"),
+        (["SOLVER.MAX_ITER"], "odd length"),
+        (["SOLVER.MAX_ITER", 1, "--resume"], "flags go before"),
+        (["MODEL.BACKBONE.NAME", "SPARVit"], "MODEL.BACKBONE.NAME.*near names: SPARViT"),
+        (["MODEL.META_ARCHITECTURE", "Foo"], "MODEL.META_ARCHITECTURE"),
+        (["DATASETS.TEST", "('spar_scenes_vall',)"], "DATASETS.TEST.*near names: spar_scenes_val"),
+        (["DATASETS.TRAIN", "('nope',)"], "DATASETS.TRAIN"),
+        (["OUTPUT_DIR", ""], "OUTPUT_DIR"),
+    ],
+)
+def test_wrong_overrides_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(CONFIG, overrides)
+
+
+def test_an_output_folder_that_is_a_file_is_left_alone(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("mine")
+    for folder in (file, file / "below"):
+        with pytest.raises(ValueError, match="OUTPUT_DIR must be a folder"):
+            load_config(CONFIG, ["OUTPUT_DIR", str(folder)])
+    assert file.read_text() == "mine"
+
+
+def test_files_of_a_config_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(CONFIG, [])
+    assert os.path.samefile(cfg.MODEL.SPAR.ENCODER, ROOT / "configs" / "demo" / "tiny_clip.json")
+    assert os.path.isfile(cfg.MODEL.SPAR.PRETRAINED)
+    assert load_config(CONFIG, ["MODEL.SPAR.ENCODER", "ViT-B-16"]).MODEL.SPAR.ENCODER == "ViT-B-16"
+
+
+@pytest.mark.parametrize("flags", [(-1, 1, 0), (10_000, 1, 0), (1, 2, 5), (1, 1, -1)])
+def test_wrong_numbers_of_processes_are_named(flags):
+    with pytest.raises(ValueError, match="--num-gpus|--machine-rank"):
+        check_launch(*flags)
+
+
+def test_one_process_is_always_possible():
+    check_launch(1, 1, 0)
+    check_launch(0, 1, 0)
