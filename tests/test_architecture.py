@@ -19,7 +19,17 @@ FLOORS = [
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # What plain PyTorch users rely on must not need Detectron2.
-WITHOUT_DETECTRON2 = ["encoders", "text", "teacher", "visualization", "evaluation/confusion.py", "modeling/scores.py"]
+WITHOUT_DETECTRON2 = [
+    "encoders",
+    "text",
+    "teacher",
+    "visualization",
+    "data/images.py",
+    "data/scenes.py",
+    "evaluation/confusion.py",
+    "modeling/scores.py",
+    "modeling/segment.py",
+]
 
 
 def imported_modules(path: Path) -> set[str]:
