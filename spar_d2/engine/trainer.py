@@ -22,6 +22,7 @@ from spar_d2.engine.checkpoint import Checkpointer
 from spar_d2.engine.hooks import Interrupted, ProgressBar, StopOnInterrupt, StudentWriter
 from spar_d2.evaluation import SemanticEvaluator
 from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
+from spar_d2.text import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -125,4 +126,10 @@ class Trainer(DefaultTrainer):
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind != "sem_seg":
             raise ValueError(f'DATASETS.TEST: {dataset_name!r} is of evaluator type {kind!r}, supported is "sem_seg"')
+        names, words = MetadataCatalog.get(dataset_name).get("stuff_classes", []), cfg.MODEL.SPAR.VOCABULARY
+        if words and len(Vocabulary.load(words)) != len(names):
+            raise ValueError(
+                f"MODEL.SPAR.VOCABULARY has {len(Vocabulary.load(words))} classes and {dataset_name!r} {len(names)}: "
+                "each class of the data set needs one of the vocabulary's, in its order"
+            )
         return SemanticEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))

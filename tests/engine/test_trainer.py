@@ -111,6 +111,10 @@ def test_optimizer_of_the_config(cfg):
         (["MODEL.SPAR.TRAINABLE", "none"], r"nothing to train: MODEL\.SPAR\.TRAINABLE"),
         (["SPAR.OPTIMIZER", "Adamm"], r"SPAR\.OPTIMIZER"),
         (["SPAR.OPTIMIZER", "LBFGS"], r"SPAR\.OPTIMIZER"),
+        (
+            ["DATASETS.TEST", ("spar_scenes_val",), "MODEL.SPAR.VOCABULARY", "cat; dog"],
+            r"VOCABULARY has 2 classes and 'spar_scenes_val' 13",
+        ),
         (["SOLVER.CHECKPOINT_PERIOD", 0], r"SOLVER\.CHECKPOINT_PERIOD"),
         (["SOLVER.BASE_LR", -1.0], r"SOLVER\.BASE_LR"),
         (["DATASETS.TEST", ("coco_2017_val",)], r"DATASETS\.TEST: 'coco_2017_val' is of evaluator type 'coco'"),
