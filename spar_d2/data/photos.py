@@ -93,7 +93,15 @@ class PhotoDataset(Dataset):
         return len(self.dicts)
 
     def __getitem__(self, index: int) -> dict:
-        """The dataset dict with "image", (3, H, W) uint8.
+        """The dataset dict with "image", (3, H, W) uint8, augmented; raises as :meth:`read`."""
+        record, image = self.read(index)
+        sample = transforms.AugInput(image)
+        self.augmentations(sample)
+        # (H, W, 3) -> (3, H, W)
+        return {**record, "image": torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))}
+
+    def read(self, index: int) -> tuple[dict, np.ndarray]:
+        """Dataset dict and pixels (H, W, 3) uint8 of a photo, or of the next that can be decoded.
 
         Raises:
             RuntimeError: no photo at all can be decoded.
@@ -107,10 +115,5 @@ class PhotoDataset(Dataset):
                     logger.warning("Skipped: %s", error)
                     self._skipped.add(record["file_name"])
                 continue
-            if self.format == "BGR":
-                image = image[..., ::-1]
-            sample = transforms.AugInput(np.ascontiguousarray(image))
-            self.augmentations(sample)
-            # (H, W, 3) -> (3, H, W)
-            return {**record, "image": torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))}
+            return record, np.ascontiguousarray(image[..., ::-1] if self.format == "BGR" else image)
         raise RuntimeError(f"SPAR.DATA.IMAGES: none of the {len(self)} photos can be decoded, see the warnings above")

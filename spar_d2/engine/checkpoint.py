@@ -101,7 +101,7 @@ def export_student(encoder: DenseEncoder, name: str, pretrained: str, path: str 
     tensors: dict[str, torch.Tensor] = {}
     try:
         tensors.update(build_text_tower(name, pretrained).model.state_dict())
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:  # hours of training must not be lost over the text
         logger.warning("The student is written without a text tower: %s", error)
     tensors.update(encoder.state_dict())
     write_safetensors(tensors, path)

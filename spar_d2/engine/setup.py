@@ -21,8 +21,6 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-logger = logging.getLogger(__name__)
-
 # Set to see where an error came from instead of its message alone.
 TRACEBACK_VARIABLE = "SPAR_TRACEBACK"
 
@@ -67,8 +65,8 @@ def _find_files(cfg: CfgNode, config_file: str) -> None:
         value = cfg.MODEL.SPAR[key]
         if not value or os.path.exists(value):
             continue
-        candidates = (parent / value for parent in Path(config_file).resolve().parents)
-        cfg.MODEL.SPAR[key] = next((str(path) for path in candidates if path.is_file()), value)
+        candidates = (os.path.join(parent, value) for parent in Path(config_file).resolve().parents)
+        cfg.MODEL.SPAR[key] = next((path for path in candidates if os.path.isfile(path)), value)
 
 
 def check_config(cfg: CfgNode) -> None:

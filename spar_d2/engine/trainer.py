@@ -112,7 +112,7 @@ class Trainer(DefaultTrainer):
         )
         logger.info("Distilling on %d images", len(dicts))
         photos = PhotoDataset(dicts, augmentations, cfg.INPUT.FORMAT)
-        photos[0]  # where not one can be decoded, say so before training starts
+        photos.read(0)  # where not one can be decoded, say so before training starts
         return build_detection_train_loader(
             dataset=photos,
             mapper=None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -87,7 +88,7 @@ class WindowPlan:
         # A window's chance is the sum of 1 / count over its cells, and counts are products of those of the two sides.
         sides = []
         for starts, seen in zip(self.starts, self._counts_along_sides):
-            running = torch.cat([torch.zeros(1), (1 / seen).cumsum(0)]).double()
+            running = F.pad((1 / seen.double()).cumsum(0), (1, 0))
             first = starts // self.cell
             share = running[first + self.window_cells] - running[first]
             sides.append(share / share.sum())

@@ -44,6 +44,13 @@ def test_student_loads_in_open_clip_in_a_model_and_as_pretrained(model, tiny_mod
         assert torch.equal(build_encoder(tiny_model[0], path)(x), expected)
 
 
+def test_a_student_is_written_even_without_its_text_tower(tiny_model, tmp_path, caplog):
+    path = tmp_path / "student.safetensors"
+    export_student(build_encoder(*tiny_model), tiny_model[0], str(tmp_path / "deleted.safetensors"), path)
+    assert path.is_file()
+    assert "without a text tower" in caplog.text
+
+
 def test_round_trip_of_a_whole_model(model, tmp_path):
     changed(model.backbone.encoder)
     state = {key: value.clone() for key, value in model.state_dict().items()}

@@ -55,6 +55,8 @@ def test_files_of_a_config_are_found_from_anywhere(tmp_path, monkeypatch):
     cfg = load_config(CONFIG, [])
     assert os.path.samefile(cfg.MODEL.SPAR.ENCODER, ROOT / "configs" / "demo" / "tiny_clip.json")
     assert os.path.isfile(cfg.MODEL.SPAR.PRETRAINED)
+    long = "; ".join(f"word {number}" for number in range(500))
+    assert load_config(CONFIG, ["MODEL.SPAR.VOCABULARY", long]).MODEL.SPAR.VOCABULARY == long
     assert load_config(CONFIG, ["MODEL.SPAR.ENCODER", "ViT-B-16"]).MODEL.SPAR.ENCODER == "ViT-B-16"
 
 
