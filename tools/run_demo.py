@@ -17,6 +17,7 @@ from spar_d2.encoders import build_encoder
 from spar_d2.engine.comparison import Method, build_method, markdown_table, measure
 from spar_d2.engine.setup import load_config, prepare, readable_errors
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
+from spar_d2.files import replacing
 from spar_d2.visualization import draw_panels, shared_pca_colours
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "distill.yaml"
@@ -46,7 +47,8 @@ def main() -> None:
             raise SystemExit("stopped before the student was finished")
         results = [measure(cfg, VAL, method) for method in methods(cfg, student)]
         table = markdown_table(results, baseline=results[2])
-        (args.output / "table.md").write_text(table + "\n")
+        with replacing(args.output / "table.md") as temporary:
+            temporary.write_text(table + "\n")
         draw(cfg, [results[0].method, results[2].method, results[3].method], args.output / "pictures")
     print(f"\n{table}\n")
     print(f"{len(DatasetCatalog.get(VAL))} scenes, {torch.get_num_threads()} threads, {cfg.MODEL.DEVICE};", end=" ")

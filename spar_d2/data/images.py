@@ -7,6 +7,9 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
+# What Pillow raises on damaged files, depending on the format and on where the damage is.
+DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
 
 def read_rgb(source: str | os.PathLike | Image.Image) -> np.ndarray:
     """Read an image upright.
@@ -30,7 +33,7 @@ def read_rgb(source: str | os.PathLike | Image.Image) -> np.ndarray:
             return _to_rgb(source)
         with Image.open(source) as image:
             return _to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise ValueError(f"image: {source} cannot be read: {error}") from error
 
 

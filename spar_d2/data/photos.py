@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from spar_d2.data.images import read_rgb
+from spar_d2.data.images import DAMAGE, read_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _is_image(path: str) -> bool:
     try:
         with Image.open(path):
             return True
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except DAMAGE:
         return False
 
 

@@ -68,9 +68,11 @@ class DistillationHook(HookBase):
         }
 
     def before_train(self) -> None:
-        model = _unwrap(_model_of(self.trainer))
+        model = self.trainer.model
         encoder = find_encoder(model)
-        # Inside DistributedDataParallel, so that the loss is part of what it sees the model return.
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            # Inside it, so that the loss is part of what it sees the model return.
+            model = model.module
         self._handles = [
             encoder.register_forward_hook(self._remember),
             model.register_forward_hook(self._add_loss),
@@ -116,12 +118,3 @@ class DistillationHook(HookBase):
             return sampled_distillation_loss(features, target)
         self.windows_encoded += len(x) * planned
         return distillation_loss(features, self.teacher(x.detach()))
-
-
-def _model_of(trainer) -> nn.Module:
-    # DefaultTrainer keeps the model in its inner trainer.
-    return trainer.model if hasattr(trainer, "model") else trainer._trainer.model
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -18,18 +18,18 @@ from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.open_clip_vit import OpenCLIPEncoder
 from spar_d2.encoders.registry import EncoderFamily, register_family
 from spar_d2.encoders.text_tower import TextTower
-from spar_d2.encoders.weights import KEY, load_checked, read_state_dict
+from spar_d2.encoders.weights import KEY, check_fit, first_line, read_state_dict
 
 _RANDOM_WEIGHTS_SEED = 0
 
 
-def create_clip(name: str, pretrained: str, part: str = "all") -> nn.Module:
+def create_clip(name: str, pretrained: str, part: str) -> nn.Module:
     """Create an open_clip model with weights.
 
     Args:
         name: a model name of open_clip, or a JSON model config file.
         pretrained: a tag, a weight file, or "" for random weights from a fixed seed.
-        part: "visual", "text" or "all": what a weight file must hold.
+        part: "visual" or "text": what a weight file must hold.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: as :func:`spar_d2.encoders.build_encoder`.
@@ -44,10 +44,12 @@ def create_clip(name: str, pretrained: str, part: str = "all") -> nn.Module:
         raise FileNotFoundError(f"{KEY}: {pretrained!r} is neither a weight file nor a known tag; {allowed}")
     model = _create_random(name)
     if pretrained:
-        needed = [key for key in model.state_dict() if part == "all" or key.startswith("visual.") == (part == "visual")]
+        own, tensors = model.state_dict(), read_state_dict(pretrained)
+        needed = {key for key in own if key.startswith("visual.") == (part == "visual")}
         # Without them a model still encodes; files differ in whether they have them.
         optional = {"logit_scale", "logit_bias"}
-        load_checked(model, read_state_dict(pretrained), set(needed) - optional, pretrained)
+        check_fit(own, tensors, needed - optional, pretrained)
+        model.load_state_dict(tensors, strict=False)
     return model
 
 
@@ -58,13 +60,9 @@ def _create_random(name: str) -> nn.Module:
             return open_clip.create_model(name, load_weights=False, pretrained_text=False)
         except Exception as error:  # a wrong config fails anywhere; some text towers ask a hub for theirs
             raise ValueError(
-                f"MODEL.SPAR.ENCODER: open_clip cannot build the model {name!r} ({_first_line(error)}); "
+                f"MODEL.SPAR.ENCODER: open_clip cannot build the model {name!r} ({first_line(error)}); "
                 "check its config, and whether its text tower needs a download"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _download(name: str, tag: str) -> nn.Module:
@@ -72,7 +70,7 @@ def _download(name: str, tag: str) -> nn.Module:
         return open_clip.create_model(name, pretrained=tag)
     except Exception as error:  # whatever the hub's client raises: network, disk, access
         raise RuntimeError(
-            f"{KEY}: the weights {tag!r} of {name} could not be had ({_first_line(error)}); "
+            f"{KEY}: the weights {tag!r} of {name} could not be had ({first_line(error)}); "
             "with no way to download them, give the path of a weight file"
         ) from error
 

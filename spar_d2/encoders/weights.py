@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from spar_d2.files import replacing
 
@@ -34,8 +33,10 @@ def read_checkpoint(path: str | os.PathLike, key: str = KEY) -> Mapping:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # junk makes the readers raise almost anything
+        # The unpickler's own words go on to advise loading the file unsafely.
+        reason = type(error).__name__ if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise RuntimeError(
-            f"{key}: {path} cannot be read as weights, it is damaged or holds more than tensors ({_reason(error)}); "
+            f"{key}: {path} cannot be read as weights, it is damaged or holds more than tensors ({reason}); "
             "fetch it again, or save its state_dict() on its own"
         ) from error
     if not isinstance(content, Mapping):
@@ -43,11 +44,9 @@ def read_checkpoint(path: str | os.PathLike, key: str = KEY) -> Mapping:
     return content
 
 
-def _reason(error: Exception) -> str:
-    # torch's own words go on to advise loading the file unsafely.
-    if isinstance(error, pickle.UnpicklingError) or not str(error).strip():
-        return type(error).__name__
-    return str(error).strip().splitlines()[0]
+def first_line(error: Exception) -> str:
+    """What an error says, in a line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_state_dict(path: str | os.PathLike, key: str = KEY) -> dict[str, torch.Tensor]:
@@ -80,15 +79,18 @@ def _strip(name: str) -> str:
     return name
 
 
-def load_checked(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], needed: Iterable[str], source: str, key: str = KEY
+def check_fit(
+    own: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    needed: Iterable[str],
+    source: str,
+    key: str = KEY,
 ) -> None:
-    """Load ``tensors`` into ``model`` and insist on the keys ``needed``; others may be absent.
+    """Check ``tensors`` against a model's ``own`` state dict; keys that are not ``needed`` may be absent.
 
     Raises:
         RuntimeError: needed keys are missing, keys are unknown to the model, or shapes differ; names a few of each.
     """
-    own = model.state_dict()
     missing = sorted(set(needed) - set(tensors))
     unexpected = sorted(set(tensors) - set(own))
     shapes = [
@@ -106,7 +108,6 @@ def load_checked(
             f"{key}: {source} does not fit the model: {'; '.join(problems)}. "
             "Choose the weights' own model in MODEL.SPAR.ENCODER, or other weights"
         )
-    model.load_state_dict(tensors, strict=False)
 
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:

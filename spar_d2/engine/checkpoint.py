@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import nn
 
 from spar_d2.encoders import DenseEncoder, build_text_tower, find_encoder
-from spar_d2.encoders.weights import load_checked, read_checkpoint, read_state_dict, write_safetensors
+from spar_d2.encoders.weights import check_fit, read_checkpoint, read_state_dict, write_safetensors
 from spar_d2.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -63,9 +62,9 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
-        prefix = next((name for name, part in self.model.named_modules() if isinstance(part, DenseEncoder)), None)
         wrong = [key for key, *_ in incompatible.incorrect_shapes]
-        lost = [key for key in [*wrong, *incompatible.missing_keys] if prefix and key.startswith(f"{prefix}.")]
+        encoders = tuple(f"{name}." for name, part in self.model.named_modules() if isinstance(part, DenseEncoder))
+        lost = [key for key in [*wrong, *incompatible.missing_keys] if key.startswith(encoders)]
         if lost:
             raise RuntimeError(
                 f"{KEY}: the checkpoint is of another model: {len(lost)} weights of the encoder are not in it or "
@@ -80,7 +79,7 @@ class Checkpointer(DetectionCheckpointer):
         own = encoder.state_dict()
         roots = {key.split(".")[0] for key in own}
         tensors = {k: v for k, v in read_state_dict(filename, KEY).items() if k.split(".")[0] in roots}
-        load_checked(encoder, tensors, own, filename, KEY)
+        check_fit(own, tensors, own, filename, KEY)
         prefix = next(name for name, module in self.model.named_modules() if module is encoder)
         state = self.model.state_dict()
         # The model's other weights stay as they are, so that nothing is reported as missing.
@@ -106,8 +105,3 @@ def export_student(encoder: DenseEncoder, name: str, pretrained: str, path: str 
     tensors.update(encoder.state_dict())
     write_safetensors(tensors, path)
     logger.info("Wrote the student to %s", path)
-
-
-def student_of(model: nn.Module) -> DenseEncoder:
-    """The encoder of a model that may be wrapped for distributed training."""
-    return find_encoder(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)

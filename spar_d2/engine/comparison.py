@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class Result:
     @property
     def seconds_per_image(self) -> float:
         """Median: a busy machine stretches single images."""
-        return sorted(self.seconds)[len(self.seconds) // 2]
+        return statistics.median_high(self.seconds)
 
 
 def build_method(cfg: CfgNode, method: Method) -> OpenVocabularySegmentor:

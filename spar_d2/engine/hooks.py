@@ -12,7 +12,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from tqdm import tqdm
 
-from spar_d2.engine.checkpoint import export_student, student_of
+from spar_d2.encoders import find_encoder
+from spar_d2.engine.checkpoint import export_student
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class StudentWriter(HookBase):
 
     def after_train(self) -> None:
         if comm.is_main_process() and self.trainer.iter >= self.trainer.max_iter:
-            export_student(student_of(self.trainer._trainer.model), self.name, self.pretrained, self.path)
+            export_student(find_encoder(self.trainer.model), self.name, self.pretrained, self.path)
 
 
 class StepTimer(HookBase):

@@ -52,7 +52,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         # The parent's hooks write through the checkpointer they are built with, so it is exchanged first.
         cfg = self.cfg
-        self.checkpointer = Checkpointer(self._trainer.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         hooks = super().build_hooks()
         if cfg.SPAR.DISTILL.ENABLED:
             student = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
@@ -127,9 +127,9 @@ class Trainer(DefaultTrainer):
         if kind != "sem_seg":
             raise ValueError(f'DATASETS.TEST: {dataset_name!r} is of evaluator type {kind!r}, supported is "sem_seg"')
         names, words = MetadataCatalog.get(dataset_name).get("stuff_classes", []), cfg.MODEL.SPAR.VOCABULARY
-        if words and len(Vocabulary.load(words)) != len(names):
+        if words and (count := len(Vocabulary.load(words))) != len(names):
             raise ValueError(
-                f"MODEL.SPAR.VOCABULARY has {len(Vocabulary.load(words))} classes and {dataset_name!r} {len(names)}: "
+                f"MODEL.SPAR.VOCABULARY has {count} classes and {dataset_name!r} {len(names)}: "
                 "each class of the data set needs one of the vocabulary's, in its order"
             )
         return SemanticEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))

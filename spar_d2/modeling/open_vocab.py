@@ -144,16 +144,14 @@ class OpenVocabularySegmentor(nn.Module):
         features = self._encode(image)
         height, width = image.shape[-2:]
         size = (inputs.get("height", height), inputs.get("width", width))
-        scaled = [wanted / given for wanted, given in zip(size, (height, width))]
         # What the grid covers, in pixels of the result: the padded image, or with REFERENCE_COMPAT the authors' choice,
         # which stretches the grid over the result.
         encoder = self.backbone.encoder
         covered = size
         if not encoder.reference_compat:
-            grid = encoder.grid(height, width)
-            covered = tuple(cells * encoder.patch_size * factor for cells, factor in zip(grid, scaled))
-            # Rounding must not leave the last pixel out.
-            covered = tuple(max(pixels, wanted) for pixels, wanted in zip(covered, size))
+            # Whole numbers first and one division last: the result is rounded once and never below `size`.
+            sides = zip(encoder.grid(height, width), size, (height, width))
+            covered = tuple(cells * encoder.patch_size * wanted / given for cells, wanted, given in sides)
         arguments = (features, text, query_class, size, covered, self.logit_scale)
         if self.output == "scores":
             return {"sem_seg": class_probabilities(*arguments)}

@@ -62,31 +62,35 @@ def upsampled_bands(
         size: (H, W), the pixels wanted, counted from the top left.
         padded_size: pixels that the grid covers, at least ``size``; may be fractional; default ``size``.
 
-    Yields:
-        Rows of the output and their scores (rows, W, Q).
+    Returns:
+        Iterator over rows of the output and their scores (rows, W, Q).
 
     Raises:
         ValueError: a size that is not positive, or ``padded_size`` smaller than ``size``.
     """
-    _check_sizes(size, padded_size)
     height, width = size
     padded_size = padded_size or size
+    # Checked here and not in the iterator, so that it is done before the first band is asked for.
+    if min(size) < 1:
+        raise ValueError(f"size must be at least 1x1, got {height}x{width}")
+    if padded_size[0] < height or padded_size[1] < width:
+        raise ValueError(f"padded_size must be at least size {height}x{width}, got {tuple(padded_size)}")
     down = _Resampling.along(scores.shape[0], padded_size[0], height, scores.device)
     across = _Resampling.along(scores.shape[1], padded_size[1], width, scores.device)
     budget = _BAND_BYTES.get(scores.device.type, _BAND_BYTES["other"])
     rows_at_once = max(1, budget // (width * scores.shape[2] * scores.element_size()))
+    return _bands(scores, down, across, rows_at_once)
+
+
+def _bands(
+    scores: torch.Tensor, down: _Resampling, across: _Resampling, rows_at_once: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    height = len(down.before)
     for start in range(0, height, rows_at_once):
         rows = slice(start, min(start + rows_at_once, height))
         # (rows, w, Q), then (rows, W, Q): queries last, so that every step moves whole runs of memory.
         band = torch.lerp(scores[down.before[rows]], scores[down.after[rows]], down.fraction[rows, None, None])
         yield rows, torch.lerp(band[:, across.before], band[:, across.after], across.fraction[:, None])
-
-
-def _check_sizes(size: tuple[int, int], padded_size: tuple[float, float] | None) -> None:
-    if min(size) < 1:
-        raise ValueError(f"size must be at least 1x1, got {size[0]}x{size[1]}")
-    if padded_size and (padded_size[0] < size[0] or padded_size[1] < size[1]):
-        raise ValueError(f"padded_size must be at least size {size[0]}x{size[1]}, got {tuple(padded_size)}")
 
 
 @torch.no_grad()
@@ -126,20 +130,19 @@ def segment_features(
     """
     if len(query_class) != len(text):
         raise ValueError(f"query_class must name the class of each of the {len(text)} queries, got {len(query_class)}")
-    _check_sizes(size, padded_size)
     scores = cosine_scores(features, text)
     query_class = query_class.to(scores.device)
-    bands = (scores, query_class, size, padded_size, logit_scale)
+    arguments = (scores, query_class, size, padded_size, logit_scale)
     if area_threshold is None:
-        return _label(*bands, prob_threshold)
-    labels = _label(*bands, prob_threshold=0.0)
+        return _label(*arguments, prob_threshold)
+    labels = _label(*arguments, prob_threshold=0.0)
     areas = torch.bincount(labels.flatten(), minlength=int(query_class.max()) + 1)
     areas[0] = 0
     kept = areas > area_threshold * areas.sum()
     kept[0] = True
     if prob_threshold <= 0 and bool(kept[areas > 0].all()):
         return labels
-    return _label(*bands, prob_threshold, allowed=kept[query_class])
+    return _label(*arguments, prob_threshold, allowed=kept[query_class])
 
 
 def _label(
@@ -152,8 +155,9 @@ def _label(
     allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(h, w, Q) scores to (H, W) labels, where only queries ``allowed`` (Q,) bool can win."""
+    bands = upsampled_bands(scores, size, padded_size)
     labels = torch.empty(size, dtype=torch.int64, device=scores.device)
-    for rows, band in upsampled_bands(scores, size, padded_size):
+    for rows, band in bands:
         # The softmax runs over all queries, also those that cannot win.
         log_sum = (logit_scale * band).logsumexp(-1) if prob_threshold > 0 else None
         if allowed is not None:
@@ -183,12 +187,12 @@ def class_probabilities(
         (classes, H, W) float32 in 0..1, the largest probability among each class's queries; does not sum to one where
         a class has synonyms.
     """
-    _check_sizes(size, padded_size)
     scores = cosine_scores(features, text)
     query_class = query_class.to(scores.device)
     classes = int(query_class.max()) + 1
+    bands = upsampled_bands(scores, size, padded_size)
     output = scores.new_zeros(classes, *size)
-    for rows, band in upsampled_bands(scores, size, padded_size):
+    for rows, band in bands:
         probabilities = (logit_scale * band).softmax(-1)
         largest = probabilities.new_zeros(*band.shape[:2], classes)
         largest.scatter_reduce_(-1, query_class.expand_as(band), probabilities, "amax")

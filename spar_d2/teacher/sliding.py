@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -140,7 +141,11 @@ def plan_windows(encoder: DenseEncoder, height: int, width: int, window: int, st
     patch = encoder.patch_size
     if not encoder.reference_compat:
         height, width = (cells * patch for cells in encoder.grid(height, width))
-    return WindowPlan(max(height, window), max(width, window), window, stride, patch)
+    return _plan(max(height, window), max(width, window), window, stride, patch)
+
+
+# A step asks for the plan of its images several times, and sizes come back.
+_plan = functools.lru_cache(maxsize=64)(WindowPlan)
 
 
 def _stitch(

@@ -1,7 +1,6 @@
 """The installer, with a small wheel in place of the real one."""
 
 import hashlib
-import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -9,16 +8,14 @@ import zipfile
 import pytest
 
 from reference import ROOT
+from tool_modules import load_tool
 
 TOOL = ROOT / "tools" / "install_detectron2.py"
 
 
 @pytest.fixture
 def installer():
-    spec = importlib.util.spec_from_file_location("install_detectron2", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("install_detectron2")
 
 
 @pytest.fixture

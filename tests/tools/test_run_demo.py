@@ -1,6 +1,5 @@
 """The demo from end to end, with fewer scenes and steps."""
 
-import importlib.util
 import sys
 
 import pytest
@@ -8,6 +7,7 @@ from PIL import Image
 
 from reference import ROOT
 from spar_d2.data.datasets import SCENE_SPLITS
+from tool_modules import load_tool
 
 
 @pytest.fixture
@@ -16,10 +16,7 @@ def run_demo(monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     monkeypatch.setitem(SCENE_SPLITS, "train", (101, 10))
     monkeypatch.setitem(SCENE_SPLITS, "val", (303, 12))
-    spec = importlib.util.spec_from_file_location("run_demo", ROOT / "tools" / "run_demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("run_demo")
 
 
 def test_table_pictures_and_student(run_demo, monkeypatch, tmp_path, capsys):

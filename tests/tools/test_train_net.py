@@ -9,6 +9,7 @@ import time
 import pytest
 
 from reference import ROOT
+from tool_modules import load_tool
 
 TOOL = str(ROOT / "tools" / "train_net.py")
 CONFIG = str(ROOT / "configs" / "distill" / "Base-distill.yaml")
@@ -88,8 +89,6 @@ def test_stops_at_ctrl_c_resumes_and_evaluates(tiny_model, photo_folder, tmp_pat
 )
 def test_bad_input_gives_one_message_and_no_debris(wrong, message, tiny_model, photo_folder, tmp_path, capsys):
     """In this process, to be quick: what the command line calls."""
-    import importlib.util
-
     from detectron2.engine import default_argument_parser
 
     places = {"empty": tmp_path / "empty", "ruined": tmp_path / "ruined", "corrupt": tmp_path / "corrupt.safetensors"}
@@ -99,9 +98,7 @@ def test_bad_input_gives_one_message_and_no_debris(wrong, message, tiny_model, p
     places["corrupt"].write_bytes(b"corrupt")
     output = tmp_path / "run"
     arguments = [str(a) for a in arguments_for(tiny_model, photo_folder, output) + wrong]
-    spec = importlib.util.spec_from_file_location("train_net", TOOL)
-    train_net = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train_net)
+    train_net = load_tool("train_net")
     with pytest.raises(SystemExit) as exit_:
         train_net.main(default_argument_parser().parse_args([a.format(**places) for a in arguments]))
     assert exit_.value.code == 1
