@@ -20,14 +20,30 @@ def add_spar_config(cfg: CfgNode) -> None:
         return
 
     cfg.MODEL.SPAR = CN()
-    # Image encoder: a model name that open_clip knows ("ViT-B-16"), or a JSON model config file of open_clip's form.
+    # Image encoder, a model name: a ViT or SigLIP model of open_clip ("ViT-B-16", "ViT-B-16-SigLIP2-512") or a JSON
+    # model config file of open_clip's form, a DINOv3 ViT of timm ("vit_base_patch16_dinov3"), or DINOv3.txt
+    # ("dinov3_vitl16_dinotxt_tet1280d20h24l").
     cfg.MODEL.SPAR.ENCODER = "ViT-B-16"
-    # Its weights: a tag of open_clip's ("laion2b_s34b_b88k"), a file, or "" for random ones (the same every time).
+    # Its weights: a tag of its library's ("laion2b_s34b_b88k"), a file, or "" for random ones (the same every time).
     cfg.MODEL.SPAR.PRETRAINED = ""
-    # Reproduce the authors' code: cut the image to whole patches instead of padding it, and add the position table
-    # unresampled where a grid has the native number of cells but another shape.
+    # For DINOv3.txt: folder with a clone of the dinov3 repository. Code in it is run.
+    cfg.MODEL.SPAR.DINOV3_REPO = ""
+    # For DINOv3.txt: weights of the backbone, where PRETRAINED has only the vision head and the text encoder.
+    cfg.MODEL.SPAR.DINOV3_BACKBONE = ""
+    # For DINOv3.txt: patch tokens of the "backbone", as the authors of SPAR take them, or of the vision "head" on it.
+    cfg.MODEL.SPAR.DINOV3_TOKENS = "backbone"
+    # Reproduce the authors' code at sizes that are no multiple of the patch (cut, stretch or pad as it does for the
+    # family), and add OpenCLIP's position table unresampled where a grid has the native number of cells but another
+    # shape.
     cfg.MODEL.SPAR.REFERENCE_COMPAT = False
-    # What is trained: "last_blocks:N", "all", "none", or the authors' words ("blk_-1,blk_-2").
+    # Precision of matrix products in student and teacher: "float32", "bfloat16" or "float16" (autocast).
+    cfg.MODEL.SPAR.PRECISION = "float32"
+    # Compile the blocks of the ViT with torch.compile; takes a minute at the start.
+    cfg.MODEL.SPAR.COMPILE = False
+    # In training, keep only the inputs of blocks and compute the rest twice: less memory, more time.
+    cfg.MODEL.SPAR.CHECKPOINTING = False
+    # What is trained: "all", "none", or words joined by commas, of "last_blocks:N", "blk_I" (block I; negative: from
+    # the end), "qkv_I", "mlp_I" (parts of it), "posembed", "patchembed", "attn_pool_kv" (SigLIP).
     cfg.MODEL.SPAR.TRAINABLE = "last_blocks:2"
     # Bring the framework's normalised input (PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT) to the encoder's own mean and
     # deviation in RGB. Set it to False only where those keys already are the encoder's.
@@ -48,7 +64,8 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.MODEL.SPAR.PROB_THRESHOLD = 0.0
     # Classes other than 0 that cover no more than this share of the pixels of all such classes are removed; 0: none.
     cfg.MODEL.SPAR.AREA_THRESHOLD = 0.0
-    # Inference returns "labels" (H, W) in "sem_seg_labels", or "scores" (classes, H, W) in Detectron2's "sem_seg".
+    # Inference returns "labels" (H, W) in "sem_seg_labels", "scores" (classes, H, W) in Detectron2's "sem_seg", or
+    # "features" (D, h, w) in "features", which needs no classes; they are evaluated by their distance to the teacher's.
     cfg.MODEL.SPAR.OUTPUT = "labels"
     # How inference encodes the image: "single_pass", or "sliding_window" with SPAR.TEACHER's window and stride.
     cfg.MODEL.SPAR.INFERENCE = "single_pass"

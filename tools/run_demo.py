@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.encoders import build_encoder
+from spar_d2.encoders import describe_encoder
 from spar_d2.engine.comparison import Method, build_method, markdown_table, measure
 from spar_d2.engine.setup import load_config, prepare, readable_errors
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
@@ -59,7 +59,7 @@ def methods(cfg: CfgNode, student: Path) -> list[Method]:
     """Pre-trained single pass, disjoint tiles, teacher, student."""
     sliding = ["MODEL.SPAR.INFERENCE", "sliding_window", "SPAR.TEACHER.STRIDE"]
     stride = cfg.SPAR.TEACHER.STRIDE
-    window = cfg.SPAR.TEACHER.WINDOW or build_encoder(cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED).native_size
+    window = cfg.SPAR.TEACHER.WINDOW or describe_encoder(cfg.MODEL.SPAR.ENCODER).native_size
     return [
         Method("pre-trained, single pass"),
         Method("pre-trained, disjoint tiles", [*sliding, window]),

@@ -10,7 +10,8 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from spar_d2.distillation.loss import distillation_loss, sampled_distillation_loss
-from spar_d2.encoders import DenseEncoder, build_encoder, find_encoder
+from spar_d2.encoders import DenseEncoder, find_encoder
+from spar_d2.modeling.build import encoder_from_config
 from spar_d2.teacher import SlidingWindowTeacher
 
 LOSS_NAME = "loss_distill"
@@ -56,9 +57,8 @@ class DistillationHook(HookBase):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        spar = cfg.MODEL.SPAR
         # Built anew rather than copied from the model: a resumed student is no teacher.
-        encoder = build_encoder(spar.ENCODER, spar.PRETRAINED, spar.REFERENCE_COMPAT).to(cfg.MODEL.DEVICE)
+        encoder = encoder_from_config(cfg).to(cfg.MODEL.DEVICE)
         teacher = cfg.SPAR.TEACHER
         return {
             "teacher": SlidingWindowTeacher(encoder, teacher.WINDOW, teacher.STRIDE, teacher.BATCH_SIZE),

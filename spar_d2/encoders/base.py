@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class DenseEncoder(nn.Module, ABC):
     """A ViT that gives one feature per patch, for images of any size.
 
+    The library's modules always stay in eval mode: dropout, stochastic depth or randomly shifted positions would only
+    add noise to what is a regression.
+
     Attributes:
         patch_size: side of a patch in pixels.
         embed_dim: channels D of the dense features.
         width: channels C of the intermediate features.
-        native_size: side of the square images that the model was pre-trained on, in pixels.
+        native_size: side of the square images that the model was pre-trained on, in pixels, in whole patches.
         pixel_mean, pixel_std: three floats each, RGB, for pixels in 0..1.
-        reference_compat: cut images to whole patches, as the authors' code does, instead of padding them.
+        logit_scale: factor on the cosines with the words that the method uses.
+        reference_compat: treat sizes as the authors' code does; what that means differs between families.
+        parts: regular expressions over the names of parameters, by the words for what is trained; those of "qkv" and
+            "mlp" over the names within a block.
+        unused: regular expression over the names of parameters of the library's model that dense features do not
+            pass through; they are never trained.
     """
 
     patch_size: int
@@ -29,7 +42,14 @@ class DenseEncoder(nn.Module, ABC):
     native_size: int
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
+    logit_scale: float = 40.0
     reference_compat: bool = False
+    parts: Mapping[str, str]
+    unused: str = r"(?!)"
+
+    _precision: torch.dtype | None = None
+    _compile: bool = False
+    _checkpointing: bool = False
 
     @property
     @abstractmethod
@@ -44,20 +64,46 @@ class DenseEncoder(nn.Module, ABC):
     def _encode_intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
         """(B, 3, h * p, w * p) to one (B, C, h, w) for each of the (non-negative, ascending) block indices."""
 
+    def accelerate(
+        self, precision: str = "float32", compile: bool = False, checkpointing: bool = False
+    ) -> DenseEncoder:
+        """Choose how the encoder computes; weights and features stay in the type that they have.
+
+        Args:
+            precision: "bfloat16" or "float16" runs matrix products in it (``torch.autocast``); "float32" leaves that
+                to the surroundings.
+            compile: compile the blocks with ``torch.compile``, once for all sizes.
+            checkpointing: in training, keep only the input of every block and compute the rest again for the gradient.
+
+        Returns:
+            The encoder itself.
+
+        Raises:
+            ValueError: another precision.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision (MODEL.SPAR.PRECISION) must be one of {', '.join(PRECISIONS)}; got {precision!r}"
+            )
+        self._precision, self._compile, self._checkpointing = PRECISIONS[precision], compile, checkpointing
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Dense features of the last layer in the space of the text vectors, not normalised.
+        """Dense features of the last layer, in the space of the text vectors where there are some, not normalised.
 
         Args:
             x: (B, 3, H, W) floating point, RGB, normalised with ``pixel_mean`` and ``pixel_std``; any H, W >= 1.
                 The right and bottom are padded with zeros to whole patches.
 
         Returns:
-            (B, D, ceil(H / p), ceil(W / p)); floor instead of ceil with ``reference_compat``.
+            (B, D, ceil(H / p), ceil(W / p)) in the type of ``x``; see :meth:`grid` for ``reference_compat``.
 
         Raises:
             ValueError: ``x`` has another shape or type, or (``reference_compat`` only) is smaller than a patch.
         """
-        return self._encode(self.to_whole_patches(x))
+        check_images(x)
+        with self._autocast(x):
+            return self._encode(self.to_whole_patches(x)).to(x.dtype)
 
     def intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
         """Output of chosen blocks as maps (B, C, h, w), in the order of ``indices``; negative ones count from the end.
@@ -70,32 +116,76 @@ class DenseEncoder(nn.Module, ABC):
         if wrong or not indices:
             raise ValueError(f"indices must be block numbers in {-count}..{count - 1}, got {list(indices)}")
         chosen = [i % count for i in indices]
-        maps = self._encode_intermediates(self.to_whole_patches(x), sorted(set(chosen)))
-        by_index = dict(zip(sorted(set(chosen)), maps))
+        check_images(x)
+        with self._autocast(x):
+            maps = self._encode_intermediates(self.to_whole_patches(x), sorted(set(chosen)))
+        by_index = {index: features.to(x.dtype) for index, features in zip(sorted(set(chosen)), maps)}
         return [by_index[i] for i in chosen]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Size of the feature map for an image of the given size in pixels."""
-        if self.reference_compat:
-            return height // self.patch_size, width // self.patch_size
         return math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)
 
     def to_whole_patches(self, x: torch.Tensor) -> torch.Tensor:
-        """Check ``x`` and pad it with zeros (cut it with ``reference_compat``) at the right and bottom."""
-        check_images(x)
+        """(B, 3, H, W) padded with zeros at the right and bottom."""
         height, width = (cells * self.patch_size for cells in self.grid(*x.shape[-2:]))
-        if height == 0 or width == 0:
-            raise ValueError(
-                f"with reference_compat an image must cover a patch of {self.patch_size} pixels, "
-                f"got {x.shape[-2]}x{x.shape[-1]}"
-            )
-        if self.reference_compat:
-            return x[..., :height, :width]
         return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
 
     def train(self, mode: bool = True) -> DenseEncoder:
-        """Stays in eval mode where nothing is trainable: a frozen encoder must not change with its surroundings."""
-        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+        """Only says whether the encoder is in training, which a frozen one never is; its modules stay in eval mode."""
+        super().train(False)
+        self.training = mode and any(p.requires_grad for p in self.parameters())
+        return self
+
+    def _run_blocks(
+        self, blocks: Sequence[nn.Module], tokens: torch.Tensor, step: Callable, *context: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """Apply ``step(block, tokens, *context)`` block after block and yield the tokens after each."""
+        run = _compiled(step) if self._compile else step
+        for block in blocks:
+            if self._checkpointing and torch.is_grad_enabled() and _needs_gradient(block, tokens):
+                tokens = checkpoint(run, block, tokens, *context, use_reentrant=False)
+            else:
+                tokens = run(block, tokens, *context)
+            yield tokens
+
+    def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager:
+        if self._precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(x.device.type, self._precision)
+
+
+def _needs_gradient(block: nn.Module, tokens: torch.Tensor) -> bool:
+    return tokens.requires_grad or any(p.requires_grad for p in block.parameters())
+
+
+@functools.cache
+def _compiled(step: Callable) -> Callable:
+    # One function for all blocks of all encoders of a family: copies of an encoder share what was compiled.
+    return torch.compile(step, dynamic=True)
+
+
+def last(items: Iterator[torch.Tensor]) -> torch.Tensor:
+    """The last of the tensors, keeping none of the earlier ones."""
+    for item in items:
+        result = item
+    return result
+
+
+def chosen(items: Iterator[torch.Tensor], indices: Sequence[int]) -> list[torch.Tensor]:
+    """The items at ascending indices; those after the last are not asked for."""
+    found = []
+    for index, item in enumerate(items):
+        if index in indices:
+            found.append(item)
+        if index == indices[-1]:
+            break
+    return found
+
+
+def to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, h * w, C) to (B, C, h, w)."""
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 
 def find_encoder(model: nn.Module) -> DenseEncoder:

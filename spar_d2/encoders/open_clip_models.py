@@ -1,68 +1,105 @@
-"""Builds open_clip models by name or config file, and registers the family of its own ViTs."""
+"""Builds open_clip models by name or config file, for the families whose weights open_clip keeps."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import open_clip
 import torch
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder
-from spar_d2.encoders.open_clip_vit import OpenCLIPEncoder
-from spar_d2.encoders.registry import EncoderFamily, register_family
+from spar_d2.encoders.fit import check_fit
+from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, find_family
 from spar_d2.encoders.text_tower import TextTower
-from spar_d2.encoders.weights import KEY, check_fit, first_line, read_state_dict
+from spar_d2.encoders.weights import KEY, RANDOM_WEIGHTS_SEED, first_line, read_state_dict
 
-_RANDOM_WEIGHTS_SEED = 0
+# Without them a model still encodes; files differ in whether they have them.
+_OPTIONAL = {"logit_scale", "logit_bias"}
+# Takes the place of a text tower that is not asked for: those of SigLIP have 280 million parameters.
+_SMALL_TEXT = {"context_length": 2, "vocab_size": 2, "width": 64, "heads": 1, "layers": 1}
 
 
-def create_clip(name: str, pretrained: str, part: str) -> nn.Module:
-    """Create an open_clip model with weights.
-
-    Args:
-        name: a model name of open_clip, or a JSON model config file.
-        pretrained: a tag, a weight file, or "" for random weights from a fixed seed.
-        part: "visual" or "text": what a weight file must hold.
+def build_image_tower(spec: EncoderSpec, family: EncoderFamily) -> nn.Module:
+    """``model.visual`` of an open_clip model, with weights.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: as :func:`spar_d2.encoders.build_encoder`.
     """
-    name = _add_config_file(name) if name.endswith(".json") else name
+    return _create(spec, family, part="visual").visual
+
+
+def build_text(spec: EncoderSpec) -> TextTower:
+    """Tokenizer and text tower of an open_clip model, with weights; raises like :func:`build_image_tower`."""
+    model = _create(spec, find_family(spec.name), part="text")
+    model.visual = nn.Identity()
+    name = _known_name(spec.name)
+    try:
+        return TextTower(model, open_clip.get_tokenizer(name))
+    except Exception as error:  # whatever the hub's client and the tokenizer's own library raise
+        raise RuntimeError(
+            f"MODEL.SPAR.ENCODER: the tokenizer of {name} could not be had ({first_line(error)}); with no way to "
+            "download it, name a local folder as text_cfg.hf_tokenizer_name in an open_clip model config (*.json)"
+        ) from error
+
+
+def model_config(name: str) -> dict | None:
+    """The open_clip config of a model name or of a config file (*.json); None for an unknown name."""
+    return _read_config_file(name) if name.endswith(".json") else open_clip.get_model_config(name)
+
+
+def model_names(wanted: Callable[[dict | None], bool]) -> list[str]:
+    """The models of open_clip whose config is ``wanted``, well-known ones first."""
+    names = [name for name in open_clip.list_models() if wanted(open_clip.get_model_config(name))]
+    return sorted(names, key=lambda name: (not name.startswith("ViT"), name))
+
+
+def _create(spec: EncoderSpec, family: EncoderFamily, part: str) -> nn.Module:
+    """An open_clip model in which ``part``, "visual" or "text", has its weights."""
+    name, pretrained = _known_name(spec.name), spec.pretrained
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained in tags:
         return _download(name, pretrained)
-    if pretrained and not Path(pretrained).is_file():
+    if not pretrained:
+        return _create_random(name, part)
+    if not Path(pretrained).is_file():
         near = difflib.get_close_matches(pretrained, tags, n=3, cutoff=0.4) or tags[:5]
         allowed = f"a tag of {name} ({', '.join(near)}, ...)" if tags else f"{name} has no tags"
         raise FileNotFoundError(f"{KEY}: {pretrained!r} is neither a weight file nor a known tag; {allowed}")
-    model = _create_random(name)
-    if pretrained:
-        own, tensors = model.state_dict(), read_state_dict(pretrained)
-        needed = {key for key in own if key.startswith("visual.") == (part == "visual")}
-        # Without them a model still encodes; files differ in whether they have them.
-        optional = {"logit_scale", "logit_bias"}
-        check_fit(own, tensors, needed - optional, pretrained)
-        model.load_state_dict(tensors, strict=False)
+    tensors = family.from_file(read_state_dict(pretrained))
+    model = _create_random(name, part)
+    own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("visual.") == (part == "visual")}
+    known = {**dict.fromkeys(tensors if (every := _keys(name)) is None else every), **own}
+    check_fit(own, tensors, set(own) - _OPTIONAL, pretrained, known=known)
+    model.load_state_dict({key: tensors[key] for key in own if key in tensors}, strict=False)
     return model
 
 
-def _create_random(name: str) -> nn.Module:
+def _create_random(name: str, part: str) -> nn.Module:
+    options = {"text_cfg": _SMALL_TEXT} if part == "visual" else {}
     with _without_open_clip_warnings(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_RANDOM_WEIGHTS_SEED)
+        torch.manual_seed(RANDOM_WEIGHTS_SEED)
         try:
-            return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+            return open_clip.create_model(name, load_weights=False, pretrained_text=False, **options)
         except Exception as error:  # a wrong config fails anywhere; some text towers ask a hub for theirs
             raise ValueError(
                 f"MODEL.SPAR.ENCODER: open_clip cannot build the model {name!r} ({first_line(error)}); "
                 "check its config, and whether its text tower needs a download"
             ) from error
+
+
+def _keys(name: str) -> list[str] | None:
+    """All keys of a model with both towers; None where it cannot be built without a download."""
+    try:
+        with _without_open_clip_warnings(), torch.device("meta"):
+            model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
+    except Exception:  # some text towers ask a hub for their config
+        return None
+    return list(model.state_dict())
 
 
 def _download(name: str, tag: str) -> nn.Module:
@@ -75,18 +112,19 @@ def _download(name: str, tag: str) -> nn.Module:
         ) from error
 
 
-def _add_config_file(path: str) -> str:
-    """Make a model config file known to open_clip; returns the model's name, which is the file's."""
-    config = _read_config_file(path)
-    name = Path(path).stem
-    known = open_clip.get_model_config(name)
+def _known_name(name: str) -> str:
+    """A name that open_clip knows the model by; that of a config file is the file's."""
+    if not name.endswith(".json"):
+        return name
+    config = _read_config_file(name)
+    known = open_clip.get_model_config(stem := Path(name).stem)
     if known is None:
-        open_clip.add_model_config(path)
+        open_clip.add_model_config(Path(name))
     elif known != config:
         raise ValueError(
-            f"MODEL.SPAR.ENCODER: open_clip has another model of the name {name!r}; give the file {path} another name"
+            f"MODEL.SPAR.ENCODER: open_clip has another model of the name {stem!r}; give the file {name} another name"
         )
-    return name
+    return stem
 
 
 def _read_config_file(path: str) -> dict:
@@ -111,47 +149,3 @@ def _without_open_clip_warnings() -> Iterator[None]:
         yield
     finally:
         logging.disable(previous)
-
-
-def _is_plain_vit(config: dict | None) -> bool:
-    vision = (config or {}).get("vision_cfg", {})
-    named_elsewhere = "timm_model_name" in vision or "hf_model_name" in vision
-    return not named_elsewhere and isinstance(vision.get("layers", 12), int) and not vision.get("attentional_pool")
-
-
-def _claims(name: str) -> bool:
-    config = _read_config_file(name) if name.endswith(".json") else open_clip.get_model_config(name)
-    return config is not None and _is_plain_vit(config)
-
-
-@functools.cache
-def _names() -> list[str]:
-    return [name for name in open_clip.list_models() if _is_plain_vit(open_clip.get_model_config(name))]
-
-
-def _build(name: str, pretrained: str, reference_compat: bool) -> DenseEncoder:
-    return OpenCLIPEncoder(create_clip(name, pretrained, part="visual").visual, reference_compat)
-
-
-def _build_text(name: str, pretrained: str) -> TextTower:
-    model = create_clip(name, pretrained, part="text")
-    model.visual = nn.Identity()
-    return TextTower(model, open_clip.get_tokenizer(Path(name).stem if name.endswith(".json") else name))
-
-
-def _example() -> DenseEncoder:
-    vision = {"image_size": 64, "layers": 3, "width": 96, "patch_size": 16, "head_width": 32}
-    text = {"context_length": 77, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    return OpenCLIPEncoder(open_clip.CLIP(embed_dim=64, vision_cfg=vision, text_cfg=text).visual).eval()
-
-
-register_family(
-    EncoderFamily(
-        name="open_clip ViT",
-        claims=_claims,
-        names=_names,
-        build=_build,
-        build_text=_build_text,
-        example=_example,
-    )
-)

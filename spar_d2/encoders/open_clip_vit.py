@@ -6,16 +6,24 @@ MLP stay (MaskCLIP, arXiv:2112.01071, as used by SPAR). All earlier blocks are t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder
+from spar_d2.encoders.base import DenseEncoder, chosen, last, to_map
+from spar_d2.encoders.open_clip_models import build_image_tower, build_text, model_config, model_names
 from spar_d2.encoders.positions import resample_positions
+from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
+
+# The authors' code enlarges the requested grid by a tenth of a cell, against rounding down. Because the sampling
+# positions use the given factor, this also shifts them slightly; students are trained with it, so it stays.
+_GRID_MARGIN = 0.1
 
 
 class OpenCLIPEncoder(DenseEncoder):
@@ -24,12 +32,19 @@ class OpenCLIPEncoder(DenseEncoder):
     Args:
         visual: ``model.visual`` of an open_clip model, a ``VisionTransformer`` with class token; used, not copied, so
             ``state_dict()`` has the library's keys ("visual.conv1.weight").
-        reference_compat: reproduce the authors' handling of sizes, see :class:`DenseEncoder` and
-            :func:`resample_positions`.
+        reference_compat: cut images to whole patches instead of padding them, and add the position table unresampled
+            where a grid has the native number of cells but another shape, as the authors' code does.
 
     Raises:
         ValueError: ``visual`` is another kind of tower, or a ViT with parts that dense features cannot be taken from.
     """
+
+    parts = {
+        "qkv": r"attn\.in_proj_",
+        "mlp": r"mlp\.",
+        "posembed": r"visual\.positional_embedding",
+        "patchembed": r"visual\.conv1\.",
+    }
 
     def __init__(self, visual: nn.Module, reference_compat: bool = False) -> None:
         super().__init__()
@@ -37,34 +52,45 @@ class OpenCLIPEncoder(DenseEncoder):
         self.visual = visual
         self.reference_compat = reference_compat
         self.patch_size = visual.patch_size[0]
-        self.native_size = visual.image_size[0]
+        self.native_size = visual.grid_size[0] * self.patch_size
         self.width = visual.conv1.out_channels
         self.embed_dim = self.width if visual.proj is None else visual.proj.shape[1]
         preprocess = getattr(visual, "preprocess_cfg", {})
         self.pixel_mean = tuple(preprocess.get("mean", OPENAI_DATASET_MEAN))
         self.pixel_std = tuple(preprocess.get("std", OPENAI_DATASET_STD))
+        self.eval()
 
     @property
     def blocks(self) -> nn.ModuleList:
         return self.visual.transformer.resblocks
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        if self.reference_compat:
+            return height // self.patch_size, width // self.patch_size
+        return super().grid(height, width)
+
+    def to_whole_patches(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = (cells * self.patch_size for cells in self.grid(*x.shape[-2:]))
+        if height == 0 or width == 0:
+            raise ValueError(
+                f"with reference_compat an image must cover a patch of {self.patch_size} pixels, "
+                f"got {x.shape[-2]}x{x.shape[-1]}"
+            )
+        return x[..., :height, :width] if self.reference_compat else super().to_whole_patches(x)
+
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         tokens, grid = self._embed(x)
-        for block in self.blocks[:-1]:
-            tokens = _run_block(block, tokens)
-        tokens = self.visual.ln_post(_run_value_path(self.blocks[-1], tokens[:, 1:]))
+        if len(self.blocks) > 1:
+            tokens = last(self._run_blocks(self.blocks[:-1], tokens, _run_block))
+        tokens = last(self._run_blocks(self.blocks[-1:], tokens[:, 1:], _run_value_path))
+        tokens = self.visual.ln_post(tokens)
         if self.visual.proj is not None:
             tokens = tokens @ self.visual.proj
-        return _to_map(tokens, grid)
+        return to_map(tokens, grid)
 
     def _encode_intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
         tokens, grid = self._embed(x)
-        maps = []
-        for index, block in enumerate(self.blocks[: indices[-1] + 1]):
-            tokens = _run_block(block, tokens)
-            if index in indices:
-                maps.append(_to_map(tokens[:, 1:], grid))
-        return maps
+        return [to_map(t[:, 1:], grid) for t in chosen(self._run_blocks(self.blocks, tokens, _run_block), indices)]
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(B, 3, H, W) to tokens (B, 1 + h * w, C), class token first, and (h, w)."""
@@ -72,7 +98,7 @@ class OpenCLIPEncoder(DenseEncoder):
         patches = visual.conv1(x)
         grid = (patches.shape[-2], patches.shape[-1])
         table = visual.positional_embedding
-        positions = resample_positions(table[1:], visual.grid_size, grid, self.reference_compat)
+        positions = resample_positions(table[1:], visual.grid_size, grid, _GRID_MARGIN, self.reference_compat)
         patches = patches.flatten(2).transpose(1, 2) + positions.to(patches.dtype)
         class_token = (visual.class_embedding + table[0]).to(patches.dtype).expand(len(x), 1, -1)
         return visual.ln_pre(torch.cat([class_token, patches], dim=1)), grid
@@ -101,11 +127,6 @@ def _run_value_path(block: ResidualAttentionBlock, x: torch.Tensor) -> torch.Ten
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def _to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, h * w, C) to (B, C, h, w)."""
-    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
-
-
 def _check_tower(visual: nn.Module) -> None:
     if not isinstance(visual, VisionTransformer):
         raise ValueError(
@@ -122,3 +143,55 @@ def _check_tower(visual: nn.Module) -> None:
     found = [reason for reason, present in reasons.items() if present]
     if found:
         raise ValueError(f"OpenCLIPEncoder cannot take dense features from a ViT with {' and '.join(found)}")
+
+
+def _is_plain_vit(config: dict | None) -> bool:
+    if config is None:
+        return False
+    vision = config["vision_cfg"]
+    named_elsewhere = "timm_model_name" in vision or "hf_model_name" in vision
+    return not named_elsewhere and isinstance(vision.get("layers", 12), int) and not vision.get("attentional_pool")
+
+
+@functools.cache
+def _names() -> list[str]:
+    return model_names(_is_plain_vit)
+
+
+def _describe(spec: EncoderSpec) -> EncoderInfo:
+    vision = model_config(spec.name)["vision_cfg"]
+    patch, size = vision.get("patch_size", 16), vision.get("image_size", 224)
+    weights = open_clip.get_pretrained_cfg(spec.name, spec.pretrained) or {}
+    mean, std = weights.get("mean", OPENAI_DATASET_MEAN), weights.get("std", OPENAI_DATASET_STD)
+    return EncoderInfo(FAMILY.name, size // patch * patch, patch, tuple(mean), tuple(std))
+
+
+def _build(spec: EncoderSpec) -> DenseEncoder:
+    return OpenCLIPEncoder(build_image_tower(spec, FAMILY), spec.reference_compat)
+
+
+def _from_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Files of an image tower alone have no "visual." before their keys."""
+    if "conv1.weight" in tensors and "class_embedding" in tensors:
+        return {f"visual.{key}": tensor for key, tensor in tensors.items()}
+    return dict(tensors)
+
+
+def _example() -> DenseEncoder:
+    vision = {"image_size": 64, "layers": 3, "width": 96, "patch_size": 16, "head_width": 32}
+    text = {"context_length": 77, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    return OpenCLIPEncoder(open_clip.CLIP(embed_dim=64, vision_cfg=vision, text_cfg=text).visual)
+
+
+FAMILY = EncoderFamily(
+    name="open_clip ViT",
+    claims=lambda name: _is_plain_vit(model_config(name)),
+    names=_names,
+    describe=_describe,
+    build=_build,
+    build_text=build_text,
+    example=_example,
+    marks=("visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding"),
+    from_file=_from_file,
+)
+register_family(FAMILY)

@@ -6,32 +6,82 @@ Adding a family is one file that builds it and one ``register_family`` call; eve
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
 
 from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.text_tower import TextTower
 
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What an encoder and its text tower are built from; see :func:`build_encoder` for the fields."""
+
+    name: str
+    pretrained: str = ""
+    reference_compat: bool = False
+    dinov3_repo: str = ""
+    dinov3_backbone: str = ""
+    dinov3_tokens: str = "backbone"
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What is known of a model by its name alone.
+
+    Attributes:
+        family: name of its family.
+        native_size: side of the square images that it was pre-trained on, in pixels, in whole patches.
+        patch_size: side of a patch in pixels.
+        pixel_mean, pixel_std: three floats each, RGB, for pixels in 0..1.
+        logit_scale: factor on the cosines with the words that the method uses.
+    """
+
+    family: str
+    native_size: int
+    patch_size: int
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+    logit_scale: float = DenseEncoder.logit_scale
+
+
+def _as_they_are(tensors: Tensors) -> dict[str, torch.Tensor]:
+    return dict(tensors)
+
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """How one family of models is recognised and built.
+    """How one family of models is recognised, built, and kept in files.
 
     Attributes:
         name: short name of the family.
         claims: whether a model name, or a path to a model config, is of this family.
         names: all model names of this family that can be typed.
-        build: (name, pretrained, reference_compat) to the dense encoder.
-        build_text: (name, pretrained) to the text tower that belongs to it; None where the family has none.
-        example: a tiny encoder with random weights, for tests.
+        describe: what is known without building the weights.
+        build: the dense encoder.
+        build_text: the text tower that belongs to it; None where the family has none.
+        example: a tiny encoder with random weights, for tests; None where it needs what is not here.
+        marks: keys of the library's model that tell its weight files from those of other families.
+        from_file: brings the keys of any of the family's weight files to those of encoder and text tower.
+        to_file: brings the keys of encoder and text tower to those of the library's weight files.
+        file_format: whose weight files those are.
     """
 
     name: str
     claims: Callable[[str], bool]
     names: Callable[[], list[str]]
-    build: Callable[[str, str, bool], DenseEncoder]
-    build_text: Callable[[str, str], TextTower] | None
-    example: Callable[[], DenseEncoder]
+    describe: Callable[[EncoderSpec], EncoderInfo]
+    build: Callable[[EncoderSpec], DenseEncoder]
+    build_text: Callable[[EncoderSpec], TextTower] | None
+    example: Callable[[], DenseEncoder | None]
+    marks: tuple[str, ...]
+    from_file: Callable[[Tensors], dict[str, torch.Tensor]] = field(default=_as_they_are)
+    to_file: Callable[[Tensors], dict[str, torch.Tensor]] = field(default=_as_they_are)
+    file_format: str = "open_clip"
 
 
 FAMILIES: dict[str, EncoderFamily] = {}
@@ -58,39 +108,87 @@ def find_family(name: str) -> EncoderFamily:
     near = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)]
     hint = f"did you mean {', '.join(near)}?" if near else f"known are, for example, {', '.join(known[:4])}."
     raise ValueError(
-        f"MODEL.SPAR.ENCODER: there is no encoder for {name!r}; {hint} "
+        f"MODEL.SPAR.ENCODER: there is no encoder for {name!r}; {hint} Families: {', '.join(FAMILIES)}. "
         "A path to an open_clip model config (*.json) is allowed too."
     )
 
 
-def build_encoder(name: str, pretrained: str = "", reference_compat: bool = False) -> DenseEncoder:
+def nearest_family(tensors: Tensors) -> EncoderFamily | None:
+    """The family whose weight files have keys like these, or None."""
+
+    def score(family: EncoderFamily) -> int:
+        keys = family.from_file(tensors)
+        return sum(mark in keys for mark in family.marks)
+
+    best = max(FAMILIES.values(), key=score)
+    return best if score(best) else None
+
+
+def build_encoder(
+    name: str,
+    pretrained: str = "",
+    reference_compat: bool = False,
+    dinov3_repo: str = "",
+    dinov3_backbone: str = "",
+    dinov3_tokens: str = "backbone",
+) -> DenseEncoder:
     """Build a dense image encoder.
 
     Args:
-        name: a model name ("ViT-B-16") or an open_clip model config file (*.json).
-        pretrained: a tag that open_clip knows for the model, a weight file, or "" for random weights. Random weights
-            come from a fixed seed, so that student, teacher and text tower agree and training can be resumed.
-        reference_compat: reproduce the authors' code at sizes where it differs, see :class:`DenseEncoder`.
+        name: a model name ("ViT-B-16", "ViT-B-16-SigLIP2-512", "vit_base_patch16_dinov3", ...), or an open_clip model
+            config file (*.json).
+        pretrained: a tag that the model's library knows, a weight file, or "" for random weights. Random weights come
+            from a fixed seed, so that student, teacher and text tower agree and training can be resumed.
+        reference_compat: reproduce the authors' code at sizes where it differs, see the encoder classes.
+        dinov3_repo: for DINOv3.txt, a folder with a clone of the dinov3 repository; its code is run.
+        dinov3_backbone: for DINOv3.txt, weights of the backbone where ``pretrained`` holds only the rest.
+        dinov3_tokens: for DINOv3.txt, "backbone" (patch tokens of the backbone, as the authors of SPAR) or "head"
+            (those of the vision head on top of it).
 
     Returns:
         The encoder on the CPU, in eval mode, with all parameters trainable.
 
     Raises:
         ValueError: unknown model name or tag, or a model that has no dense features.
-        FileNotFoundError: a file that is not there.
+        FileNotFoundError: a file or folder that is not there.
         RuntimeError: a damaged file, weights of another model, or a download that failed.
     """
-    return find_family(name).build(name, pretrained, reference_compat).eval()
+    return build(EncoderSpec(name, pretrained, reference_compat, dinov3_repo, dinov3_backbone, dinov3_tokens))
 
 
-def build_text_tower(name: str, pretrained: str = "") -> TextTower:
+def build(spec: EncoderSpec) -> DenseEncoder:
+    """:func:`build_encoder` of a spec."""
+    return find_family(spec.name).build(spec).eval()
+
+
+def describe_encoder(name: str, pretrained: str = "") -> EncoderInfo:
+    """What is known of a model without building its weights; arguments and errors as for :func:`build_encoder`."""
+    return find_family(name).describe(EncoderSpec(name, pretrained))
+
+
+def build_text_tower(name: str, pretrained: str = "", dinov3_repo: str = "") -> TextTower:
     """Build the text tower that belongs to :func:`build_encoder` of the same arguments; raises alike.
 
     Raises:
         ValueError: moreover, where the family has no text side; says which have.
     """
+    return build_text(EncoderSpec(name, pretrained, dinov3_repo=dinov3_repo))
+
+
+def build_text(spec: EncoderSpec) -> TextTower:
+    """:func:`build_text_tower` of a spec."""
+    check_has_text(spec.name)
+    return find_family(spec.name).build_text(spec)
+
+
+def check_has_text(name: str) -> None:
+    """Raise ``ValueError`` where a model's family has no text side; says which have."""
     family = find_family(name)
     if family.build_text is None:
-        having = ", ".join(other.name for other in FAMILIES.values() if other.build_text)
-        raise ValueError(f"MODEL.SPAR.ENCODER: {name!r} ({family.name}) has no text side; families with one: {having}")
-    return family.build_text(name, pretrained)
+        having = [
+            f"{other.name} ({', '.join(other.names()[:2])}, ...)" for other in FAMILIES.values() if other.build_text
+        ]
+        raise ValueError(
+            f"MODEL.SPAR.ENCODER: {name!r} ({family.name}) has no text side, so it cannot segment by words; "
+            f"families with one: {'; '.join(having)}"
+        )

@@ -1,11 +1,11 @@
-"""Reading weight files of others, safely, and checking them against a model."""
+"""Reading weight files of others, safely, and writing our own."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,9 +14,14 @@ from safetensors.torch import load_file, save_file
 from spar_d2.files import replacing
 
 KEY = "MODEL.SPAR.PRETRAINED"
-# Wrappers that trainers put around a state dict, and prefixes that they put before its keys.
+RANDOM_WEIGHTS_SEED = 0
+# What trainers put around a state dict.
 _WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("module.", "backbone.encoder.", "backbone.net.encoder.")
+# What distributed training and torch.compile put before keys.
+_PREFIXES = ("module.", "_orig_mod.")
+# Where larger models hold the encoder's: the authors of SPAR (Lightning's, then those of their plain files), this
+# project's models in Detectron2. What is not under them is not of the encoder.
+_ROOTS = ("segmentor.net.model.", "model.", "backbone.encoder.", "backbone.net.encoder.")
 
 
 def read_checkpoint(path: str | os.PathLike, key: str = KEY) -> Mapping:
@@ -70,44 +75,12 @@ def read_state_dict(path: str | os.PathLike, key: str = KEY) -> dict[str, torch.
     tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise RuntimeError(f"{key}: {path} holds no weights")
-    return {_strip(name): tensor for name, tensor in tensors.items()}
-
-
-def _strip(name: str) -> str:
     for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
-
-
-def check_fit(
-    own: Mapping[str, torch.Tensor],
-    tensors: Mapping[str, torch.Tensor],
-    needed: Iterable[str],
-    source: str,
-    key: str = KEY,
-) -> None:
-    """Check ``tensors`` against a model's ``own`` state dict; keys that are not ``needed`` may be absent.
-
-    Raises:
-        RuntimeError: needed keys are missing, keys are unknown to the model, or shapes differ; names a few of each.
-    """
-    missing = sorted(set(needed) - set(tensors))
-    unexpected = sorted(set(tensors) - set(own))
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    problems = [
-        f"{len(found)} {kind} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-        for kind, found in (("missing keys", missing), ("unknown keys", unexpected), ("other shapes", shapes))
-        if found
-    ]
-    if problems:
-        raise RuntimeError(
-            f"{key}: {source} does not fit the model: {'; '.join(problems)}. "
-            "Choose the weights' own model in MODEL.SPAR.ENCODER, or other weights"
-        )
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    for root in _ROOTS:
+        inside = {name.removeprefix(root): tensor for name, tensor in tensors.items() if name.startswith(root)}
+        tensors = inside or tensors
+    return tensors
 
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:

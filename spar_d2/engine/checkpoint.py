@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from spar_d2.encoders import DenseEncoder, build_text_tower, find_encoder
-from spar_d2.encoders.weights import check_fit, read_checkpoint, read_state_dict, write_safetensors
+from spar_d2.encoders import DenseEncoder, EncoderSpec, find_encoder
+from spar_d2.encoders.fit import check_fit
+from spar_d2.encoders.registry import build_text, find_family, nearest_family
+from spar_d2.encoders.weights import read_checkpoint, read_state_dict, write_safetensors
 from spar_d2.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -55,30 +58,28 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
             raise ValueError(f"{KEY}: {filename} is a pickle, which can run code; use .pth or .safetensors weights")
-        if filename.endswith(".safetensors"):
-            return {"model": self._encoder_weights(filename)}
         content = read_checkpoint(filename, KEY)
-        return content if "model" in content else {"model": content}
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        incompatible = super()._load_model(checkpoint)
-        wrong = [key for key, *_ in incompatible.incorrect_shapes]
-        encoders = tuple(f"{name}." for name, part in self.model.named_modules() if isinstance(part, DenseEncoder))
-        lost = [key for key in [*wrong, *incompatible.missing_keys] if key.startswith(encoders)]
-        if lost:
-            raise RuntimeError(
-                f"{KEY}: the checkpoint is of another model: {len(lost)} weights of the encoder are not in it or "
-                f"have another shape ({', '.join(lost[:3])}, ...). Set MODEL.SPAR.ENCODER to the checkpoint's, or "
-                "choose another checkpoint or OUTPUT_DIR"
-            )
-        return incompatible
+        model = content["model"] if isinstance(content.get("model"), Mapping) else content
+        state = {name.removeprefix("module."): tensor for name, tensor in model.items()}
+        own = self.model.state_dict()
+        if not any(name in own for name in state):
+            return {"model": self._encoder_weights(filename)}
+        # Detectron2 itself only warns of what is missing or has another shape.
+        for prefix in (f"{name}." for name, part in self.model.named_modules() if isinstance(part, DenseEncoder)):
+            needed = {name: tensor for name, tensor in own.items() if name.startswith(prefix)}
+            check_fit(needed, {name: t for name, t in state.items() if name.startswith(prefix)}, needed, filename, KEY)
+        return {**(content if model is not content else {}), "model": state}
 
     def _encoder_weights(self, filename: str) -> dict[str, torch.Tensor]:
         """Weights for the model's encoder under the model's own keys; those of a text tower are left out."""
         encoder = find_encoder(self.model)
         own = encoder.state_dict()
+        tensors = read_state_dict(filename, KEY)
+        family = nearest_family(tensors)
+        tensors = tensors if family is None else family.from_file(tensors)
         roots = {key.split(".")[0] for key in own}
-        tensors = {k: v for k, v in read_state_dict(filename, KEY).items() if k.split(".")[0] in roots}
+        inside = {k: v for k, v in tensors.items() if k.split(".")[0] in roots}
+        tensors = inside or tensors
         check_fit(own, tensors, own, filename, KEY)
         prefix = next(name for name, module in self.model.named_modules() if module is encoder)
         state = self.model.state_dict()
@@ -86,22 +87,25 @@ class Checkpointer(DetectionCheckpointer):
         return {**state, **{f"{prefix}.{key}": tensor for key, tensor in tensors.items()}}
 
 
-def export_student(encoder: DenseEncoder, name: str, pretrained: str, path: str | os.PathLike) -> None:
-    """Write a student with the text tower it belongs to, under the keys of its library.
+def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.PathLike) -> None:
+    """Write a student, with the text tower it belongs to where there is one, as a weight file of its library.
 
-    ``open_clip.create_model(name, pretrained=path)`` loads the file, as do ``MODEL.SPAR.PRETRAINED`` and
+    ``open_clip.create_model(name, pretrained=path)``, or for a model of timm's
+    ``timm.create_model(name, checkpoint_path=path)``, loads the file, as do ``MODEL.SPAR.PRETRAINED`` and
     ``MODEL.WEIGHTS`` here.
 
     Args:
         encoder: the student.
-        name, pretrained: what it was built from (``MODEL.SPAR.ENCODER``, ``MODEL.SPAR.PRETRAINED``).
+        spec: what it was built from.
         path: ``*.safetensors`` to write.
     """
+    family = find_family(spec.name)
     tensors: dict[str, torch.Tensor] = {}
     try:
-        tensors.update(build_text_tower(name, pretrained).model.state_dict())
+        if family.build_text:
+            tensors.update(build_text(spec).model.state_dict())
     except (RuntimeError, ValueError, OSError) as error:  # hours of training must not be lost over the text
         logger.warning("The student is written without a text tower: %s", error)
     tensors.update(encoder.state_dict())
-    write_safetensors(tensors, path)
+    write_safetensors(family.to_file(tensors), path)
     logger.info("Wrote the student to %s", path)

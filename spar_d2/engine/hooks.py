@@ -12,7 +12,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from tqdm import tqdm
 
-from spar_d2.encoders import find_encoder
+from spar_d2.encoders import EncoderSpec, find_encoder
 from spar_d2.engine.checkpoint import export_student
 
 logger = logging.getLogger(__name__)
@@ -89,16 +89,16 @@ class StudentWriter(HookBase):
     """Writes the student to a file of its own when training is complete.
 
     Args:
-        name, pretrained: what the encoder was built from.
+        spec: what the encoder was built from.
         path: file to write, see :func:`export_student`.
     """
 
-    def __init__(self, name: str, pretrained: str, path: str | os.PathLike) -> None:
-        self.name, self.pretrained, self.path = name, pretrained, path
+    def __init__(self, spec: EncoderSpec, path: str | os.PathLike) -> None:
+        self.spec, self.path = spec, path
 
     def after_train(self) -> None:
         if comm.is_main_process() and self.trainer.iter >= self.trainer.max_iter:
-            export_student(find_encoder(self.trainer.model), self.name, self.pretrained, self.path)
+            export_student(find_encoder(self.trainer.model), self.spec, self.path)
 
 
 class StepTimer(HookBase):

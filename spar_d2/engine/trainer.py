@@ -21,6 +21,7 @@ from spar_d2.distillation import DistillationHook
 from spar_d2.engine.checkpoint import Checkpointer
 from spar_d2.engine.hooks import Interrupted, ProgressBar, StopOnInterrupt, StudentWriter
 from spar_d2.evaluation import SemanticEvaluator
+from spar_d2.modeling.build import encoder_spec
 from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
 from spar_d2.text import Vocabulary
 
@@ -57,7 +58,7 @@ class Trainer(DefaultTrainer):
         if cfg.SPAR.DISTILL.ENABLED:
             student = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
             # Before the evaluation at the end, which may fail.
-            writer = StudentWriter(cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED, student)
+            writer = StudentWriter(encoder_spec(cfg), student)
             hooks = [DistillationHook(cfg), writer, *hooks]
         # Last, so that all other hooks have finished the step when it stops.
         return [*hooks, ProgressBar(), StopOnInterrupt(self.checkpointer)]

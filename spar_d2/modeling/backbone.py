@@ -10,7 +10,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
-from spar_d2.encoders import DenseEncoder, build_encoder, set_trainable
+from spar_d2.encoders import DenseEncoder, set_trainable
+from spar_d2.modeling.build import encoder_from_config
 from spar_d2.modeling.pixels import PixelConversion
 
 logger = logging.getLogger(__name__)
@@ -39,18 +40,19 @@ class SPARViT(Backbone):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
         spar = cfg.MODEL.SPAR
-        encoder = build_encoder(spar.ENCODER, spar.PRETRAINED, spar.REFERENCE_COMPAT)
+        encoder = encoder_from_config(cfg)
         # Decided before an optimizer looks at the model, so that it never sees frozen weights.
         names = set_trainable(encoder, spar.TRAINABLE)
         trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
         logger.info(
-            "Encoder %s (%s): %d of %d parameters trainable (%s: %d tensors)",
+            "Encoder %s (%s): %d of %d parameters trainable (%s: %d tensors)%s",
             spar.ENCODER,
             spar.PRETRAINED or "random weights",
             trained,
             sum(p.numel() for p in encoder.parameters()),
             spar.TRAINABLE,
             len(names),
+            "".join(f"\n  {name}" for name in names),
         )
         pixels = None
         if spar.CONVERT_PIXELS:

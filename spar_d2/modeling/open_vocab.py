@@ -8,15 +8,17 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
-from spar_d2.encoders import TextTower, build_text_tower
+from spar_d2.encoders import TextTower
+from spar_d2.encoders.registry import build_text, check_has_text
 from spar_d2.encoders.weights import fingerprint
 from spar_d2.modeling.backbone import DENSE, SPARViT
+from spar_d2.modeling.build import encoder_spec
 from spar_d2.modeling.scores import class_probabilities, segment_features
 from spar_d2.teacher import sliding_window_features
 from spar_d2.teacher.sliding import check_window
 from spar_d2.text import TextEmbeddings, Vocabulary, load_templates
 
-OUTPUTS = ("labels", "scores")
+OUTPUTS = ("labels", "scores", "features")
 INFERENCES = ("single_pass", "sliding_window")
 
 
@@ -33,7 +35,7 @@ class OpenVocabularySegmentor(nn.Module):
         vocabulary: the classes; None until :meth:`set_vocabulary`.
         pixel_mean, pixel_std: in the order of the input's channels, for 0..255.
         logit_scale, prob_threshold, area_threshold: see :func:`segment_features`; ``area_threshold`` 0 is none.
-        output: "labels" or "scores", see :meth:`forward`.
+        output: "labels", "scores" or "features", see :meth:`forward`.
         inference: "single_pass" or "sliding_window".
         window, stride, window_batch: of the sliding window; window 0 is the encoder's native size.
 
@@ -89,12 +91,15 @@ class OpenVocabularySegmentor(nn.Module):
         identity = f"{fingerprint(spar.ENCODER)} {fingerprint(spar.PRETRAINED)}" if spar.TEXT_CACHE else ""
 
         def build_tower() -> TextTower:
-            return build_text_tower(spar.ENCODER, spar.PRETRAINED).to(cfg.MODEL.DEVICE)
+            return build_text(encoder_spec(cfg)).to(cfg.MODEL.DEVICE)
 
+        vocabulary = _vocabulary(cfg)
+        if vocabulary is not None:
+            check_has_text(spar.ENCODER)
         return {
             "backbone": build_backbone(cfg),
             "embeddings": TextEmbeddings(build_tower, identity, load_templates(spar.TEMPLATES), spar.TEXT_CACHE),
-            "vocabulary": _vocabulary(cfg),
+            "vocabulary": vocabulary,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "logit_scale": spar.LOGIT_SCALE,
@@ -121,7 +126,8 @@ class OpenVocabularySegmentor(nn.Module):
 
         Returns:
             In inference a list with, for each image, "sem_seg_labels" (height, width) int64, or, with output "scores",
-            "sem_seg" (classes, height, width) float32 probabilities. In training an empty dict of losses.
+            "sem_seg" (classes, height, width) float32 probabilities, or, with output "features", "features" (D, h, w).
+            In training an empty dict of losses.
 
         Raises:
             RuntimeError: training without a distillation hook, or inference without a vocabulary.
@@ -140,6 +146,8 @@ class OpenVocabularySegmentor(nn.Module):
 
     @torch.no_grad()
     def _segment(self, image: torch.Tensor, inputs: dict) -> dict[str, torch.Tensor]:
+        if self.output == "features":
+            return {"features": self._encode(image)}
         text, query_class = self._text_vectors()
         features = self._encode(image)
         height, width = image.shape[-2:]
@@ -182,7 +190,9 @@ class OpenVocabularySegmentor(nn.Module):
 
 
 def _vocabulary(cfg: CfgNode) -> Vocabulary | None:
-    """The configured classes, or those of the first test data set; None where it has no names."""
+    """The configured classes, or those of the first test data set; None where none are needed, or it has no names."""
+    if cfg.MODEL.SPAR.OUTPUT == "features":
+        return None
     if cfg.MODEL.SPAR.VOCABULARY:
         return Vocabulary.load(cfg.MODEL.SPAR.VOCABULARY)
     for name in cfg.DATASETS.TEST:

@@ -109,7 +109,8 @@ def sliding_window_features(
         window, stride, batch_size: as for :class:`SlidingWindowTeacher`.
 
     Returns:
-        (B, D, ceil(H / p), ceil(W / p)) float32; floor instead of ceil with the encoder's ``reference_compat``.
+        (B, D, ceil(H / p), ceil(W / p)) float32; floor instead of ceil with ``reference_compat``, whatever
+        the encoder itself does then.
 
     Raises:
         ValueError: arguments out of range.
@@ -134,6 +135,18 @@ def check_window(encoder: DenseEncoder, window: int | None, stride: int, batch_s
     if batch_size < 1:
         raise ValueError(f"batch_size (SPAR.TEACHER.BATCH_SIZE) must be at least 1, got {batch_size}")
     return window, stride, batch_size
+
+
+def target_grid(encoder: DenseEncoder, height: int, width: int) -> tuple[int, int]:
+    """Size of the stitched map for an image of the given size in pixels."""
+    if not encoder.reference_compat:
+        return encoder.grid(height, width)
+    grid = (height // encoder.patch_size, width // encoder.patch_size)
+    if 0 in grid:
+        raise ValueError(
+            f"with reference_compat an image must cover a patch of {encoder.patch_size} pixels, got {height}x{width}"
+        )
+    return grid
 
 
 def plan_windows(encoder: DenseEncoder, height: int, width: int, window: int, stride: int) -> WindowPlan:
@@ -185,7 +198,7 @@ def _stitch(
         features = (features * factor[..., None, None]).permute(0, 2, 3, 1).reshape(len(places), -1)
         mosaic.index_add_(0, places, features)
         seen.index_add_(0, places, factor.expand(-1, plan.window_cells**2).reshape(-1))
-    grid = encoder.grid(height, width)
+    grid = target_grid(encoder, height, width)
     return _to_patches(mosaic, plan, batch, grid), _to_patches(seen[:, None], plan, batch, grid)
 
 

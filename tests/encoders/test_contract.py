@@ -67,15 +67,6 @@ def test_an_image_without_pixels_is_refused(encoder):
         encoder(torch.zeros(1, 3, 0, 64))
 
 
-def test_reference_compat_cuts_to_whole_patches_and_needs_one(encoder):
-    encoder.reference_compat = True
-    p = encoder.patch_size
-    with torch.no_grad():
-        assert encoder(torch.randn(1, 3, 5 * p + 1, 3 * p + p - 1)).shape[-2:] == (5, 3)
-    with pytest.raises(ValueError, match="reference_compat"):
-        encoder(torch.randn(1, 3, p - 1, 64))
-
-
 def test_every_trainable_parameter_gets_a_gradient_and_no_other(encoder):
     names = set_trainable(encoder, "last_blocks:2")
     encoder(torch.randn(1, 3, 64, 96)).square().mean().backward()
@@ -87,12 +78,10 @@ def test_every_trainable_parameter_gets_a_gradient_and_no_other(encoder):
         assert has_gradient == (index >= len(encoder.blocks) - 2)
 
 
-def test_all_trains_every_parameter(encoder):
-    names = set_trainable(encoder, "all")
-    assert len(names) == len(list(encoder.parameters()))
+def test_all_trains_every_parameter_that_features_pass_through(encoder):
     encoder(torch.randn(1, 3, 64, 96)).square().mean().backward()
-    untouched = [name for name, p in encoder.named_parameters() if p.grad is None]
-    assert not untouched
+    passed = [name for name, p in encoder.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert set_trainable(encoder, "all") == passed
 
 
 def test_a_frozen_encoder_stays_in_eval_mode(encoder):

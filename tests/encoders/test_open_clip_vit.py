@@ -58,6 +58,14 @@ def test_layer_scale_is_applied(layer_scale):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_reference_compat_cuts_to_whole_patches_and_needs_one(reference_clip):
+    encoder = OpenCLIPEncoder(reference_clip.visual, reference_compat=True)
+    with torch.no_grad():
+        assert encoder(torch.randn(1, 3, 81, 63)).shape[-2:] == (5, 3)
+    with pytest.raises(ValueError, match="reference_compat"):
+        encoder(torch.randn(1, 3, 15, 64))
+
+
 def test_other_towers_are_refused():
     with pytest.raises(ValueError, match="VisionTransformer"):
         OpenCLIPEncoder(torch.nn.Linear(2, 2))

@@ -1,0 +1,210 @@
+"""DINOv3 as timm has it, as a dense encoder: patch tokens after the final norm, rotary positions, no text side."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.eva import Eva, checkpoint_filter_fn
+from torch import nn
+
+from spar_d2.encoders.base import DenseEncoder, chosen, last, to_map
+from spar_d2.encoders.fit import check_fit
+from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
+from spar_d2.encoders.weights import KEY, RANDOM_WEIGHTS_SEED, first_line, read_state_dict
+
+_PREFIX = "visual."
+
+
+class DINOv3Encoder(DenseEncoder):
+    """Dense features of a DINOv3 ViT.
+
+    Args:
+        visual: a timm ``vit_*_patch16_dinov3*`` model; used, not copied. ``state_dict()`` has the library's keys after
+            "visual." ("visual.blocks.0...").
+        reference_compat: the sliding window drops what is left of a patch at the right and bottom, as the authors' code
+            does. A single pass pads images in any case.
+
+    Raises:
+        ValueError: ``visual`` is another kind of model.
+    """
+
+    parts = {
+        "qkv": r"attn\.(qkv\.|[qkv]_proj\.|[qv]_bias$)",
+        "mlp": r"mlp\.",
+        "patchembed": r"visual\.patch_embed\.",
+    }
+    unused = r"visual\.(head|fc_norm)\."
+
+    def __init__(self, visual: nn.Module, reference_compat: bool = False) -> None:
+        super().__init__()
+        _check_model(visual)
+        self.visual = visual
+        self.reference_compat = reference_compat
+        self.patch_size = visual.patch_embed.patch_size[0]
+        self.native_size = visual.patch_embed.grid_size[0] * self.patch_size
+        self.width = self.embed_dim = visual.embed_dim
+        cfg = getattr(visual, "pretrained_cfg", {})
+        self.pixel_mean = tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN))
+        self.pixel_std = tuple(cfg.get("std", IMAGENET_DEFAULT_STD))
+        for block in self.blocks:
+            # timm's own attention needs memory for N x N where its environment variable turns this off.
+            block.attn.fused_attn = True
+        self.eval()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.visual.blocks
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        tokens, rope, grid = self._embed(x)
+        tokens = self.visual.norm(last(self._run_blocks(self.blocks, tokens, _run_block, rope)))
+        return to_map(tokens[:, self.visual.num_prefix_tokens :], grid)
+
+    def _encode_intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
+        tokens, rope, grid = self._embed(x)
+        found = chosen(self._run_blocks(self.blocks, tokens, _run_block, rope), indices)
+        return [to_map(t[:, self.visual.num_prefix_tokens :], grid) for t in found]
+
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+        """(B, 3, H, W) to tokens (B, prefix + h * w, C), rotations (h * w, 2 * C / heads) and (h, w)."""
+        visual = self.visual
+        patches = visual.patch_embed.proj(x)
+        grid = (patches.shape[-2], patches.shape[-1])
+        patches = visual.patch_embed.norm(patches.flatten(2).transpose(1, 2))
+        prefix = [token.to(patches.dtype).expand(len(x), -1, -1) for token in _prefix_tokens(visual)]
+        return visual.norm_pre(torch.cat([*prefix, patches], dim=1)), visual.rope.get_embed(shape=list(grid)), grid
+
+
+def _run_block(block: nn.Module, tokens: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    return block(tokens, rope=rope)
+
+
+def _prefix_tokens(visual: Eva) -> list[nn.Parameter]:
+    return [token for token in (visual.cls_token, visual.reg_token) if token is not None]
+
+
+def _check_model(visual: nn.Module) -> None:
+    if not isinstance(visual, Eva):
+        raise ValueError(
+            f"DINOv3Encoder takes a DINOv3 ViT of timm (vit_*_patch16_dinov3*), got {type(visual).__name__}"
+        )
+    reasons = {
+        "a learnt position table": visual.pos_embed is not None,
+        "no rotary positions": visual.rope is None,
+        "rotations that differ between blocks": visual.rope_mixed,
+        "patches that are not square": len(set(visual.patch_embed.patch_size)) > 1,
+    }
+    found = [reason for reason, present in reasons.items() if present]
+    if found:
+        raise ValueError(f"DINOv3Encoder cannot take dense features from a ViT with {' and '.join(found)}")
+
+
+@functools.cache
+def _names() -> list[str]:
+    return timm.list_models("vit_*_dinov3*")
+
+
+def _tags(name: str) -> list[str]:
+    return [full.split(".", 1)[1] for full in timm.list_pretrained(f"{name}.*")]
+
+
+def _describe(spec: EncoderSpec) -> EncoderInfo:
+    cfg = timm.get_pretrained_cfg(_full_name(spec)) or timm.get_pretrained_cfg(spec.name)
+    with torch.device("meta"):
+        embed = timm.create_model(spec.name, num_classes=0).patch_embed
+    patch = embed.patch_size[0]
+    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if cfg is None else (cfg.mean, cfg.std)
+    return EncoderInfo(FAMILY.name, embed.grid_size[0] * patch, patch, tuple(mean), tuple(std))
+
+
+def _full_name(spec: EncoderSpec) -> str:
+    return f"{spec.name}.{spec.pretrained}" if spec.pretrained in _tags(spec.name) else spec.name
+
+
+def _build(spec: EncoderSpec) -> DenseEncoder:
+    name, pretrained = spec.name, spec.pretrained
+    if pretrained in _tags(name):
+        try:
+            trunk = timm.create_model(_full_name(spec), pretrained=True, num_classes=0)
+        except Exception as error:  # whatever the hub's client raises: network, disk, access
+            raise RuntimeError(
+                f"{KEY}: the weights {pretrained!r} of {name} could not be had ({first_line(error)}); "
+                "with no way to download them, give the path of a weight file"
+            ) from error
+        return DINOv3Encoder(trunk, spec.reference_compat)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+        encoder = DINOv3Encoder(timm.create_model(name, num_classes=0), spec.reference_compat)
+    if pretrained:
+        _load(encoder, spec)
+    return encoder
+
+
+def _load(encoder: DINOv3Encoder, spec: EncoderSpec) -> None:
+    if not Path(spec.pretrained).is_file():
+        tags = _tags(spec.name)
+        near = difflib.get_close_matches(spec.pretrained, tags, n=3, cutoff=0.4) or tags
+        allowed = f"a tag of {spec.name} ({', '.join(near)})" if tags else f"{spec.name} has no tags"
+        raise FileNotFoundError(f"{KEY}: {spec.pretrained!r} is neither a weight file nor a known tag; {allowed}")
+    tensors = _from_file(read_state_dict(spec.pretrained))
+    if f"{_PREFIX}storage_tokens" in tensors:
+        tensors = _from_meta(tensors, encoder.visual, spec)
+    own = encoder.state_dict()
+    check_fit(own, tensors, own, spec.pretrained)
+    encoder.load_state_dict(tensors)
+
+
+def _from_meta(tensors: Mapping[str, torch.Tensor], trunk: Eva, spec: EncoderSpec) -> dict[str, torch.Tensor]:
+    """Keys of the files that Meta distributes to timm's, by timm's own rules."""
+    biases = [t.chunk(3) for name, t in tensors.items() if name.endswith("attn.qkv.bias")]
+    if any(query.any() or value.any() for query, _, value in biases) and trunk.blocks[0].attn.q_bias is None:
+        raise RuntimeError(
+            f"{KEY}: {spec.pretrained} has biases for queries and values, {spec.name} has none; "
+            f"set MODEL.SPAR.ENCODER to {spec.name}_qkvb"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):  # timm prints a line for every bias that it leaves out
+        converted = checkpoint_filter_fn(
+            {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}, trunk
+        )
+    return {f"{_PREFIX}{name}": tensor for name, tensor in converted.items()}
+
+
+def _from_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Files of timm's and of Meta's have no "visual." before their keys."""
+    if "patch_embed.proj.weight" in tensors and "cls_token" in tensors:
+        return {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    return dict(tensors)
+
+
+def _to_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _example() -> DenseEncoder:
+    # Layer scale at 1: DINOv3's own 1e-5 makes the blocks of an untrained model do next to nothing.
+    sizes = {"img_size": 64, "embed_dim": 96, "depth": 3, "num_heads": 3, "init_values": 1.0}
+    return DINOv3Encoder(timm.create_model("vit_small_patch16_dinov3", num_classes=0, **sizes))
+
+
+FAMILY = EncoderFamily(
+    name="DINOv3",
+    claims=lambda name: name in _names(),
+    names=_names,
+    describe=_describe,
+    build=_build,
+    build_text=None,
+    example=_example,
+    marks=("visual.patch_embed.proj.weight", "visual.cls_token", "visual.blocks.0.attn.qkv.weight"),
+    from_file=_from_file,
+    to_file=_to_file,
+    file_format="timm",
+)
+register_family(FAMILY)

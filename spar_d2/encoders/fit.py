@@ -1,0 +1,75 @@
+"""Whether weights fit a model, and what to say where they do not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from spar_d2.encoders.registry import nearest_family
+from spar_d2.encoders.weights import KEY
+
+_SHOWN = 3
+_BLOCK = re.compile(r"\b(?:res)?blocks\.(\d+)\.")
+
+
+def check_fit(
+    own: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    needed: Iterable[str],
+    source: str,
+    key: str = KEY,
+    known: Iterable[str] | None = None,
+) -> None:
+    """Check ``tensors`` against a model's ``own`` state dict.
+
+    Args:
+        own: what is to be filled.
+        tensors: what is there.
+        needed: keys of ``own`` that may not be absent.
+        source: where ``tensors`` came from, for error messages.
+        key: name of the setting that ``source`` came from.
+        known: keys that may be there; default: those of ``own``.
+
+    Raises:
+        RuntimeError: needed keys are missing, keys are unknown to the model, or shapes differ; names a few of each, and
+            the family that the weights look like.
+    """
+    missing = sorted(set(needed) - set(tensors))
+    unexpected = sorted(set(tensors) - set(own if known is None else known))
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{len(found)} {kind} ({', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''})"
+        for kind, found in (("missing keys", missing), ("unknown keys", unexpected), ("other shapes", shapes))
+        if found
+    ]
+    if problems:
+        raise RuntimeError(
+            f"{key}: {source} does not fit the model: {'; '.join(problems)}. {describe_weights(tensors)} "
+            "Choose the weights' own model in MODEL.SPAR.ENCODER, or other weights"
+        )
+
+
+def describe_weights(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A sentence on what weights look like: their family, and the sizes that tell its models apart."""
+    family = nearest_family(tensors)
+    if family is None:
+        return "They look like those of no family that is known here."
+    tensors = family.from_file(tensors)
+    sizes = []
+    patches = [t for name, t in tensors.items() if t.ndim == 4 and t.shape[1] == 3 and name.split(".")[0] != "text"]
+    if patches:
+        root = next(name for name, t in tensors.items() if t is patches[0]).split(".")[0]
+        blocks = [int(m[1]) for name in tensors if name.startswith(f"{root}.") and (m := _BLOCK.search(name))]
+        sizes = [
+            f"{patches[0].shape[0]} wide",
+            f"patch {patches[0].shape[-1]}",
+            f"{max(blocks, default=-1) + 1} blocks",
+        ]
+    detail = f" ({', '.join(sizes)})" if sizes else ""
+    return f"They look like the family {family.name}{detail}, models such as {', '.join(family.names()[:3])}."

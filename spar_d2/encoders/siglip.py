@@ -1,0 +1,178 @@
+"""SigLIP and SigLIP2 as dense encoders: open_clip models whose image trunk is a timm ViT with attention pooling.
+
+Every patch goes through the pooling's value projection, output projection and residual MLP, without the pooling's
+attention (SPAR, arXiv:2604.02252).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import AttentionPoolLatent
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from spar_d2.encoders.base import DenseEncoder, chosen, last, to_map
+from spar_d2.encoders.open_clip_models import build_image_tower, build_text, model_config, model_names
+from spar_d2.encoders.positions import resample_positions
+from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
+
+_MEAN = _STD = (0.5, 0.5, 0.5)
+
+
+class SigLIPEncoder(DenseEncoder):
+    """Dense features of the image tower of a SigLIP or SigLIP2 model.
+
+    Args:
+        visual: ``model.visual`` of an open_clip model: a module with ``.trunk``, a timm ``VisionTransformer`` with
+            ``global_pool="map"`` and without class token; used, not copied, so ``state_dict()`` has the library's keys
+            ("visual.trunk.blocks.0...").
+        reference_compat: the sliding window drops what is left of a patch at the right and bottom, as the authors' code
+            does. A single pass pads images in any case.
+
+    Raises:
+        ValueError: ``visual`` is another kind of tower.
+    """
+
+    parts = {
+        "qkv": r"attn\.qkv\.",
+        "mlp": r"mlp\.",
+        "posembed": r"visual\.trunk\.pos_embed",
+        "patchembed": r"visual\.trunk\.patch_embed\.",
+        "attn_pool_kv": r"visual\.trunk\.attn_pool\.kv\.",
+    }
+    unused = r"visual\.(trunk\.)?(head|fc_norm)\.|visual\.trunk\.attn_pool\.(latent$|q\.|[qk]_norm\.)"
+    pixel_mean, pixel_std = _MEAN, _STD
+
+    def __init__(self, visual: nn.Module, reference_compat: bool = False) -> None:
+        super().__init__()
+        _check_tower(visual)
+        self.visual = visual
+        self.reference_compat = reference_compat
+        trunk = visual.trunk
+        self.patch_size = trunk.patch_embed.patch_size[0]
+        self.native_size = trunk.patch_embed.grid_size[0] * self.patch_size
+        self.width = trunk.embed_dim
+        self.embed_dim = trunk.attn_pool.out_features
+        for block in self.blocks:
+            # timm's own attention needs memory for N x N where its environment variable turns this off.
+            block.attn.fused_attn = True
+        self.eval()
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        return self.visual.trunk.blocks
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        tokens, grid = self._embed(x)
+        tokens = last(self._run_blocks(self.blocks, tokens, _run_block))
+        return to_map(_pool_each(self.visual.trunk.attn_pool, self.visual.trunk.norm(tokens)), grid)
+
+    def _encode_intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
+        tokens, grid = self._embed(x)
+        return [to_map(t, grid) for t in chosen(self._run_blocks(self.blocks, tokens, _run_block), indices)]
+
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(B, 3, H, W) to tokens (B, h * w, C) and (h, w)."""
+        trunk = self.visual.trunk
+        patches = trunk.patch_embed.proj(x)
+        grid = (patches.shape[-2], patches.shape[-1])
+        positions = resample_positions(trunk.pos_embed[0], trunk.patch_embed.grid_size, grid)
+        tokens = trunk.patch_embed.norm(patches.flatten(2).transpose(1, 2))
+        return trunk.norm_pre(tokens + positions.to(tokens.dtype)), grid
+
+
+def _run_block(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return block(tokens)
+
+
+def _pool_each(pool: AttentionPoolLatent, tokens: torch.Tensor) -> torch.Tensor:
+    """The pooling with every token attending to itself alone: (B, N, C) to (B, N, D); no keys are computed."""
+    half = pool.kv.out_features // 2
+    bias = None if pool.kv.bias is None else pool.kv.bias[half:]
+    value = pool.proj(F.linear(tokens, pool.kv.weight[half:], bias))
+    return value if pool.mlp is None else value + pool.mlp(pool.norm(value))
+
+
+def _check_tower(visual: nn.Module) -> None:
+    trunk = getattr(visual, "trunk", None)
+    if not isinstance(trunk, VisionTransformer) or not isinstance(trunk.attn_pool, AttentionPoolLatent):
+        raise ValueError(
+            "SigLIPEncoder takes the image tower of a SigLIP model (model.visual of open_clip, whose .trunk is a timm "
+            f"VisionTransformer with attention pooling), got {type(visual).__name__}"
+        )
+    reasons = {
+        "prefix tokens": trunk.num_prefix_tokens > 0,
+        "no position table": trunk.pos_embed is None,
+        "positions inside the pooling": trunk.attn_pool.pos_embed is not None,
+        "patches that are not square": len(set(trunk.patch_embed.patch_size)) > 1,
+        "a head after the pooling": any(True for _ in getattr(visual, "head", nn.Identity()).parameters()),
+    }
+    found = [reason for reason, present in reasons.items() if present]
+    if found:
+        raise ValueError(f"SigLIPEncoder cannot take dense features from a ViT with {' and '.join(found)}")
+
+
+def _is_siglip(config: dict | None) -> bool:
+    vision = (config or {}).get("vision_cfg", {})
+    named = str(vision.get("timm_model_name", ""))
+    return "siglip" in named and vision.get("timm_pool") == "map" and vision.get("timm_proj") == "none"
+
+
+@functools.cache
+def _names() -> list[str]:
+    return model_names(_is_siglip)
+
+
+def _describe(spec: EncoderSpec) -> EncoderInfo:
+    name = model_config(spec.name)["vision_cfg"]["timm_model_name"]
+    with torch.device("meta"):
+        trunk = timm.create_model(name, num_classes=0)
+    patch = trunk.patch_embed.patch_size[0]
+    return EncoderInfo(FAMILY.name, trunk.patch_embed.grid_size[0] * patch, patch, _MEAN, _STD)
+
+
+def _build(spec: EncoderSpec) -> DenseEncoder:
+    return SigLIPEncoder(build_image_tower(spec, FAMILY), spec.reference_compat)
+
+
+def _from_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Files of a timm trunk alone have neither "visual." nor "trunk." before their keys."""
+    if "attn_pool.kv.weight" in tensors:
+        return {f"visual.trunk.{key}": tensor for key, tensor in tensors.items() if not key.startswith("head.")}
+    if "trunk.attn_pool.kv.weight" in tensors:
+        return {f"visual.{key}": tensor for key, tensor in tensors.items()}
+    return dict(tensors)
+
+
+def _example() -> DenseEncoder:
+    visual = nn.Module()
+    visual.trunk = VisionTransformer(
+        img_size=64,
+        patch_size=16,
+        embed_dim=96,
+        depth=3,
+        num_heads=3,
+        class_token=False,
+        global_pool="map",
+        num_classes=0,
+    )
+    return SigLIPEncoder(visual)
+
+
+FAMILY = EncoderFamily(
+    name="SigLIP",
+    claims=lambda name: _is_siglip(model_config(name)),
+    names=_names,
+    describe=_describe,
+    build=_build,
+    build_text=build_text,
+    example=_example,
+    marks=("visual.trunk.attn_pool.kv.weight", "visual.trunk.pos_embed"),
+    from_file=_from_file,
+)
+register_family(FAMILY)
