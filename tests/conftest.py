@@ -8,16 +8,14 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from reference import ROOT, TINY_CONFIG, reference_image, reference_weight
+from reference import ROOT, TINY_CONFIG, fill_with_reference, reference_image
 
 
 @pytest.fixture(scope="session")
 def reference_clip() -> open_clip.CLIP:
     """The tiny CLIP of the reference numbers; not to be changed by tests."""
     model = open_clip.CLIP(**TINY_CONFIG).eval()
-    weights = {k: reference_weight(k, tuple(v.shape)) for k, v in model.state_dict().items() if v.is_floating_point()}
-    model.load_state_dict(weights)
-    return model
+    return fill_with_reference(model)
 
 
 @pytest.fixture

@@ -8,10 +8,15 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from spar_d2.encoders import FAMILIES, DenseEncoder, OpenCLIPEncoder, SigLIPEncoder, build_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
+STAND_IN = ROOT / "tests" / "dinov3_stand_in"
 SHARED = ROOT.parent / "shared"
 TINY_CONFIG = {
     "embed_dim": 64,
@@ -25,18 +30,47 @@ def reference_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     rng = np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF)
     value = rng.standard_normal(shape).astype(np.float32)
     last = key.rsplit(".", 1)[-1]
-    if key == "logit_scale":
-        return torch.tensor(math.log(100.0))
-    if last == "positional_embedding":
+    if key in ("logit_scale", "logit_bias"):
+        return torch.tensor({"logit_scale": math.log(100.0), "logit_bias": -10.0}[key])
+    if last in ("positional_embedding", "pos_embed"):
         value = value * np.float32(0.3)
     elif value.ndim == 1 and last == "weight":
         value = np.float32(1) + value * np.float32(0.1)
     elif value.ndim <= 1:
         value = value * np.float32(0.1)
     else:
-        inputs = shape[1] if value.ndim == 2 else math.prod(shape[1:])
+        inputs = shape[value.ndim - 1] if value.ndim in (2, 3) else math.prod(shape[1:])
         value = value * np.float32(1 / math.sqrt(inputs))
     return torch.from_numpy(value)
+
+
+def fill_with_reference(module: torch.nn.Module) -> torch.nn.Module:
+    """Give every floating-point entry of a module its reference weight, in place."""
+    state = {k: reference_weight(k, tuple(v.shape)) for k, v in module.state_dict().items() if v.is_floating_point()}
+    module.load_state_dict(state, strict=False)
+    return module
+
+
+def reference_encoder(model: str, reference_compat: bool = False) -> DenseEncoder:
+    """The encoder of the reference numbers of that name ("openclip-tiny", "siglip-tiny"), with their weights."""
+    if model == "openclip-tiny":
+        return OpenCLIPEncoder(fill_with_reference(open_clip.CLIP(**TINY_CONFIG)).visual, reference_compat)
+    sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 96, "depth": 3, "num_heads": 3}
+    visual = torch.nn.Module()
+    visual.trunk = VisionTransformer(**sizes, class_token=False, global_pool="map", num_classes=0)
+    encoder = SigLIPEncoder(visual, reference_compat)
+    return fill_with_reference(encoder)
+
+
+def example_encoder(family: str) -> DenseEncoder:
+    """A tiny encoder of a family; DINOv3.txt's is built by the stand-in for a clone of its repository."""
+    encoder = FAMILIES[family].example()
+    if encoder is None and family == "DINOv3.txt":
+        encoder = build_encoder(FAMILIES[family].names()[0], dinov3_repo=str(STAND_IN))
+        encoder.native_size = 64  # as small as the other families' examples
+    if encoder is None:
+        pytest.skip(f"an example of {family} needs what is not here")
+    return encoder
 
 
 def reference_image(height: int, width: int, index: int = 0) -> np.ndarray:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Pre-train the demo's tiny CLIP on drawn scenes with captions.
+"""Pre-train one of the demo's tiny models on drawn scenes with captions.
 
-It takes 40 minutes on two CPU cores; its result is kept in configs/demo.
+It takes 40 minutes on two CPU cores; the result for tiny_clip is kept in configs/demo.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from spar_d2.data.scenes import GROUNDS, SCENE_CLASSES, training_scene
+from spar_d2.encoders import describe_encoder
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo"
 POOL_SEED = 1
@@ -27,6 +28,7 @@ CAPTION_STARTS = ("a photo of", "a picture of", "an image of", "")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO / "tiny_clip.json", help="open_clip model config")
     parser.add_argument("--output", type=Path, default=DEMO / "tiny_clip.safetensors", help="weights file to write")
     parser.add_argument("--steps", type=int, default=14000, help="optimizer steps")
     parser.add_argument("--scenes", type=int, default=24000, help="scenes in the pool, drawn first")
@@ -88,11 +90,11 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    open_clip.add_model_config(DEMO / "tiny_clip.json")
-    model = open_clip.create_model("tiny_clip", pretrained=None).train()
-    tokenize = open_clip.get_tokenizer("tiny_clip")
-    mean = torch.tensor(model.visual.preprocess_cfg["mean"]).view(1, 3, 1, 1)
-    std = torch.tensor(model.visual.preprocess_cfg["std"]).view(1, 3, 1, 1)
+    open_clip.add_model_config(args.model)
+    model = open_clip.create_model(args.model.stem, pretrained=None).train()
+    tokenize = open_clip.get_tokenizer(args.model.stem)
+    info = describe_encoder(str(args.model))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (info.pixel_mean, info.pixel_std))
     images, shown = draw_pool(args.scenes)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)

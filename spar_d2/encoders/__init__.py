@@ -1,6 +1,8 @@
 """Dense image encoders and their text towers, in plain PyTorch."""
 
+from spar_d2.encoders import tiny_models  # noqa: F401  registers
 from spar_d2.encoders.base import DenseEncoder, find_encoder
+from spar_d2.encoders.dinotxt import DINOtxtEncoder
 from spar_d2.encoders.dinov3 import DINOv3Encoder
 from spar_d2.encoders.open_clip_vit import OpenCLIPEncoder
 from spar_d2.encoders.registry import (
@@ -18,6 +20,7 @@ from spar_d2.encoders.trainable import set_trainable
 
 __all__ = [
     "FAMILIES",
+    "DINOtxtEncoder",
     "DINOv3Encoder",
     "DenseEncoder",
     "EncoderInfo",

@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from processes import run_in_two_processes
-from reference import SHARED, reference_image
+from reference import SHARED, example_encoder, reference_image
 from spar_d2.distillation import DistillationHook
 from spar_d2.encoders import FAMILIES
 from spar_d2.teacher import SlidingWindowTeacher
@@ -127,7 +127,7 @@ class LabelledModel(nn.Module):
 @pytest.mark.parametrize("windows", [0, 2])
 def test_beside_losses_of_another_model(family, windows):
     torch.manual_seed(0)
-    encoder = FAMILIES[family].example()
+    encoder = example_encoder(family)
     model = LabelledModel(copy.deepcopy(encoder))
     data = [[{"image": torch.randn(3, 70, 90)}, {"image": torch.randn(3, 70, 90)}]] * 3
     trainer = SimpleTrainer(model, data, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -208,7 +208,7 @@ def test_evaluation_between_steps_leaves_nothing_behind(tiny_cfg):
 
 
 def test_a_model_without_encoder_or_with_two_is_named():
-    hook = DistillationHook(SlidingWindowTeacher(FAMILIES[sorted(FAMILIES)[0]].example()))
+    hook = DistillationHook(SlidingWindowTeacher(example_encoder(sorted(FAMILIES)[0])))
     model = nn.Linear(2, 2)
     trainer = SimpleTrainer(model, [], torch.optim.SGD(model.parameters(), lr=0.1))
     trainer.register_hooks([hook])
@@ -218,6 +218,6 @@ def test_a_model_without_encoder_or_with_two_is_named():
 
 @pytest.mark.parametrize(("key", "arguments"), [("WEIGHT", {"weight": -1}), ("WINDOWS", {"windows_per_image": -1})])
 def test_wrong_arguments_are_named(key, arguments):
-    teacher = SlidingWindowTeacher(FAMILIES[sorted(FAMILIES)[0]].example())
+    teacher = SlidingWindowTeacher(example_encoder(sorted(FAMILIES)[0]))
     with pytest.raises(ValueError, match=key):
         DistillationHook(teacher, **arguments)

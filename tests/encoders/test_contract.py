@@ -1,15 +1,27 @@
 """What every registered family of encoders must do; a new one is tested by being registered."""
 
+import copy
+import shutil
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spar_d2.encoders import FAMILIES, set_trainable
+from reference import example_encoder
+from spar_d2.encoders import FAMILIES, describe_encoder, set_trainable
+from spar_d2.encoders.registry import find_family, nearest_family
 
 
 @pytest.fixture(params=sorted(FAMILIES))
-def encoder(request):
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def encoder(family):
     torch.manual_seed(0)
-    return FAMILIES[request.param].example()
+    return example_encoder(family.name)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (15, 17), (1, 400), (64, 64), (70, 100), (203, 33)])
@@ -91,7 +103,10 @@ def test_a_frozen_encoder_stays_in_eval_mode(encoder):
     assert encoder.train().training
 
 
-@pytest.mark.parametrize("spec", ["", "last_blocks:0", "last_blocks:99", "blk_99", "blk_x", "some", "all,blk_0"])
+@pytest.mark.parametrize(
+    "spec",
+    ["", "last_blocks:0", "last_blocks:99", "blk_99", "blk_x", "qkv_99", "mlp_", "blk", "some", "all,blk_0", "qkv"],
+)
 def test_wrong_words_for_what_is_trained_are_named(encoder, spec):
     with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TRAINABLE"):
         set_trainable(encoder, spec)
@@ -99,6 +114,66 @@ def test_wrong_words_for_what_is_trained_are_named(encoder, spec):
 
 def test_the_authors_spelling_means_the_same_blocks(encoder):
     assert set_trainable(encoder, "blk_-1,blk_-2") == set_trainable(encoder, "last_blocks:2")
+
+
+# Of the library's own names, what each word must mean in its block; the first part is what tells it from the others.
+IN_BLOCK = {"qkv": {"attn.in_proj_", "attn.qkv", "attn.q_", "attn.v_"}, "mlp": {"mlp."}}
+
+
+@pytest.mark.parametrize("word", sorted(IN_BLOCK))
+@pytest.mark.parametrize("index", [0, -1])
+def test_words_for_parts_of_a_block(encoder, word, index):
+    names = set_trainable(encoder, f"{word}_{index}")
+    inner = {name for name, p in encoder.blocks[index].named_parameters() if p.requires_grad}
+    assert len(names) == len(inner) > 0
+    expected = {name for name, _ in encoder.blocks[index].named_parameters() if name.startswith(tuple(IN_BLOCK[word]))}
+    assert inner == expected
+    learns(encoder, names)
+
+
+def test_words_for_parts_outside_of_blocks(encoder):
+    parts = {word: set_trainable(encoder, word) for word in encoder.parts if word not in IN_BLOCK}
+    assert "patchembed" in parts
+    for word, names in parts.items():
+        assert names, word
+        set_trainable(encoder, word)
+        learns(encoder, names)
+        encoder.zero_grad(set_to_none=True)
+    together = set_trainable(encoder, ", ".join(["blk_0", *parts]))
+    assert set(together) == {name for names in parts.values() for name in names} | set(set_trainable(encoder, "blk_0"))
+
+
+def learns(encoder, names):
+    """Exactly the named parameters get a gradient."""
+    encoder(torch.randn(1, 3, 64, 96)).square().mean().backward()
+    got = {name for name, p in encoder.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert got == set(names)
+
+
+@pytest.mark.parametrize("word", ["posembed", "patchembed", "attn_pool_kv"])
+def test_words_for_what_a_family_lacks_name_what_it_has(encoder, word):
+    if word in encoder.parts:
+        assert set_trainable(encoder, word)
+        return
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TRAINABLE.*patchembed.*got") as error:
+        set_trainable(encoder, f"blk_-1,{word}")
+    assert word not in str(error.value).split("got")[0]
+
+
+def test_what_is_known_by_name_is_what_is_built(family):
+    name = family.names()[0]
+    assert find_family(name) is family
+    info = describe_encoder(name)
+    assert info.family == family.name
+    assert info.native_size % info.patch_size == 0
+    assert len(info.pixel_mean) == len(info.pixel_std) == 3
+    assert info.logit_scale == 40
+
+
+def test_files_of_the_library_lead_back_to_the_family(encoder, family):
+    state = encoder.state_dict()
+    assert family.from_file(family.to_file(state)).keys() == state.keys()
+    assert nearest_family(family.to_file(state)) is family
 
 
 def test_state_dict_round_trip(encoder):
@@ -112,10 +187,106 @@ def test_state_dict_round_trip(encoder):
         assert torch.equal(encoder(x), before)
 
 
-def test_bfloat16_autocast_stays_close(encoder):
+@pytest.mark.parametrize("own", [True, False], ids=["by the encoder", "by the surroundings"])
+def test_bfloat16_stays_close_and_gives_float32(encoder, own):
     x = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
         exact = encoder(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            rough = encoder(x).float()
+        encoder.accelerate("bfloat16" if own else "float32")
+        with torch.autocast("cpu", torch.bfloat16, enabled=not own):
+            rough, block = encoder(x), encoder.intermediates(x, [-1])[0]
+    assert rough.dtype == block.dtype == torch.float32
+    assert not torch.equal(rough, exact)
     assert torch.nn.functional.cosine_similarity(exact, rough, dim=1).min() > 0.98
+
+
+def test_weights_and_images_in_bfloat16(encoder):
+    x = torch.randn(1, 3, 70, 96)
+    with torch.no_grad():
+        exact = encoder(x)
+        rough = encoder.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert rough.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(exact, rough.float(), dim=1).min() > 0.97
+
+
+def test_a_copy_computes_alike(encoder):
+    """The teacher is a copy of its student."""
+    x = torch.randn(1, 3, 64, 64)
+    encoder.accelerate("bfloat16")
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(encoder)(x), encoder(x))
+
+
+def test_wrong_precision_is_named(encoder):
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.PRECISION\) must be one of float32, bfloat16, float16"):
+        encoder.accelerate("half")
+
+
+def test_checkpointing_gives_the_same_gradients_with_fewer_saved_tensors(encoder):
+    names = set_trainable(encoder, "last_blocks:2")
+    x = torch.randn(1, 3, 96, 96)
+    results = []
+    for checkpointing in (False, True):
+        encoder.accelerate(checkpointing=checkpointing).zero_grad(set_to_none=True)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            loss = encoder(x).square().mean()
+        loss.backward()
+        results.append((sum(saved), {name: encoder.get_parameter(name).grad.clone() for name in names}))
+    (plain, expected), (less, gradients) = results
+    assert less < 0.7 * plain
+    for name in names:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+
+
+@needs_compiler
+def test_compiled_blocks_give_the_same_at_every_size(encoder):
+    for size in ((64, 64), (70, 100)):
+        x = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            expected = encoder.accelerate()(x)
+            torch.testing.assert_close(encoder.accelerate(compile=True)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_compiled_blocks_learn_the_same():
+    encoder = example_encoder(sorted(FAMILIES)[0])
+    names = set_trainable(encoder, "last_blocks:1")
+    x = torch.randn(1, 3, 64, 96)
+    gradients = []
+    for compiled in (False, True):
+        encoder.accelerate(compile=compiled).zero_grad()
+        encoder(x).square().mean().backward()
+        gradients.append([encoder.get_parameter(name).grad.clone() for name in names])
+    for plain, other in zip(*gradients):
+        torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_attention_is_fused_in_every_block(encoder, monkeypatch):
+    """Fused attention never has its N x N matrix in memory; nothing else may hold one either."""
+    tokens = []
+
+    def fused(query, key, value, *args, **kwargs):
+        tokens.append(query.shape[-2])
+        return original(query, key, value, *args, **kwargs)
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes = [t.numel() for t in (result if isinstance(result, tuple) else (result,)) if hasattr(t, "numel")]
+            self.size = max([self.size, *sizes])
+            return result
+
+    original = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    side = 40
+    with torch.no_grad(), Largest() as largest:
+        encoder(torch.randn(1, 3, side * encoder.patch_size, side * encoder.patch_size))
+    assert len(encoder.blocks) - 1 <= len(tokens) <= len(encoder.blocks)
+    assert min(tokens) >= side * side
+    assert largest.size < side**4

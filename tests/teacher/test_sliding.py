@@ -4,17 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reference import golden_input, golden_names, load_golden
+from reference import example_encoder, golden_input, golden_names, load_golden, reference_encoder
 from spar_d2.distillation import distillation_loss, sampled_distillation_loss
-from spar_d2.encoders import FAMILIES, OpenCLIPEncoder
+from spar_d2.encoders import FAMILIES
 from spar_d2.teacher import SlidingWindowTeacher, WindowPlan, sliding_window_features
 
 
 @pytest.mark.parametrize("compat", [True, False])
-@pytest.mark.parametrize("name", golden_names("D_openclip-tiny"))
-def test_target_of_the_reference(name, compat, reference_clip):
+@pytest.mark.parametrize("name", golden_names("D_openclip-tiny") + golden_names("D_siglip-tiny"))
+def test_target_of_the_reference(name, compat):
     arrays, meta = load_golden(name)
-    encoder = OpenCLIPEncoder(reference_clip.visual, reference_compat=compat)
+    encoder = reference_encoder(meta["model"], reference_compat=compat)
     teacher = SlidingWindowTeacher(encoder, window=meta["window"], stride=meta["stride"], batch_size=7)
     target = teacher(golden_input(arrays, encoder))
     expected = torch.from_numpy(arrays["target"]).permute(0, 3, 1, 2)
@@ -28,7 +28,7 @@ def test_target_of_the_reference(name, compat, reference_clip):
 @pytest.fixture(params=sorted(FAMILIES))
 def encoder(request):
     torch.manual_seed(0)
-    return FAMILIES[request.param].example()
+    return example_encoder(request.param)
 
 
 def stitched_by_hand(encoder, x, plan: WindowPlan) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_sampled_targets_average_to_the_full_one_over_all_draws(encoder):
 def test_gradients_of_many_samples_average_to_the_full_one(windows):
     """The same for windows as they are really drawn, within what is left of chance."""
     torch.manual_seed(0)
-    encoder = FAMILIES[sorted(FAMILIES)[0]].example()
+    encoder = example_encoder(sorted(FAMILIES)[0])
     teacher = SlidingWindowTeacher(encoder, window=64, stride=24)
     x = torch.randn(1, 3, 112, 160)
     # Every window is encoded once; the draws are put together from them.

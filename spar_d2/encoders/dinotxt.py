@@ -1,0 +1,222 @@
+"""DINOv3.txt as a dense encoder with text, from a local clone of the dinov3 repository.
+
+The authors of SPAR take the patch tokens of the backbone as they are, and compare them with the second half of the text
+vectors, which was trained to match the mean of the vision head's patch tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from open_clip.tokenizer import default_bpe
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from spar_d2.encoders.base import DenseEncoder, chosen, last, to_map
+from spar_d2.encoders.fit import check_fit
+from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
+from spar_d2.encoders.text_tower import TextTower
+from spar_d2.encoders.weights import KEY, RANDOM_WEIGHTS_SEED, first_line, read_state_dict
+
+TOKENS = ("backbone", "head")
+_NAMES = ("dinov3_vitl16_dinotxt_tet1280d20h24l",)
+_NATIVE_SIZE, _PATCH = 384, 16
+_VISUAL = "visual_model."
+_BACKBONE = "visual_model.backbone."
+
+
+class DINOtxtEncoder(DenseEncoder):
+    """Dense features of the image tower of DINOv3.txt.
+
+    Args:
+        visual_model: ``model.visual_model`` of the dinov3 repository's DINOv3.txt: a ViT in ``.backbone`` and blocks on
+            top of it in ``.head``; used, not copied, so ``state_dict()`` has the library's keys
+            ("visual_model.backbone.blocks.0...").
+        reference_compat: stretch images to whole patches instead of padding them, as the authors' code does.
+        tokens: "backbone", or "head" for the patch tokens after the head.
+
+    Raises:
+        ValueError: ``visual_model`` is another kind of tower, or ``tokens`` another word.
+    """
+
+    parts = {"qkv": r"attn\.qkv\.", "mlp": r"mlp\.", "patchembed": r"visual_model\.backbone\.patch_embed\."}
+    pixel_mean, pixel_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    native_size = _NATIVE_SIZE
+
+    def __init__(self, visual_model: nn.Module, reference_compat: bool = False, tokens: str = "backbone") -> None:
+        super().__init__()
+        if tokens not in TOKENS:
+            raise ValueError(f"tokens (MODEL.SPAR.DINOV3_TOKENS) must be one of {', '.join(TOKENS)}; got {tokens!r}")
+        _check_tower(visual_model)
+        self.visual_model = visual_model
+        self.reference_compat = reference_compat
+        self.tokens = tokens
+        backbone = visual_model.backbone
+        self.patch_size = backbone.patch_size
+        self.width = self.embed_dim = backbone.embed_dim
+        unused = r"visual_model\.backbone\.(mask_token$|cls_norm\.|local_cls_norm\.)"
+        if tokens == "backbone":
+            unused += r"|visual_model\.head\."
+        elif isinstance(projection := visual_model.head.linear_projection, nn.Linear):
+            self.embed_dim = projection.out_features
+        self.unused = unused
+        self.eval()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.visual_model.backbone.blocks
+
+    def to_whole_patches(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.reference_compat:
+            return super().to_whole_patches(x)
+        size = tuple(cells * self.patch_size for cells in self.grid(*x.shape[-2:]))
+        if size == tuple(x.shape[-2:]):
+            return x
+        return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        backbone = self.visual_model.backbone
+        tokens, rope, grid = self._embed(x)
+        tokens = backbone.norm(last(self._run_blocks(self.blocks, tokens, _run_block, *rope)))
+        if self.tokens == "head":
+            tokens = self.visual_model.head(tokens)
+        return to_map(tokens[:, self._prefix :], grid)
+
+    def _encode_intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
+        tokens, rope, grid = self._embed(x)
+        found = chosen(self._run_blocks(self.blocks, tokens, _run_block, *rope), indices)
+        return [to_map(t[:, self._prefix :], grid) for t in found]
+
+    @property
+    def _prefix(self) -> int:
+        return 1 + self.visual_model.backbone.n_storage_tokens
+
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], tuple[int, int]]:
+        """(B, 3, H, W) to tokens (B, prefix + h * w, C), sines and cosines (h * w, C / heads), and (h, w)."""
+        backbone = self.visual_model.backbone
+        tokens, (height, width) = backbone.prepare_tokens_with_masks(x)
+        return tokens, backbone.rope_embed(H=height, W=width), (height, width)
+
+
+def _run_block(block: nn.Module, tokens: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
+    return block(tokens, (sin, cos))
+
+
+def _check_tower(visual_model: nn.Module) -> None:
+    backbone = getattr(visual_model, "backbone", None)
+    wanted = (
+        "blocks",
+        "norm",
+        "patch_size",
+        "embed_dim",
+        "n_storage_tokens",
+        "prepare_tokens_with_masks",
+        "rope_embed",
+    )
+    if not hasattr(visual_model, "head") or any(not hasattr(backbone, name) for name in wanted):
+        raise ValueError(
+            "DINOtxtEncoder takes the image tower of DINOv3.txt (model.visual_model, as the dinov3 repository builds "
+            f"it), got {type(visual_model).__name__}"
+        )
+    if getattr(backbone, "untie_cls_and_patch_norms", False):
+        raise ValueError("DINOtxtEncoder cannot take a backbone with a norm of its own for the class token")
+
+
+class _TextModel(nn.Module):
+    """The text tower with the half of its vectors that belongs to patches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        # The names are the library's: they are the keys of its weight files.
+        self.text_model = model.text_model
+        self.logit_scale = model.logit_scale
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        vectors = self.text_model(tokens)
+        return vectors[:, vectors.shape[1] // 2 :]
+
+
+def _build(spec: EncoderSpec) -> DenseEncoder:
+    model, _ = _create(spec, "visual")
+    return DINOtxtEncoder(model.visual_model, spec.reference_compat, spec.dinov3_tokens)
+
+
+def _build_text(spec: EncoderSpec) -> TextTower:
+    model, tokenizer = _create(spec, "text")
+    return TextTower(_TextModel(model), tokenizer.tokenize)
+
+
+def _create(spec: EncoderSpec, part: str) -> tuple[nn.Module, object]:
+    """The library's model, in which ``part``, "visual" or "text", has its weights, and the tokenizer."""
+    repo = _find_repo(spec.dinov3_repo)
+    for key, file in ((KEY, spec.pretrained), ("MODEL.SPAR.DINOV3_BACKBONE", spec.dinov3_backbone)):
+        if file and not Path(file).is_file():
+            raise FileNotFoundError(f"{key}: there is no weight file {file}; DINOv3.txt has no tags")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(RANDOM_WEIGHTS_SEED)
+            model, tokenizer = torch.hub.load(
+                str(repo), spec.name, source="local", pretrained=False, bpe_path_or_url=default_bpe()
+            )
+    except Exception as error:  # code of others: it may fail in any way
+        raise RuntimeError(
+            f"MODEL.SPAR.DINOV3_REPO: {repo} cannot build {spec.name} ({first_line(error)}); "
+            "is it a complete and recent clone of the dinov3 repository?"
+        ) from error
+    if spec.pretrained:
+        own = {k: tensor for k, tensor in model.state_dict().items() if k.startswith(_VISUAL) == (part == "visual")}
+        tensors = _read_weights(spec, part)
+        # Buffers of rotations are computed, and not in every file.
+        needed = [name for name in own if not name.endswith(".periods")]
+        check_fit(own, tensors, needed, spec.pretrained, known=model.state_dict())
+        model.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
+    return model.eval(), tokenizer
+
+
+def _read_weights(spec: EncoderSpec, part: str) -> dict[str, torch.Tensor]:
+    tensors = read_state_dict(spec.pretrained)
+    if part == "visual" and spec.dinov3_backbone:
+        backbone = read_state_dict(spec.dinov3_backbone, "MODEL.SPAR.DINOV3_BACKBONE")
+        tensors.update({f"{_BACKBONE}{name.removeprefix(_BACKBONE)}": tensor for name, tensor in backbone.items()})
+    ours = any(name.startswith((_VISUAL, "text_model.")) for name in tensors)
+    if part == "visual" and ours and not any(name.startswith(_BACKBONE) for name in tensors):
+        raise RuntimeError(
+            f"{KEY}: {spec.pretrained} holds the vision head and the text encoder, but no backbone; "
+            "set MODEL.SPAR.DINOV3_BACKBONE to the weights of the DINOv3 ViT-L/16"
+        )
+    return tensors
+
+
+def _find_repo(folder: str) -> Path:
+    if not folder:
+        raise ValueError(
+            "MODEL.SPAR.DINOV3_REPO (dinov3_repo) must name a folder with a clone of the dinov3 repository: "
+            "DINOv3.txt is built by the code in it"
+        )
+    if not (Path(folder) / "hubconf.py").is_file():
+        raise FileNotFoundError(
+            f"MODEL.SPAR.DINOV3_REPO: {folder} is no clone of the dinov3 repository, there is no hubconf.py in it"
+        )
+    return Path(folder).resolve()
+
+
+FAMILY = EncoderFamily(
+    name="DINOv3.txt",
+    claims=lambda name: re.fullmatch(r"dinov3_\w*dinotxt\w*", name) is not None,
+    names=lambda: list(_NAMES),
+    describe=lambda spec: EncoderInfo(FAMILY.name, _NATIVE_SIZE, _PATCH, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    build=_build,
+    build_text=_build_text,
+    example=lambda: None,
+    marks=(
+        "visual_model.backbone.cls_token",
+        "visual_model.head.ln_final.weight",
+        "text_model.backbone.ln_final.weight",
+    ),
+    file_format="dinov3",
+)
+register_family(FAMILY)

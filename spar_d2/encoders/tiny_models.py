@@ -1,0 +1,29 @@
+"""Tiny relatives of SigLIP's and DINOv3's ViTs for the demo's drawn world: 64 pixels, patch 8; registered with timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.models import register_model
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+
+__all__ = ["vit_nano_patch8_dinov3", "vit_nano_patch8_siglip_64"]
+
+_SIZES = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 5, "num_heads": 4}
+
+
+@register_model
+def vit_nano_patch8_siglip_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """SigLIP's ViT with 5 blocks of 128 channels; there are no weights for it."""
+    return timm.create_model("vit_base_patch16_siglip_224", **{**_SIZES, **kwargs})
+
+
+@register_model
+def vit_nano_patch8_dinov3(pretrained: bool = False, **kwargs: Any) -> Eva:
+    """DINOv3's ViT with 5 blocks of 128 channels; there are no weights for it.
+
+    Its layer scale starts at 1: DINOv3's own 1e-5 makes the blocks of an untrained model do next to nothing.
+    """
+    return timm.create_model("vit_small_patch16_dinov3", **{**_SIZES, "init_values": 1.0, **kwargs})
