@@ -184,10 +184,6 @@ def _from_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(tensors)
 
 
-def _to_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-
-
 def _example() -> DenseEncoder:
     # Layer scale at 1: DINOv3's own 1e-5 makes the blocks of an untrained model do next to nothing.
     sizes = {"img_size": 64, "embed_dim": 96, "depth": 3, "num_heads": 3, "init_values": 1.0}
@@ -204,7 +200,7 @@ FAMILY = EncoderFamily(
     example=_example,
     marks=("visual.patch_embed.proj.weight", "visual.cls_token", "visual.blocks.0.attn.qkv.weight"),
     from_file=_from_file,
-    to_file=_to_file,
     file_format="timm",
+    timm_prefix=_PREFIX,
 )
 register_family(FAMILY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -37,9 +38,14 @@ def build_text(spec: EncoderSpec) -> TextTower:
     """Tokenizer and text tower of an open_clip model, with weights; raises like :func:`build_image_tower`."""
     model = _create(spec, find_family(spec.name), part="text")
     model.visual = nn.Identity()
-    name = _known_name(spec.name)
+    # Weights of a text tower are also wanted where there are no texts and no way to its tokenizer.
+    return TextTower(model, lambda texts: _tokenizer(_known_name(spec.name))(texts))
+
+
+@functools.cache
+def _tokenizer(name: str) -> Callable[[list[str]], torch.Tensor]:
     try:
-        return TextTower(model, open_clip.get_tokenizer(name))
+        return open_clip.get_tokenizer(name)
     except Exception as error:  # whatever the hub's client and the tokenizer's own library raise
         raise RuntimeError(
             f"MODEL.SPAR.ENCODER: the tokenizer of {name} could not be had ({first_line(error)}); with no way to "

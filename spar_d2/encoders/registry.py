@@ -67,8 +67,8 @@ class EncoderFamily:
         example: a tiny encoder with random weights, for tests; None where it needs what is not here.
         marks: keys of the library's model that tell its weight files from those of other families.
         from_file: brings the keys of any of the family's weight files to those of encoder and text tower.
-        to_file: brings the keys of encoder and text tower to those of the library's weight files.
-        file_format: whose weight files those are.
+        file_format: whose weight files the family's are usually kept in, see :mod:`spar_d2.encoders.convert`.
+        timm_prefix: what the keys of the image trunk begin with where it is timm's; "" where it is not.
     """
 
     name: str
@@ -80,8 +80,8 @@ class EncoderFamily:
     example: Callable[[], DenseEncoder | None]
     marks: tuple[str, ...]
     from_file: Callable[[Tensors], dict[str, torch.Tensor]] = field(default=_as_they_are)
-    to_file: Callable[[Tensors], dict[str, torch.Tensor]] = field(default=_as_they_are)
     file_format: str = "open_clip"
+    timm_prefix: str = ""
 
 
 FAMILIES: dict[str, EncoderFamily] = {}

@@ -22,6 +22,7 @@ from spar_d2.encoders.positions import resample_positions
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
 
 _MEAN = _STD = (0.5, 0.5, 0.5)
+_TRUNK = "visual.trunk."
 
 
 class SigLIPEncoder(DenseEncoder):
@@ -143,7 +144,7 @@ def _build(spec: EncoderSpec) -> DenseEncoder:
 def _from_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Files of a timm trunk alone have neither "visual." nor "trunk." before their keys."""
     if "attn_pool.kv.weight" in tensors:
-        return {f"visual.trunk.{key}": tensor for key, tensor in tensors.items() if not key.startswith("head.")}
+        return {f"{_TRUNK}{key}": tensor for key, tensor in tensors.items() if not key.startswith("head.")}
     if "trunk.attn_pool.kv.weight" in tensors:
         return {f"visual.{key}": tensor for key, tensor in tensors.items()}
     return dict(tensors)
@@ -174,5 +175,6 @@ FAMILY = EncoderFamily(
     example=_example,
     marks=("visual.trunk.attn_pool.kv.weight", "visual.trunk.pos_embed"),
     from_file=_from_file,
+    timm_prefix=_TRUNK,
 )
 register_family(FAMILY)

@@ -11,6 +11,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from spar_d2.encoders import DenseEncoder, EncoderSpec, find_encoder
+from spar_d2.encoders.convert import as_format
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.registry import build_text, find_family, nearest_family
 from spar_d2.encoders.weights import read_checkpoint, read_state_dict, write_safetensors
@@ -107,5 +108,5 @@ def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.Path
     except (RuntimeError, ValueError, OSError) as error:  # hours of training must not be lost over the text
         logger.warning("The student is written without a text tower: %s", error)
     tensors.update(encoder.state_dict())
-    write_safetensors(family.to_file(tensors), path)
+    write_safetensors(as_format(tensors, family, family.file_format), path)
     logger.info("Wrote the student to %s", path)

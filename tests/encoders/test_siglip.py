@@ -108,7 +108,7 @@ def test_a_tokenizer_that_cannot_be_had_is_named(tmp_path):
     config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "nowhere")
     (tmp_path / "no-tokenizer.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="tokenizer of no-tokenizer could not be had.*hf_tokenizer_name"):
-        build_text_tower(str(tmp_path / "no-tokenizer.json"))
+        build_text_tower(str(tmp_path / "no-tokenizer.json")).encode(["a cat"])
 
 
 def test_image_and_text_come_from_one_file(tmp_path):

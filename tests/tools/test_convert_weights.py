@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from spar_d2.encoders import build_encoder
+from tool_modules import load_tool
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["convert_weights.py", *map(str, arguments)])
+    load_tool("convert_weights").main()
+
+
+def test_converts_a_file(monkeypatch, capsys, tmp_path, tiny_model, reference_clip):
+    config, weights = tiny_model
+    run(monkeypatch, "--encoder", config, "--input", weights, "--output", tmp_path / "a.pth", "--to", "authors")
+    assert f"Wrote {len(reference_clip.state_dict())} tensors to" in capsys.readouterr().out
+    assert all(key.startswith("model.") for key in torch.load(tmp_path / "a.pth", weights_only=True))
+    run(monkeypatch, "--encoder", config, "--input", tmp_path / "a.pth", "--output", tmp_path / "b.safetensors")
+    original, again = build_encoder(config, weights), build_encoder(config, str(tmp_path / "b.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(original.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "nowhere.pt", "--output", "out.pt"], "neither a weight file nor a known tag"),
+        (["--output", "out.bin"], "--output must end in one of .safetensors, .pt, .pth"),
+        (["--output", "out.safetensors", "--to", "authors"], "--output must end in one of .pt, .pth"),
+        (["--output", "out.pt", "--to", "timm"], "--to must be one of open_clip, authors"),
+        (["--output", "out.pt", "--encoder", "ViT-B16"], "did you mean"),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, tiny_model, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--encoder", tiny_model[0], "--input", tiny_model[1], *arguments)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("out*"))

@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Convert weights between this project, open_clip, timm, the dinov3 repository and the authors of SPAR.
+
+Any of their files is read: safetensors, checkpoints of torch, of Lightning (the authors') and of Detectron2. For
+example, a student from a training checkpoint, to a file that open_clip.create_model(NAME, pretrained=FILE) loads:
+
+    python tools/convert_weights.py --encoder ViT-B-16 --text laion2b_s34b_b88k \\
+        --input output/distill/model_final.pth --output student.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from spar_d2.encoders import EncoderSpec
+from spar_d2.encoders.convert import check_suffix, convert_weights, write_weights
+from spar_d2.engine.setup import readable_errors
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", required=True, help="the model that the weights are of, as MODEL.SPAR.ENCODER")
+    parser.add_argument("--input", required=True, help="weight file to convert")
+    parser.add_argument("--output", required=True, help="file to write (.safetensors, .pt, .pth)")
+    parser.add_argument(
+        "--to",
+        default="",
+        help="open_clip (or dinov3, for DINOv3.txt), timm (image trunk alone), authors (for their code); "
+        "default: that of the model's library",
+    )
+    parser.add_argument("--text", default="", help="tag or file with the text tower, where the input has none")
+    parser.add_argument("--dinov3-repo", default="", help="clone of the dinov3 repository, for DINOv3.txt")
+    parser.add_argument("--dinov3-backbone", default="", help="file with the backbone, where the input has none")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    spec = EncoderSpec(args.encoder, args.input, dinov3_repo=args.dinov3_repo, dinov3_backbone=args.dinov3_backbone)
+    with readable_errors():
+        check_suffix(args.output, args.to)
+        tensors = convert_weights(spec, args.to, args.text)
+        write_weights(tensors, args.output)
+    print(f"Wrote {len(tensors)} tensors to {args.output}.")
+
+
+if __name__ == "__main__":
+    main()
