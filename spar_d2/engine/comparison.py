@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +62,19 @@ def build_method(cfg: CfgNode, method: Method) -> OpenVocabularySegmentor:
     if method.weights:
         Checkpointer(model).load(method.weights)
     return model
+
+
+def build_teacher_encode(cfg: CfgNode) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From an image (3, H, W), 0..255, to the teacher's dense features (D, h, w), by a config's pre-trained model."""
+    teacher = [
+        "MODEL.SPAR.INFERENCE",
+        "sliding_window",
+        "MODEL.SPAR.OUTPUT",
+        "features",
+        "MODEL.SPAR.TRAINABLE",
+        "none",
+    ]
+    return build_method(cfg, Method("teacher", teacher)).encode
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -19,8 +20,9 @@ from spar_d2.data.augmentation import build_augmentations
 from spar_d2.data.photos import PhotoDataset, find_photos
 from spar_d2.distillation import DistillationHook
 from spar_d2.engine.checkpoint import Checkpointer
+from spar_d2.engine.comparison import build_teacher_encode
 from spar_d2.engine.hooks import Interrupted, ProgressBar, StopOnInterrupt, StudentWriter
-from spar_d2.evaluation import SemanticEvaluator
+from spar_d2.evaluation import FeatureEvaluator, SemanticEvaluator
 from spar_d2.modeling.build import encoder_spec
 from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
 from spar_d2.text import Vocabulary
@@ -124,6 +126,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        if cfg.MODEL.SPAR.OUTPUT == "features":
+            return FeatureEvaluator(functools.partial(build_teacher_encode, cfg))
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind != "sem_seg":
             raise ValueError(f'DATASETS.TEST: {dataset_name!r} is of evaluator type {kind!r}, supported is "sem_seg"')
