@@ -17,8 +17,10 @@ setup(
     install_requires=[
         "torch>=2.1",
         "torchvision>=0.16",
-        "open_clip_torch>=2.30",
-        "timm>=1.0",
+        "open_clip_torch>=3.0",
+        "timm>=1.0.20",
+        # SigLIP's tokenizers.
+        "transformers>=4.40",
         "numpy>=1.24",
         "safetensors>=0.4",
         "opencv-python>=4.6",

@@ -10,12 +10,12 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "spar_d2"
 # A room uses only rooms on lower floors, and itself.
 FLOORS = [
-    {"files"},
+    {"files", "errors"},
     {"encoders", "text", "data", "evaluation", "visualization", "config"},
     {"teacher"},
     {"modeling"},
     {"distillation"},
-    {"engine"},
+    {"engine", "benchmark"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # What plain PyTorch users rely on must not need Detectron2.
@@ -24,6 +24,7 @@ WITHOUT_DETECTRON2 = [
     "text",
     "teacher",
     "visualization",
+    "benchmark",
     "data/images.py",
     "data/scenes.py",
     "evaluation/confusion.py",

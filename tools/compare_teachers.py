@@ -20,8 +20,9 @@ import spar_d2  # noqa: F401  registers
 from spar_d2.distillation import DistillationHook
 from spar_d2.engine.comparison import Method, measure
 from spar_d2.engine.hooks import StepTimer
-from spar_d2.engine.setup import load_config, prepare, readable_errors
+from spar_d2.engine.setup import load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
+from spar_d2.errors import readable_errors
 from spar_d2.files import replacing
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "distill.yaml"

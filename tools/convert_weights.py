@@ -14,7 +14,7 @@ import argparse
 
 from spar_d2.encoders import EncoderSpec
 from spar_d2.encoders.convert import check_suffix, convert_weights, write_weights
-from spar_d2.engine.setup import readable_errors
+from spar_d2.errors import readable_errors
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,8 +15,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 import spar_d2  # noqa: F401  registers
 from spar_d2.encoders import describe_encoder
 from spar_d2.engine.comparison import Method, build_method, markdown_table, measure
-from spar_d2.engine.setup import load_config, prepare, readable_errors
+from spar_d2.engine.setup import load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
+from spar_d2.errors import readable_errors
 from spar_d2.files import replacing
 from spar_d2.visualization import draw_panels, shared_pca_colours
 

@@ -8,7 +8,8 @@ import argparse
 from detectron2.engine import default_argument_parser, launch
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.engine.setup import check_launch, clean_start, load_config, prepare, readable_errors
+from spar_d2.engine.setup import check_launch, clean_start, load_config, prepare
+from spar_d2.errors import readable_errors
 
 
 def main(args: argparse.Namespace):

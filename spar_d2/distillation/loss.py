@@ -42,4 +42,7 @@ def sampled_distillation_loss(student: torch.Tensor, target: SampledTarget) -> t
 
 def _check_shapes(student: torch.Tensor, target: torch.Tensor) -> None:
     if student.shape != target.shape:
-        raise ValueError(f"student and target differ in shape: {tuple(student.shape)} and {tuple(target.shape)}")
+        raise ValueError(
+            f"student and target differ in shape: {tuple(student.shape)} and {tuple(target.shape)}; with "
+            "MODEL.SPAR.REFERENCE_COMPAT some encoders need images in whole patches (SPAR.DATA.SIDE_MULTIPLE)"
+        )

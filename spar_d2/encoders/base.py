@@ -127,8 +127,10 @@ class DenseEncoder(nn.Module, ABC):
         return math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)
 
     def to_whole_patches(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) padded with zeros at the right and bottom."""
+        """(B, 3, H, W) padded with zeros at the right and bottom; itself where nothing is missing."""
         height, width = (cells * self.patch_size for cells in self.grid(*x.shape[-2:]))
+        if x.shape[-2:] == (height, width):
+            return x
         return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
 
     def train(self, mode: bool = True) -> DenseEncoder:

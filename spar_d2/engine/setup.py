@@ -21,9 +21,6 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-# Set to see where an error came from instead of its message alone.
-TRACEBACK_VARIABLE = "SPAR_TRACEBACK"
-
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     """Detectron2's config with this project's keys, a yaml file and ``KEY VALUE`` overrides.
@@ -61,12 +58,14 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
 
 def _find_files(cfg: CfgNode, config_file: str) -> None:
     """Files named in a config may lie relative to the working folder, the config's folder, or one above it."""
-    for key in ("ENCODER", "PRETRAINED", "VOCABULARY", "TEMPLATES"):
+    kinds = dict.fromkeys(("ENCODER", "PRETRAINED", "DINOV3_BACKBONE", "VOCABULARY", "TEMPLATES"), os.path.isfile)
+    kinds["DINOV3_REPO"] = os.path.isdir
+    for key, is_there in kinds.items():
         value = cfg.MODEL.SPAR[key]
         if not value or os.path.exists(value):
             continue
         candidates = (os.path.join(parent, value) for parent in Path(config_file).resolve().parents)
-        cfg.MODEL.SPAR[key] = next((path for path in candidates if os.path.isfile(path)), value)
+        cfg.MODEL.SPAR[key] = next((path for path in candidates if is_there(path)), value)
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -130,18 +129,3 @@ def clean_start(output_dir: str) -> Iterator[None]:
             logging.shutdown()
             shutil.rmtree(new, ignore_errors=True)
         raise
-
-
-@contextlib.contextmanager
-def readable_errors() -> Iterator[None]:
-    """Turn what a user can cause into one line on stderr and exit code 1.
-
-    With the environment variable SPAR_TRACEBACK the error is left as it is, to see where it came from.
-    """
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        print(f"error: {error}\n({TRACEBACK_VARIABLE}=1 shows where it came from)", file=sys.stderr)
-        raise SystemExit(1) from None

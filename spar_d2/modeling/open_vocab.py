@@ -131,6 +131,7 @@ class OpenVocabularySegmentor(nn.Module):
 
         Raises:
             RuntimeError: training without a distillation hook, or inference without a vocabulary.
+            ValueError: an image of another shape.
         """
         images = [self._normalise(inputs["image"]) for inputs in batched_inputs]
         if not self.training:
@@ -171,6 +172,8 @@ class OpenVocabularySegmentor(nn.Module):
         return self._encode(self._normalise(image))
 
     def _normalise(self, image: torch.Tensor) -> torch.Tensor:
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f'"image" must be (3, H, W), in the order of INPUT.FORMAT; got {tuple(image.shape)}')
         return (image.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
 
     def _encode(self, image: torch.Tensor) -> torch.Tensor:

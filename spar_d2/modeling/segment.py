@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from spar_d2.data.images import read_rgb
-from spar_d2.encoders import DenseEncoder, TextTower, build_encoder, build_text_tower
+from spar_d2.encoders import DenseEncoder, EncoderSpec, TextTower
+from spar_d2.encoders.registry import build, build_text, check_has_text
 from spar_d2.modeling.scores import segment_features
 from spar_d2.text import TextEmbeddings, Vocabulary, load_templates
 
@@ -39,6 +40,8 @@ def segment(
     pretrained: str | os.PathLike,
     templates: str = "imagenet",
     device: str = "cpu",
+    dinov3_repo: str | os.PathLike = "",
+    dinov3_backbone: str | os.PathLike = "",
 ) -> Segmentation:
     """Segment an image into the classes of a vocabulary, in a single pass at its own size.
 
@@ -48,7 +51,7 @@ def segment(
         image: a file, a PIL image, or (H, W, 3) uint8 RGB.
         vocabulary: ready, a list of names, inline text ("cat, kitten; dog; sky"), or a file; see
             :meth:`Vocabulary.load`.
-        encoder, pretrained: see :func:`spar_d2.encoders.build_encoder`.
+        encoder, pretrained, dinov3_repo, dinov3_backbone: see :func:`spar_d2.encoders.build_encoder`.
         templates: see :func:`spar_d2.text.load_templates`.
         device: "cpu", "cuda", ...
 
@@ -58,17 +61,20 @@ def segment(
     """
     if not isinstance(vocabulary, Vocabulary):
         vocabulary = Vocabulary.load(vocabulary) if isinstance(vocabulary, str) else Vocabulary(vocabulary)
-    encoder, pretrained = os.fspath(encoder), os.fspath(pretrained)
+    repo, backbone = os.fspath(dinov3_repo), os.fspath(dinov3_backbone)
+    spec = EncoderSpec(os.fspath(encoder), os.fspath(pretrained), dinov3_repo=repo, dinov3_backbone=backbone)
+    check_has_text(spec.name)
     pixels = torch.tensor(_read(image), device=device).permute(2, 0, 1).float() / 255
     # A file that was written anew is loaded anew.
-    changed = tuple(os.stat(name).st_mtime_ns if os.path.isfile(name) else 0 for name in (encoder, pretrained))
-    model, embeddings = _load(encoder, pretrained, templates, device, changed)
+    files = (spec.name, spec.pretrained, spec.dinov3_backbone)
+    changed = tuple(os.stat(name).st_mtime_ns if os.path.isfile(name) else 0 for name in files)
+    model, embeddings = _load(spec, templates, device, changed)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (model.pixel_mean, model.pixel_std))
     text, query_class = embeddings(vocabulary)
     with torch.no_grad():
         features = model(((pixels - mean) / std)[None])[0]
     padded = (features.shape[1] * model.patch_size, features.shape[2] * model.patch_size)
-    labels = segment_features(features, text, query_class, pixels.shape[1:], padded).cpu().numpy()
+    labels = segment_features(features, text, query_class, pixels.shape[1:], padded, model.logit_scale).cpu().numpy()
     areas = np.bincount(labels.ravel(), minlength=len(vocabulary)) / labels.size
     found = {name: float(area) for name, area in zip(vocabulary.names, areas) if area > 0}
     return Segmentation(labels, vocabulary.names, found)
@@ -84,12 +90,12 @@ def _read(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _load(
-    encoder: str, pretrained: str, templates: str, device: str, changed: tuple[int, ...]
+    spec: EncoderSpec, templates: str, device: str, changed: tuple[int, ...]
 ) -> tuple[DenseEncoder, TextEmbeddings]:
     def build_tower() -> TextTower:
-        return build_text_tower(encoder, pretrained)
+        return build_text(spec)
 
     return (
-        build_encoder(encoder, pretrained).to(device),
-        TextEmbeddings(build_tower, f"{encoder} {pretrained}", load_templates(templates)),
+        build(spec).to(device),
+        TextEmbeddings(build_tower, repr(spec), load_templates(templates)),
     )

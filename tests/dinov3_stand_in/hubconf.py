@@ -51,6 +51,14 @@ class Backbone(nn.Module):
         prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token + 0 * self.mask_token, self.storage_tokens)]
         return torch.cat([*prefix, patches.flatten(2).transpose(1, 2)], dim=1), tuple(patches.shape[-2:])
 
+    def get_intermediate_layers(self, x, *, n=1):
+        tokens, (height, width) = self.prepare_tokens_with_masks(x)
+        outputs = []
+        for block in self.blocks:
+            tokens = block(tokens, self.rope_embed(H=height, W=width))
+            outputs.append(self.norm(tokens)[:, 1 + self.n_storage_tokens :])
+        return tuple(outputs[-n:])
+
 
 class VisionHead(nn.Module):
     def __init__(self, block):

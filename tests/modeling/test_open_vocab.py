@@ -39,6 +39,12 @@ def test_batches_of_different_sizes_give_what_single_images_give(model):
         assert torch.equal(labels, model([record])[0]["sem_seg_labels"])
 
 
+@pytest.mark.parametrize("shape", [(1, 20, 20), (20, 20), (4, 20, 20), (20, 20, 3)])
+def test_images_that_are_not_rgb_are_named(model, shape):
+    with pytest.raises(ValueError, match=r'"image" must be \(3, H, W\)'):
+        model([{"image": torch.zeros(shape)}])
+
+
 def test_the_result_has_the_size_asked_for(model):
     record = {"image": torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8), "height": 35, "width": 200}
     assert model([record])[0]["sem_seg_labels"].shape == (35, 200)

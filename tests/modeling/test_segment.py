@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 import spar_d2
-from reference import reference_image
+from reference import ROOT, STAND_IN, reference_image
 from spar_d2.text import Vocabulary
 
 
@@ -67,3 +67,21 @@ def test_flipped_views_lists_of_names_and_paths_are_taken(tiny_model):
     assert np.array_equal(
         flipped.labels, spar_d2.segment(pixels[:, :, ::-1].copy(), "cat;dog", *tiny_model, templates="simple").labels
     )
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options"),
+    [
+        (ROOT / "configs/demo/tiny_pooled.json", {}),
+        ("dinov3_vitl16_dinotxt_tet1280d20h24l", {"dinov3_repo": STAND_IN}),
+    ],
+    ids=["SigLIP", "DINOv3.txt"],
+)
+def test_other_families_with_text(encoder, options):
+    result = spar_d2.segment(reference_image(70, 101), "cat; dog", encoder, "", templates="simple", **options)
+    assert result.labels.shape == (70, 101)
+
+
+def test_a_family_without_text_names_those_with_it():
+    with pytest.raises(ValueError, match=r"'vit_nano_patch8_dinov3' \(DINOv3\) has no text side.*ViT-B-16-SigLIP"):
+        spar_d2.segment(reference_image(16, 16), "cat", "vit_nano_patch8_dinov3", "")

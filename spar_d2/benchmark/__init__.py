@@ -1,0 +1,1 @@
+"""Measurements of speed, work and memory, without Detectron2."""

@@ -1,0 +1,79 @@
+"""The benchmark's command line."""
+
+import ast
+import sys
+
+import pytest
+import torch
+
+from reference import ROOT
+from tool_modules import load_tool
+
+TINY = "vit_nano_patch8_dinov3"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    tool = load_tool("benchmark")
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+        tool.main()
+
+    return run
+
+
+def test_table_is_printed_and_written(benchmark, tmp_path, capsys):
+    output = tmp_path / "new" / "table.md"
+    options = ["--encoders", TINY, "--sizes", "64", "40", "--precisions", "bfloat16", "--repeats", "1"]
+    benchmark("encoders", *options, "--device", "cpu", "--output", str(output))
+    text = output.read_text()
+    assert text == capsys.readouterr().out
+    title, _, head, _, *rows = text.splitlines()
+    assert torch.__version__ in title
+    assert head.startswith("| encoder | precision | size | tokens | GFLOP | ms | library ms | ratio | TFLOP/s |")
+    found = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[:2]]
+    assert [row[:4] for row in found] == [[TINY, "bfloat16", "64", "64"], [TINY, "bfloat16", "40", "25"]]
+    assert all(float(cell) > 0 for row in found for cell in row[4:8])
+    assert rows[2] == "" and all(row.startswith("- ") for row in rows[3:])
+    assert [path.name for path in output.parent.iterdir()] == ["table.md"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--encoders", "ViT-B-61"], "--encoders: there is no encoder for 'ViT-B-61'; did you mean ViT-B-16"),
+        (["--encoders", "none.json"], "--encoders: there is no model config file none.json"),
+        (["--sizes", "512", "0"], "--sizes must be at least 1, got 0"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--dinov3-repo", "nowhere"], "--dinov3-repo: dinov3_vitl16_dinotxt_tet1280d20h24l needs a clone"),
+        (["--encoders", "dinov3_vitl16_dinotxt_tet1280d20h24l"], "--dinov3-repo: "),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda: PyTorch finds no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_wrong_options_are_one_line(benchmark, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark("encoders", *options)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1
+    assert printed.err.startswith(f"error: {message}") and "Traceback" not in printed.err
+    assert printed.out == ""
+
+
+def test_traceback_on_request(benchmark, monkeypatch):
+    monkeypatch.setenv("SPAR_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="--sizes"):
+        benchmark("encoders", "--sizes", "0")
+
+
+def test_uses_only_rooms_that_need_no_detectron2():
+    tree = ast.parse((ROOT / "tools" / "benchmark.py").read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert "detectron2" not in {module.split(".")[0] for module in modules}
+    used = {module.split(".")[1] for module in modules if module.startswith("spar_d2.")}
+    assert used <= {"benchmark", "encoders", "errors", "files"}
