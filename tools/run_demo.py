@@ -31,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config-file", default=str(DEMO), help="what to distil and how")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for everything written")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
     return parser.parse_args()
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     args = parse_args()
     started = time.time()
     with readable_errors():
-        cfg = load_config(args.config_file, ["OUTPUT_DIR", str(args.output), "SEED", args.seed])
+        cfg = load_config(args.config_file, ["OUTPUT_DIR", str(args.output), "SEED", args.seed, *args.opts])
         student = args.output / STUDENT_FILE
         student.unlink(missing_ok=True)
         prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)

@@ -45,7 +45,14 @@ def _(encoder: OpenCLIPEncoder, grid: tuple[int, int]) -> Forward:
 def _(encoder: SigLIPEncoder, grid: tuple[int, int]) -> Forward:
     trunk = _copy_sharing_weights(encoder.visual.trunk)
     trunk.set_input_size(tuple(cells * encoder.patch_size for cells in grid))
-    return trunk
+    pool = trunk.attn_pool
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        # The library pools into one vector; these are its layers, applied to every patch.
+        value = pool.proj(pool.kv(trunk.forward_features(x)).chunk(2, dim=-1)[1])
+        return value + pool.mlp(pool.norm(value))
+
+    return forward
 
 
 @library_forward.register

@@ -34,6 +34,7 @@ class DenseEncoder(nn.Module, ABC):
             "mlp" over the names within a block.
         unused: regular expression over the names of parameters of the library's model that dense features do not
             pass through; they are never trained.
+        prefix_tokens: tokens before those of the patches.
     """
 
     patch_size: int
@@ -46,6 +47,7 @@ class DenseEncoder(nn.Module, ABC):
     reference_compat: bool = False
     parts: Mapping[str, str]
     unused: str = r"(?!)"
+    prefix_tokens: int = 0
 
     _precision: torch.dtype | None = None
     _compile: bool = False
@@ -61,8 +63,13 @@ class DenseEncoder(nn.Module, ABC):
         """(B, 3, h * p, w * p) to (B, D, h, w)."""
 
     @abstractmethod
-    def _encode_intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
-        """(B, 3, h * p, w * p) to one (B, C, h, w) for each of the (non-negative, ascending) block indices."""
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
+        """(B, 3, h * p, w * p) to tokens (B, prefix + h * w, C), (h, w), and what the blocks need besides tokens."""
+
+    @staticmethod
+    @abstractmethod
+    def _step(block: nn.Module, tokens: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
+        """The tokens after one of the blocks."""
 
     def accelerate(
         self, precision: str = "float32", compile: bool = False, checkpointing: bool = False
@@ -118,9 +125,14 @@ class DenseEncoder(nn.Module, ABC):
         chosen = [i % count for i in indices]
         check_images(x)
         with self._autocast(x):
-            maps = self._encode_intermediates(self.to_whole_patches(x), sorted(set(chosen)))
-        by_index = {index: features.to(x.dtype) for index, features in zip(sorted(set(chosen)), maps)}
-        return [by_index[i] for i in chosen]
+            tokens, grid, context = self._embed(self.to_whole_patches(x))
+            after = self._run_blocks(self.blocks[: max(chosen) + 1], tokens, *context)
+            maps = {
+                index: to_map(tokens[:, self.prefix_tokens :], grid).to(x.dtype)
+                for index, tokens in enumerate(after)
+                if index in chosen
+            }
+        return [maps[index] for index in chosen]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Size of the feature map for an image of the given size in pixels."""
@@ -140,9 +152,10 @@ class DenseEncoder(nn.Module, ABC):
         return self
 
     def _run_blocks(
-        self, blocks: Sequence[nn.Module], tokens: torch.Tensor, step: Callable, *context: torch.Tensor
+        self, blocks: Sequence[nn.Module], tokens: torch.Tensor, *context: torch.Tensor, step: Callable | None = None
     ) -> Iterator[torch.Tensor]:
-        """Apply ``step(block, tokens, *context)`` block after block and yield the tokens after each."""
+        """Apply ``step``, by default :meth:`_step`, with block after block and yield the tokens after each."""
+        step = step or self._step
         run = _compiled(step) if self._compile else step
         for block in blocks:
             if self._checkpointing and torch.is_grad_enabled() and _needs_gradient(block, tokens):
@@ -172,17 +185,6 @@ def last(items: Iterator[torch.Tensor]) -> torch.Tensor:
     for item in items:
         result = item
     return result
-
-
-def chosen(items: Iterator[torch.Tensor], indices: Sequence[int]) -> list[torch.Tensor]:
-    """The items at ascending indices; those after the last are not asked for."""
-    found = []
-    for index, item in enumerate(items):
-        if index in indices:
-            found.append(item)
-        if index == indices[-1]:
-            break
-    return found
 
 
 def to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

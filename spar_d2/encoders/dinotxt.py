@@ -7,7 +7,6 @@ vectors, which was trained to match the mean of the vision head's patch tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from open_clip.tokenizer import default_bpe
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, chosen, last, to_map
+from spar_d2.encoders.base import DenseEncoder, last, to_map
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
 from spar_d2.encoders.text_tower import TextTower
@@ -58,6 +57,7 @@ class DINOtxtEncoder(DenseEncoder):
         backbone = visual_model.backbone
         self.patch_size = backbone.patch_size
         self.width = self.embed_dim = backbone.embed_dim
+        self.prefix_tokens = 1 + backbone.n_storage_tokens
         unused = r"visual_model\.backbone\.(mask_token$|cls_norm\.|local_cls_norm\.)"
         if tokens == "backbone":
             unused += r"|visual_model\.head\."
@@ -79,31 +79,21 @@ class DINOtxtEncoder(DenseEncoder):
         return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        backbone = self.visual_model.backbone
-        tokens, rope, grid = self._embed(x)
-        tokens = backbone.norm(last(self._run_blocks(self.blocks, tokens, _run_block, *rope)))
+        tokens, grid, context = self._embed(x)
+        tokens = self.visual_model.backbone.norm(last(self._run_blocks(self.blocks, tokens, *context)))
         if self.tokens == "head":
             tokens = self.visual_model.head(tokens)
-        return to_map(tokens[:, self._prefix :], grid)
+        return to_map(tokens[:, self.prefix_tokens :], grid)
 
-    def _encode_intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
-        tokens, rope, grid = self._embed(x)
-        found = chosen(self._run_blocks(self.blocks, tokens, _run_block, *rope), indices)
-        return [to_map(t[:, self._prefix :], grid) for t in found]
-
-    @property
-    def _prefix(self) -> int:
-        return 1 + self.visual_model.backbone.n_storage_tokens
-
-    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], tuple[int, int]]:
-        """(B, 3, H, W) to tokens (B, prefix + h * w, C), sines and cosines (h * w, C / heads), and (h, w)."""
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         backbone = self.visual_model.backbone
         tokens, (height, width) = backbone.prepare_tokens_with_masks(x)
-        return tokens, backbone.rope_embed(H=height, W=width), (height, width)
+        # Sines and cosines for the patches: (h * w, C / heads) each.
+        return tokens, (height, width), backbone.rope_embed(H=height, W=width)
 
-
-def _run_block(block: nn.Module, tokens: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
-    return block(tokens, (sin, cos))
+    @staticmethod
+    def _step(block: nn.Module, tokens: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
+        return block(tokens, (sin, cos))
 
 
 def _check_tower(visual_model: nn.Module) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -15,10 +14,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, chosen, last, to_map
+from spar_d2.encoders.base import DenseEncoder, last, to_map
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
-from spar_d2.encoders.weights import KEY, RANDOM_WEIGHTS_SEED, first_line, read_state_dict
+from spar_d2.encoders.weights import KEY, RANDOM_WEIGHTS_SEED, failed_download, no_such_weights, read_state_dict
 
 _PREFIX = "visual."
 
@@ -51,6 +50,7 @@ class DINOv3Encoder(DenseEncoder):
         self.patch_size = visual.patch_embed.patch_size[0]
         self.native_size = visual.patch_embed.grid_size[0] * self.patch_size
         self.width = self.embed_dim = visual.embed_dim
+        self.prefix_tokens = visual.num_prefix_tokens
         cfg = getattr(visual, "pretrained_cfg", {})
         self.pixel_mean = tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN))
         self.pixel_std = tuple(cfg.get("std", IMAGENET_DEFAULT_STD))
@@ -64,31 +64,23 @@ class DINOv3Encoder(DenseEncoder):
         return self.visual.blocks
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        tokens, rope, grid = self._embed(x)
-        tokens = self.visual.norm(last(self._run_blocks(self.blocks, tokens, _run_block, rope)))
-        return to_map(tokens[:, self.visual.num_prefix_tokens :], grid)
+        tokens, grid, context = self._embed(x)
+        tokens = self.visual.norm(last(self._run_blocks(self.blocks, tokens, *context)))
+        return to_map(tokens[:, self.prefix_tokens :], grid)
 
-    def _encode_intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
-        tokens, rope, grid = self._embed(x)
-        found = chosen(self._run_blocks(self.blocks, tokens, _run_block, rope), indices)
-        return [to_map(t[:, self.visual.num_prefix_tokens :], grid) for t in found]
-
-    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-        """(B, 3, H, W) to tokens (B, prefix + h * w, C), rotations (h * w, 2 * C / heads) and (h, w)."""
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         visual = self.visual
         patches = visual.patch_embed.proj(x)
         grid = (patches.shape[-2], patches.shape[-1])
         patches = visual.patch_embed.norm(patches.flatten(2).transpose(1, 2))
-        prefix = [token.to(patches.dtype).expand(len(x), -1, -1) for token in _prefix_tokens(visual)]
-        return visual.norm_pre(torch.cat([*prefix, patches], dim=1)), visual.rope.get_embed(shape=list(grid)), grid
+        prefix = [token for token in (visual.cls_token, visual.reg_token) if token is not None]
+        tokens = torch.cat([*(token.to(patches.dtype).expand(len(x), -1, -1) for token in prefix), patches], dim=1)
+        # Rotations of the patches: (h * w, 2 * C / heads).
+        return visual.norm_pre(tokens), grid, (visual.rope.get_embed(shape=list(grid)),)
 
-
-def _run_block(block: nn.Module, tokens: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    return block(tokens, rope=rope)
-
-
-def _prefix_tokens(visual: Eva) -> list[nn.Parameter]:
-    return [token for token in (visual.cls_token, visual.reg_token) if token is not None]
+    @staticmethod
+    def _step(block: nn.Module, tokens: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        return block(tokens, rope=rope)
 
 
 def _check_model(visual: nn.Module) -> None:
@@ -135,10 +127,7 @@ def _build(spec: EncoderSpec) -> DenseEncoder:
         try:
             trunk = timm.create_model(_full_name(spec), pretrained=True, num_classes=0)
         except Exception as error:  # whatever the hub's client raises: network, disk, access
-            raise RuntimeError(
-                f"{KEY}: the weights {pretrained!r} of {name} could not be had ({first_line(error)}); "
-                "with no way to download them, give the path of a weight file"
-            ) from error
+            raise failed_download(name, pretrained, error) from error
         return DINOv3Encoder(trunk, spec.reference_compat)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
@@ -150,10 +139,7 @@ def _build(spec: EncoderSpec) -> DenseEncoder:
 
 def _load(encoder: DINOv3Encoder, spec: EncoderSpec) -> None:
     if not Path(spec.pretrained).is_file():
-        tags = _tags(spec.name)
-        near = difflib.get_close_matches(spec.pretrained, tags, n=3, cutoff=0.4) or tags
-        allowed = f"a tag of {spec.name} ({', '.join(near)})" if tags else f"{spec.name} has no tags"
-        raise FileNotFoundError(f"{KEY}: {spec.pretrained!r} is neither a weight file nor a known tag; {allowed}")
+        raise no_such_weights(spec.name, spec.pretrained, _tags(spec.name))
     tensors = _from_file(read_state_dict(spec.pretrained))
     if f"{_PREFIX}storage_tokens" in tensors:
         tensors = _from_meta(tensors, encoder.visual, spec)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import json
 import logging
@@ -17,7 +16,13 @@ from torch import nn
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, find_family
 from spar_d2.encoders.text_tower import TextTower
-from spar_d2.encoders.weights import KEY, RANDOM_WEIGHTS_SEED, first_line, read_state_dict
+from spar_d2.encoders.weights import (
+    RANDOM_WEIGHTS_SEED,
+    failed_download,
+    first_line,
+    no_such_weights,
+    read_state_dict,
+)
 
 # Without them a model still encodes; files differ in whether they have them.
 _OPTIONAL = {"logit_scale", "logit_bias"}
@@ -73,9 +78,7 @@ def _create(spec: EncoderSpec, family: EncoderFamily, part: str) -> nn.Module:
     if not pretrained:
         return _create_random(name, part)
     if not Path(pretrained).is_file():
-        near = difflib.get_close_matches(pretrained, tags, n=3, cutoff=0.4) or tags[:5]
-        allowed = f"a tag of {name} ({', '.join(near)}, ...)" if tags else f"{name} has no tags"
-        raise FileNotFoundError(f"{KEY}: {pretrained!r} is neither a weight file nor a known tag; {allowed}")
+        raise no_such_weights(name, pretrained, tags)
     tensors = family.from_file(read_state_dict(pretrained))
     model = _create_random(name, part)
     own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("visual.") == (part == "visual")}
@@ -112,10 +115,7 @@ def _download(name: str, tag: str) -> nn.Module:
     try:
         return open_clip.create_model(name, pretrained=tag)
     except Exception as error:  # whatever the hub's client raises: network, disk, access
-        raise RuntimeError(
-            f"{KEY}: the weights {tag!r} of {name} could not be had ({first_line(error)}); "
-            "with no way to download them, give the path of a weight file"
-        ) from error
+        raise failed_download(name, tag, error) from error
 
 
 def _known_name(name: str) -> str:

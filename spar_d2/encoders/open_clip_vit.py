@@ -7,7 +7,7 @@ MLP stay (MaskCLIP, arXiv:2112.01071, as used by SPAR). All earlier blocks are t
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import open_clip
 import torch
@@ -16,7 +16,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, chosen, last, to_map
+from spar_d2.encoders.base import DenseEncoder, last, to_map
 from spar_d2.encoders.open_clip_models import build_image_tower, build_text, model_config, model_names
 from spar_d2.encoders.positions import resample_positions
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
@@ -45,6 +45,7 @@ class OpenCLIPEncoder(DenseEncoder):
         "posembed": r"visual\.positional_embedding",
         "patchembed": r"visual\.conv1\.",
     }
+    prefix_tokens = 1
 
     def __init__(self, visual: nn.Module, reference_compat: bool = False) -> None:
         super().__init__()
@@ -79,21 +80,16 @@ class OpenCLIPEncoder(DenseEncoder):
         return x[..., :height, :width] if self.reference_compat else super().to_whole_patches(x)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        tokens, grid = self._embed(x)
+        tokens, grid, _ = self._embed(x)
         if len(self.blocks) > 1:
-            tokens = last(self._run_blocks(self.blocks[:-1], tokens, _run_block))
-        tokens = last(self._run_blocks(self.blocks[-1:], tokens[:, 1:], _run_value_path))
+            tokens = last(self._run_blocks(self.blocks[:-1], tokens))
+        tokens = last(self._run_blocks(self.blocks[-1:], tokens[:, 1:], step=_run_value_path))
         tokens = self.visual.ln_post(tokens)
         if self.visual.proj is not None:
             tokens = tokens @ self.visual.proj
         return to_map(tokens, grid)
 
-    def _encode_intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
-        tokens, grid = self._embed(x)
-        return [to_map(t[:, 1:], grid) for t in chosen(self._run_blocks(self.blocks, tokens, _run_block), indices)]
-
-    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(B, 3, H, W) to tokens (B, 1 + h * w, C), class token first, and (h, w)."""
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         visual = self.visual
         patches = visual.conv1(x)
         grid = (patches.shape[-2], patches.shape[-1])
@@ -101,12 +97,12 @@ class OpenCLIPEncoder(DenseEncoder):
         positions = resample_positions(table[1:], visual.grid_size, grid, _GRID_MARGIN, self.reference_compat)
         patches = patches.flatten(2).transpose(1, 2) + positions.to(patches.dtype)
         class_token = (visual.class_embedding + table[0]).to(patches.dtype).expand(len(x), 1, -1)
-        return visual.ln_pre(torch.cat([class_token, patches], dim=1)), grid
+        return visual.ln_pre(torch.cat([class_token, patches], dim=1)), grid, ()
 
-
-def _run_block(block: ResidualAttentionBlock, x: torch.Tensor) -> torch.Tensor:
-    x = x + block.ls_1(_attend(block.attn, block.ln_1(x)))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    @staticmethod
+    def _step(block: ResidualAttentionBlock, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens + block.ls_1(_attend(block.attn, block.ln_1(tokens)))
+        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 
 
 def _attend(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ attention (SPAR, arXiv:2604.02252).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import timm
 import torch
@@ -16,7 +16,7 @@ from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, chosen, last, to_map
+from spar_d2.encoders.base import DenseEncoder, last, to_map
 from spar_d2.encoders.open_clip_models import build_image_tower, build_text, model_config, model_names
 from spar_d2.encoders.positions import resample_positions
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
@@ -69,26 +69,21 @@ class SigLIPEncoder(DenseEncoder):
         return self.visual.trunk.blocks
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        tokens, grid = self._embed(x)
-        tokens = last(self._run_blocks(self.blocks, tokens, _run_block))
+        tokens, grid, _ = self._embed(x)
+        tokens = last(self._run_blocks(self.blocks, tokens))
         return to_map(_pool_each(self.visual.trunk.attn_pool, self.visual.trunk.norm(tokens)), grid)
 
-    def _encode_intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
-        tokens, grid = self._embed(x)
-        return [to_map(t, grid) for t in chosen(self._run_blocks(self.blocks, tokens, _run_block), indices)]
-
-    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(B, 3, H, W) to tokens (B, h * w, C) and (h, w)."""
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         trunk = self.visual.trunk
         patches = trunk.patch_embed.proj(x)
         grid = (patches.shape[-2], patches.shape[-1])
         positions = resample_positions(trunk.pos_embed[0], trunk.patch_embed.grid_size, grid)
         tokens = trunk.patch_embed.norm(patches.flatten(2).transpose(1, 2))
-        return trunk.norm_pre(tokens + positions.to(tokens.dtype)), grid
+        return trunk.norm_pre(tokens + positions.to(tokens.dtype)), grid, ()
 
-
-def _run_block(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    return block(tokens)
+    @staticmethod
+    def _step(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        return block(tokens)
 
 
 def _pool_each(pool: AttentionPoolLatent, tokens: torch.Tensor) -> torch.Tensor:

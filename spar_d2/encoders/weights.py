@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -81,6 +82,21 @@ def read_state_dict(path: str | os.PathLike, key: str = KEY) -> dict[str, torch.
         inside = {name.removeprefix(root): tensor for name, tensor in tensors.items() if name.startswith(root)}
         tensors = inside or tensors
     return tensors
+
+
+def no_such_weights(name: str, pretrained: str, tags: Sequence[str]) -> FileNotFoundError:
+    """What to raise where ``pretrained`` is no file and none of the model's tags; suggests near ones."""
+    near = difflib.get_close_matches(pretrained, tags, n=3, cutoff=0.4) or tags[:5]
+    allowed = f"a tag of {name} ({', '.join(near)}, ...)" if tags else f"{name} has no tags"
+    return FileNotFoundError(f"{KEY}: {pretrained!r} is neither a weight file nor a known tag; {allowed}")
+
+
+def failed_download(name: str, tag: str, error: Exception) -> RuntimeError:
+    """What to raise where weights cannot be downloaded."""
+    return RuntimeError(
+        f"{KEY}: the weights {tag!r} of {name} could not be had ({first_line(error)}); "
+        "with no way to download them, give the path of a weight file"
+    )
 
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:

@@ -40,15 +40,24 @@ def test_every_family_has_a_library_forward_that_leaves_the_encoder_alone(family
     assert all(torch.equal(tensor, state[key]) for key, tensor in encoder.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["open_clip ViT", "SigLIP"])
 @torch.no_grad()
-def test_pooled_vector_at_any_size_is_the_librarys_own_at_the_native_one(family):
-    encoder = example_encoder(family)
+def test_pooled_vector_of_open_clip_at_any_size_is_its_own_at_the_native_one():
+    encoder = example_encoder("open_clip ViT")
     assert library_forward(encoder, GRID)(image(encoder)).shape == (1, encoder.embed_dim)
     native = (encoder.native_size // encoder.patch_size,) * 2
     x = image(encoder, native)
-    own = encoder.visual if family == "open_clip ViT" else encoder.visual.trunk
-    torch.testing.assert_close(library_forward(encoder, native)(x), own(x))
+    torch.testing.assert_close(library_forward(encoder, native)(x), encoder.visual(x))
+
+
+@torch.no_grad()
+def test_dense_features_of_siglip_are_the_encoders_at_the_native_size():
+    """At others, timm resamples positions with antialiasing."""
+    encoder = example_encoder("SigLIP")
+    native = (encoder.native_size // encoder.patch_size,) * 2
+    x = image(encoder, native)
+    dense = as_map(library_forward(encoder, native)(x), native)
+    torch.testing.assert_close(dense, encoder(x), rtol=1e-4, atol=1e-5)
+    assert library_forward(encoder, GRID)(image(encoder)).shape == (1, math.prod(GRID), encoder.embed_dim)
 
 
 @pytest.mark.parametrize("family", ["DINOv3", "DINOv3.txt"])
