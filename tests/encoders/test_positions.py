@@ -24,3 +24,20 @@ def test_same_count_is_resampled_unless_compatibility_is_asked_for():
 
 def test_half_precision_tables_work():
     assert resample_positions(TABLE.half(), (4, 4), (5, 6)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize("grid", [(7, 3), (4, 5), (1, 33), (13, 40)])
+def test_equals_the_librarys_interpolation(grid, margin):
+    table = torch.randn(6 * 4, 5, requires_grad=True)
+    image = table.reshape(1, 6, 4, 5).permute(0, 3, 1, 2)
+    factors = ((grid[0] + margin) / 6, (grid[1] + margin) / 4)
+    wanted = {"scale_factor": factors} if margin else {"size": grid}
+    expected = torch.nn.functional.interpolate(image, mode="bicubic", **wanted).flatten(2)[0].T
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = resample_positions(table, (6, 4), grid, margin)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    direction = torch.randn_like(ours)
+    (gradient,) = torch.autograd.grad((ours * direction).sum(), table)
+    (reference,) = torch.autograd.grad((expected * direction).sum(), table)
+    torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
