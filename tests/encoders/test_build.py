@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reference import TINY_CONFIG
-from spar_d2.encoders import build_encoder, build_text_tower
+from spar_d2.encoders import build_encoder, build_text_tower, describe_encoder
 from spar_d2.encoders.weights import read_state_dict, write_safetensors
 
 
@@ -53,6 +53,14 @@ def test_half_precision_files_are_loaded_as_float32(tiny_model, tmp_path, refere
     path = str(tmp_path / "half.safetensors")
     write_safetensors({k: v.half() for k, v in reference_clip.state_dict().items() if v.is_floating_point()}, path)
     assert build_encoder(tiny_model[0], path).visual.proj.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["roberta-ViT-B-32", "coca_ViT-B-32"])
+def test_images_need_no_text_tower_that_is_elsewhere(name):
+    """These models' text towers are built by another library, from a config that it downloads."""
+    info = describe_encoder(name)
+    encoder = build_encoder(name)
+    assert (encoder.native_size, encoder.patch_size) == (info.native_size, info.patch_size) == (224, 32)
 
 
 @pytest.mark.parametrize(("name", "near"), [("ViT-B16", "ViT-B-16"), ("vit-l-14", "ViT-L-14")])
