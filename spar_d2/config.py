@@ -65,7 +65,8 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Classes other than 0 that cover no more than this share of the pixels of all such classes are removed; 0: none.
     cfg.MODEL.SPAR.AREA_THRESHOLD = 0.0
     # Inference returns "labels" (H, W) in "sem_seg_labels", "scores" (classes, H, W) in Detectron2's "sem_seg", or
-    # "features" (D, h, w) in "features", which needs no classes; they are evaluated by their distance to the teacher's.
+    # "features" (D, h, w) in "features", which needs no classes; they are evaluated by their distance to those of the
+    # teacher, which is made of PRETRAINED: a student to evaluate goes into MODEL.WEIGHTS.
     cfg.MODEL.SPAR.OUTPUT = "labels"
     # How inference encodes the image: "single_pass", or "sliding_window" with SPAR.TEACHER's window and stride.
     cfg.MODEL.SPAR.INFERENCE = "single_pass"

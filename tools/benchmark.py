@@ -87,6 +87,8 @@ def check_encoders(args: argparse.Namespace, names: Sequence[str]) -> None:
     for flag, numbers in (("--sizes", args.sizes), ("--repeats", [args.repeats])):
         if min(numbers) < 1:
             raise ValueError(f"{flag} must be at least 1, got {min(numbers)}")
+    if args.output and args.output.is_dir():
+        raise ValueError(f"--output must be a file, {args.output} is a folder")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda: PyTorch finds no GPU here; --device cpu measures the processor")
     for name in names:
@@ -94,9 +96,10 @@ def check_encoders(args: argparse.Namespace, names: Sequence[str]) -> None:
             family = find_family(name)
         except (ValueError, OSError) as error:
             raise ValueError(f"--encoders: {str(error).removeprefix('MODEL.SPAR.ENCODER: ')}") from error
-        if family.name == "DINOv3.txt" and not (Path(args.dinov3_repo) / "hubconf.py").is_file():
-            where = f"in {args.dinov3_repo}" if args.dinov3_repo else "without it"
-            raise ValueError(f"--dinov3-repo: {name} needs a clone of the dinov3 repository; there is none {where}")
+        if family.name == "DINOv3.txt" and not (args.dinov3_repo and (Path(args.dinov3_repo) / "hubconf.py").is_file()):
+            raise ValueError(
+                f"--dinov3-repo: {name} needs a clone of the dinov3 repository, got {args.dinov3_repo or 'none'}"
+            )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ example, a student from a training checkpoint, to a file that open_clip.create_m
 from __future__ import annotations
 
 import argparse
+import os
 
 from spar_d2.encoders import EncoderSpec
 from spar_d2.encoders.convert import check_suffix, convert_weights, write_weights
@@ -38,6 +39,8 @@ def main() -> None:
     args = parse_args()
     spec = EncoderSpec(args.encoder, args.input, dinov3_repo=args.dinov3_repo, dinov3_backbone=args.dinov3_backbone)
     with readable_errors():
+        if not os.path.isfile(args.input):
+            raise FileNotFoundError(f"--input: there is no file {args.input!r}")
         check_suffix(args.output, args.to)
         tensors = convert_weights(spec, args.to, args.text)
         write_weights(tensors, args.output)

@@ -99,8 +99,8 @@ class DenseEncoder(nn.Module, ABC):
         """Dense features of the last layer, in the space of the text vectors where there are some, not normalised.
 
         Args:
-            x: (B, 3, H, W) floating point, RGB, normalised with ``pixel_mean`` and ``pixel_std``; any H, W >= 1.
-                The right and bottom are padded with zeros to whole patches.
+            x: (B, 3, H, W) of any floating-point type, RGB, normalised with ``pixel_mean`` and ``pixel_std``; any
+                H, W >= 1. The right and bottom are padded with zeros to whole patches.
 
         Returns:
             (B, D, ceil(H / p), ceil(W / p)) in the type of ``x``; see :meth:`grid` for ``reference_compat``.
@@ -108,9 +108,9 @@ class DenseEncoder(nn.Module, ABC):
         Raises:
             ValueError: ``x`` has another shape or type, or (``reference_compat`` only) is smaller than a patch.
         """
-        check_images(x)
-        with self._autocast(x):
-            return self._encode(self.to_whole_patches(x)).to(x.dtype)
+        images = self._prepare(x)
+        with self._autocast(images):
+            return self._encode(images).to(x.dtype)
 
     def intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
         """Output of chosen blocks as maps (B, C, h, w), in the order of ``indices``; negative ones count from the end.
@@ -123,9 +123,9 @@ class DenseEncoder(nn.Module, ABC):
         if wrong or not indices:
             raise ValueError(f"indices must be block numbers in {-count}..{count - 1}, got {list(indices)}")
         chosen = [i % count for i in indices]
-        check_images(x)
-        with self._autocast(x):
-            tokens, grid, context = self._embed(self.to_whole_patches(x))
+        images = self._prepare(x)
+        with self._autocast(images):
+            tokens, grid, context = self._embed(images)
             after = self._run_blocks(self.blocks[: max(chosen) + 1], tokens, *context)
             maps = {
                 index: to_map(tokens[:, self.prefix_tokens :], grid).to(x.dtype)
@@ -133,6 +133,11 @@ class DenseEncoder(nn.Module, ABC):
                 if index in chosen
             }
         return [maps[index] for index in chosen]
+
+    def _prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """The images checked, in whole patches, and in the type of the weights."""
+        check_images(x)
+        return self.to_whole_patches(x.to(next(self.parameters()).dtype))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Size of the feature map for an image of the given size in pixels."""

@@ -55,6 +55,8 @@ def convert_weights(spec: EncoderSpec, to: str = "", text: str = "") -> dict[str
     to = to or allowed[0]
     if to not in allowed:
         raise ValueError(f"--to must be one of {', '.join(allowed)} for {spec.name} ({family.name}); got {to!r}")
+    if text and not (family.build_text and to != "timm"):
+        raise ValueError(f"--text: weights of {spec.name} for {to} have no text tower, leave it out")
     image = build(spec).state_dict()
     words = {} if to == "timm" else _text_weights(spec, text, set(image))
     return as_format({**words, **image}, family, to)
@@ -87,7 +89,9 @@ def write_weights(tensors: dict[str, torch.Tensor], path: str | os.PathLike) -> 
 
 
 def check_suffix(path: str | os.PathLike, to: str = "") -> None:
-    """Raise ``ValueError`` unless a weight file of the format ``to`` can have this name."""
+    """Raise ``ValueError`` unless a weight file of the format ``to`` can be written there."""
+    if Path(path).is_dir():
+        raise ValueError(f"--output must be a file, {path} is a folder")
     allowed = _SUFFIXES[1:] if to == "authors" else _SUFFIXES
     if Path(path).suffix not in allowed:
         raise ValueError(f"--output must end in one of {', '.join(allowed)}; got {path}")

@@ -17,6 +17,7 @@ from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, find_family
 from spar_d2.encoders.text_tower import TextTower
 from spar_d2.encoders.weights import (
+    KEY,
     RANDOM_WEIGHTS_SEED,
     failed_download,
     first_line,
@@ -60,7 +61,10 @@ def _tokenizer(name: str) -> Callable[[list[str]], torch.Tensor]:
 
 def model_config(name: str) -> dict | None:
     """The open_clip config of a model name or of a config file (*.json); None for an unknown name."""
-    return _read_config_file(name) if name.endswith(".json") else open_clip.get_model_config(name)
+    if name.endswith(".json"):
+        return _read_config_file(name)
+    # With a schema ("hf-hub:...") open_clip would go looking for the model elsewhere, only to learn what it is.
+    return None if ":" in name else open_clip.get_model_config(name)
 
 
 def model_names(wanted: Callable[[dict | None], bool]) -> list[str]:
@@ -82,6 +86,11 @@ def _create(spec: EncoderSpec, family: EncoderFamily, part: str) -> nn.Module:
     tensors = family.from_file(read_state_dict(pretrained))
     model = _create_random(name, part)
     own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("visual.") == (part == "visual")}
+    if part == "text" and not (own.keys() - _OPTIONAL) & tensors.keys():
+        raise RuntimeError(
+            f"{KEY}: {pretrained} has no text tower (missing keys: {', '.join(sorted(own)[:3])}, ...); "
+            "take a file or a tag that has it, or add it with tools/convert_weights.py --text"
+        )
     known = {**dict.fromkeys(tensors if (every := _keys(name)) is None else every), **own}
     check_fit(own, tensors, set(own) - _OPTIONAL, pretrained, known=known)
     model.load_state_dict({key: tensors[key] for key in own if key in tensors}, strict=False)

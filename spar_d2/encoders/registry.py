@@ -100,13 +100,19 @@ def find_family(name: str) -> EncoderFamily:
     Raises:
         ValueError: no family claims the name; suggests near ones.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"MODEL.SPAR.ENCODER: the name of a model is a text, got {name!r}")
     for family in FAMILIES.values():
         if family.claims(name):
             return family
     known = [candidate for family in FAMILIES.values() for candidate in family.names()]
     by_lower = {candidate.lower(): candidate for candidate in known}
     near = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)]
-    hint = f"did you mean {', '.join(near)}?" if near else f"known are, for example, {', '.join(known[:4])}."
+    hint = (
+        f"did you mean {', '.join(near)}?"
+        if near
+        else f"known are, for example, {', '.join(f.names()[0] for f in FAMILIES.values())}."
+    )
     raise ValueError(
         f"MODEL.SPAR.ENCODER: there is no encoder for {name!r}; {hint} Families: {', '.join(FAMILIES)}. "
         "A path to an open_clip model config (*.json) is allowed too."

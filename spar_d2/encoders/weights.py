@@ -16,6 +16,7 @@ from spar_d2.files import replacing
 
 KEY = "MODEL.SPAR.PRETRAINED"
 RANDOM_WEIGHTS_SEED = 0
+_LONGEST_LINE = 200
 # What trainers put around a state dict.
 _WRAPPERS = ("state_dict", "model")
 # What distributed training and torch.compile put before keys.
@@ -51,8 +52,9 @@ def read_checkpoint(path: str | os.PathLike, key: str = KEY) -> Mapping:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in a line; its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What an error says, in a line that is not too long; its kind where it says nothing."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ..."
 
 
 def read_state_dict(path: str | os.PathLike, key: str = KEY) -> dict[str, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -40,7 +42,10 @@ class SPARPyramid(SimpleFeaturePyramid):
             )
         if out_channels < 1:
             raise ValueError(f"out_channels (MODEL.SPAR.PYRAMID_CHANNELS) must be at least 1, got {out_channels}")
-        super().__init__(net, DENSE, out_channels, _SCALES, top_block=LastLevelMaxPool())
+        top = LastLevelMaxPool()
+        # It takes "p5" unless told otherwise: levels are named by the logarithm of their stride.
+        top.in_feature = f"p{int(math.log2(patch / _SCALES[-1]))}"
+        super().__init__(net, DENSE, out_channels, _SCALES, top_block=top)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:

@@ -28,7 +28,11 @@ def load_templates(source: str) -> tuple[str, ...]:
         return SIMPLE
     if not Path(source).is_file():
         raise ValueError(f'MODEL.SPAR.TEMPLATES must be "imagenet", "simple" or a file, got {source!r}')
-    lines = [line.strip() for line in Path(source).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        text = Path(source).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"MODEL.SPAR.TEMPLATES: {source} is no text file in UTF-8 ({error})") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     wrong = [line for line in lines if line.count("{}") != 1]
     if wrong or not lines:
         raise ValueError(f'MODEL.SPAR.TEMPLATES: each line of {source} must have one "{{}}", got {wrong[:1]}')

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reference import TINY_CONFIG
-from spar_d2.encoders import build_encoder, build_text_tower, describe_encoder
+from spar_d2.encoders import FAMILIES, build_encoder, build_text_tower, describe_encoder
 from spar_d2.encoders.weights import read_state_dict, write_safetensors
 
 
@@ -55,7 +55,7 @@ def test_half_precision_files_are_loaded_as_float32(tiny_model, tmp_path, refere
     assert build_encoder(tiny_model[0], path).visual.proj.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["roberta-ViT-B-32", "coca_ViT-B-32"])
+@pytest.mark.parametrize("name", ["roberta-ViT-B-32", "coca_roberta-ViT-B-32"])
 def test_images_need_no_text_tower_that_is_elsewhere(name):
     """These models' text towers are built by another library, from a config that it downloads."""
     info = describe_encoder(name)
@@ -67,6 +67,22 @@ def test_images_need_no_text_tower_that_is_elsewhere(name):
 def test_unknown_names_suggest_near_ones(name, near):
     with pytest.raises(ValueError, match=rf"MODEL\.SPAR\.ENCODER.*did you mean.*{near}"):
         build_encoder(name)
+
+
+def test_names_elsewhere_are_refused_without_looking_there(monkeypatch):
+    """The authors of SPAR name SigLIP2 by its place on a hub."""
+    for family in FAMILIES.values():
+        family.names()  # the near names, which need the configs of known models
+    monkeypatch.setattr(open_clip, "get_model_config", None)
+    with pytest.raises(
+        ValueError, match="no encoder for 'hf-hub:timm/ViT-B-16-SigLIP2-512'; did you mean.*ViT-B-16-SigLIP2-512"
+    ):
+        build_encoder("hf-hub:timm/ViT-B-16-SigLIP2-512")
+
+
+def test_a_name_must_be_a_text():
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.ENCODER.*got None"):
+        build_encoder(None)
 
 
 def test_models_that_open_clip_knows_but_that_are_no_plain_vit_are_refused():

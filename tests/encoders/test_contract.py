@@ -213,6 +213,15 @@ def test_weights_and_images_in_bfloat16(encoder):
     assert torch.nn.functional.cosine_similarity(exact, rough.float(), dim=1).min() > 0.97
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_images_of_another_type_than_the_weights(encoder, dtype):
+    x = torch.randn(1, 3, 40, 64, dtype=dtype)
+    with torch.no_grad():
+        features, block = encoder(x), encoder.intermediates(x, [0])[0]
+        torch.testing.assert_close(features, encoder(x.float()).to(dtype))
+    assert block.dtype == dtype
+
+
 def test_a_copy_computes_alike(encoder):
     """The teacher is a copy of its student."""
     x = torch.randn(1, 3, 64, 64)

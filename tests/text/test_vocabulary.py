@@ -63,3 +63,9 @@ def test_templates(tmp_path):
         load_templates(str(tmp_path / "bad.txt"))
     with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TEMPLATES"):
         load_templates("nothing")
+
+
+def test_templates_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "photo.txt").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TEMPLATES: .*photo\.txt is no text file in UTF-8"):
+        load_templates(str(tmp_path / "photo.txt"))

@@ -46,6 +46,7 @@ def test_table_is_printed_and_written(benchmark, tmp_path, capsys):
         (["--encoders", "none.json"], "--encoders: there is no model config file none.json"),
         (["--sizes", "512", "0"], "--sizes must be at least 1, got 0"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--output", "."], "--output must be a file, . is a folder"),
         (["--dinov3-repo", "nowhere"], "--dinov3-repo: dinov3_vitl16_dinotxt_tet1280d20h24l needs a clone"),
         (["--encoders", "dinov3_vitl16_dinotxt_tet1280d20h24l"], "--dinov3-repo: "),
         pytest.param(

@@ -23,7 +23,9 @@ def test_converts_a_file(monkeypatch, capsys, tmp_path, tiny_model, reference_cl
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", "nowhere.pt", "--output", "out.pt"], "neither a weight file nor a known tag"),
+        (["--input", "nowhere.pt", "--output", "out.pt"], "--input: there is no file 'nowhere.pt'"),
+        (["--output", "."], "--output must be a file"),
+        (["--output", "out.pt", "--encoder", "vit_nano_patch8_dinov3", "--text", "x"], "--text: weights of vit_nano"),
         (["--output", "out.bin"], "--output must end in one of .safetensors, .pt, .pth"),
         (["--output", "out.safetensors", "--to", "authors"], "--output must end in one of .pt, .pth"),
         (["--output", "out.pt", "--to", "timm"], "--to must be one of open_clip, authors"),
