@@ -35,8 +35,7 @@ def resample_positions(
     with torch.autocast(table.device.type, enabled=False):
         rows, columns = (_weights(size, own, margin, table.device) for size, own in zip(grid, native))
         image = table.float().reshape(*native, -1)
-        # (h, native_h) x (native_h, native_w, C), then (w, native_w) x (h, native_w, C)
-        resampled = columns @ torch.tensordot(rows, image, 1)
+        resampled = torch.einsum("wj,hjc->hwc", columns, torch.einsum("hi,ijc->hjc", rows, image))
     return resampled.reshape(grid[0] * grid[1], -1).to(table.dtype)
 
 
