@@ -197,6 +197,13 @@ def to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 
+def refuse_parts(encoder: str, reasons: Mapping[str, bool]) -> None:
+    """Raise ``ValueError`` where a tower has parts (whether it has each) that an encoder class cannot take."""
+    found = [reason for reason, present in reasons.items() if present]
+    if found:
+        raise ValueError(f"{encoder} cannot take dense features from a ViT with {' and '.join(found)}")
+
+
 def find_encoder(model: nn.Module) -> DenseEncoder:
     """The one dense encoder inside a model.
 

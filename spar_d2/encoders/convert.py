@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, Tensors, build, build_text, find_family
-from spar_d2.encoders.weights import read_state_dict, write_safetensors
+from spar_d2.encoders.weights import OPTIONAL_KEYS, read_state_dict, write_safetensors
 from spar_d2.files import replacing
 
-_OPTIONAL = {"logit_scale", "logit_bias"}
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
@@ -64,7 +63,7 @@ def convert_weights(spec: EncoderSpec, to: str = "", text: str = "") -> dict[str
 
 def _text_weights(spec: EncoderSpec, text: str, image: set[str]) -> dict[str, torch.Tensor]:
     there = find_family(spec.name).from_file(read_state_dict(spec.pretrained))
-    if not there.keys() - image - _OPTIONAL:
+    if not there.keys() - image - OPTIONAL_KEYS:
         if not text:
             raise ValueError(
                 f"{spec.pretrained} has no text tower: name a tag or a file that has it with --text (that of the "

@@ -19,7 +19,7 @@ from spar_d2.encoders.base import DenseEncoder, last, to_map
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
 from spar_d2.encoders.text_tower import TextTower
-from spar_d2.encoders.weights import KEY, RANDOM_WEIGHTS_SEED, first_line, read_state_dict
+from spar_d2.encoders.weights import KEY, first_line, fixed_random_weights, read_state_dict
 
 TOKENS = ("backbone", "head")
 _NAMES = ("dinov3_vitl16_dinotxt_tet1280d20h24l",)
@@ -147,8 +147,7 @@ def _create(spec: EncoderSpec, part: str) -> tuple[nn.Module, object]:
         if file and not Path(file).is_file():
             raise FileNotFoundError(f"{key}: there is no weight file {file}; DINOv3.txt has no tags")
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(RANDOM_WEIGHTS_SEED)
+        with fixed_random_weights():
             model, tokenizer = torch.hub.load(
                 str(repo), spec.name, source="local", pretrained=False, bpe_path_or_url=default_bpe()
             )

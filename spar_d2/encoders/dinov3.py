@@ -14,10 +14,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, last, to_map
+from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
-from spar_d2.encoders.weights import KEY, RANDOM_WEIGHTS_SEED, failed_download, no_such_weights, read_state_dict
+from spar_d2.encoders.weights import KEY, failed_download, fixed_random_weights, no_such_weights, read_state_dict
 
 _PREFIX = "visual."
 
@@ -94,9 +94,7 @@ def _check_model(visual: nn.Module) -> None:
         "rotations that differ between blocks": visual.rope_mixed,
         "patches that are not square": len(set(visual.patch_embed.patch_size)) > 1,
     }
-    found = [reason for reason, present in reasons.items() if present]
-    if found:
-        raise ValueError(f"DINOv3Encoder cannot take dense features from a ViT with {' and '.join(found)}")
+    refuse_parts("DINOv3Encoder", reasons)
 
 
 @functools.cache
@@ -129,8 +127,7 @@ def _build(spec: EncoderSpec) -> DenseEncoder:
         except Exception as error:  # whatever the hub's client raises: network, disk, access
             raise failed_download(name, pretrained, error) from error
         return DINOv3Encoder(trunk, spec.reference_compat)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+    with fixed_random_weights():
         encoder = DINOv3Encoder(timm.create_model(name, num_classes=0), spec.reference_compat)
     if pretrained:
         _load(encoder, spec)

@@ -18,15 +18,14 @@ from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, find_family
 from spar_d2.encoders.text_tower import TextTower
 from spar_d2.encoders.weights import (
     KEY,
-    RANDOM_WEIGHTS_SEED,
+    OPTIONAL_KEYS,
     failed_download,
     first_line,
+    fixed_random_weights,
     no_such_weights,
     read_state_dict,
 )
 
-# Without them a model still encodes; files differ in whether they have them.
-_OPTIONAL = {"logit_scale", "logit_bias"}
 # Takes the place of a text tower that is not asked for: those of SigLIP have 280 million parameters.
 _SMALL_TEXT = {"context_length": 2, "vocab_size": 2, "width": 64, "heads": 1, "layers": 1}
 
@@ -86,21 +85,20 @@ def _create(spec: EncoderSpec, family: EncoderFamily, part: str) -> nn.Module:
     tensors = family.from_file(read_state_dict(pretrained))
     model = _create_random(name, part)
     own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("visual.") == (part == "visual")}
-    if part == "text" and not (own.keys() - _OPTIONAL) & tensors.keys():
+    if part == "text" and not (own.keys() - OPTIONAL_KEYS) & tensors.keys():
         raise RuntimeError(
             f"{KEY}: {pretrained} has no text tower (missing keys: {', '.join(sorted(own)[:3])}, ...); "
             "take a file or a tag that has it, or add it with tools/convert_weights.py --text"
         )
-    known = {**dict.fromkeys(tensors if (every := _keys(name)) is None else every), **own}
-    check_fit(own, tensors, set(own) - _OPTIONAL, pretrained, known=known)
+    known = _keys(name) if part == "visual" else model.state_dict()
+    check_fit(own, tensors, set(own) - OPTIONAL_KEYS, pretrained, known=[*(tensors if known is None else known), *own])
     model.load_state_dict({key: tensors[key] for key in own if key in tensors}, strict=False)
     return model
 
 
 def _create_random(name: str, part: str) -> nn.Module:
     options = {"text_cfg": _SMALL_TEXT} if part == "visual" else {}
-    with _without_open_clip_warnings(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+    with _without_open_clip_warnings(), fixed_random_weights():
         try:
             return open_clip.create_model(name, load_weights=False, pretrained_text=False, **options)
         except Exception as error:  # a wrong config fails anywhere; some text towers ask a hub for theirs

@@ -16,7 +16,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, last, to_map
+from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
 from spar_d2.encoders.open_clip_models import build_image_tower, build_text, model_config, model_names
 from spar_d2.encoders.positions import resample_positions
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
@@ -136,9 +136,7 @@ def _check_tower(visual: nn.Module) -> None:
         "patches that are not square": len(set(visual.patch_size)) > 1,
         "training images that are not square": len(set(visual.image_size)) > 1,
     }
-    found = [reason for reason, present in reasons.items() if present]
-    if found:
-        raise ValueError(f"OpenCLIPEncoder cannot take dense features from a ViT with {' and '.join(found)}")
+    refuse_parts("OpenCLIPEncoder", reasons)
 
 
 def _is_plain_vit(config: dict | None) -> bool:

@@ -16,7 +16,7 @@ from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, last, to_map
+from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
 from spar_d2.encoders.open_clip_models import build_image_tower, build_text, model_config, model_names
 from spar_d2.encoders.positions import resample_positions
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
@@ -108,9 +108,7 @@ def _check_tower(visual: nn.Module) -> None:
         "patches that are not square": len(set(trunk.patch_embed.patch_size)) > 1,
         "a head after the pooling": any(True for _ in getattr(visual, "head", nn.Identity()).parameters()),
     }
-    found = [reason for reason, present in reasons.items() if present]
-    if found:
-        raise ValueError(f"SigLIPEncoder cannot take dense features from a ViT with {' and '.join(found)}")
+    refuse_parts("SigLIPEncoder", reasons)
 
 
 def _is_siglip(config: dict | None) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from spar_d2.files import replacing
 
 KEY = "MODEL.SPAR.PRETRAINED"
-RANDOM_WEIGHTS_SEED = 0
+# Without them a contrastive model still encodes; files differ in whether they have them.
+OPTIONAL_KEYS = {"logit_scale", "logit_bias"}
+_RANDOM_WEIGHTS_SEED = 0
 _LONGEST_LINE = 200
 # What trainers put around a state dict.
 _WRAPPERS = ("state_dict", "model")
@@ -24,6 +27,14 @@ _PREFIXES = ("module.", "_orig_mod.")
 # Where larger models hold the encoder's: the authors of SPAR (Lightning's, then those of their plain files), this
 # project's models in Detectron2. What is not under them is not of the encoder.
 _ROOTS = ("segmentor.net.model.", "model.", "backbone.encoder.", "backbone.net.encoder.")
+
+
+@contextlib.contextmanager
+def fixed_random_weights() -> Iterator[None]:
+    """What is built inside has the same random weights every time; the caller's generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_WEIGHTS_SEED)
+        yield
 
 
 def read_checkpoint(path: str | os.PathLike, key: str = KEY) -> Mapping:
@@ -72,7 +83,11 @@ def read_state_dict(path: str | os.PathLike, key: str = KEY) -> dict[str, torch.
         FileNotFoundError: no such file.
         RuntimeError: the file is damaged, empty, or holds something else than tensors.
     """
-    content = read_checkpoint(path, key)
+    return take_state_dict(read_checkpoint(path, key), path, key)
+
+
+def take_state_dict(content: Mapping, path: str | os.PathLike, key: str = KEY) -> dict[str, torch.Tensor]:
+    """The weights in what :func:`read_checkpoint` gave for ``path``; see :func:`read_state_dict`."""
     while any(isinstance(content.get(name), Mapping) for name in _WRAPPERS):
         content = next(content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping))
     tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}

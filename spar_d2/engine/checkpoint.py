@@ -14,7 +14,7 @@ from spar_d2.encoders import DenseEncoder, EncoderSpec, find_encoder
 from spar_d2.encoders.convert import as_format
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.registry import build_text, find_family, nearest_family
-from spar_d2.encoders.weights import read_checkpoint, read_state_dict, write_safetensors
+from spar_d2.encoders.weights import read_checkpoint, take_state_dict, write_safetensors
 from spar_d2.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -64,18 +64,18 @@ class Checkpointer(DetectionCheckpointer):
         state = {name.removeprefix("module."): tensor for name, tensor in model.items()}
         own = self.model.state_dict()
         if not any(name in own for name in state):
-            return {"model": self._encoder_weights(filename)}
+            return {"model": self._encoder_weights(content, filename)}
         # Detectron2 itself only warns of what is missing or has another shape.
         for prefix in (f"{name}." for name, part in self.model.named_modules() if isinstance(part, DenseEncoder)):
             needed = {name: tensor for name, tensor in own.items() if name.startswith(prefix)}
             check_fit(needed, {name: t for name, t in state.items() if name.startswith(prefix)}, needed, filename, KEY)
         return {**(content if model is not content else {}), "model": state}
 
-    def _encoder_weights(self, filename: str) -> dict[str, torch.Tensor]:
+    def _encoder_weights(self, content: Mapping, filename: str) -> dict[str, torch.Tensor]:
         """Weights for the model's encoder under the model's own keys; those of a text tower are left out."""
         encoder = find_encoder(self.model)
         own = encoder.state_dict()
-        tensors = read_state_dict(filename, KEY)
+        tensors = take_state_dict(content, filename, KEY)
         family = nearest_family(tensors)
         tensors = tensors if family is None else family.from_file(tensors)
         roots = {key.split(".")[0] for key in own}
