@@ -36,7 +36,8 @@ def add_spar_config(cfg: CfgNode) -> None:
     # family), and add OpenCLIP's position table unresampled where a grid has the native number of cells but another
     # shape.
     cfg.MODEL.SPAR.REFERENCE_COMPAT = False
-    # Precision of matrix products in student and teacher: "float32", "bfloat16" or "float16" (autocast).
+    # Precision of matrix products in student and teacher: "float32", "bfloat16" or "float16" (autocast). With
+    # SOLVER.AMP.ENABLED in training that of the whole model, where "float32" stands for Detectron2's float16.
     cfg.MODEL.SPAR.PRECISION = "float32"
     # Compile the blocks of the ViT with torch.compile; takes a minute at the start.
     cfg.MODEL.SPAR.COMPILE = False
@@ -77,24 +78,40 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.SPAR.TEACHER.WINDOW = 0
     # Step of the sliding window in pixels. One that the patch does not divide cuts every pixel differently.
     cfg.SPAR.TEACHER.STRIDE = 24
-    # Windows encoded at once; the teacher's memory grows with it, not with the image.
+    # Windows encoded at once, of all images of a step; the teacher's memory grows with it, not with the image.
     cfg.SPAR.TEACHER.BATCH_SIZE = 32
+    # Precision of the teacher's matrix products, as MODEL.SPAR.PRECISION; "" is the student's.
+    cfg.SPAR.TEACHER.PRECISION = ""
     # Windows drawn at random per training image; 0 encodes them all.
     cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 0
+    # Folder that keeps the targets of all windows, so that each image is encoded once; "" keeps none. It pays only
+    # where images come back with the same pixels, so it needs SPAR.DATA.FROZEN. With WINDOWS_PER_IMAGE it is read, but
+    # not filled.
+    cfg.SPAR.TEACHER.CACHE_DIR = ""
 
     cfg.SPAR.DISTILL = CN()
     # Train by distillation: the trainer adds the hook, "loss_distill" joins the model's losses.
     cfg.SPAR.DISTILL.ENABLED = False
     # Factor on "loss_distill".
     cfg.SPAR.DISTILL.WEIGHT = 1.0
+    # The loss is the mean over cells: of each image by itself, so that all images of a step count the same ("image"),
+    # or of all images of a step together, so that large ones count for more ("cell").
+    cfg.SPAR.DISTILL.AVERAGE = "image"
 
     cfg.SPAR.DATA = CN()
-    # Folder of photos to distil on (searched through all its sub-folders); "" uses DATASETS.TRAIN.
+    # Photos to distil on: a folder (with all its sub-folders, and the tar files in them), a tar file, or a list (*.txt,
+    # one photo, folder or tar file per line); several are joined as in PATH ("a:b"). "" uses DATASETS.TRAIN.
     cfg.SPAR.DATA.IMAGES = ""
-    # The short side of a training image is scaled to a random length in this range, in pixels.
-    cfg.SPAR.DATA.SHORT_SIDE = (512, 2048)
-    # The long side is never scaled beyond this, in pixels.
-    cfg.SPAR.DATA.MAX_SIDE = 2048
+    # Damaged photos are skipped and named in the log; more than this many stop the run.
+    cfg.SPAR.DATA.MAX_DAMAGED = 100
+    # Augment a photo the same way every time instead of anew in every epoch.
+    cfg.SPAR.DATA.FROZEN = False
+    # A training image is scaled, keeping its proportions, to fit into this box of (long side, short side) in pixels ...
+    cfg.SPAR.DATA.SCALE_BOX = (2048, 1024)
+    # ... times a random factor from this range,
+    cfg.SPAR.DATA.SCALE_RANGE = (0.5, 1.0)
+    # but if its short side is then below this, it is enlarged to it, and not cropped.
+    cfg.SPAR.DATA.MIN_SHORT_SIDE = 512
     # Chance of training on a random crop of the scaled image.
     cfg.SPAR.DATA.CROP_PROB = 0.5
     # A crop's sides are drawn between max(CROP_MIN_FRACTION of the side, CROP_MIN_SIDE pixels) and the whole side.
@@ -107,3 +124,13 @@ def add_spar_config(cfg: CfgNode) -> None:
 
     # Optimizer for training, by its name in torch.optim ("AdamW", "Adam", "SGD", ...).
     cfg.SPAR.OPTIMIZER = "AdamW"
+    # Parts that the images of a step (SOLVER.IMS_PER_BATCH) are taken in, one after another: the same step, less
+    # memory.
+    cfg.SPAR.ACCUMULATION_STEPS = 1
+    # Share of the old value in a moving average of the student's weights ("0.999"), which is then what is evaluated and
+    # written as the student; 0 keeps none.
+    cfg.SPAR.EMA_DECAY = 0.0
+    # Checkpoints kept, the latest; 0 keeps all.
+    cfg.SPAR.KEEP_CHECKPOINTS = 0
+    # Iterations between pictures of an image and of the teacher's and the student's features; 0 makes none.
+    cfg.SPAR.PICTURE_PERIOD = 0

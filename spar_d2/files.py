@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import secrets
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+# A temporary name says who writes to it: ".student.HOST-PID-RANDOM.tmp.safetensors".
+_TEMPORARY = re.compile(r"\..*\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.tmp(\.|$)")
+_STALE_SECONDS = 24 * 3600
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to; it takes the place of ``path`` when the block ends well.
 
-    The folder is made if needed. When the block fails, nothing is left and ``path`` is as it was.
+    The folder is made if needed. When the block fails, nothing is left and ``path`` is as it was. Several processes may
+    write the same ``path`` at once: one of them wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays, for writers that choose a format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    owner = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.stem}.{owner}.tmp{path.suffix}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -29,3 +39,37 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> list[str]:
+    """Remove temporary files that writers which were killed left in a folder or below it; returns their paths.
+
+    Those of processes that still run, here or within the last day on another machine, are left alone.
+    """
+    removed = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            if (match := _TEMPORARY.match(name)) and _is_stale(path, match["host"], int(match["pid"])):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                    removed.append(path)
+    return removed
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
+
+
+def _is_stale(path: str, host: str, pid: int) -> bool:
+    if host == _host():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:  # it runs, as another user
+            pass
+    try:
+        return time.time() - os.path.getmtime(path) > _STALE_SECONDS
+    except OSError:
+        return False

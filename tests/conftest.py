@@ -37,7 +37,8 @@ def tiny_cfg(tiny_model, tmp_path):
     cfg = load_config(str(ROOT / "configs/distill/Base-distill.yaml"), ["MODEL.DEVICE", "cpu"])
     cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED = tiny_model
     cfg.MODEL.SPAR.TEMPLATES = "simple"
-    cfg.SPAR.DATA.SHORT_SIDE = (64, 96)
+    cfg.SPAR.DATA.SCALE_BOX = (192, 96)
+    cfg.SPAR.DATA.MIN_SHORT_SIDE = 64
     cfg.SPAR.DATA.CROP_MIN_SIDE = 48
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.SEED = 3

@@ -1,8 +1,12 @@
+import multiprocessing
+import os
+import time
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from spar_d2.files import replacing
+from spar_d2.files import remove_leftovers, replacing
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path):
@@ -30,3 +34,46 @@ def test_others_may_read_it_as_they_may_read_any_new_file(tmp_path):
     with replacing(tmp_path / "w.safetensors") as temporary:
         save_file({"a": torch.zeros(2)}, temporary)
     assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def kill_while_writing(path):
+    """A process that is killed in the middle of a file."""
+    process = multiprocessing.get_context("fork").Process(target=_write_and_wait, args=(path,))
+    process.start()
+    while not list(path.parent.glob(".*.tmp*")):
+        time.sleep(0.01)
+    return process
+
+
+def _write_and_wait(path):
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        time.sleep(60)
+
+
+def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
+    path = tmp_path / "sub" / "file.txt"
+    path.parent.mkdir()
+    process = kill_while_writing(path)
+    assert remove_leftovers(tmp_path) == [], "it still writes"
+    process.kill()
+    process.join()
+    (left,) = path.parent.iterdir()
+    foreign = left.with_name(".file.elsewhere-1-00000000.tmp.txt")
+    foreign.touch()
+    for name in ("plain.txt", ".hidden", ".tmp"):
+        (tmp_path / name).touch()
+    assert remove_leftovers(tmp_path) == [str(left)]
+    os.utime(foreign, (0, 0))
+    assert remove_leftovers(tmp_path) == [str(foreign)], "a day later nobody writes to it"
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".hidden", ".tmp", "plain.txt"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "file.txt"
+    with replacing(path) as first, replacing(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first", "the last to end"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]

@@ -5,45 +5,70 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from spar_d2.benchmark.encoders import TABLE_HEAD, measure_encoder, table_notes, table_row
+from spar_d2.benchmark import encoders, teacher
 from spar_d2.benchmark.measure import describe_machine
+from spar_d2.encoders import describe_encoder
 from spar_d2.encoders.base import PRECISIONS
 from spar_d2.encoders.registry import find_family
 from spar_d2.errors import readable_errors
-from spar_d2.files import replacing
 
 ENCODERS = ["ViT-B-16", "ViT-B-16-SigLIP2-512", "vit_base_patch16_dinov3"]
 DINOTXT = "dinov3_vitl16_dinotxt_tet1280d20h24l"
-SIZES = [512, 1024, 2048]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH_SIZES = {"cpu": 32, "cuda": 128}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    encoders = commands.add_parser(
+    command = commands.add_parser(
         "encoders",
         help="a single pass of encoders beside their libraries' own forwards",
         description="A single pass of encoders with random weights over one square image, beside the forward of the "
         "library that each comes from: operations, time and memory, as a table.",
     )
-    encoders.set_defaults(run=run_encoders)
-    add = encoders.add_argument
+    command.set_defaults(run=run_encoders)
+    add = command.add_argument
     add("--encoders", nargs="+", metavar="NAME", help=f"models (default: {' '.join(ENCODERS)})")
-    add("--sizes", nargs="+", type=int, default=SIZES, metavar="N", help="sides in pixels (default: %(default)s)")
+    sizes = [512, 1024, 2048]
+    add("--sizes", nargs="+", type=int, default=sizes, metavar="N", help="sides in pixels (default: %(default)s)")
+    add_shared(command)
+
+    command = commands.add_parser(
+        "teacher",
+        help="the sliding-window teacher beside the straightforward way",
+        description="The target of one image by the sliding-window teacher with random weights, beside the same target "
+        "by plain code over the encoder's library: windows per second and memory, as a table.",
+    )
+    command.set_defaults(run=run_teacher)
+    add = command.add_argument
+    add("--encoders", nargs="+", default=["ViT-B-16"], metavar="NAME", help="models (default: %(default)s)")
+    sizes = ["1024x1024", "2048x1024"]
+    add("--sizes", nargs="+", default=sizes, metavar="WxH", help="widths and heights in pixels (default: %(default)s)")
+    add("--stride", type=int, default=24, metavar="N", help="pixels between windows (default: %(default)s)")
+    batch_size = f"{BATCH_SIZES['cuda']} on a GPU, {BATCH_SIZES['cpu']} on a CPU"
+    add("--batch-size", type=int, metavar="N", help=f"windows that ours encodes at once (default: {batch_size})")
+    baseline = "windows that the straightforward way encodes at once (default: %(default)s)"
+    add("--baseline-batch-size", type=int, default=8, metavar="N", help=baseline)
+    add("--windows", type=int, metavar="N", help="encode only the first N of each image (default: all)")
+    add_shared(command)
+    return parser.parse_args()
+
+
+def add_shared(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("--precisions", nargs="+", choices=PRECISIONS, default=["float32", "bfloat16"], help="(default: %(default)s)")
     add("--device", choices=["cpu", "cuda"], default=DEVICE, help="(default: %(default)s)")
-    add("--repeats", type=int, default=5, metavar="N", help="passes whose median time is taken (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="N", help="runs whose median time is taken (default: %(default)s)")
     add("--compile", action="store_true", help="compile our blocks with torch.compile")
     add("--dinov3-repo", default="", metavar="DIR", help=f"a clone of the dinov3 repository, for {DINOTXT}")
     add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
-    return parser.parse_args()
 
 
 def main() -> None:
@@ -53,40 +78,66 @@ def main() -> None:
 
 
 def run_encoders(args: argparse.Namespace) -> None:
-    """Print the table row by row, and keep in the file what there is of it."""
     names = args.encoders or (ENCODERS + [DINOTXT] if args.dinov3_repo else ENCODERS)
-    check_encoders(args, names)
-    device = torch.device(args.device)
+    check_at_least_one(args, "sizes", "repeats")
+    check_shared(args, names)
+    options = (args.sizes, args.precisions, torch.device(args.device), args.repeats, args.compile, args.dinov3_repo)
+    measurements = {name: encoders.measure_encoder(name, *options) for name in names}
+    total = len(measurements) * len(args.sizes) * len(args.precisions)
+    encoders.TABLE.show(title(args), measurements, total, args.output)
+
+
+def run_teacher(args: argparse.Namespace) -> None:
+    if args.batch_size is None:
+        args.batch_size = BATCH_SIZES[args.device]
+    sizes = [read_size(text) for text in args.sizes]
+    check_at_least_one(args, "repeats", "batch_size", "baseline_batch_size", "windows")
+    check_shared(args, args.encoders)
+    for name in args.encoders:
+        window = describe_encoder(name).native_size
+        if not 1 <= args.stride <= window:
+            raise ValueError(f"--stride must be in 1..{window} (the window of {name}), got {args.stride}")
+    windows = (args.stride, args.batch_size, args.baseline_batch_size, args.windows)
+    options = (
+        sizes,
+        args.precisions,
+        torch.device(args.device),
+        *windows,
+        args.repeats,
+        args.compile,
+        args.dinov3_repo,
+    )
+    measurements = {name: teacher.measure_teacher(name, *options) for name in args.encoders}
+    settings = f"stride {args.stride}, batches of {args.batch_size} (straightforward: {args.baseline_batch_size})"
+    total = len(measurements) * len(sizes) * len(args.precisions)
+    teacher.TABLE.show(f"{title(args)}; {settings}", measurements, total, args.output)
+
+
+def title(args: argparse.Namespace) -> str:
     compiled = ", our blocks compiled" if args.compile else ""
-    title = f"{describe_machine(device)}; torch {torch.__version__}{compiled}; {datetime.date.today()}"
-    lines, measurements = [title, "", *TABLE_HEAD], []
-    print("\n".join(lines), flush=True)
-    with tqdm(total=len(names) * len(args.sizes) * len(args.precisions), unit="case", leave=False) as progress:
-        for name in names:
-            progress.set_description(name)
-            for measurement in measure_encoder(
-                name, args.sizes, args.precisions, device, args.repeats, args.compile, args.dinov3_repo
-            ):
-                measurements.append(measurement)
-                lines.append(table_row(measurement))
-                with tqdm.external_write_mode():
-                    print(lines[-1], flush=True)
-                if args.output:
-                    write(args.output, [*lines, "", *table_notes(measurements)])
-                progress.update()
-    print("", *table_notes(measurements), sep="\n")
+    machine = describe_machine(torch.device(args.device))
+    return f"{machine}; torch {torch.__version__}{compiled}; {datetime.date.today()}"
 
 
-def write(path: Path, lines: Sequence[str]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def read_size(text: str) -> tuple[int, int]:
+    """Width and height of "2048x1024"."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise ValueError(f"--sizes must be a width and a height in pixels, such as 2048x1024; got {text}")
+    return int(found[1]), int(found[2])
 
 
-def check_encoders(args: argparse.Namespace, names: Sequence[str]) -> None:
+def check_at_least_one(args: argparse.Namespace, *options: str) -> None:
+    """Raise ``ValueError``, naming the flag, where a number that was given is below 1."""
+    for option in options:
+        value = getattr(args, option)
+        smallest = min(value) if isinstance(value, list) else value
+        if smallest is not None and smallest < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {smallest}")
+
+
+def check_shared(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Raise ``ValueError`` or ``RuntimeError``, naming the flag, before anything is measured."""
-    for flag, numbers in (("--sizes", args.sizes), ("--repeats", [args.repeats])):
-        if min(numbers) < 1:
-            raise ValueError(f"{flag} must be at least 1, got {min(numbers)}")
     if args.output and args.output.is_dir():
         raise ValueError(f"--output must be a file, {args.output} is a folder")
     if args.device == "cuda" and not torch.cuda.is_available():

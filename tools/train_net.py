@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import argparse
 
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.engine.setup import check_launch, clean_start, load_config, prepare
+from spar_d2.engine.launch import run
+from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.errors import readable_errors
 
 
@@ -34,12 +35,4 @@ def main(args: argparse.Namespace):
 if __name__ == "__main__":
     arguments = default_argument_parser().parse_args()
     with readable_errors():
-        check_launch(arguments.num_gpus, arguments.num_machines, arguments.machine_rank)
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+        run(main, arguments)

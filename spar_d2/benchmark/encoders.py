@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +12,11 @@ from torch import nn
 
 from spar_d2.benchmark.flops import count_flops
 from spar_d2.benchmark.measure import median_seconds, peak_bytes
+from spar_d2.benchmark.passes import Forward, random_image, result_if_it_fits, without_gradient
+from spar_d2.benchmark.tables import NO_LIBRARY, NO_PEAK, PEAK_NOTE, Table, number, ratio
 from spar_d2.encoders import DenseEncoder, DINOtxtEncoder, DINOv3Encoder, OpenCLIPEncoder, SigLIPEncoder, build_encoder
 from spar_d2.encoders.base import PRECISIONS
 from spar_d2.encoders.positions import resample_positions
-
-Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 @functools.singledispatch
@@ -97,43 +96,34 @@ class Measurement:
     library_peak: int | None
 
 
-_COLUMNS: dict[str, Callable[[Measurement], str]] = {
-    "encoder": lambda m: m.encoder,
-    "precision": lambda m: m.precision,
-    "size": lambda m: str(m.size),
-    "tokens": lambda m: str(m.cells),
-    "GFLOP": lambda m: _number(m.flops, 1e9),
-    "ms": lambda m: _number(m.seconds, 1e-3),
-    "library ms": lambda m: _number(m.library_seconds, 1e-3),
-    "ratio": lambda m: "-" if m.library_seconds is None else f"{m.seconds / m.library_seconds:.3f}",
-    "TFLOP/s": lambda m: _number(m.flops, 1e12 * m.seconds),
-    "peak MiB": lambda m: _number(m.peak, 2**20),
-    "library peak MiB": lambda m: _number(m.library_peak, 2**20),
-    "KiB per token": lambda m: _number(m.peak, 2**10 * m.cells),
-}
-TABLE_HEAD = (f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * 2}{'---:|' * (len(_COLUMNS) - 2)}")
-_NOTES = (
-    "GFLOP: multiply-adds of convolutions, linear layers and attention, each counted as 2 (fvcore).",
-    "ms: median of passes that ours and the library's take in turn; ratio: ours / library's.",
-    "peak: beside weights and image; of tensors on a GPU, of the process, with some tens of MiB of buffers, on a CPU.",
-    "KiB per token: of the peak; where it does not grow with the size, memory grows linearly with the tokens.",
+TABLE = Table(
+    columns={
+        "encoder": lambda m: m.encoder,
+        "precision": lambda m: m.precision,
+        "size": lambda m: str(m.size),
+        "tokens": lambda m: str(m.cells),
+        "GFLOP": lambda m: number(m.flops, 1e9),
+        "ms": lambda m: number(m.seconds, 1e-3),
+        "library ms": lambda m: number(m.library_seconds, 1e-3),
+        "ratio": lambda m: ratio(m.seconds, m.library_seconds),
+        "TFLOP/s": lambda m: number(m.flops, 1e12 * m.seconds),
+        "peak MiB": lambda m: number(m.peak, 2**20),
+        "library peak MiB": lambda m: number(m.library_peak, 2**20),
+        "KiB per token": lambda m: number(m.peak, 2**10 * m.cells),
+    },
+    always=(
+        "GFLOP: multiply-adds of convolutions, linear layers and attention, each counted as 2 (fvcore).",
+        "ms: median of passes that ours and the library's take in turn; ratio: ours / library's.",
+        PEAK_NOTE,
+        "KiB per token: of the peak; where it does not grow with the size, memory grows linearly with the tokens.",
+    ),
+    sometimes={
+        '"-" under GFLOP: fvcore is not installed.': lambda m: m.flops is None,
+        f'"-" under library: {NO_LIBRARY}': lambda m: m.library_seconds is None,
+        NO_PEAK: lambda m: m.peak is None,
+    },
 )
-_MISSING = {
-    "flops": '"-" under GFLOP: fvcore is not installed.',
-    "library_seconds": '"-" under library: nothing to compare with, or no room for it in memory.',
-    "peak": '"-" under peak: the system does not tell.',
-}
-
-
-def table_row(measurement: Measurement) -> str:
-    """A row under :data:`TABLE_HEAD`."""
-    return f"| {' | '.join(cell(measurement) for cell in _COLUMNS.values())} |"
-
-
-def table_notes(measurements: Sequence[Measurement]) -> list[str]:
-    """What the reader of a table with these rows must know, as a list in markdown."""
-    missing = [why for field, why in _MISSING.items() if any(getattr(m, field) is None for m in measurements)]
-    return [f"- {note}" for note in (*_NOTES, *missing)]
+TABLE_HEAD, table_row, table_notes = TABLE.head, TABLE.row, TABLE.notes
 
 
 def measure_encoder(
@@ -174,38 +164,9 @@ def measure_encoder(
 
 def _passes(encoder: DenseEncoder, size: int, precision: str) -> list[Callable[[], object]]:
     """Our pass over an image and, where there is one that fits into memory, the library's; each was run once."""
-    device = next(encoder.parameters()).device
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(1, 3, size, size, generator=generator, device=device)
+    x = random_image(size, size, next(encoder.parameters()).device)
     forward = library_forward(encoder, encoder.grid(size, size))
-    ours, whole = _without_gradient(encoder, x), encoder.to_whole_patches(x)
+    ours, whole = without_gradient(encoder, x), encoder.to_whole_patches(x)
     ours()
-    library = None if forward is None else _without_gradient(forward, whole, PRECISIONS[precision])
-    return [ours, library] if library and _fits(library) else [ours]
-
-
-def _without_gradient(forward: Forward, x: torch.Tensor, dtype: torch.dtype | None = None) -> Callable[[], object]:
-    def run() -> object:
-        with torch.no_grad(), torch.autocast(x.device.type, dtype) if dtype else contextlib.nullcontext():
-            return forward(x)
-
-    return run
-
-
-def _fits(function: Callable[[], object]) -> bool:
-    try:
-        function()
-    except RuntimeError as error:
-        # PyTorch has no error of its own for CPUs: "DefaultCPUAllocator: can't allocate memory".
-        if "memory" not in str(error):
-            raise
-        return False
-    return True
-
-
-def _number(value: float | None, unit: float) -> str:
-    """In a unit, with three digits; "-" for what could not be had."""
-    if value is None:
-        return "-"
-    scaled = value / unit
-    return f"{scaled:.0f}" if scaled >= 100 else f"{scaled:.3g}"
+    library = None if forward is None else without_gradient(forward, whole, PRECISIONS[precision])
+    return [ours, library] if library and result_if_it_fits(library) is not None else [ours]

@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from spar_d2.data import scenes
+from spar_d2.data.sources import find_photos
 from spar_d2.files import replacing
 
 # Name of a split to (seed, number of scenes). "train" is used without its labels; "tune" is for choosing settings.
@@ -31,6 +32,18 @@ def register_scenes() -> None:
             evaluator_type="sem_seg",
             ignore_label=IGNORE_LABEL,
         )
+
+
+def register_photos(sources: str) -> str:
+    """Register the photos of ``SPAR.DATA.IMAGES``, see :func:`find_photos`; returns the data set's name.
+
+    They are looked for when the data set is first asked for.
+    """
+    name = f"spar_photos_{hashlib.sha256(sources.encode()).hexdigest()[:12]}"
+    if name not in DatasetCatalog:
+        DatasetCatalog.register(name, functools.partial(find_photos, sources))
+        MetadataCatalog.get(name).set(sources=sources)
+    return name
 
 
 def load_scenes(split: str, root: str | os.PathLike | None = None) -> list[dict]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
@@ -9,12 +11,14 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from spar_d2.distillation.loss import distillation_loss, sampled_distillation_loss
+from spar_d2.distillation.encoded import EncodedImage, match
+from spar_d2.distillation.loss import distillation_loss, mean_cosine, sampled_distillation_loss
 from spar_d2.encoders import DenseEncoder, find_encoder
-from spar_d2.modeling.build import encoder_from_config
-from spar_d2.teacher import SlidingWindowTeacher
+from spar_d2.modeling.build import teacher_from_config
+from spar_d2.teacher import SampledTarget, SlidingWindowTeacher, TargetCache
 
 LOSS_NAME = "loss_distill"
+AVERAGES = ("image", "cell")
 
 
 class DistillationHook(HookBase):
@@ -22,7 +26,9 @@ class DistillationHook(HookBase):
 
     The hook listens to the encoder, wherever in the model it is: whatever images it encodes in a training step, the
     teacher encodes too. It works with any trainer of Detectron2's that calls ``model(data)`` and sums a loss dict, and
-    takes itself off the model after training.
+    takes itself off the model after training. To the trainer's storage it adds "distill/cosine" (mean cosine of the
+    student's features and what the teacher says of them), "distill/images_per_second", "distill/windows_per_second" and
+    "distill/windows_encoded".
 
     ``DistillationHook(cfg)`` builds the teacher from ``MODEL.SPAR`` and ``SPAR.TEACHER``.
 
@@ -31,14 +37,23 @@ class DistillationHook(HookBase):
         weight: factor on the loss.
         windows_per_image: windows that the teacher encodes for each image, drawn at random; 0 for all.
         seed: of the random windows; a run that is resumed draws on as if it had not stopped.
+        average: the loss is the mean over the cells of each "image", then over images, or over every "cell" of the
+            images that all processes encode together.
+        cache: keeps the full targets; with ``windows_per_image`` it is only read.
 
     Raises:
-        ValueError: a negative ``weight`` or ``windows_per_image``.
+        ValueError: a negative ``weight`` or ``windows_per_image``, another ``average``.
     """
 
     @configurable
     def __init__(
-        self, teacher: SlidingWindowTeacher, weight: float = 1.0, windows_per_image: int = 0, seed: int = 0
+        self,
+        teacher: SlidingWindowTeacher,
+        weight: float = 1.0,
+        windows_per_image: int = 0,
+        seed: int = 0,
+        average: str = "image",
+        cache: TargetCache | None = None,
     ) -> None:
         if weight < 0:
             raise ValueError(f"weight (SPAR.DISTILL.WEIGHT) must not be negative, got {weight}")
@@ -46,26 +61,40 @@ class DistillationHook(HookBase):
             raise ValueError(
                 f"windows_per_image (SPAR.TEACHER.WINDOWS_PER_IMAGE) must be 0 (all) or more, got {windows_per_image}"
             )
+        if average not in AVERAGES:
+            raise ValueError(f"average (SPAR.DISTILL.AVERAGE) must be one of {', '.join(AVERAGES)}; got {average!r}")
         self.teacher = teacher
         self.weight = weight
         self.windows_per_image = windows_per_image
         self.seed = seed
+        self.average = average
+        self.cache = cache
         self.windows_encoded = 0
         self._generator = torch.Generator()
+        self._inputs: object = None
         self._encoded: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._start_counting()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         # Built anew rather than copied from the model: a resumed student is no teacher.
-        encoder = encoder_from_config(cfg).to(cfg.MODEL.DEVICE)
-        teacher = cfg.SPAR.TEACHER
+        teacher = teacher_from_config(cfg)
+        folder = cfg.SPAR.TEACHER.CACHE_DIR
         return {
-            "teacher": SlidingWindowTeacher(encoder, teacher.WINDOW, teacher.STRIDE, teacher.BATCH_SIZE),
+            "teacher": teacher,
             "weight": cfg.SPAR.DISTILL.WEIGHT,
-            "windows_per_image": teacher.WINDOWS_PER_IMAGE,
+            "windows_per_image": cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE,
             "seed": max(cfg.SEED, 0),
+            "average": cfg.SPAR.DISTILL.AVERAGE,
+            "cache": TargetCache(folder, teacher) if folder else None,
         }
+
+    def state_dict(self) -> dict:
+        return {"windows_encoded": self.windows_encoded}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.windows_encoded = state["windows_encoded"]
 
     def before_train(self) -> None:
         model = self.trainer.model
@@ -74,20 +103,41 @@ class DistillationHook(HookBase):
             # Inside it, so that the loss is part of what it sees the model return.
             model = model.module
         self._handles = [
+            model.register_forward_pre_hook(self._remember_inputs),
             encoder.register_forward_hook(self._remember),
             model.register_forward_hook(self._add_loss),
         ]
 
     def before_step(self) -> None:
-        self._encoded.clear()
+        self._start_counting()
         # Every process draws other windows; the same step of the same process always draws the same.
         self._generator.manual_seed((self.seed * 1_000_003 + self.trainer.iter) * 1_009 + comm.get_rank())
+
+    def after_step(self) -> None:
+        if not self._images:
+            return
+        storage, processes = get_event_storage(), comm.get_world_size()
+        seconds = time.perf_counter() - self._since
+        self._since = time.perf_counter()
+        storage.put_scalar("distill/cosine", self._cosine / self._images)
+        storage.put_scalar("distill/images_per_second", self._images * processes / seconds)
+        storage.put_scalar("distill/windows_per_second", self._windows * processes / seconds)
+        storage.put_scalar("distill/windows_encoded", self.windows_encoded * processes, smoothing_hint=False)
 
     def after_train(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._encoded.clear()
+        self._encoded, self._inputs = [], None
+
+    def _start_counting(self) -> None:
+        self._encoded = []
+        self._images = self._windows = 0
+        self._cosine = 0.0
+        self._since = time.perf_counter()
+
+    def _remember_inputs(self, model: nn.Module, inputs: tuple) -> None:
+        self._inputs = inputs[0] if inputs else None
 
     def _remember(self, encoder: DenseEncoder, inputs: tuple[torch.Tensor], features: torch.Tensor) -> None:
         # Evaluation between training steps runs without gradients.
@@ -96,6 +146,7 @@ class DistillationHook(HookBase):
 
     def _add_loss(self, model: nn.Module, inputs: tuple, losses):
         encoded, self._encoded = self._encoded, []
+        given, self._inputs = self._inputs, None
         if not model.training:
             return None
         if not isinstance(losses, dict):
@@ -105,16 +156,82 @@ class DistillationHook(HookBase):
             )
         if not encoded:
             raise RuntimeError("distillation found that the model did not run its SPAR encoder in this step")
-        images = sum(len(x) for x, _ in encoded)
-        total = sum(self._loss(x, features) * len(x) for x, features in encoded) / images
-        get_event_storage().put_scalar("distill/windows_encoded", self.windows_encoded)
-        return {**losses, LOSS_NAME: self.weight * total}
+        return {**losses, LOSS_NAME: self.weight * self._loss(match(encoded, given))}
 
-    def _loss(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        planned = len(self.teacher.plan(*x.shape[-2:]))
-        if 0 < self.windows_per_image < planned:
-            self.windows_encoded += len(x) * self.windows_per_image
-            target = self.teacher.sample(x.detach(), self.windows_per_image, self._generator)
-            return sampled_distillation_loss(features, target)
-        self.windows_encoded += len(x) * planned
-        return distillation_loss(features, self.teacher(x.detach()))
+    def _loss(self, encoded: list[EncodedImage]) -> torch.Tensor:
+        self._check_finite("the student's features", [one.features for one in encoded], encoded)
+        targets = self._targets(encoded)
+        losses = []
+        for one, target in zip(encoded, targets):
+            student = one.features[None]
+            sampled = isinstance(target, SampledTarget)
+            losses.append((sampled_distillation_loss if sampled else distillation_loss)(student, target))
+            self._cosine += mean_cosine(student, target)
+        self._images += len(encoded)
+        if self.average == "image":
+            return torch.stack(losses).mean()
+        cells = torch.tensor([float(one.features[0].numel()) for one in encoded], device=losses[0].device)
+        total = cells.sum()
+        if (processes := comm.get_world_size()) > 1:
+            torch.distributed.all_reduce(total)
+            # Gradients are averaged over processes.
+            total = total / processes
+        return (torch.stack(losses) * cells).sum() / total
+
+    def _targets(self, encoded: list[EncodedImage]) -> list[torch.Tensor | SampledTarget]:
+        """What the teacher says of each image: (1, D, h, w), or of a few windows only."""
+        images = [one.image.detach() for one in encoded]
+        targets: list = [None] * len(encoded)
+        if self.windows_per_image and self.cache:
+            targets = [self.cache.read(image) for image in images]
+        left = [number for number, target in enumerate(targets) if target is None]
+        planned = [len(self.teacher.plan(*image.shape[-2:])) for image in images]
+        if not self.windows_per_image:
+            for number in left:
+                targets[number] = self._full_target(encoded[number], planned[number])
+        elif left:
+            shifts = torch.stack([self._shift(encoded[number]) for number in left])
+            samples = self.teacher.samples([images[number] for number in left], self.windows_per_image, shifts)
+            self._check_finite(
+                "the teacher's features", [s.weighted_sum for s in samples], [encoded[number] for number in left]
+            )
+            for number, sample in zip(left, samples):
+                targets[number] = sample
+                self._count_windows(min(self.windows_per_image, planned[number]))
+        return targets
+
+    def _full_target(self, one: EncodedImage, windows: int) -> torch.Tensor:
+        image = one.image.detach()
+        if self.cache is None:
+            target = self.teacher.targets([image])[0]
+            self._check_finite("the teacher's features", [target], [one])
+            self._count_windows(windows)
+            return target
+        found = self.cache.hits
+        try:
+            target = self.cache.target(image)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} for {one.name}") from error
+        self._count_windows(0 if self.cache.hits > found else windows)
+        return target
+
+    def _count_windows(self, windows: int) -> None:
+        self._windows += windows
+        self.windows_encoded += windows
+
+    def _shift(self, one: EncodedImage) -> torch.Tensor:
+        """Two random numbers, by the image's place in the run where it is known: then neither the number of processes
+        nor the images beside it change what is drawn for it."""
+        generator = self._generator
+        if one.position is not None:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_000_007 + one.position)
+        return torch.rand(2, generator=generator)
+
+    def _check_finite(self, what: str, tensors: list[torch.Tensor], encoded: list[EncodedImage]) -> None:
+        for tensor, one in zip(tensors, encoded):
+            if not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"{what} are NaN or infinite for {one.name} at iteration {self.trainer.iter}; this step was not "
+                    "saved. Weights that diverged need a lower SOLVER.BASE_LR, an overflow MODEL.SPAR.PRECISION "
+                    "bfloat16 or float32"
+                )

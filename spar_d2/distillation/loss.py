@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from spar_d2.teacher import SampledTarget
 
@@ -38,6 +39,22 @@ def sampled_distillation_loss(student: torch.Tensor, target: SampledTarget) -> t
     weight = target.weight
     mean = target.weighted_sum / torch.where(weight > 0, weight, torch.ones_like(weight))
     return (weight * (student.float() - mean).square()).mean()
+
+
+@torch.no_grad()
+def mean_cosine(student: torch.Tensor, target: torch.Tensor | SampledTarget) -> float:
+    """Mean cosine of student and target over all cells, -1..1; of sampled windows over the cells that they see.
+
+    Args:
+        student: (B, D, h, w).
+        target: of the same size.
+    """
+    if isinstance(target, SampledTarget):
+        # The sum has the direction of the mean.
+        weight, target = target.weight[:, 0], target.weighted_sum
+        cosine = F.cosine_similarity(student.float(), target, dim=1)
+        return ((weight * cosine).sum() / weight.sum()).item()
+    return F.cosine_similarity(student.float(), target.float(), dim=1).mean().item()
 
 
 def _check_shapes(student: torch.Tensor, target: torch.Tensor) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine.hooks import PeriodicCheckpointer
 
 from spar_d2.encoders import DenseEncoder, EncoderSpec, find_encoder
 from spar_d2.encoders.convert import as_format
@@ -22,6 +25,10 @@ logger = logging.getLogger(__name__)
 KEY = "MODEL.WEIGHTS"
 
 
+class UnsavedError(RuntimeError):
+    """A checkpoint could not be written."""
+
+
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, made safe.
 
@@ -30,15 +37,26 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write model, checkpointables and ``kwargs`` to ``name``.pth in the output folder."""
+        """Write model, checkpointables and ``kwargs`` to ``name``.pth in the output folder.
+
+        Raises:
+            UnsavedError: it could not be written; earlier ones are as they were.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: item.state_dict() for key, item in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        with replacing(path) as temporary:
-            torch.save({"model": self.model.state_dict(), **states, **kwargs}, temporary)
-        self.tag_last_checkpoint(os.path.basename(path))
+        try:
+            with replacing(path) as temporary:
+                torch.save({"model": self.model.state_dict(), **states, **kwargs}, temporary)
+            self.tag_last_checkpoint(os.path.basename(path))
+        except (OSError, RuntimeError) as error:
+            free = shutil.disk_usage(self.save_dir).free / 2**30
+            raise UnsavedError(
+                f"the checkpoint {path} could not be written, {free:.2f} GiB are free there: {error}. Earlier "
+                "checkpoints are as they were; --resume goes on from the last"
+            ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
@@ -86,6 +104,30 @@ class Checkpointer(DetectionCheckpointer):
         state = self.model.state_dict()
         # The model's other weights stay as they are, so that nothing is reported as missing.
         return {**state, **{f"{prefix}.{key}": tensor for key, tensor in tensors.items()}}
+
+
+class Checkpoints(PeriodicCheckpointer):
+    """Detectron2's periodic checkpoints; one that cannot be written does not stop the training, but for the last.
+
+    Args:
+        checkpointer: writes them.
+        period: iterations between them.
+        keep: how many of the latest stay, beside the final one; 0 for all.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int, keep: int = 0) -> None:
+        super().__init__(checkpointer, period, max_to_keep=keep or None)
+        # Those of the run that is resumed count too.
+        written = Path(checkpointer.save_dir).glob(f"{self.file_prefix}_[0-9]*.pth")
+        self.recent_checkpoints = sorted(str(path) for path in written)
+
+    def after_step(self) -> None:
+        try:
+            super().after_step()
+        except UnsavedError as error:
+            if self.trainer.iter + 1 >= self.trainer.max_iter:
+                raise
+            logger.error("Training goes on without a checkpoint: %s", error)
 
 
 def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.PathLike) -> None:

@@ -1,15 +1,20 @@
-"""Small trainer hooks: a progress bar, stopping well, writing the student."""
+"""Small trainer hooks: seeds, what is shown, writing the student."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import signal
+import random
 import time
+import weakref
+from collections.abc import Callable
 
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import HookBase
+import numpy as np
+import torch
+from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, get_event_storage
 from tqdm import tqdm
 
 from spar_d2.encoders import EncoderSpec, find_encoder
@@ -18,52 +23,38 @@ from spar_d2.engine.checkpoint import export_student
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by the user, after a checkpoint was written."""
+class StepSeed(HookBase):
+    """Seeds all random numbers anew before every step, by the run's seed, the iteration and the process.
 
-
-class StopOnInterrupt(HookBase):
-    """On Ctrl-C, finish the step, write a checkpoint, and stop; on a second one, stop at once.
+    So a step draws the same whether the run was resumed before it or not.
 
     Args:
-        checkpointer: writes the checkpoint that ``--resume`` continues from.
-
-    Raises:
-        Interrupted: out of the training loop, when it stops.
+        run: has the run's ``seed``.
     """
 
-    def __init__(self, checkpointer: DetectionCheckpointer) -> None:
-        self.checkpointer = checkpointer
-        self.requested = False
-        self._process = os.getpid()
-        self._previous = None
+    def __init__(self, run: TrainerBase) -> None:
+        self._run = weakref.proxy(run)
 
-    def before_train(self) -> None:
-        self.requested = False
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._request)
-        except ValueError:  # only the main thread of a process may; elsewhere Ctrl-C works as usual
-            self._previous = None
+    def before_step(self) -> None:
+        words = np.random.SeedSequence((self._run.seed, self.trainer.iter, comm.get_rank())).generate_state(2)
+        torch.manual_seed(int(words[0]))
+        np.random.seed(words[1])
+        random.seed(int(words[1]))
 
-    def after_train(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
 
-    def after_step(self) -> None:
-        # One process may have seen the signal a step before the others: stop together.
-        if not any(comm.all_gather(self.requested)):
-            return
-        self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
-        raise Interrupted(f"stopped after iteration {self.trainer.iter}; --resume goes on from there")
+class DistillationPrinter(EventWriter):
+    """Writes to the log what Detectron2's own line leaves out: how near the student is, and how fast it goes."""
 
-    def _request(self, number: int, frame) -> None:
-        if os.getpid() != self._process:
-            return  # a forked data-loading worker: it ends with the training
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        logger.warning("Stopping after this step; Ctrl-C again stops at once, without a checkpoint.")
+    def write(self) -> None:
+        storage = get_event_storage()
+        shown = {"cosine": "{:.4f}", "images_per_second": "{:.3g}", "windows_per_second": "{:.4g}"}
+        parts = [
+            f"{name}: {form.format(storage.history(f'distill/{name}').median(20))}"
+            for name, form in shown.items()
+            if f"distill/{name}" in storage.histories()
+        ]
+        if parts:
+            logger.info(" iter: %d  %s", storage.iter, "  ".join(parts))
 
 
 class ProgressBar(HookBase):
@@ -91,14 +82,21 @@ class StudentWriter(HookBase):
     Args:
         spec: what the encoder was built from.
         path: file to write, see :func:`export_student`.
+        weights: within the context that it gives, the model has the weights to write.
     """
 
-    def __init__(self, spec: EncoderSpec, path: str | os.PathLike) -> None:
-        self.spec, self.path = spec, path
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        path: str | os.PathLike,
+        weights: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        self.spec, self.path, self.weights = spec, path, weights
 
     def after_train(self) -> None:
         if comm.is_main_process() and self.trainer.iter >= self.trainer.max_iter:
-            export_student(find_encoder(self.trainer.model), self.spec, self.path)
+            with self.weights():
+                export_student(find_encoder(self.trainer.model), self.spec, self.path)
 
 
 class StepTimer(HookBase):

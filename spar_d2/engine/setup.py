@@ -87,15 +87,6 @@ def check_config(cfg: CfgNode) -> None:
         raise ValueError(f"OUTPUT_DIR must be a folder that can be written to, got {cfg.OUTPUT_DIR!r}")
 
 
-def check_launch(num_gpus: int, num_machines: int, machine_rank: int) -> None:
-    """Raise ``ValueError`` where the flags for several processes cannot be."""
-    present = torch.cuda.device_count()
-    if not 0 <= num_gpus <= max(1, present):
-        raise ValueError(f"--num-gpus: {num_gpus} asked for, {present} present; without a GPU leave it at 1")
-    if not 0 <= machine_rank < num_machines:
-        raise ValueError(f"--machine-rank must be in 0..{num_machines - 1} (--num-machines less 1), got {machine_rank}")
-
-
 def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None:
     """Freeze the config, make the output folder, set up logging and seeds, as all of Detectron2's tools do.
 
@@ -110,7 +101,7 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="spar_d2", abbrev_name="spar_d2"),
     ]
     for handler in (handler for logger in loggers for handler in logger.handlers):
-        if quiet and type(handler) is logging.StreamHandler:
+        if quiet and getattr(handler, "stream", None) is sys.stdout:
             handler.setLevel(logging.WARNING)
     default_setup(cfg, args)
 

@@ -1,7 +1,8 @@
-"""The trainer: Detectron2's default one, with this project's data, optimizer, evaluator and hooks."""
+"""The trainer: Detectron2's default one, with this project's data, optimizer, step, evaluator and hooks."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -10,19 +11,29 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_train_loader, get_detection_dataset_dicts
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 
-from spar_d2.data.augmentation import build_augmentations
-from spar_d2.data.photos import PhotoDataset, find_photos
+from spar_d2.data.loader import PhotoLoader
 from spar_d2.distillation import DistillationHook
-from spar_d2.engine.checkpoint import Checkpointer
+from spar_d2.encoders.base import PRECISIONS
+from spar_d2.engine.averaging import WeightAverage
+from spar_d2.engine.checkpoint import Checkpointer, Checkpoints
 from spar_d2.engine.comparison import build_teacher_encode
-from spar_d2.engine.hooks import Interrupted, ProgressBar, StopOnInterrupt, StudentWriter
+from spar_d2.engine.data import build_photo_loader
+from spar_d2.engine.hooks import DistillationPrinter, ProgressBar, StepSeed, StudentWriter
+from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
+from spar_d2.engine.pictures import FeaturePictures
+from spar_d2.engine.step import Step
+from spar_d2.errors import short_tracebacks
 from spar_d2.evaluation import FeatureEvaluator, SemanticEvaluator
+from spar_d2.files import remove_leftovers
 from spar_d2.modeling.build import encoder_spec
 from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
 from spar_d2.text import Vocabulary
@@ -38,38 +49,109 @@ class Trainer(DefaultTrainer):
     """Trains and tests what a config describes.
 
     With ``SPAR.DISTILL.ENABLED`` it distils on photos (``SPAR.DATA``) and writes the student to ``OUTPUT_DIR``;
-    without, it trains like Detectron2's own trainer, with this project's optimizer.
+    without, it trains like Detectron2's own trainer, with this project's optimizer and step.
+
+    A run that is stopped at any moment and resumed goes on as if it had not been: every step's random numbers and
+    images follow from the seed and the iteration. With ``SEED`` -1 the seed is drawn, and kept in checkpoints.
+
+    Raises:
+        ValueError: a key of the config is wrong; the message names it.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        for key in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD"):
-            if cfg.SOLVER[key] < 1:
-                raise ValueError(f"SOLVER.{key} must be at least 1, got {cfg.SOLVER[key]}")
-        if not 0 < cfg.SOLVER.BASE_LR < math.inf:
-            raise ValueError(f"SOLVER.BASE_LR must be above 0, got {cfg.SOLVER.BASE_LR}")
+        _check(cfg)
         for name in cfg.DATASETS.TEST:
             # An evaluator that cannot be built should not be found out after training.
             self.build_evaluator(cfg, name)
-        super().__init__(cfg)
+        # Not through Detectron2's own: its step knows no parts, and its several processes are on GPUs only.
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        if comm.is_main_process():
+            remove_leftovers(cfg.OUTPUT_DIR)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        self._trainer = Step(model, loader, optimizer, cfg.SPAR.ACCUMULATION_STEPS, *_mixed_precision(cfg))
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.register_hooks(self.build_hooks())
+        self._set_seed(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())
 
     def build_hooks(self) -> list[HookBase | None]:
-        # The parent's hooks write through the checkpointer they are built with, so it is exchanged first.
-        cfg = self.cfg
-        self.checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        hooks = super().build_hooks()
-        if cfg.SPAR.DISTILL.ENABLED:
-            student = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
-            # Before the evaluation at the end, which may fail.
-            writer = StudentWriter(encoder_spec(cfg), student)
-            hooks = [DistillationHook(cfg), writer, *hooks]
+        cfg, distil = self.cfg, self.cfg.SPAR.DISTILL.ENABLED
+        distillation = DistillationHook(cfg) if distil else None
+        average = WeightAverage(self._module, cfg.SPAR.EMA_DECAY) if cfg.SPAR.EMA_DECAY else None
+        applied = average.applied if average else contextlib.nullcontext
+
+        def evaluate() -> dict:
+            with applied():
+                self._last_eval_results = self.test(cfg, self.model)
+            return self._last_eval_results
+
+        replaced = {
+            EvalHook: lambda: EvalHook(cfg.TEST.EVAL_PERIOD, evaluate),
+            PeriodicCheckpointer: lambda: Checkpoints(
+                self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SPAR.KEEP_CHECKPOINTS
+            ),
+        }
+        theirs = [replaced[type(hook)]() if type(hook) in replaced else hook for hook in super().build_hooks()]
+        # The student is written before the evaluation at the end, which may fail.
+        student = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
+        writer = StudentWriter(encoder_spec(cfg), student, applied) if distil else None
         # Last, so that all other hooks have finished the step when it stops.
-        return [*hooks, ProgressBar(), StopOnInterrupt(self.checkpointer)]
+        ending = [ProgressBar(), StopOnInterrupt(self.checkpointer)]
+        return [StepSeed(self), distillation, average, writer, self._pictures(distillation), *theirs, *ending]
+
+    def _pictures(self, distillation: DistillationHook | None) -> HookBase | None:
+        photos, period = self.data_loader, self.cfg.SPAR.PICTURE_PERIOD
+        if distillation is None or not period or not isinstance(photos, PhotoLoader):
+            return None
+        folder = os.path.join(self.cfg.OUTPUT_DIR, "pictures")
+        return FeaturePictures(
+            self._module,
+            distillation.teacher,
+            lambda: photos.dataset[photos.sampler.draw(0)],
+            period,
+            folder,
+            self.cfg.INPUT.FORMAT,
+        )
+
+    def build_writers(self) -> list[EventWriter]:
+        writers = super().build_writers()
+        return [*writers, DistillationPrinter()] if self.cfg.SPAR.DISTILL.ENABLED else writers
+
+    @property
+    def _module(self) -> nn.Module:
+        """The model itself, where several processes wrap it."""
+        return getattr(self.model, "module", self.model)
+
+    def _set_seed(self, seed: int) -> None:
+        self.seed = seed
+        for hook in self._hooks:
+            if isinstance(hook, DistillationHook):
+                hook.seed = seed
+        if isinstance(self.data_loader, PhotoLoader):
+            self.data_loader.sampler.seed = self.data_loader.dataset.seed = seed
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "seed": self.seed}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self._set_seed(state.get("seed", self.seed))
 
     def train(self):
         """Train from where it stands; a user's Ctrl-C ends it quietly, with a checkpoint."""
         logger.info("Output goes to %s", os.path.abspath(self.cfg.OUTPUT_DIR))
+        if isinstance(self.data_loader, PhotoLoader):
+            self.data_loader.sampler.start = self.start_iter
         try:
-            return super().train()
+            with short_tracebacks("detectron2.engine.train_loop"):
+                return super().train()
         except Interrupted as stop:
             logger.info("Training %s", stop)
             return None
@@ -94,35 +176,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        data = cfg.SPAR.DATA
-        if not data.IMAGES and cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
+        if not cfg.SPAR.DATA.IMAGES and cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
             # A model with losses of its own needs labels, with or without distillation beside them.
             return super().build_train_loader(cfg)
-        if data.IMAGES:
-            dicts = find_photos(data.IMAGES)
-        elif cfg.DATASETS.TRAIN:
-            dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
-        else:
-            raise ValueError("nothing to distil on: set SPAR.DATA.IMAGES to a folder of photos, or DATASETS.TRAIN")
-        augmentations = build_augmentations(
-            data.SIDE_MULTIPLE,
-            data.SHORT_SIDE,
-            data.MAX_SIDE,
-            data.CROP_PROB,
-            data.CROP_MIN_FRACTION,
-            data.CROP_MIN_SIDE,
-            data.FLIP_PROB,
-        )
-        logger.info("Distilling on %d images", len(dicts))
-        photos = PhotoDataset(dicts, augmentations, cfg.INPUT.FORMAT)
-        photos.read(0)  # where not one can be decoded, say so before training starts
-        return build_detection_train_loader(
-            dataset=photos,
-            mapper=None,
-            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-            aspect_ratio_grouping=False,
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-        )
+        return build_photo_loader(cfg, max(cfg.SEED, 0))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -138,3 +195,46 @@ class Trainer(DefaultTrainer):
                 "each class of the data set needs one of the vocabulary's, in its order"
             )
         return SemanticEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))
+
+
+def _check(cfg: CfgNode) -> None:
+    """Raise ``ValueError`` for numbers that no training can have."""
+    solver, spar = cfg.SOLVER, cfg.SPAR
+    at_least = {
+        "SOLVER.IMS_PER_BATCH": (solver.IMS_PER_BATCH, 1),
+        "SOLVER.MAX_ITER": (solver.MAX_ITER, 1),
+        "SOLVER.CHECKPOINT_PERIOD": (solver.CHECKPOINT_PERIOD, 1),
+        "SPAR.ACCUMULATION_STEPS": (spar.ACCUMULATION_STEPS, 1),
+        "SPAR.KEEP_CHECKPOINTS": (spar.KEEP_CHECKPOINTS, 0),
+        "SPAR.PICTURE_PERIOD": (spar.PICTURE_PERIOD, 0),
+        "SPAR.DATA.MAX_DAMAGED": (spar.DATA.MAX_DAMAGED, 0),
+    }
+    for key, (value, least) in at_least.items():
+        if value < least:
+            raise ValueError(f"{key} must be at least {least}, got {value}")
+    if not 0 < solver.BASE_LR < math.inf:
+        raise ValueError(f"SOLVER.BASE_LR must be above 0, got {solver.BASE_LR}")
+    processes = comm.get_world_size()
+    if solver.IMS_PER_BATCH % (processes * spar.ACCUMULATION_STEPS):
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of {processes} processes times SPAR.ACCUMULATION_STEPS "
+            f"{spar.ACCUMULATION_STEPS}, got {solver.IMS_PER_BATCH}"
+        )
+    if spar.DISTILL.AVERAGE == "cell" and spar.ACCUMULATION_STEPS > 1:
+        raise ValueError(
+            'SPAR.DISTILL.AVERAGE "cell" needs the images of a step together: SPAR.ACCUMULATION_STEPS must be 1, '
+            f"got {spar.ACCUMULATION_STEPS}"
+        )
+    if spar.DISTILL.ENABLED and spar.TEACHER.CACHE_DIR and not spar.DATA.FROZEN:
+        raise ValueError(
+            "SPAR.TEACHER.CACHE_DIR needs SPAR.DATA.FROZEN True: images that are augmented anew in every epoch are "
+            "never found in a cache"
+        )
+
+
+def _mixed_precision(cfg: CfgNode) -> tuple[torch.dtype | None, bool]:
+    """Precision of autocast over the whole model, if any, and whether gradients are scaled."""
+    own = PRECISIONS.get(cfg.MODEL.SPAR.PRECISION)
+    # Without a choice, what Detectron2's own mixed precision is.
+    whole = (own or torch.float16) if cfg.SOLVER.AMP.ENABLED else None
+    return whole, torch.float16 in (own, whole)

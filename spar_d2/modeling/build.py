@@ -5,7 +5,9 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from spar_d2.encoders import DenseEncoder, EncoderSpec
+from spar_d2.encoders.base import PRECISIONS
 from spar_d2.encoders.registry import build
+from spar_d2.teacher import SlidingWindowTeacher
 
 
 def encoder_spec(cfg: CfgNode) -> EncoderSpec:
@@ -25,3 +27,20 @@ def encoder_from_config(cfg: CfgNode) -> DenseEncoder:
     """The encoder of ``MODEL.SPAR``, on the CPU, computing as the config says; raises like ``build_encoder``."""
     spar = cfg.MODEL.SPAR
     return build(encoder_spec(cfg)).accelerate(spar.PRECISION, spar.COMPILE, spar.CHECKPOINTING)
+
+
+def teacher_from_config(cfg: CfgNode) -> SlidingWindowTeacher:
+    """The teacher of ``SPAR.TEACHER``, with the pre-trained encoder of ``MODEL.SPAR``, on ``MODEL.DEVICE``.
+
+    Raises:
+        ValueError: a precision, window or stride that is not allowed; or as ``build_encoder``.
+    """
+    spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
+    precision = teacher.PRECISION or spar.PRECISION
+    if not teacher.PRECISION and cfg.SOLVER.AMP.ENABLED and precision == "float32":
+        precision = "float16"  # as Detectron2's mixed precision is for the student
+    if precision not in PRECISIONS:
+        allowed = ", ".join(PRECISIONS)
+        raise ValueError(f'SPAR.TEACHER.PRECISION must be "" or one of {allowed}; got {precision!r}')
+    encoder = build(encoder_spec(cfg)).accelerate(precision, spar.COMPILE).to(cfg.MODEL.DEVICE)
+    return SlidingWindowTeacher(encoder, teacher.WINDOW, teacher.STRIDE, teacher.BATCH_SIZE)

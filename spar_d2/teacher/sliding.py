@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from spar_d2.encoders import DenseEncoder
 from spar_d2.encoders.base import check_images
+from spar_d2.teacher.stitch import stitch
 from spar_d2.teacher.windows import WindowPlan
 
 
@@ -32,11 +33,13 @@ class SampledTarget:
 class SlidingWindowTeacher(nn.Module):
     """A frozen copy of an encoder that sees an image through a sliding window.
 
+    It computes in the encoder's own precision (:meth:`DenseEncoder.accelerate`), also within ``torch.autocast``.
+
     Args:
         encoder: copied; later changes to it do not reach the teacher.
         window: side of the window in pixels, a multiple of the patch; None is the encoder's ``native_size``.
         stride: step in pixels, 1..window.
-        batch_size: windows encoded at once; bounds the memory.
+        batch_size: windows encoded at once, of all images; bounds the memory.
 
     Raises:
         ValueError: a window or stride that the encoder cannot be used with.
@@ -60,44 +63,70 @@ class SlidingWindowTeacher(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The full target, see :func:`sliding_window_features`."""
-        return sliding_window_features(self.encoder, x, self.window, self.stride, self.batch_size)
+        check_images(x)
+        return torch.cat(self.targets(x))
 
-    def sample(self, x: torch.Tensor, windows: int, generator: torch.Generator | None = None) -> SampledTarget:
+    def targets(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The full targets (1, D, h, w) of images (3, H, W) of any sizes, whose windows are encoded together."""
+        picks = [torch.arange(len(self.plan(*image.shape[-2:]))) for image in images]
+        samples = self._encode_windows(images, picks, [torch.ones(len(own)) for own in picks])
+        return [sample.weighted_sum for sample in samples]
+
+    def samples(self, images: Sequence[torch.Tensor], windows: int, shifts: torch.Tensor) -> list[SampledTarget]:
         """Encode a few windows of each image, at random but evenly spread over it.
 
         Args:
-            x: (B, 3, H, W) as for the encoder.
-            windows: windows per image, at least 1; as many as the plan has, or more, means all of them once.
-            generator: CPU generator that draws them.
+            images: (3, H, W) each, of any sizes, as for the encoder.
+            windows: windows per image, at least 1; as many as an image's plan has, or more, means all of them once.
+            shifts: (B, 2), random numbers in 0..1, two for each image, which decide what is drawn.
+
+        Returns:
+            A target of one image, (1, ...), for each.
+
+        Raises:
+            ValueError: ``windows`` is below 1.
+        """
+        if windows < 1:
+            raise ValueError(f"windows must be at least 1, got {windows}")
+        picks, factors = [], []
+        for image, shift in zip(images, shifts):
+            plan = self.plan(*image.shape[-2:])
+            if windows < len(plan):
+                picks.append(plan.spread(windows, shift[None])[0])
+                # A window that is drawn rarely counts for more when it is (Horvitz and Thompson, 1952).
+                factors.append(1 / (windows * plan.probability[picks[-1]]))
+            else:
+                picks.append(torch.arange(len(plan)))
+                factors.append(torch.ones(len(plan), dtype=torch.float64))
+        return self._encode_windows(images, picks, factors)
+
+    def sample(self, x: torch.Tensor, windows: int, generator: torch.Generator | None = None) -> SampledTarget:
+        """:meth:`samples` of images of one size (B, 3, H, W), with the shifts drawn from a CPU generator.
 
         Raises:
             ValueError: ``windows`` is below 1, or ``x`` has another form.
         """
-        if windows < 1:
-            raise ValueError(f"windows must be at least 1, got {windows}")
         check_images(x)
-        plan = self.plan(*x.shape[-2:])
-        if windows >= len(plan):
-            picks = torch.arange(len(plan)).expand(len(x), -1)
-            return self.encode_windows(x, picks, torch.ones(picks.shape))
-        picks = plan.spread(windows, torch.rand(len(x), 2, generator=generator))
-        # A window that is drawn rarely counts for more when it is (Horvitz and Thompson, 1952).
-        return self.encode_windows(x, picks, 1 / (windows * plan.probability[picks]))
+        return _together(self.samples(x, windows, torch.rand(len(x), 2, generator=generator)))
 
-    @torch.no_grad()
     def encode_windows(self, x: torch.Tensor, picks: torch.Tensor, factors: torch.Tensor) -> SampledTarget:
-        """Encode chosen windows.
+        """Encode chosen windows of images of one size.
 
         Args:
             x: (B, 3, H, W) as for the encoder.
             picks: (B, k) int64, numbers of windows in each image's plan.
             factors: (B, k), how often each counts.
         """
-        plan = self.plan(*x.shape[-2:])
-        return SampledTarget(*_stitch(self.encoder, x, plan, picks, factors, self.batch_size))
+        return _together(self._encode_windows(x, picks, factors))
+
+    def _encode_windows(
+        self, images: Sequence[torch.Tensor], picks: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]
+    ) -> list[SampledTarget]:
+        # Its own precision, whatever that of the training around it: targets can be kept and compared.
+        with torch.autocast(images[0].device.type, enabled=False):
+            return _encode(self.encoder, images, self.window, self.stride, picks, factors, self.batch_size)
 
 
-@torch.no_grad()
 def sliding_window_features(
     encoder: DenseEncoder, x: torch.Tensor, window: int | None = None, stride: int = 24, batch_size: int = 32
 ) -> torch.Tensor:
@@ -117,10 +146,9 @@ def sliding_window_features(
     """
     window, stride, batch_size = check_window(encoder, window, stride, batch_size)
     check_images(x)
-    plan = plan_windows(encoder, x.shape[-2], x.shape[-1], window, stride)
-    picks = torch.arange(len(plan)).expand(len(x), -1)
-    target, _ = _stitch(encoder, x, plan, picks, torch.ones(picks.shape), batch_size)
-    return target
+    picks = [torch.arange(len(plan_windows(encoder, x.shape[-2], x.shape[-1], window, stride)))] * len(x)
+    factors = [torch.ones(len(own)) for own in picks]
+    return _together(_encode(encoder, x, window, stride, picks, factors, batch_size)).weighted_sum
 
 
 def check_window(encoder: DenseEncoder, window: int | None, stride: int, batch_size: int) -> tuple[int, int, int]:
@@ -161,52 +189,26 @@ def plan_windows(encoder: DenseEncoder, height: int, width: int, window: int, st
 _plan = functools.lru_cache(maxsize=64)(WindowPlan)
 
 
-def _stitch(
+@torch.no_grad()
+def _encode(
     encoder: DenseEncoder,
-    x: torch.Tensor,
-    plan: WindowPlan,
-    picks: torch.Tensor,
-    factors: torch.Tensor,
+    images: Sequence[torch.Tensor],
+    window: int,
+    stride: int,
+    picks: Sequence[torch.Tensor],
+    factors: Sequence[torch.Tensor],
     batch_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode the windows ``picks`` (B, k) of each image and add them up, ``factors`` (B, k) times each.
-
-    Every cell is divided by the count of the FULL plan, whatever the windows picked.
-
-    Returns:
-        Sum (B, D, h, w) and the same for ones instead of features (B, 1, h, w).
-    """
-    batch, _, height, width = x.shape
-    padded = F.pad(x, (0, plan.width - width, 0, plan.height - height))
-    # A view (B, 3, rows, columns, window, window): indexing it copies the windows of one batch only.
-    views = padded.unfold(2, plan.window, 1).unfold(3, plan.window, 1)
-    images = torch.arange(batch).repeat_interleave(picks.shape[1])
-    windows = picks.reshape(-1)
-    factors = factors.reshape(-1, 1).to(x.device, torch.float32)
-    cells = plan.counts.numel()
-    mosaic = x.new_zeros((batch * cells, encoder.embed_dim), dtype=torch.float32)
-    seen = x.new_zeros(batch * cells, dtype=torch.float32)
-    for start in range(0, len(windows), batch_size):
-        image, window = images[start : start + batch_size], windows[start : start + batch_size]
-        tops, lefts = plan.origins[window].unbind(1)
-        features = encoder(views[image, :, tops, lefts]).float()
-        if plan.factor > 1:
-            features = F.interpolate(features, size=(plan.window_cells,) * 2, mode="bilinear", align_corners=False)
-        places = (plan.cells_of(window) + image[:, None] * cells).flatten().to(x.device)
-        factor = factors[start : start + batch_size]
-        # (b, D, c, c) -> (b * c * c, D), the order of `places`.
-        features = (features * factor[..., None, None]).permute(0, 2, 3, 1).reshape(len(places), -1)
-        mosaic.index_add_(0, places, features)
-        seen.index_add_(0, places, factor.expand(-1, plan.window_cells**2).reshape(-1))
-    grid = target_grid(encoder, height, width)
-    return _to_patches(mosaic, plan, batch, grid), _to_patches(seen[:, None], plan, batch, grid)
+) -> list[SampledTarget]:
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    plans = [plan_windows(encoder, *size, window, stride) for size in sizes]
+    grids = [target_grid(encoder, *size) for size in sizes]
+    stitched = stitch(encoder, images, plans, picks, factors, batch_size)
+    return [
+        SampledTarget(*(part[..., : grid[0], : grid[1]].contiguous() for part in parts))
+        for parts, grid in zip(stitched, grids)
+    ]
 
 
-def _to_patches(mosaic: torch.Tensor, plan: WindowPlan, batch: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Sums (batch * cells, C) to their share of the full plan's mean, at the patches: (batch, C, *grid)."""
-    counts = plan.counts.to(mosaic.device).flatten().repeat(batch)
-    mosaic = mosaic.div_(counts[:, None]).reshape(batch, *plan.mosaic_size, -1).permute(0, 3, 1, 2)
-    patches = (plan.height // plan.patch, plan.width // plan.patch)
-    if patches != plan.mosaic_size:
-        mosaic = F.interpolate(mosaic, size=patches, mode="bilinear", align_corners=False)
-    return mosaic[..., : grid[0], : grid[1]].contiguous()
+def _together(samples: Sequence[SampledTarget]) -> SampledTarget:
+    """Targets of images of one size as one."""
+    return SampledTarget(torch.cat([s.weighted_sum for s in samples]), torch.cat([s.weight for s in samples]))

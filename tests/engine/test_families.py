@@ -102,11 +102,28 @@ def test_ways_to_compute_reach_student_and_teacher(key, tmp_path, photo_folder, 
 
     value = "bfloat16" if key == "PRECISION" else True
     cfg = config("open_clip ViT", tmp_path, photo_folder, labelled, f"MODEL.SPAR.{key}", value)
-    for encoder in (find_encoder(build_model(cfg)), DistillationHook(cfg).teacher.encoder):
+    encoders = [find_encoder(build_model(cfg))]
+    if key != "CHECKPOINTING":  # a teacher keeps nothing for a gradient
+        encoders.append(DistillationHook(cfg).teacher.encoder)
+    for encoder in encoders:
         wanted = {"PRECISION": torch.bfloat16}.get(key, True)
         assert {"PRECISION": encoder._precision, "COMPILE": encoder._compile, "CHECKPOINTING": encoder._checkpointing}[
             key
         ] == wanted
+
+
+def test_the_teachers_precision_can_differ(tmp_path, photo_folder, labelled):
+    from spar_d2.modeling.build import teacher_from_config
+
+    cfg = config("open_clip ViT", tmp_path, photo_folder, labelled)
+    assert teacher_from_config(cfg).encoder._precision is None
+    cfg.SOLVER.AMP.ENABLED = True
+    assert teacher_from_config(cfg).encoder._precision is torch.float16
+    cfg.SPAR.TEACHER.PRECISION = "bfloat16"
+    assert teacher_from_config(cfg).encoder._precision is torch.bfloat16
+    cfg.SPAR.TEACHER.PRECISION = "half"
+    with pytest.raises(ValueError, match=r'SPAR\.TEACHER\.PRECISION must be "" or one of float32.*half'):
+        teacher_from_config(cfg)
 
 
 def test_trainable_tensors_are_listed_once(tmp_path, photo_folder, labelled, caplog):

@@ -3,7 +3,8 @@ import os
 import pytest
 
 from reference import ROOT
-from spar_d2.engine.setup import check_launch, load_config
+from spar_d2.engine.launch import check_launch
+from spar_d2.engine.setup import load_config
 
 CONFIG = str(ROOT / "configs" / "demo" / "distill.yaml")
 

@@ -39,6 +39,46 @@ def test_table_is_printed_and_written(benchmark, tmp_path, capsys):
     assert [path.name for path in output.parent.iterdir()] == ["table.md"]
 
 
+def test_teacher_table_is_printed_and_written(benchmark, tmp_path, capsys):
+    output = tmp_path / "table.md"
+    options = ["--encoders", TINY, "--sizes", "100x90", "40x70", "--precisions", "bfloat16", "--repeats", "1"]
+    benchmark("teacher", *options, "--windows", "4", "--stride", "20", "--device", "cpu", "--output", str(output))
+    text = output.read_text()
+    assert text == capsys.readouterr().out
+    title, _, head, _, *rows = text.splitlines()
+    assert torch.__version__ in title and title.endswith("; stride 20, batches of 32 (straightforward: 8)")
+    assert head.startswith("| encoder | precision | size | windows | windows/s | straightforward windows/s | ratio |")
+    found = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[:2]]
+    assert [row[:4] for row in found] == [[TINY, "bfloat16", "100x90", "4 of 9"], [TINY, "bfloat16", "40x70", "2"]]
+    assert all(float(cell) > 0 for row in found for cell in row[4:9])
+    assert rows[2] == "" and all(row.startswith("- ") for row in rows[3:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--encoders", "ViT-B-61"], "--encoders: there is no encoder for 'ViT-B-61'; did you mean ViT-B-16"),
+        (["--sizes", "512"], "--sizes must be a width and a height in pixels, such as 2048x1024; got 512"),
+        (
+            ["--sizes", "512x512", "512x0"],
+            "--sizes must be a width and a height in pixels, such as 2048x1024; got 512x0",
+        ),
+        (["--stride", "225"], "--stride must be in 1..224 (the window of ViT-B-16), got 225"),
+        (["--stride", "0"], "--stride must be in 1..224 (the window of ViT-B-16), got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--baseline-batch-size", "0"], "--baseline-batch-size must be at least 1, got 0"),
+        (["--windows", "0"], "--windows must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options_of_teacher_are_one_line(benchmark, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark("teacher", *options)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1
+    assert printed.err.startswith(f"error: {message}") and "Traceback" not in printed.err
+    assert printed.out == ""
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

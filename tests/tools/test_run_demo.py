@@ -33,6 +33,7 @@ def test_table_pictures_and_student(run_demo, monkeypatch, tmp_path, capsys):
     assert teacher > single_pass + 5
     assert tiles > single_pass
     assert (output / "student.safetensors").is_file()
+    assert "Starting training" in (output / "log.txt").read_text(), "what the console leaves out"
     for name in ("predictions.png", "features.png"):
         with Image.open(output / "pictures" / name) as picture:
             assert min(picture.size) > 400

@@ -23,9 +23,9 @@ def run(*arguments, **options):
 def arguments_for(tiny_model, photo_folder, output):
     return [
         "--config-file", CONFIG, "MODEL.DEVICE", "cpu", "MODEL.SPAR.ENCODER", tiny_model[0],
-        "MODEL.SPAR.PRETRAINED", tiny_model[1], "SPAR.DATA.IMAGES", photo_folder, "SPAR.DATA.SHORT_SIDE", "(64,96)",
-        "SPAR.DATA.CROP_MIN_SIDE", 48, "SPAR.TEACHER.WINDOWS_PER_IMAGE", 2, "SOLVER.MAX_ITER", 3,
-        "DATALOADER.NUM_WORKERS", 2, "OUTPUT_DIR", output,
+        "MODEL.SPAR.PRETRAINED", tiny_model[1], "SPAR.DATA.IMAGES", photo_folder, "SPAR.DATA.SCALE_BOX", "(192,96)",
+        "SPAR.DATA.MIN_SHORT_SIDE", 64, "SPAR.DATA.CROP_MIN_SIDE", 48, "SPAR.TEACHER.WINDOWS_PER_IMAGE", 2,
+        "SOLVER.MAX_ITER", 3, "DATALOADER.NUM_WORKERS", 2, "OUTPUT_DIR", output,
     ]  # fmt: skip
 
 
@@ -77,12 +77,12 @@ def test_stops_at_ctrl_c_resumes_and_evaluates(tiny_model, photo_folder, tmp_pat
         (["MODEL.SPAR.ENCODER", "ViT-B-61"], "did you mean ViT-B-16"),
         (["MODEL.SPAR.PRETRAINED", "nowhere.safetensors"], "MODEL.SPAR.PRETRAINED: 'nowhere.safetensors' is neither"),
         (["MODEL.SPAR.PRETRAINED", "{corrupt}"], "MODEL.SPAR.PRETRAINED: {corrupt} cannot be read as weights"),
-        (["SPAR.DATA.IMAGES", "{empty}"], "SPAR.DATA.IMAGES: the folder {empty} has no images"),
-        (["SPAR.DATA.IMAGES", "{ruined}"], "SPAR.DATA.IMAGES: none of the 1 images"),
+        (["SPAR.DATA.IMAGES", "{empty}"], "SPAR.DATA.IMAGES: there are no photos"),
+        (["SPAR.DATA.IMAGES", "{ruined}"], "SPAR.DATA.IMAGES: none of the 1 photos can be decoded"),
         (["MODEL.SPAR.VOCABULARY", ";"], "vocabulary is empty"),
         (["SPAR.TEACHER.WINDOW", 8], "SPAR.TEACHER.WINDOW"),
         (["SPAR.TEACHER.STRIDE", 0], "SPAR.TEACHER.STRIDE"),
-        (["SPAR.DATA.SHORT_SIDE", "(-64,96)"], "SPAR.DATA.SHORT_SIDE"),
+        (["SPAR.DATA.SCALE_BOX", "(-64,96)"], "SPAR.DATA.SCALE_BOX"),
         (["MODEL.SPAR.ENCODR", "x"], "MODEL.SPAR.ENCODR"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no checkpoint nowhere.pth"),
     ],

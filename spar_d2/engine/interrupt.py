@@ -1,0 +1,61 @@
+"""Stopping a training well."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by the user, after a checkpoint was written."""
+
+
+class StopOnInterrupt(HookBase):
+    """On Ctrl-C, finish the step, write a checkpoint, and stop; on a second one, stop at once.
+
+    Args:
+        checkpointer: writes the checkpoint that ``--resume`` continues from.
+
+    Raises:
+        Interrupted: out of the training loop, when it stops.
+    """
+
+    def __init__(self, checkpointer: DetectionCheckpointer) -> None:
+        self.checkpointer = checkpointer
+        self.requested = False
+        self._process = os.getpid()
+        self._previous = None
+
+    def before_train(self) -> None:
+        self.requested = False
+        try:
+            self._previous = signal.signal(signal.SIGINT, self._request)
+        except ValueError:  # only the main thread of a process may; elsewhere Ctrl-C works as usual
+            self._previous = None
+
+    def after_train(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def after_step(self) -> None:
+        # One process may have seen the signal a step before the others: stop together.
+        if not any(comm.all_gather(self.requested)):
+            return
+        self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+        raise Interrupted(f"stopped after iteration {self.trainer.iter}; --resume goes on from there")
+
+    def _request(self, number: int, frame) -> None:
+        if os.getpid() != self._process:
+            return  # a forked data-loading worker: it ends with the training
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("Stopping after this step; Ctrl-C again stops at once, without a checkpoint.")

@@ -1,0 +1,51 @@
+"""Starting a tool's main function in one process or several, by its flags or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+
+
+def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Call ``main(args)`` in every process.
+
+    Under ``torchrun`` the processes are there already, with GPUs or without. Otherwise Detectron2's ``launch`` makes
+    them as ``--num-gpus``, ``--num-machines``, ``--machine-rank`` and ``--dist-url`` say.
+
+    Raises:
+        ValueError: flags that cannot be.
+    """
+    under_torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+    check_launch(args.num_gpus, args.num_machines, args.machine_rank, under_torchrun)
+    if not under_torchrun:
+        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+        return
+    with_gpus = torch.cuda.is_available()
+    if with_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if with_gpus else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    try:
+        main(args)
+        comm.synchronize()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def check_launch(num_gpus: int, num_machines: int, machine_rank: int, under_torchrun: bool = False) -> None:
+    """Raise ``ValueError`` where the flags for several processes cannot be."""
+    if under_torchrun and (num_gpus, num_machines, machine_rank) != (1, 1, 0):
+        raise ValueError("under torchrun leave --num-gpus, --num-machines and --machine-rank out: it says how many")
+    present = torch.cuda.device_count()
+    if not 0 <= num_gpus <= max(1, present):
+        raise ValueError(
+            f"--num-gpus: {num_gpus} asked for, {present} present; without a GPU leave it at 1, "
+            "or start several processes with torchrun"
+        )
+    if not 0 <= machine_rank < num_machines:
+        raise ValueError(f"--machine-rank must be in 0..{num_machines - 1} (--num-machines less 1), got {machine_rank}")

@@ -1,0 +1,70 @@
+"""Pictures of how the student's features come to look like the teacher's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from spar_d2.encoders import find_encoder
+from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
+from spar_d2.teacher import SlidingWindowTeacher
+from spar_d2.visualization import draw_panels, shared_pca_colours
+
+
+class FeaturePictures(HookBase):
+    """Every so often, draws an image, the teacher's features and the student's, in colours of one shared projection.
+
+    The image is the same throughout a run, so that pictures can be compared. The teacher encodes all of its windows
+    once, for the first picture. TensorBoard shows the pictures too.
+
+    Args:
+        model: the student, not wrapped for several processes.
+        teacher: beside it.
+        load: gives the image as a dataset dict with "image" (3, H, W) uint8 and "file_name".
+        period: iterations between pictures; there is one after the last iteration too.
+        folder: for the pictures, "iter_0000999.png".
+        channels: order of the image's, "RGB" or "BGR".
+    """
+
+    def __init__(
+        self,
+        model: OpenVocabularySegmentor,
+        teacher: SlidingWindowTeacher,
+        load: Callable[[], dict],
+        period: int,
+        folder: str | os.PathLike,
+        channels: str,
+    ) -> None:
+        self.model, self.teacher, self.load = model, teacher, load
+        self.period, self.folder, self.channels = period, folder, channels
+        self._image: torch.Tensor | None = None
+        self._target: torch.Tensor | None = None
+
+    def after_step(self) -> None:
+        number = self.trainer.iter + 1
+        if comm.is_main_process() and (number % self.period == 0 or number == self.trainer.max_iter):
+            self._draw()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        if self._image is None:
+            self._image = self.load()["image"]
+        seen: list[torch.Tensor] = []
+        handle = find_encoder(self.model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        features = self.model.encode(self._image)
+        handle.remove()
+        if self._target is None:
+            self._target = self.teacher(seen[0])[0].cpu()
+        colours = [part.numpy() for part in shared_pca_colours([self._target, features.cpu()])]
+        image = self._image.numpy().transpose(1, 2, 0)
+        row = [image[..., ::-1] if self.channels == "BGR" else image, *colours]
+        path = os.path.join(self.folder, f"iter_{self.trainer.iter:07d}.png")
+        draw_panels([row], ["image", "teacher", f"student after {self.trainer.iter + 1} steps"], path)
+        # (h, 2 w, 3) -> (3, h, 2 w)
+        side_by_side = np.concatenate(colours, axis=1).transpose(2, 0, 1)
+        self.trainer.storage.put_image("distill/teacher_student", side_by_side)

@@ -1,0 +1,101 @@
+"""One training step: forward, backward and update, in parts where memory is short."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from detectron2.engine import SimpleTrainer
+from torch import nn
+
+
+class Step(SimpleTrainer):
+    """Detectron2's training step with gradient accumulation and mixed precision, on a GPU or a CPU.
+
+    Args:
+        model: in training it returns a dict of losses.
+        data_loader: gives lists of inputs.
+        optimizer: over the model's parameters.
+        parts: each list is taken in this many parts, one after another; losses and gradients are those of the whole
+            list, for losses that are means over inputs.
+        precision: of autocast over the whole model; None for none.
+        scale: scale gradients, which float16 needs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[list[dict]],
+        optimizer: torch.optim.Optimizer,
+        parts: int = 1,
+        precision: torch.dtype | None = None,
+        scale: bool = False,
+    ) -> None:
+        super().__init__(model, data_loader, optimizer)
+        self.parts, self.precision = parts, precision
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale)
+
+    def run_step(self) -> None:
+        """Take one step.
+
+        Raises:
+            FloatingPointError: a loss or gradient that is NaN or infinite; the weights are as they were.
+        """
+        started = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - started
+        self.optimizer.zero_grad()
+        size = math.ceil(len(data) / self.parts)
+        starts = range(0, len(data), size)
+        losses: Counter = Counter()
+        for start in starts:
+            part = data[start : start + size]
+            with self._gradients_stay_here(start != starts[-1]):
+                for name, loss in self._backward(part, len(part) / len(data)).items():
+                    losses[name] += loss
+        self.after_backward()
+        self._write_metrics(losses, data_time)
+        self.scaler.unscale_(self.optimizer)
+        self._check_gradients(data)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _backward(self, part: list[dict], share: float) -> dict[str, torch.Tensor]:
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+            losses = self.model(part)
+        if isinstance(losses, torch.Tensor):
+            losses = {"total_loss": losses}
+        losses = {name: loss * share for name, loss in losses.items()}
+        self.scaler.scale(sum(losses.values())).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _gradients_stay_here(self, stay: bool) -> contextlib.AbstractContextManager:
+        """Processes exchange their gradients once a step, after its last part."""
+        parallel = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return self.model.no_sync() if parallel and stay else contextlib.nullcontext()
+
+    def _check_gradients(self, data: list[dict]) -> None:
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.scaler.is_enabled():
+            return  # it leaves out such steps and lowers its factor
+        # One number, so that a GPU is waited for once.
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        if not norm.isfinite():
+            names = ", ".join(str(record.get("file_name", record.get("image_id", "?"))) for record in data)
+            raise FloatingPointError(
+                f"the gradient is NaN or infinite at iteration {self.iter}, for {names}; the weights are as they were. "
+                "A lower SOLVER.BASE_LR or SOLVER.CLIP_GRADIENTS may help"
+            )
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])

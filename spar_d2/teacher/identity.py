@@ -1,0 +1,73 @@
+"""What a teacher's targets depend on, as a short text: equal texts, equal targets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from torch import nn
+
+from spar_d2.encoders import DenseEncoder
+from spar_d2.teacher.sliding import SlidingWindowTeacher
+
+# Changes with the way that targets are computed.
+_ALGORITHM = 1
+# How an encoder computes, which moves its features by rounding alone, and what is no setting.
+_NO_MATTER = {"training", "_compile", "_checkpointing"}
+# Those of the encoder itself, which may stand in its class or in the object.
+_ENCODER_SETTINGS = ("reference_compat", "_precision", "patch_size", "native_size", "pixel_mean", "pixel_std")
+_PIXEL_STEPS = 64
+
+
+def teacher_identity(teacher: SlidingWindowTeacher) -> str:
+    """32 hexadecimal digits that change with the teacher's window, stride, precision, architecture or weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    settings = [str(getattr(teacher.encoder, name)) for name in _ENCODER_SETTINGS]
+    digest.update(json.dumps([_ALGORITHM, teacher.window, teacher.stride, *settings]).encode())
+    digest.update(json.dumps([_settings(name, part) for name, part in teacher.encoder.named_modules()]).encode())
+    for name, tensor in teacher.encoder.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def image_identity(image: torch.Tensor, encoder: DenseEncoder) -> str:
+    """32 hexadecimal digits that change with the pixels that an encoder is given.
+
+    Images count as the same where no pixel differs by a 64th of a grey level, so that rounding in their normalisation,
+    which differs between machines, plays no part.
+
+    Args:
+        image: (3, H, W), normalised for the encoder.
+    """
+    mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
+    steps = ((image.float() * std + mean) * (255 * _PIXEL_STEPS)).round().to(torch.int32)
+    digest = hashlib.blake2b(str(tuple(image.shape)).encode(), digest_size=16)
+    digest.update(_bytes(steps))
+    return digest.hexdigest()
+
+
+def tensor_identity(tensor: torch.Tensor) -> str:
+    """16 hexadecimal digits that change with a tensor's values."""
+    return hashlib.blake2b(_bytes(tensor), digest_size=8).hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    # bfloat16 is no type of numpy's.
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _settings(name: str, module: nn.Module) -> list:
+    """A module's class and the plain values among its attributes: heads, epsilons, activation functions, ..."""
+    found = {}
+    for key, value in vars(module).items():
+        if key in _NO_MATTER or key in _ENCODER_SETTINGS:
+            continue
+        if isinstance(value, (bool, int, float, str, torch.dtype, type(None))):
+            found[key] = str(value)
+        elif isinstance(value, (tuple, list)) and all(isinstance(item, (bool, int, float, str)) for item in value):
+            found[key] = str(list(value))
+        elif callable(value) and hasattr(value, "__qualname__"):
+            found[key] = value.__qualname__
+    return [name, type(module).__qualname__, dict(sorted(found.items()))]

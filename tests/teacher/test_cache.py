@@ -1,0 +1,194 @@
+"""Targets on disk: found again, never by mistake, and nothing lost where the disk fails."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from reference import example_encoder, reference_encoder
+from spar_d2.encoders import FAMILIES
+from spar_d2.teacher import SlidingWindowTeacher, TargetCache
+from spar_d2.teacher import cache as cache_module
+from spar_d2.teacher.identity import image_identity, teacher_identity
+
+
+def make_teacher(family="open_clip ViT", **settings) -> SlidingWindowTeacher:
+    torch.manual_seed(0)
+    return SlidingWindowTeacher(example_encoder(family), **{"stride": 24, **settings})
+
+
+@pytest.fixture
+def image():
+    return torch.randn(3, 100, 120, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_target_is_computed_once_and_found_by_any_later_run(family, tmp_path, image):
+    first, second = (TargetCache(tmp_path, make_teacher(family)) for _ in range(2))
+    target = first.target(image)
+    assert (first.hits, first.misses) == (0, 1)
+    torch.testing.assert_close(target, first.teacher(image[None]), rtol=2e-3, atol=2e-3)
+    second.teacher.encoder.register_forward_hook(lambda *_: pytest.fail("computed again"))
+    assert torch.equal(second.target(image), target), "read, it is what it was when it was written"
+    assert (second.hits, second.misses) == (1, 0)
+    (entry,) = tmp_path.rglob("*.safetensors")
+    with safe_open(entry, "pt") as file:
+        assert file.get_tensor("target").dtype == torch.float16
+
+
+def test_images_of_other_pixels_have_other_names(image):
+    encoder = make_teacher().encoder
+    own = image_identity(image, encoder)
+    nudged = image.clone()
+    nudged[1, 5, 7] += 0.5 / 255 / encoder.pixel_std[1]
+    others = [nudged, image.flip(-1), image[:, :, :-1], image.transpose(1, 2), image.reshape(3, 120, 100)]
+    assert own not in [image_identity(other.contiguous(), encoder) for other in others]
+
+
+def test_rounding_in_the_normalisation_plays_no_part():
+    encoder = make_teacher().encoder
+    pixels = torch.randint(0, 256, (3, 40, 50))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
+    single = (pixels.float() / 255 - mean) / std
+    double = ((pixels.double() - 255 * mean.double()) / (255 * std.double())).float()
+    assert not torch.equal(single, double)
+    assert image_identity(single, encoder) == image_identity(double, encoder)
+
+
+def other_teachers() -> dict[str, SlidingWindowTeacher]:
+    teachers = {
+        "window": make_teacher(window=48),
+        "stride": make_teacher(stride=16),
+        "family": make_teacher("SigLIP"),
+    }
+    changed = copy.deepcopy(make_teacher().encoder)
+    with torch.no_grad():
+        next(changed.parameters()).flatten()[3] += 1e-4
+    teachers["one weight"] = SlidingWindowTeacher(changed, stride=24)
+    teachers["precision"] = SlidingWindowTeacher(make_teacher().encoder.accelerate("bfloat16"), stride=24)
+    compat = make_teacher().encoder
+    compat.reference_compat = True
+    teachers["sizes"] = SlidingWindowTeacher(compat, stride=24)
+    activation = make_teacher().encoder
+    activation.blocks[0].mlp.gelu = nn.ReLU()
+    teachers["activation"] = SlidingWindowTeacher(activation, stride=24)
+    heads = make_teacher().encoder
+    heads.blocks[0].attn.num_heads = 1
+    teachers["heads"] = SlidingWindowTeacher(heads, stride=24)
+    return teachers
+
+
+def test_a_cache_of_another_teacher_is_never_read(tmp_path, image):
+    identities = {name: teacher_identity(teacher) for name, teacher in other_teachers().items()}
+    own = TargetCache(tmp_path, make_teacher())
+    assert len({own.identity, *identities.values()}) == len(identities) + 1, identities
+    own.target(image)
+    for teacher in other_teachers().values():
+        assert TargetCache(tmp_path, teacher).read(image) is None
+    # Not even where someone moved the files.
+    other = TargetCache(tmp_path, make_teacher(stride=16))
+    other.path(image).parent.mkdir(parents=True)
+    own.path(image).rename(other.path(image))
+    assert other.read(image) is None
+
+
+@pytest.mark.parametrize("same", [{"batch_size": 5}, {"window": None}, {"window": 64}])
+def test_what_does_not_matter_does_not_part_caches(same):
+    assert teacher_identity(make_teacher(**same)) == teacher_identity(make_teacher())
+    used = make_teacher()
+    used(torch.randn(1, 3, 64, 90))
+    used.encoder.accelerate("float32", checkpointing=True)
+    assert teacher_identity(used) == teacher_identity(make_teacher())
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "a bit", "text", "folder"])
+def test_a_damaged_entry_is_computed_again(damage, tmp_path, image, caplog):
+    cache = TargetCache(tmp_path, make_teacher())
+    target = cache.target(image)
+    path = cache.path(image)
+    content = bytearray(path.read_bytes())
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        content[-5] ^= 1
+        path.write_bytes({"cut": content[:-9], "empty": b"", "a bit": content, "text": b"no tensors" * 9}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(cache.target(image), target)
+    assert "computed again" in caplog.text
+    if damage != "folder":
+        assert torch.equal(TargetCache(tmp_path, make_teacher()).read(image), target)
+
+
+def test_nothing_infinite_is_kept(tmp_path, image):
+    teacher = make_teacher()
+    cache = TargetCache(tmp_path, teacher)
+    with torch.no_grad():
+        next(teacher.encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        cache.target(image)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_float16_cannot_hold_is_kept_as_it_is(tmp_path, image):
+    cache = TargetCache(tmp_path, make_teacher())
+    target = cache.teacher(image[None])
+    target[0, 0, 0, 0] = 1e6
+    assert torch.equal(cache.write(image, target), target)
+    assert torch.equal(cache.read(image), target)
+
+
+def test_a_full_disk_is_reported_once_and_the_run_goes_on(tmp_path, image, caplog, monkeypatch):
+    monkeypatch.setattr(cache_module, "RESERVE", 1 << 60)
+    cache = TargetCache(tmp_path, make_teacher())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert cache.target(image).isfinite().all()
+    assert caplog.text.count("CACHE_DIR: nothing more is written") == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+FULL = """
+import resource, torch
+from reference import example_encoder
+from spar_d2.teacher import SlidingWindowTeacher, TargetCache
+torch.manual_seed(0)
+cache = TargetCache({folder!r}, SlidingWindowTeacher(example_encoder("open_clip ViT"), stride=24))
+if {limit}:
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+if {user}:
+    import os
+    os.setuid({user})
+print(cache.target(torch.randn(3, 100, 120)).isfinite().all().item())
+"""
+
+
+@pytest.mark.parametrize("case", ["no room", "read-only"])
+def test_a_write_that_fails_leaves_nothing_and_stops_nothing(case, tmp_path):
+    if case == "read-only" and os.getuid():
+        pytest.skip("needs to become another user")
+    limit, user = (2000, 0) if case == "no room" else (0, 65534)
+    code = FULL.format(folder=str(tmp_path / "cache"), limit=limit, user=user)
+    tests = os.path.dirname(os.path.dirname(__file__))
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tests)
+    assert run.stdout.strip() == "True", run.stderr
+    assert "nothing more is written" in run.stderr
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"SPAR\.TEACHER\.CACHE_DIR must be a folder"):
+        TargetCache(tmp_path / "file", make_teacher())
+
+
+def test_a_cache_belongs_to_the_weights_it_was_opened_with(tmp_path):
+    encoder = reference_encoder("openclip-tiny")
+    own = TargetCache(tmp_path, SlidingWindowTeacher(encoder, stride=24))
+    assert own.folder == TargetCache(tmp_path, SlidingWindowTeacher(encoder, stride=24)).folder
