@@ -104,7 +104,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.SPAR.DATA.IMAGES = ""
     # Damaged photos are skipped and named in the log; more than this many stop the run.
     cfg.SPAR.DATA.MAX_DAMAGED = 100
-    # Augment a photo the same way every time instead of anew in every epoch.
+    # Augment a photo the same way every time, with any SEED, instead of anew in every epoch.
     cfg.SPAR.DATA.FROZEN = False
     # A training image is scaled, keeping its proportions, to fit into this box of (long side, short side) in pixels ...
     cfg.SPAR.DATA.SCALE_BOX = (2048, 1024)

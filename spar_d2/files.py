@@ -14,6 +14,8 @@ from pathlib import Path
 # A temporary name says who writes to it: ".student.HOST-PID-RANDOM.tmp.safetensors".
 _TEMPORARY = re.compile(r"\..*\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.tmp(\.|$)")
 _STALE_SECONDS = 24 * 3600
+# What this process writes is younger; times of files may lie a little behind.
+_STARTED = time.time() - 1
 
 
 @contextlib.contextmanager
@@ -62,6 +64,7 @@ def _host() -> str:
 
 
 def _is_stale(path: str, host: str, pid: int) -> bool:
+    latest = time.time() - _STALE_SECONDS
     if host == _host():
         try:
             os.kill(pid, 0)
@@ -69,7 +72,10 @@ def _is_stale(path: str, host: str, pid: int) -> bool:
             return True
         except OSError:  # it runs, as another user
             pass
+        if pid == os.getpid():
+            # In a container that is started again, a process may have the number that the killed one had.
+            latest = _STARTED
     try:
-        return time.time() - os.path.getmtime(path) > _STALE_SECONDS
+        return os.path.getmtime(path) < latest
     except OSError:
         return False

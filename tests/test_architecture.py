@@ -89,3 +89,26 @@ def test_registers_whether_imported_before_or_after_detectron2(order):
         "\nprint('spar_scenes_val' in detectron2.data.DatasetCatalog)"
     )
     assert run(code).split() == ["True", "True", "True", "ViT-B-16", "True"]
+
+
+def test_what_registers_can_be_imported_first():
+    """Importing a part of Detectron2 registers, in the middle of whatever imports it."""
+    modules = [
+        ".".join(("spar_d2", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in ROOM_FILES
+        if room_of(path) in ("config", "data", "modeling")
+    ]
+    code = (
+        "import importlib, os, sys\n"
+        "import torch, open_clip, timm\n"  # what takes time; none of it imports this package
+        f"for module in {modules!r}:\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        try:\n"
+        "            importlib.import_module(module)\n"
+        "        except BaseException as error:\n"
+        "            print(module, error, flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+    )
+    assert run(code) == ""

@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import re
 import time
 
 import pytest
@@ -67,6 +68,15 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_pa
     os.utime(foreign, (0, 0))
     assert remove_leftovers(tmp_path) == [str(foreign)], "a day later nobody writes to it"
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".hidden", ".tmp", "plain.txt"]
+
+
+def test_a_process_with_the_number_of_the_killed_one_removes_what_that_left(tmp_path):
+    with replacing(tmp_path / "file.txt") as own:
+        assert remove_leftovers(tmp_path) == []
+    left = tmp_path / re.sub(r"-[0-9a-f]{8}\.tmp", "-00000000.tmp", own.name)
+    left.touch()
+    os.utime(left, (time.time() - 3600,) * 2)
+    assert remove_leftovers(tmp_path) == [str(left)]
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):

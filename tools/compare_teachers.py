@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Compare teachers on the demo's world: all windows against a few at random, each at its best learning rate.
+"""Compare teachers on the demo's world: all windows, all windows kept in a cache, and a few at random.
 
-For every number of windows, learning rate and seed a student is distilled and evaluated. The learning rate is chosen on
-scenes of their own ("tune"), the scores reported are those on the evaluation scenes ("val"). Finished runs are kept in
-the output folder, so that the comparison can be stopped and started again.
+For every teacher, learning rate and seed a student is distilled and evaluated. The learning rate is chosen on scenes of
+their own ("tune"), the scores reported are those on the evaluation scenes ("val"). Finished runs are kept in the output
+folder, so that the comparison can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -27,26 +27,45 @@ from spar_d2.files import replacing
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "distill.yaml"
 TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"
+TEACHERS = ["all", "cached", "16", "8", "4"]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default=str(DEMO))
     parser.add_argument(
-        "--windows", type=int, nargs="+", default=[0, 8, 16], help="per image; 0 is all (default: 0 8 16)"
+        "--teachers",
+        nargs="+",
+        default=TEACHERS,
+        metavar="TEACHER",
+        help='"all" windows, "cached" (all, of frozen images, each encoded once), or a number of windows per image '
+        f"(default: {' '.join(TEACHERS)})",
     )
-    parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2, 3.2e-2], help="learning rates")
+    parser.add_argument("--rates", type=float, nargs="+", default=[8e-3, 1.6e-2, 3.2e-2], help="learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--output", type=Path, default=Path("output/compare_teachers"), help="folder for all runs")
     return parser.parse_args()
 
 
-def distil(config_file: str, folder: Path, windows: int, rate: float, seed: int) -> dict[str, float]:
+def teacher_overrides(teacher: str, folder: Path) -> list:
+    """Config keys and values of a teacher.
+
+    Raises:
+        ValueError: no teacher.
+    """
+    if teacher == "cached":
+        return ["SPAR.TEACHER.WINDOWS_PER_IMAGE", 0, "SPAR.DATA.FROZEN", True, "SPAR.TEACHER.CACHE_DIR", str(folder)]
+    if teacher != "all" and not (teacher.isdecimal() and int(teacher)):
+        raise ValueError(f'--teachers must be "all", "cached" or numbers of windows, got {teacher!r}')
+    return ["SPAR.TEACHER.WINDOWS_PER_IMAGE", 0 if teacher == "all" else int(teacher)]
+
+
+def distil(config_file: str, folder: Path, teacher: str, rate: float, seed: int) -> dict[str, float]:
     """One run; read from its folder if it is there."""
     record = folder / "result.json"
     if record.is_file():
         return json.loads(record.read_text())
-    overrides = ["SPAR.TEACHER.WINDOWS_PER_IMAGE", windows, "SOLVER.BASE_LR", rate, "SEED", seed]
+    overrides = [*teacher_overrides(teacher, folder / "cache"), "SOLVER.BASE_LR", rate, "SEED", seed]
     cfg = load_config(config_file, [*overrides, "OUTPUT_DIR", str(folder), "DATASETS.TEST", ()])
     prepare(cfg, argparse.Namespace(config_file=config_file, eval_only=False), quiet=True)
     trainer, timer = Trainer(cfg), StepTimer()
@@ -66,26 +85,26 @@ def distil(config_file: str, folder: Path, windows: int, rate: float, seed: int)
     return result
 
 
-def table(results: dict[tuple[int, float, int], dict], args: argparse.Namespace) -> str:
-    """For every number of windows the rate that is best on the tuning scenes, and what it gives."""
+def table(results: dict[tuple[str, float, int], dict], args: argparse.Namespace) -> str:
+    """For every teacher the rate that is best on the tuning scenes, and what it gives."""
     lines = [
         "| windows per image | learning rate | mIoU on tuning scenes | mIoU, seeds "
         + ", ".join(map(str, args.seeds))
         + " | mean mIoU | teacher windows a run | seconds a run |",
         "|---:|---:|---:|---|---:|---:|---:|",
     ]
-    for windows in args.windows:
+    for teacher in args.teachers:
 
-        def tuned(rate: float, windows: int = windows) -> float:
-            return statistics.mean(results[windows, rate, seed][TUNE] for seed in args.seeds)
+        def tuned(rate: float, teacher: str = teacher) -> float:
+            return statistics.mean(results[teacher, rate, seed][TUNE] for seed in args.seeds)
 
         best = max(args.rates, key=tuned)
         for rate in args.rates:
-            runs = [results[windows, rate, seed] for seed in args.seeds]
+            runs = [results[teacher, rate, seed] for seed in args.seeds]
             scores = [run[VAL] for run in runs]
             mark = "**" if rate == best else ""
             lines.append(
-                f"| {windows or 'all'} | {mark}{rate:g}{mark} | {tuned(rate):.1f} "
+                f"| {teacher} | {mark}{rate:g}{mark} | {tuned(rate):.1f} "
                 f"| {' / '.join(f'{score:.1f}' for score in scores)} | {mark}{statistics.mean(scores):.1f}{mark} "
                 f"| {statistics.mean(run['windows'] for run in runs):,.0f} "
                 f"| {statistics.median(run['seconds'] for run in runs):.0f} |"
@@ -96,11 +115,13 @@ def table(results: dict[tuple[int, float, int], dict], args: argparse.Namespace)
 def main() -> None:
     args = parse_args()
     with readable_errors():
-        combinations = list(itertools.product(args.seeds, args.rates, args.windows))
+        for teacher in args.teachers:
+            teacher_overrides(teacher, args.output)
+        combinations = list(itertools.product(args.seeds, args.rates, args.teachers))
         results = {}
-        for seed, rate, windows in tqdm(combinations, desc="runs", unit="run"):
-            folder = args.output / f"windows{windows}_rate{rate:g}_seed{seed}"
-            results[windows, rate, seed] = distil(args.config_file, folder, windows, rate, seed)
+        for seed, rate, teacher in tqdm(combinations, desc="runs", unit="run"):
+            folder = args.output / f"{teacher}_rate{rate:g}_seed{seed}"
+            results[teacher, rate, seed] = distil(args.config_file, folder, teacher, rate, seed)
         text = table(results, args)
         with replacing(args.output / "table.md") as temporary:
             temporary.write_text(text + "\n")

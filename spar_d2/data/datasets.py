@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tqdm import tqdm
 
@@ -23,6 +22,9 @@ IGNORE_LABEL = 255
 
 def register_scenes() -> None:
     """Register ``spar_scenes_{train,tune,val}``; their scenes are drawn when they are first asked for."""
+    # Here, as importing it is what calls this function, when this module may be half-way through its own imports.
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
     for split in SCENE_SPLITS:
         name = f"spar_scenes_{split}"
         DatasetCatalog.register(name, functools.partial(load_scenes, split))
@@ -39,6 +41,8 @@ def register_photos(sources: str) -> str:
 
     They are looked for when the data set is first asked for.
     """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
     name = f"spar_photos_{hashlib.sha256(sources.encode()).hexdigest()[:12]}"
     if name not in DatasetCatalog:
         DatasetCatalog.register(name, functools.partial(find_photos, sources))

@@ -24,7 +24,7 @@ class PhotoDataset(Dataset):
         augmentations: applied in order.
         format: order of the channels, "RGB" or "BGR".
         seed: of the augmentation.
-        frozen: augment a photo the same way every time instead of anew in every epoch.
+        frozen: augment a photo the same way every time, with any seed, instead of anew in every epoch.
     """
 
     def __init__(
@@ -59,7 +59,8 @@ class PhotoDataset(Dataset):
         sample = transforms.AugInput(image)
         name = record.get("name", os.path.basename(record["file_name"]))
         # Of the photo alone, so that neither workers nor other photos change what becomes of it.
-        with seeded_numpy(self.seed, 0 if self.frozen else 1 + draw.epoch, zlib.crc32(os.fsencode(name))):
+        place = (0, 0) if self.frozen else (self.seed, 1 + draw.epoch)
+        with seeded_numpy(*place, zlib.crc32(os.fsencode(name))):
             self.augmentations(sample)
         # (H, W, 3) -> (3, H, W)
         image = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))

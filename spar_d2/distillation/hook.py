@@ -211,7 +211,7 @@ class DistillationHook(HookBase):
         try:
             target = self.cache.target(image)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error} for {one.name}") from error
+            raise self._not_finite(str(error), one) from error
         self._count_windows(0 if self.cache.hits > found else windows)
         return target
 
@@ -230,8 +230,10 @@ class DistillationHook(HookBase):
     def _check_finite(self, what: str, tensors: list[torch.Tensor], encoded: list[EncodedImage]) -> None:
         for tensor, one in zip(tensors, encoded):
             if not tensor.isfinite().all():
-                raise FloatingPointError(
-                    f"{what} are NaN or infinite for {one.name} at iteration {self.trainer.iter}; this step was not "
-                    "saved. Weights that diverged need a lower SOLVER.BASE_LR, an overflow MODEL.SPAR.PRECISION "
-                    "bfloat16 or float32"
-                )
+                raise self._not_finite(f"{what} are NaN or infinite", one)
+
+    def _not_finite(self, what: str, one: EncodedImage) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what} for {one.name} at iteration {self.trainer.iter}; this step was not saved. Weights that diverged "
+            "need a lower SOLVER.BASE_LR, an overflow needs MODEL.SPAR.PRECISION bfloat16 or float32"
+        )

@@ -116,10 +116,20 @@ class Checkpoints(PeriodicCheckpointer):
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int, keep: int = 0) -> None:
-        super().__init__(checkpointer, period, max_to_keep=keep or None)
-        # Those of the run that is resumed count too.
-        written = Path(checkpointer.save_dir).glob(f"{self.file_prefix}_[0-9]*.pth")
-        self.recent_checkpoints = sorted(str(path) for path in written)
+        super().__init__(checkpointer, period)
+        self.keep = keep
+
+    def before_train(self) -> None:
+        super().before_train()
+        trainer, final = self.trainer, f"{self.file_prefix}_final"
+        if trainer.start_iter < trainer.max_iter:
+            return
+        # No step is left. A run that was killed between its last two checkpoints still needs the final one, with the
+        # number of the step it is of.
+        trainer.iter = trainer.start_iter - 1
+        if Path(self.checkpointer.get_checkpoint_file()).stem != final:
+            self.checkpointer.save(final, iteration=trainer.iter)
+        self._remove_old()
 
     def after_step(self) -> None:
         try:
@@ -128,6 +138,19 @@ class Checkpoints(PeriodicCheckpointer):
             if self.trainer.iter + 1 >= self.trainer.max_iter:
                 raise
             logger.error("Training goes on without a checkpoint: %s", error)
+        else:
+            if (self.trainer.iter + 1) % self.period == 0:
+                self._remove_old()
+
+    def _remove_old(self) -> None:
+        """As the folder shows them: no list outlives a run that is killed."""
+        if not self.keep or not self.checkpointer.save_to_disk:
+            return
+        paths = Path(self.checkpointer.save_dir).glob(f"{self.file_prefix}_[0-9]*.pth")
+        written = {int(path.stem.split("_")[-1]): path for path in paths}
+        # Later ones are of a run before, and not in the way.
+        for iteration in sorted(i for i in written if i <= self.trainer.iter)[: -self.keep]:
+            written[iteration].unlink(missing_ok=True)
 
 
 def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.PathLike) -> None:

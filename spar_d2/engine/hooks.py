@@ -45,16 +45,21 @@ class StepSeed(HookBase):
 class DistillationPrinter(EventWriter):
     """Writes to the log what Detectron2's own line leaves out: how near the student is, and how fast it goes."""
 
+    _written = -1
+
     def write(self) -> None:
         storage = get_event_storage()
+        latest = max((step for name, (_, step) in storage.latest().items() if name.startswith("distill/")), default=-1)
+        if latest <= self._written:
+            return
+        self._written = latest
         shown = {"cosine": "{:.4f}", "images_per_second": "{:.3g}", "windows_per_second": "{:.4g}"}
         parts = [
             f"{name}: {form.format(storage.history(f'distill/{name}').median(20))}"
             for name, form in shown.items()
             if f"distill/{name}" in storage.histories()
         ]
-        if parts:
-            logger.info(" iter: %d  %s", storage.iter, "  ".join(parts))
+        logger.info(" iter: %d  %s", latest, "  ".join(parts))
 
 
 class ProgressBar(HookBase):

@@ -10,7 +10,6 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from spar_d2.encoders import find_encoder
 from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
 from spar_d2.teacher import SlidingWindowTeacher
 from spar_d2.visualization import draw_panels, shared_pca_colours
@@ -54,12 +53,10 @@ class FeaturePictures(HookBase):
     def _draw(self) -> None:
         if self._image is None:
             self._image = self.load()["image"]
-        seen: list[torch.Tensor] = []
-        handle = find_encoder(self.model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        features = self.model.encode(self._image)
-        handle.remove()
+        x = self.model.encoder_input(self._image)
         if self._target is None:
-            self._target = self.teacher(seen[0])[0].cpu()
+            self._target = self.teacher(x)[0].cpu()
+        features = self.model.backbone.encoder(x)[0]
         colours = [part.numpy() for part in shared_pca_colours([self._target, features.cpu()])]
         image = self._image.numpy().transpose(1, 2, 0)
         row = [image[..., ::-1] if self.channels == "BGR" else image, *colours]

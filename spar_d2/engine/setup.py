@@ -37,7 +37,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     if flags:
         raise ValueError(f"{flags[0]} comes after the first KEY VALUE pair: flags go before the pairs")
     if not config_file:
-        raise ValueError("--config-file is needed, for example configs/distill/openclip_vit_b_16.yaml")
+        raise ValueError("--config-file is needed, for example configs/distill/openclip_vit_b_16_sampled.yaml")
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"--config-file: there is no file {config_file}")
     try:

@@ -24,6 +24,7 @@ from spar_d2.data.loader import PhotoLoader
 from spar_d2.distillation import DistillationHook
 from spar_d2.encoders.base import PRECISIONS
 from spar_d2.engine.averaging import WeightAverage
+from spar_d2.engine.caching import check_room
 from spar_d2.engine.checkpoint import Checkpointer, Checkpoints
 from spar_d2.engine.comparison import build_teacher_encode
 from spar_d2.engine.data import build_photo_loader
@@ -79,6 +80,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.register_hooks(self.build_hooks())
+        self._check_cache()
         self._set_seed(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -128,6 +130,11 @@ class Trainer(DefaultTrainer):
     def _module(self) -> nn.Module:
         """The model itself, where several processes wrap it."""
         return getattr(self.model, "module", self.model)
+
+    def _check_cache(self) -> None:
+        caches = [hook.cache for hook in self._hooks if isinstance(hook, DistillationHook)]
+        if comm.is_main_process() and isinstance(self.data_loader, PhotoLoader) and caches and caches[0]:
+            check_room(self.data_loader.dataset, caches[0])
 
     def _set_seed(self, seed: int) -> None:
         self.seed = seed

@@ -171,6 +171,11 @@ class OpenVocabularySegmentor(nn.Module):
         """Dense features as inference uses them: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (D, h, w)."""
         return self._encode(self._normalise(image))
 
+    def encoder_input(self, image: torch.Tensor) -> torch.Tensor:
+        """What the encoder is given for an image: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (1, 3, H, W)."""
+        x = self._normalise(image)[None]
+        return x if self.backbone.pixels is None else self.backbone.pixels(x)
+
     def _normalise(self, image: torch.Tensor) -> torch.Tensor:
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f'"image" must be (3, H, W), in the order of INPUT.FORMAT; got {tuple(image.shape)}')

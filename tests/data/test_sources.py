@@ -1,6 +1,8 @@
 import io
 import logging
 import os
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -281,3 +283,22 @@ def test_a_source_that_may_not_be_read_is_an_error(photo_folder, shard, locked):
     for path in locked:
         with pytest.raises(ValueError, match=f"{KEY}.*{path} cannot be read: .*Permission denied"):
             find_photos(path)
+
+
+AS_ANOTHER_USER = """
+import os
+from spar_d2.data.sources import find_photos
+os.setuid(65534)
+try:
+    find_photos({folder!r})
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs to become another user")
+def test_a_folder_of_another_user(photo_folder):
+    photo_folder.chmod(0o700)
+    code = AS_ANOTHER_USER.format(folder=str(photo_folder))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith(f"SPAR.DATA.IMAGES: {photo_folder} cannot be read"), done.stderr

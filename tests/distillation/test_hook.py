@@ -11,34 +11,13 @@ from torch import nn
 
 from processes import run_in_two_processes
 from reference import SHARED, example_encoder, reference_image
+from small_trainers import as_tensor, trainer_for
 from spar_d2.distillation import DistillationHook
 from spar_d2.encoders import FAMILIES
 from spar_d2.teacher import SlidingWindowTeacher
 
 # Losses of the authors' recipe on the reference model: before the first step, and after each.
 REFERENCE_LOSSES = [0.485915, 0.479970, 0.474122, 0.468373, 0.462722, 0.457169]
-
-
-class Recorder(SimpleTrainer):
-    """Keeps the losses of every step."""
-
-    def run_step(self):
-        super().run_step()
-        self.losses = [*getattr(self, "losses", []), self.storage.latest()["total_loss"][0]]
-
-
-def trainer_for(cfg, images, hook, kind=Recorder, lr=2e-5):
-    model = build_model(cfg)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=1e-4)
-    data = [[{"image": image} for image in images]] * 50
-    trainer = kind(model, data, optimizer)
-    trainer.register_hooks([hook])
-    return trainer
-
-
-def as_tensor(image):
-    return torch.from_numpy(image).permute(2, 0, 1)
 
 
 @pytest.mark.skipif(not (SHARED / "golden" / "RULES.md").is_file(), reason="no rules of the reference numbers")

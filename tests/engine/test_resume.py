@@ -1,0 +1,146 @@
+"""A run that is stopped and resumed ends as if it had not been; so does one in two processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+
+from reference import ROOT
+from spar_d2.engine.trainer import STUDENT_FILE, Trainer
+
+
+@pytest.fixture
+def cfg(tiny_cfg, photo_folder):
+    tiny_cfg.SPAR.DATA.IMAGES = str(photo_folder)
+    tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 2
+    tiny_cfg.SPAR.EMA_DECAY = 0.8
+    tiny_cfg.SOLVER.MAX_ITER = 8
+    tiny_cfg.SOLVER.CHECKPOINT_PERIOD = 3
+    tiny_cfg.SOLVER.IMS_PER_BATCH = 2
+    tiny_cfg.SOLVER.BASE_LR = 1e-3
+    tiny_cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
+    tiny_cfg.SOLVER.WARMUP_ITERS = 2
+    return tiny_cfg
+
+
+def train(cfg, folder, resume=False, stop_at=None) -> dict:
+    """Final checkpoint of a run, which may be stopped after an iteration and is not resumed here."""
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR = str(folder)
+    os.makedirs(folder, exist_ok=True)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    if stop_at is not None:
+        trainer.register_hooks([Crash(stop_at)])
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        return {}
+    trainer.train()
+    return torch.load(folder / "model_final.pth", weights_only=True)
+
+
+class Crash(HookBase):
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            raise ZeroDivisionError
+
+
+def assert_equal(first, second, path="checkpoint"):
+    assert type(first) is type(second), path
+    if isinstance(first, dict):
+        assert list(first) == list(second), path
+        for key in first:
+            assert_equal(first[key], second[key], f"{path}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), path
+        for number, pair in enumerate(zip(first, second)):
+            assert_equal(*pair, f"{path}[{number}]")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), path
+    else:
+        assert first == second, path
+
+
+@pytest.mark.parametrize("seed", [3, -1])
+@pytest.mark.parametrize("mode", ["sampled", "cached", "bfloat16"])
+def test_bit_for_bit(cfg, tmp_path, mode, seed, monkeypatch):
+    if mode == "cached":
+        cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 0
+        cfg.SPAR.DATA.FROZEN = True
+        cfg.SPAR.TEACHER.CACHE_DIR = str(tmp_path / "cache")
+    if mode == "bfloat16":
+        cfg.SOLVER.AMP.ENABLED = True
+        cfg.MODEL.SPAR.PRECISION = "bfloat16"
+    cfg.SEED = seed
+    if seed < 0:  # the run that is compared with must draw the same; a resumed one takes it from its checkpoint
+        monkeypatch.setattr("detectron2.utils.comm.shared_random_seed", lambda: 1234)
+    through = train(cfg, tmp_path / "through")
+    train(cfg, tmp_path / "stopped", stop_at=7)
+    monkeypatch.setattr("detectron2.utils.comm.shared_random_seed", lambda: 99)
+    resumed = train(cfg, tmp_path / "stopped", resume=True)
+    if mode == "cached":  # what was kept before the stop is not encoded again
+        for state in (through, resumed):
+            del state["trainer"]["hooks"]["DistillationHook"]
+    assert_equal(through, resumed)
+    students = [(tmp_path / name / STUDENT_FILE).read_bytes() for name in ("through", "stopped")]
+    assert students[0] == students[1]
+    assert through["trainer"]["hooks"]["WeightAverage"]["averages"]
+
+
+def test_other_seeds_train_otherwise(cfg, tmp_path):
+    first = train(cfg, tmp_path / "a")["model"]
+    cfg.SEED = 4
+    assert any(not torch.equal(value, first[name]) for name, value in train(cfg, tmp_path / "b")["model"].items())
+
+
+def command(cfg, folder, *launcher) -> subprocess.CompletedProcess:
+    """The command line, with the config as a file."""
+    config = folder / "config.yaml"
+    folder.mkdir()
+    config.write_text(cfg.dump())
+    arguments = ["--config-file", str(config), "OUTPUT_DIR", str(folder / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *launcher, str(ROOT / "tools" / "train_net.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+
+
+@pytest.mark.parametrize("average", ["image", "cell"])
+def test_two_processes_under_torchrun_train_as_one(cfg, tmp_path, average):
+    """Sums are taken in another order, so that float32 weights differ by rounding: by 1e-6 at most.
+
+    With SGD: for weights whose true gradient is zero (a key's bias), Adam scales up the rounding alone.
+    """
+    cfg.SOLVER.MAX_ITER = 4
+    cfg.SPAR.OPTIMIZER = "SGD"
+    cfg.SOLVER.BASE_LR = 1.0
+    cfg.SPAR.DISTILL.AVERAGE = average
+    alone = train(cfg, tmp_path / "alone")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = command(cfg, tmp_path / "two", *launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = torch.load(tmp_path / "two" / "run" / "model_final.pth", weights_only=True)
+    assert together["iteration"] == alone["iteration"] == 3
+    start = Trainer.build_model(cfg).state_dict()
+    moved = max((value - start[name]).abs().max().item() for name, value in alone["model"].items())
+    assert moved > 0.01
+    for name, value in alone["model"].items():
+        torch.testing.assert_close(together["model"][name], value, rtol=0, atol=1e-6)
+    assert (tmp_path / "two" / "run" / STUDENT_FILE).is_file()
+
+
+def test_flags_of_processes_are_refused_under_torchrun(cfg, monkeypatch):
+    from spar_d2.engine.launch import check_launch
+
+    with pytest.raises(ValueError, match="under torchrun leave --num-gpus"):
+        check_launch(2, 1, 0, under_torchrun=True)

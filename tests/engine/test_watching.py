@@ -1,0 +1,174 @@
+"""What a user sees of a run, and how it ends when something is wrong."""
+
+import logging
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from spar_d2.data.datasets import SCENE_SPLITS
+from spar_d2.engine.checkpoint import UnsavedError
+from spar_d2.engine.trainer import STUDENT_FILE, Trainer
+
+
+@pytest.fixture
+def cfg(tiny_cfg, photo_folder):
+    tiny_cfg.SPAR.DATA.IMAGES = str(photo_folder)
+    tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 2
+    tiny_cfg.SOLVER.MAX_ITER = 4
+    tiny_cfg.SOLVER.IMS_PER_BATCH = 2
+    tiny_cfg.SOLVER.BASE_LR = 1e-3
+    os.makedirs(tiny_cfg.OUTPUT_DIR)
+    return tiny_cfg
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_pictures_of_one_image_in_shared_colours(cfg, channels):
+    cfg.SPAR.PICTURE_PERIOD = 3
+    cfg.INPUT.FORMAT = channels
+    trainer = Trainer(cfg)
+    trainer.train()
+    folder = Path(cfg.OUTPUT_DIR) / "pictures"
+    assert names(folder) == ["iter_0000002.png", "iter_0000003.png"]
+    for path in folder.iterdir():
+        with Image.open(path) as picture:
+            assert min(picture.size) > 200
+    events = [path for path in Path(cfg.OUTPUT_DIR).iterdir() if path.name.startswith("events")]
+    assert b"distill/teacher_student" in events[0].read_bytes()
+
+
+def test_the_log_and_the_metrics_have_what_is_watched(cfg, caplog):
+    with caplog.at_level(logging.INFO):
+        Trainer(cfg).train()
+    (line,) = [r.getMessage() for r in caplog.records if "cosine:" in r.getMessage()]
+    for word in ("iter: 3", "images_per_second:", "windows_per_second:"):
+        assert word in line
+    metrics = (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text()
+    for name in ("total_loss", "eta_seconds", "distill/cosine", "distill/windows_encoded", "lr"):
+        assert f'"{name}"' in metrics
+
+
+def test_periodic_evaluation_changes_no_training(cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    monkeypatch.setitem(SCENE_SPLITS, "tune", (202, 1))
+    weights = []
+    for period, folder in ((0, "a"), (2, "b")):
+        cfg.OUTPUT_DIR = str(tmp_path / folder)
+        cfg.TEST.EVAL_PERIOD = period
+        cfg.DATASETS.TEST = ("spar_scenes_tune",) if period else ()
+        os.makedirs(cfg.OUTPUT_DIR)
+        trainer = Trainer(cfg)
+        trainer.train()
+        weights.append(trainer._module.backbone.encoder.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    evaluations = (tmp_path / "b" / "metrics.json").read_text().count('"sem_seg/mIoU"')
+    assert evaluations == 2
+
+
+def test_the_average_is_what_is_evaluated_and_written(cfg, tiny_model):
+    from safetensors.torch import load_file
+
+    cfg.SPAR.EMA_DECAY = 0.5
+    trainer = Trainer(cfg)
+    trainer.train()
+    student = load_file(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
+    own = trainer._module.backbone.encoder.state_dict()
+    name = "visual.transformer.resblocks.2.mlp.c_fc.weight"
+    average = next(h for h in trainer._hooks if type(h).__name__ == "WeightAverage")
+    with average.applied():
+        torch.testing.assert_close(student[name], own[name])
+    assert not torch.allclose(student[name], own[name], rtol=0, atol=1e-6)
+
+
+def test_features_that_are_not_finite_stop_before_anything_is_saved(cfg, capsys, caplog):
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    trainer = Trainer(cfg)
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if p.requires_grad).fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match=r"the student's features are NaN or infinite for .*photos/.*jpe?g"):
+        trainer.train()
+    assert not [name for name in names(cfg.OUTPUT_DIR) if name.endswith((".pth", ".safetensors"))]
+    assert "Traceback" not in caplog.text
+
+
+def test_only_the_latest_checkpoints_are_kept(cfg):
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    cfg.SPAR.KEEP_CHECKPOINTS = 2
+    Trainer(cfg).train()
+    kept = [name for name in names(cfg.OUTPUT_DIR) if name.endswith(".pth")]
+    assert kept == ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
+
+
+@pytest.fixture
+def no_room():
+    """Files of this process cannot grow beyond 100 kB, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_does_not_fit_stops_only_at_the_end(cfg, no_room, caplog):
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    trainer = Trainer(cfg)
+    with pytest.raises(UnsavedError, match=r"could not be written, .* GiB are free there.*--resume"):
+        trainer.train()
+    assert trainer.iter == 3, "the one after two steps did not stop it"
+    assert "Training goes on without a checkpoint" in caplog.text
+    assert not [name for name in names(cfg.OUTPUT_DIR) if ".tmp" in name or name.endswith(".pth")]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(cfg, no_room):
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
+    cfg.SOLVER.MAX_ITER = 2
+    Trainer(cfg).train()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    cfg.SOLVER.MAX_ITER = 4
+    stopped = Trainer(cfg)
+    stopped.resume_or_load(resume=True)
+    with pytest.raises(UnsavedError):
+        stopped.train()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
+    again = Trainer(cfg)
+    again.resume_or_load(resume=True)
+    assert again.start_iter == 2
+    again.train()
+    assert os.path.isfile(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
+
+
+def test_damaged_photos_are_named_and_stop_it_beyond_the_limit(cfg, photo_folder, caplog):
+    (photo_folder / "ruined.png").write_bytes(b"ruined")
+    Trainer(cfg).train()
+    assert caplog.text.count("ruined.png") == 1
+    cfg.SPAR.DATA.MAX_DAMAGED = 0
+    with pytest.raises(RuntimeError, match=r"MAX_DAMAGED"):
+        Trainer(cfg).train()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["SPAR.ACCUMULATION_STEPS", 3], r"SOLVER\.IMS_PER_BATCH must be a multiple of 1 processes times .* 3, got 2"),
+        (["SPAR.ACCUMULATION_STEPS", 0], r"SPAR\.ACCUMULATION_STEPS must be at least 1"),
+        (["SPAR.ACCUMULATION_STEPS", 2, "SPAR.DISTILL.AVERAGE", "cell"], r'SPAR\.DISTILL\.AVERAGE "cell" needs'),
+        (["SPAR.DISTILL.AVERAGE", "pixel"], r"SPAR\.DISTILL\.AVERAGE"),
+        (["SPAR.EMA_DECAY", 1.0], r"SPAR\.EMA_DECAY"),
+        (["SPAR.KEEP_CHECKPOINTS", -1], r"SPAR\.KEEP_CHECKPOINTS"),
+        (["SPAR.PICTURE_PERIOD", -1], r"SPAR\.PICTURE_PERIOD"),
+        (["SPAR.DATA.MAX_DAMAGED", -1], r"SPAR\.DATA\.MAX_DAMAGED"),
+        (["SPAR.TEACHER.PRECISION", "int8"], r"SPAR\.TEACHER\.PRECISION"),
+    ],
+)
+def test_wrong_keys_are_named(cfg, keys, message):
+    cfg.merge_from_list(keys)
+    with pytest.raises(ValueError, match=message):
+        Trainer(cfg)
