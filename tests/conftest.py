@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import open_clip
 import pytest
 
 from reference import ROOT, TINY_CONFIG, fill_with_reference, reference_image
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """What a tool sets up for its own process writes to streams that end with the test."""
+    loggers = [logging.getLogger(name) for name in ("spar_d2", "detectron2", "fvcore")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,17 @@
 #!/usr/bin/env python
-"""Measure how fast the package is and how much memory it takes; needs no Detectron2."""
+"""Measure how fast the package is and how much memory it takes; only "loading" needs Detectron2."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from spar_d2.benchmark import encoders, teacher
 from spar_d2.benchmark.measure import describe_machine
@@ -17,11 +19,14 @@ from spar_d2.encoders import describe_encoder
 from spar_d2.encoders.base import PRECISIONS
 from spar_d2.encoders.registry import find_family
 from spar_d2.errors import readable_errors
+from spar_d2.files import replacing
 
 ENCODERS = ["ViT-B-16", "ViT-B-16-SigLIP2-512", "vit_base_patch16_dinov3"]
 DINOTXT = "dinov3_vitl16_dinotxt_tet1280d20h24l"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH_SIZES = {"cpu": 32, "cuda": 128}
+SAMPLED = Path(__file__).resolve().parents[1] / "configs" / "distill" / "openclip_vit_b_16_sampled.yaml"
+PHOTOS = 16
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,6 +63,21 @@ def parse_args() -> argparse.Namespace:
     add("--baseline-batch-size", type=int, default=8, metavar="N", help=baseline)
     add("--windows", type=int, metavar="N", help="encode only the first N of each image (default: all)")
     add_shared(command)
+
+    command = commands.add_parser(
+        "loading",
+        help="reading and augmenting photos beside training on them; needs Detectron2",
+        description="How fast photos are read and augmented, without a model and in a training (random weights), for "
+        "several numbers of loading processes, as a table.",
+    )
+    command.set_defaults(run=run_loading)
+    add = command.add_argument
+    add("--config-file", default=str(SAMPLED), metavar="FILE", help="the training (default: %(default)s)")
+    add("--images", default="", metavar="FOLDER", help="photos (default: JPEGs of 2250x1500, drawn for the occasion)")
+    add("--workers", type=int, nargs="+", default=[0, 2], metavar="N", help="processes (default: %(default)s)")
+    add("--steps", type=int, default=20, metavar="N", help="of training (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override")
     return parser.parse_args()
 
 
@@ -113,8 +133,31 @@ def run_teacher(args: argparse.Namespace) -> None:
     teacher.TABLE.show(f"{title(args)}; {settings}", measurements, total, args.output)
 
 
+def run_loading(args: argparse.Namespace) -> None:
+    # The other parts work without Detectron2.
+    from spar_d2.engine import loading
+    from spar_d2.engine.setup import load_config
+
+    if args.steps < 2 or min(args.workers) < 0:
+        raise ValueError(f"--steps must be at least 2 and --workers 0, got {args.steps} and {min(args.workers)}")
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = ["MODEL.SPAR.PRETRAINED", "", "SPAR.DATA.IMAGES", args.images or folder, "SEED", 0]
+        cfg = load_config(args.config_file, [*overrides, *args.opts])
+        if not args.images:
+            list(tqdm(loading.draw_photos(Path(folder), PHOTOS), total=PHOTOS, desc="drawing photos", leave=False))
+        args.device = cfg.MODEL.DEVICE
+        lines = [f"{title(args)}; {Path(args.config_file).name} {' '.join(args.opts)}".rstrip(), "", *loading.HEAD]
+        print("\n".join(lines), flush=True)
+        for workers in args.workers:
+            lines.append(loading.measure_loading(cfg, workers, args.steps).row())
+            print(lines[-1], flush=True)
+    if args.output:
+        with replacing(args.output) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def title(args: argparse.Namespace) -> str:
-    compiled = ", our blocks compiled" if args.compile else ""
+    compiled = ", our blocks compiled" if getattr(args, "compile", False) else ""
     machine = describe_machine(torch.device(args.device))
     return f"{machine}; torch {torch.__version__}{compiled}; {datetime.date.today()}"
 

@@ -111,10 +111,31 @@ def test_traceback_on_request(benchmark, monkeypatch):
         benchmark("encoders", "--sizes", "0")
 
 
-def test_uses_only_rooms_that_need_no_detectron2():
-    tree = ast.parse((ROOT / "tools" / "benchmark.py").read_text())
-    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+def test_starts_with_only_rooms_that_need_no_detectron2():
+    """What one part alone needs it imports itself."""
+    top = ast.parse((ROOT / "tools" / "benchmark.py").read_text()).body
+    modules = {node.module for node in top if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     assert "detectron2" not in {module.split(".")[0] for module in modules}
     used = {module.split(".")[1] for module in modules if module.startswith("spar_d2.")}
     assert used <= {"benchmark", "encoders", "errors", "files"}
+
+
+def test_loading_beside_training(benchmark, tiny_cfg, photo_folder, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(tiny_cfg.dump())
+    options = ["--config-file", str(tmp_path / "config.yaml"), "--images", str(photo_folder), "--steps", "4"]
+    benchmark("loading", *options, "--workers", "0", "1", "--output", str(tmp_path / "table.md"))
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = [[cell.strip(" %") for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:]]
+    assert [row[0] for row in rows] == ["0", "1"]
+    for _, _, alone, training, waiting in rows:
+        assert float(alone) > 0
+        assert float(training) > 0
+        assert 0 <= float(waiting) < 100
+
+
+def test_wrong_numbers_for_loading_are_named(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark("loading", "--steps", "1")
+    assert "--steps must be at least 2" in capsys.readouterr().err
