@@ -71,6 +71,7 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
     photos = build_photos(cfg, seed=0)
     model = build_model(cfg).eval()
     cache = TargetCache(cfg.SPAR.TEACHER.CACHE_DIR, teacher_from_config(cfg))
+    _check_writable(cache)
     check_room(photos, cache, stop=True)
     filled = Filled()
     numbers = range(share, len(photos), shares)
@@ -85,11 +86,15 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
             cache.target(image)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} for {record['file_name']}; nothing was kept of it") from error
-        if not cache.writable:
-            raise RuntimeError(f"SPAR.TEACHER.CACHE_DIR: {cache.folder} cannot be written to, see the warning above")
+        _check_writable(cache)
         filled.found += cache.hits - hits
         filled.computed += hits == cache.hits
     return filled
+
+
+def _check_writable(cache: TargetCache) -> None:
+    if not cache.writable:
+        raise RuntimeError(f"SPAR.TEACHER.CACHE_DIR: {cache.folder} cannot be written to, see the warning above")
 
 
 def check_room(photos: PhotoDataset, cache: TargetCache, stop: bool = False) -> None:
@@ -100,6 +105,8 @@ def check_room(photos: PhotoDataset, cache: TargetCache, stop: bool = False) -> 
     Args:
         stop: where there is too little, raise ``RuntimeError`` instead of warning.
     """
+    if not cache.writable:
+        return
     step = max(1, len(photos) // _SAMPLED)
     numbers = range(0, len(photos), step)
     sizes = [_entry_bytes(photos[Draw(n, 0, n)]["image"].shape[-2:], cache.teacher.encoder) for n in numbers]

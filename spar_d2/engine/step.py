@@ -81,8 +81,8 @@ class Step(SimpleTrainer):
 
     def _check_gradients(self, data: list[dict]) -> None:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self.scaler.is_enabled():
-            return  # it leaves out such steps and lowers its factor
+        if self.scaler.is_enabled() or not gradients:
+            return  # a scaler leaves out such steps and lowers its factor
         # One number, so that a GPU is waited for once.
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
         if not norm.isfinite():

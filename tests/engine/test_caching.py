@@ -54,6 +54,23 @@ def test_too_little_room_is_said_before_anything_is_computed(cfg, monkeypatch, c
     assert "will be encoded in every epoch" in caplog.text
 
 
+def test_a_cache_that_cannot_be_written_to_stops_filling_but_no_training(cfg, monkeypatch, caplog):
+    fill_cache(cfg, 0, 2, show=False)
+    cfg.SPAR.TEACHER.STRIDE = 16  # another teacher has no folder there yet
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.mkdir", refuse)
+        with pytest.raises(RuntimeError, match="cannot be written to"):
+            fill_cache(cfg, show=False)
+        trainer = Trainer(cfg)
+    trainer.train()
+    assert "nothing more is written" in caplog.text
+    assert not hook_of(trainer).cache.folder.exists()
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
