@@ -69,3 +69,30 @@ def photo_folder(tmp_path) -> Path:
     for index, (name, height, width) in enumerate((("a.jpg", 70, 100), ("b.JPG", 128, 96), ("more/c.jpeg", 90, 90))):
         Image.fromarray(reference_image(height, width, index)).save(folder / name)
     return folder
+
+
+@pytest.fixture
+def photo_cfg(tiny_cfg, photo_folder):
+    """Config of a short distillation on those photos, two a step and two windows of each."""
+    tiny_cfg.SPAR.DATA.IMAGES = str(photo_folder)
+    tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 2
+    tiny_cfg.SOLVER.MAX_ITER = 4
+    tiny_cfg.SOLVER.IMS_PER_BATCH = 2
+    tiny_cfg.SOLVER.BASE_LR = 1e-3
+    Path(tiny_cfg.OUTPUT_DIR).mkdir()
+    return tiny_cfg
+
+
+@pytest.fixture
+def panoptic_cfg(tiny_model):
+    """Detectron2's own PanopticFPN over the tiny CLIP, on the CPU."""
+    from detectron2 import model_zoo
+    from detectron2.config import get_cfg
+
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"))
+    cfg.MODEL.BACKBONE.NAME = "SPARPyramid"
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED = tiny_model
+    return cfg

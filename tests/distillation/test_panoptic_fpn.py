@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from detectron2 import model_zoo
-from detectron2.config import get_cfg
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -16,13 +14,8 @@ ITS_OWN = {"loss_sem_seg", "loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box
 
 
 @pytest.fixture
-def cfg(tiny_model):
-    cfg = get_cfg()
-    cfg.merge_from_file(model_zoo.get_config_file("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"))
-    cfg.MODEL.BACKBONE.NAME = "SPARPyramid"
-    cfg.MODEL.WEIGHTS = ""
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED = tiny_model
+def cfg(panoptic_cfg):
+    cfg = panoptic_cfg
     # Its own heads, narrower, for time.
     cfg.MODEL.SPAR.PYRAMID_CHANNELS = cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 32
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 64

@@ -13,17 +13,13 @@ from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 
 
 @pytest.fixture
-def cfg(tiny_cfg, photo_folder):
-    tiny_cfg.SPAR.DATA.IMAGES = str(photo_folder)
-    tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 2
-    tiny_cfg.SPAR.EMA_DECAY = 0.8
-    tiny_cfg.SOLVER.MAX_ITER = 8
-    tiny_cfg.SOLVER.CHECKPOINT_PERIOD = 3
-    tiny_cfg.SOLVER.IMS_PER_BATCH = 2
-    tiny_cfg.SOLVER.BASE_LR = 1e-3
-    tiny_cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
-    tiny_cfg.SOLVER.WARMUP_ITERS = 2
-    return tiny_cfg
+def cfg(photo_cfg):
+    photo_cfg.SPAR.EMA_DECAY = 0.8
+    photo_cfg.SOLVER.MAX_ITER = 8
+    photo_cfg.SOLVER.CHECKPOINT_PERIOD = 3
+    photo_cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
+    photo_cfg.SOLVER.WARMUP_ITERS = 2
+    return photo_cfg
 
 
 def train(cfg, folder, resume=False, stop_at=None) -> dict:

@@ -12,14 +12,8 @@ from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 
 
 @pytest.fixture
-def cfg(tiny_cfg, photo_folder):
-    tiny_cfg.SPAR.DATA.IMAGES = str(photo_folder)
-    tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 2
-    tiny_cfg.SOLVER.MAX_ITER = 4
-    tiny_cfg.SOLVER.IMS_PER_BATCH = 2
-    tiny_cfg.SOLVER.BASE_LR = 1e-3
-    os.makedirs(tiny_cfg.OUTPUT_DIR)
-    return tiny_cfg
+def cfg(photo_cfg):
+    return photo_cfg
 
 
 def test_distils_photos_into_a_student_file(cfg, tiny_model):

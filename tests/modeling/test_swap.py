@@ -2,23 +2,12 @@
 
 import pytest
 import torch
-from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 SIZE = (203, 331)
-
-
-def panoptic_cfg(tiny_model):
-    cfg = get_cfg()
-    cfg.merge_from_file(model_zoo.get_config_file("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"))
-    cfg.MODEL.BACKBONE.NAME = "SPARPyramid"
-    cfg.MODEL.WEIGHTS = ""
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED = tiny_model
-    return cfg
 
 
 def labelled_image() -> dict:
@@ -34,9 +23,9 @@ def labelled_image() -> dict:
     return {"image": image, "instances": instances, "sem_seg": torch.randint(0, 54, SIZE), "height": 203, "width": 331}
 
 
-def test_panoptic_fpn_runs_forward_and_trains_a_step(tiny_model):
+def test_panoptic_fpn_runs_forward_and_trains_a_step(panoptic_cfg):
     torch.manual_seed(0)
-    model = build_model(panoptic_cfg(tiny_model))
+    model = build_model(panoptic_cfg)
     record = labelled_image()
     with torch.no_grad():
         output = model.eval()([record])[0]
@@ -59,7 +48,7 @@ def test_panoptic_fpn_runs_forward_and_trains_a_step(tiny_model):
     assert any("simfp" in name for name in changed)
 
 
-def test_other_frameworks_configs_know_the_keys(tiny_model, tmp_path):
+def test_other_frameworks_configs_know_the_keys(tmp_path):
     (tmp_path / "c.yaml").write_text("MODEL:\n  SPAR:\n    TRAINABLE: none\n  BACKBONE:\n    NAME: SPARPyramid\n")
     cfg = get_cfg()
     cfg.merge_from_file(str(tmp_path / "c.yaml"))
