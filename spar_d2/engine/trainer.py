@@ -85,6 +85,8 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         cfg, distil = self.cfg, self.cfg.SPAR.DISTILL.ENABLED
+        if distil and not cfg.MODEL.SPAR.PRETRAINED:
+            logger.warning("MODEL.SPAR.PRETRAINED is empty: the teacher has random weights, which teach nothing of use")
         distillation = DistillationHook(cfg) if distil else None
         average = WeightAverage(self._module, cfg.SPAR.EMA_DECAY) if cfg.SPAR.EMA_DECAY else None
         applied = average.applied if average else contextlib.nullcontext

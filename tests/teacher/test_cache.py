@@ -47,7 +47,11 @@ def test_images_of_other_pixels_have_other_names(image):
     own = image_identity(image, encoder)
     nudged = image.clone()
     nudged[1, 5, 7] += 0.5 / 255 / encoder.pixel_std[1]
-    others = [nudged, image.flip(-1), image[:, :, :-1], image.transpose(1, 2), image.reshape(3, 120, 100)]
+    far = image * 100  # more than any pixel
+    further = far.clone()
+    further[0, 0, 0] += 2**16 / (255 * 64)
+    assert image_identity(far, encoder) != image_identity(further, encoder)
+    others = [nudged, far, image.flip(-1), image[:, :, :-1], image.transpose(1, 2), image.reshape(3, 120, 100)]
     assert own not in [image_identity(other.contiguous(), encoder) for other in others]
 
 
@@ -192,3 +196,32 @@ def test_a_cache_belongs_to_the_weights_it_was_opened_with(tmp_path):
     encoder = reference_encoder("openclip-tiny")
     own = TargetCache(tmp_path, SlidingWindowTeacher(encoder, stride=24))
     assert own.folder == TargetCache(tmp_path, SlidingWindowTeacher(encoder, stride=24)).folder
+
+
+SHARED = """
+import torch
+from reference import example_encoder
+from spar_d2.teacher import SlidingWindowTeacher, TargetCache
+torch.manual_seed(0)
+cache = TargetCache({folder!r}, SlidingWindowTeacher(example_encoder("open_clip ViT"), stride=24))
+images = [torch.randn(3, 100, 120, generator=torch.Generator().manual_seed(i)) for i in range(12)]
+print(sum(cache.target(image).isfinite().all().item() for _ in range(2) for image in images), cache.hits + cache.misses)
+"""
+
+
+def test_two_runs_share_a_cache(tmp_path):
+    tests = os.path.dirname(os.path.dirname(__file__))
+    code = SHARED.format(folder=str(tmp_path / "cache"))
+    start = [sys.executable, "-W", "ignore", "-c", code]
+    runs = [subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tests) for _ in "ab"]
+    for run in runs:
+        output, errors = run.communicate(timeout=120)
+        assert output.split() == ["24", "24"], errors
+        assert "again" not in errors
+    cache = TargetCache(tmp_path / "cache", make_teacher())
+    files = [path for path in cache.folder.rglob("*") if path.is_file()]
+    assert len(files) == 12
+    assert all(path.suffix == ".safetensors" and not path.name.startswith(".") for path in files)
+    for seed in range(12):
+        image = torch.randn(3, 100, 120, generator=torch.Generator().manual_seed(seed))
+        assert cache.read(image) is not None
