@@ -46,7 +46,7 @@ def test_teacher_table_is_printed_and_written(benchmark, tmp_path, capsys):
     text = output.read_text()
     assert text == capsys.readouterr().out
     title, _, head, _, *rows = text.splitlines()
-    assert torch.__version__ in title and title.endswith("; stride 20, batches of 32 (straightforward: 8)")
+    assert torch.__version__ in title and title.endswith("; stride 20, batches of 8 (straightforward: 8)")
     assert head.startswith("| encoder | precision | size | windows | windows/s | straightforward windows/s | ratio |")
     found = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[:2]]
     assert [row[:4] for row in found] == [[TINY, "bfloat16", "100x90", "4 of 9"], [TINY, "bfloat16", "40x70", "2"]]
