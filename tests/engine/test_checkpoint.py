@@ -101,3 +101,11 @@ def test_checkpoints_of_other_models_are_refused(model, tmp_path):
     torch.save(torch.zeros(3), tmp_path / "bare.pth")
     with pytest.raises(RuntimeError, match="holds no weights but a Tensor"):
         Checkpointer(model).load(str(tmp_path / "bare.pth"))
+
+
+def test_a_checkpoint_that_was_deleted_is_named_with_what_to_do(model, tmp_path):
+    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer.save("model_0000001")
+    (tmp_path / "model_0000001.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"--resume: .*last_checkpoint names model_0000001\.pth.*another"):
+        checkpointer.resume_or_load("", resume=True)
