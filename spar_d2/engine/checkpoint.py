@@ -73,8 +73,8 @@ class Checkpointer(DetectionCheckpointer):
         if path and "://" not in path and not os.path.isfile(path):
             if self.has_checkpoint() and path == self.get_checkpoint_file():
                 raise FileNotFoundError(
-                    f"--resume: {self.save_dir}/last_checkpoint names {os.path.basename(path)}, which is not there; write "
-                    "the name of another checkpoint of that folder into it, or leave --resume out to begin anew"
+                    f"--resume: {self.save_dir}/last_checkpoint names {os.path.basename(path)}, which is not there; "
+                    "write the name of another checkpoint there into it, or leave --resume out to begin anew"
                 )
             raise FileNotFoundError(f"{KEY}: there is no checkpoint {path}")
         return super().load(path, *args, **kwargs)
