@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch.utils.data import DataLoader
 
@@ -11,6 +11,40 @@ from spar_d2.data.photos import PhotoDataset
 from spar_d2.data.sampler import DrawSampler
 
 logger = logging.getLogger(__name__)
+
+
+class Damage:
+    """Counts damaged photos, and names each once in the log.
+
+    Args:
+        most: how many are put up with.
+
+    Attributes:
+        names: of the files met so far.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.names: set[str] = set()
+
+    def add(self, damaged: Mapping[str, str]) -> None:
+        """Count photos, given what is wrong with each by its file's name.
+
+        Raises:
+            RuntimeError: there are too many.
+        """
+        for name, reason in damaged.items():
+            if name in self.names:
+                continue
+            self.names.add(name)
+            # Names of files need not be text, nor one line.
+            shown = reason.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+            logger.warning("Skipped a damaged photo (%d so far): %s", len(self.names), shown)
+            if len(self.names) > self.most:
+                raise RuntimeError(
+                    f"more than {self.most} photos are damaged (SPAR.DATA.MAX_DAMAGED), the last one: {shown}; "
+                    "all are named in the log"
+                )
 
 
 class PhotoLoader:
@@ -25,13 +59,13 @@ class PhotoLoader:
         max_damaged: damaged photos that are put up with.
 
     Attributes:
-        damaged: names of the damaged photos met so far.
+        damage: the damaged photos met so far.
     """
 
     def __init__(self, dataset: PhotoDataset, sampler: DrawSampler, workers: int = 0, max_damaged: int = 100) -> None:
         self.dataset, self.sampler = dataset, sampler
-        self.workers, self.max_damaged = workers, max_damaged
-        self.damaged: set[str] = set()
+        self.workers = workers
+        self.damage = Damage(max_damaged)
 
     def __iter__(self) -> Iterator[list[dict]]:
         """Batches of what the dataset gives, without end, from the sampler's ``start`` on.
@@ -45,20 +79,8 @@ class PhotoLoader:
         )
         for batch in batches:
             for record in batch:
-                self._count(record.pop("damaged"))
+                self.damage.add(record.pop("damaged"))
             yield batch
-
-    def _count(self, damaged: dict[str, str]) -> None:
-        for name, reason in damaged.items():
-            if name in self.damaged:
-                continue
-            self.damaged.add(name)
-            logger.warning("Skipped a damaged photo (%d so far): %s", len(self.damaged), reason)
-            if len(self.damaged) > self.max_damaged:
-                raise RuntimeError(
-                    f"more than {self.max_damaged} photos are damaged (SPAR.DATA.MAX_DAMAGED), the last one: {reason}; "
-                    "all are named in the log"
-                )
 
 
 def _as_it_is(batch: list[dict]) -> list[dict]:

@@ -116,13 +116,18 @@ class DistillationHook(HookBase):
     def after_step(self) -> None:
         if not self._images:
             return
-        storage, processes = get_event_storage(), comm.get_world_size()
         seconds = time.perf_counter() - self._since
-        self._since = time.perf_counter()
-        storage.put_scalar("distill/cosine", self._cosine / self._images)
-        storage.put_scalar("distill/images_per_second", self._images * processes / seconds)
-        storage.put_scalar("distill/windows_per_second", self._windows * processes / seconds)
-        storage.put_scalar("distill/windows_encoded", self.windows_encoded * processes, smoothing_hint=False)
+        # float32 counts windows exactly up to 16 million; those of a whole run are more.
+        sums = torch.tensor([self._cosine, self._images, self._windows, self.windows_encoded], dtype=torch.float64)
+        if comm.get_world_size() > 1:
+            sums = sums.to(next(self.teacher.parameters()).device)
+            torch.distributed.all_reduce(sums)
+        cosine, images, windows, encoded = sums.tolist()
+        storage = get_event_storage()
+        storage.put_scalar("distill/cosine", cosine / images)
+        storage.put_scalar("distill/images_per_second", images / seconds)
+        storage.put_scalar("distill/windows_per_second", windows / seconds)
+        storage.put_scalar("distill/windows_encoded", encoded, smoothing_hint=False)
 
     def after_train(self) -> None:
         for handle in self._handles:
@@ -235,5 +240,6 @@ class DistillationHook(HookBase):
     def _not_finite(self, what: str, one: EncodedImage) -> FloatingPointError:
         return FloatingPointError(
             f"{what} for {one.name} at iteration {self.trainer.iter}; this step was not saved. Weights that diverged "
-            "need a lower SOLVER.BASE_LR, an overflow needs MODEL.SPAR.PRECISION bfloat16 or float32"
+            "need a lower SOLVER.BASE_LR, an overflow needs MODEL.SPAR.PRECISION bfloat16 or float32, and weights "
+            "that are NaN from the start need another MODEL.SPAR.PRETRAINED"
         )

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tqdm import tqdm
 
+from spar_d2.data.loader import Damage
 from spar_d2.data.photos import PhotoDataset
 from spar_d2.data.sampler import Draw
 from spar_d2.encoders import DenseEncoder
@@ -65,7 +66,7 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
 
     Raises:
         ValueError: the config has no cache to fill, or as training with it would.
-        RuntimeError: there is too little room, or the folder cannot be written to.
+        RuntimeError: there is too little room, the folder cannot be written to, or too many photos are damaged.
     """
     check_caching(cfg)
     photos = build_photos(cfg, seed=0)
@@ -73,12 +74,15 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
     cache = TargetCache(cfg.SPAR.TEACHER.CACHE_DIR, teacher_from_config(cfg))
     _check_writable(cache)
     check_room(photos, cache, stop=True)
-    filled = Filled()
+    filled, damage = Filled(), Damage(cfg.SPAR.DATA.MAX_DAMAGED)
     numbers = range(share, len(photos), shares)
     for index in tqdm(numbers, desc="teacher", unit="photo", disable=not show, dynamic_ncols=True):
         record = photos[Draw(index, 0, index)]
         if record["damaged"]:
             filled.damaged += 1
+            damage.add(
+                {name: reason for name, reason in record["damaged"].items() if name == photos.dicts[index]["file_name"]}
+            )
             continue
         image = model.encoder_input(record["image"])[0]
         hits = cache.hits

@@ -23,6 +23,8 @@ from spar_d2.files import replacing
 logger = logging.getLogger(__name__)
 
 KEY = "MODEL.WEIGHTS"
+# Names the checkpoint that --resume goes on from.
+LAST = "last_checkpoint"
 
 
 class UnsavedError(RuntimeError):
@@ -59,7 +61,7 @@ class Checkpointer(DetectionCheckpointer):
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
+        with replacing(os.path.join(self.save_dir, LAST)) as temporary:
             temporary.write_text(last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -71,13 +73,23 @@ class Checkpointer(DetectionCheckpointer):
             ValueError: a pickle.
         """
         if path and "://" not in path and not os.path.isfile(path):
-            if self.has_checkpoint() and path == self.get_checkpoint_file():
-                raise FileNotFoundError(
-                    f"--resume: {self.save_dir}/last_checkpoint names {os.path.basename(path)}, which is not there; "
-                    "write the name of another checkpoint there into it, or leave --resume out to begin anew"
-                )
             raise FileNotFoundError(f"{KEY}: there is no checkpoint {path}")
         return super().load(path, *args, **kwargs)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load the last checkpoint with all its states, or else weights; raises as :meth:`load`."""
+        if not (resume and self.has_checkpoint()):
+            return super().resume_or_load(path, resume=resume)
+        last = self.get_checkpoint_file()
+        try:
+            return super().resume_or_load(path, resume=True)
+        except (FileNotFoundError, RuntimeError) as error:
+            whole = sorted(p.name for p in Path(self.save_dir).glob("*.pth") if str(p) != last)
+            raise type(error)(
+                f"--resume: {os.path.join(self.save_dir, LAST)} names {os.path.basename(last) or 'nothing'}, which "
+                f"cannot be loaded ({error}). To go on from another, write its name into that file; there are: "
+                f"{', '.join(whole) or 'none'}"
+            ) from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
@@ -127,6 +139,8 @@ class Checkpoints(PeriodicCheckpointer):
     def before_train(self) -> None:
         super().before_train()
         trainer, final = self.trainer, f"{self.file_prefix}_final"
+        if trainer.start_iter == 0:
+            self._set_aside()
         if trainer.start_iter < trainer.max_iter:
             return
         # No step is left. A run that was killed between its last two checkpoints still needs the final one, with the
@@ -146,6 +160,14 @@ class Checkpoints(PeriodicCheckpointer):
         else:
             if (self.trainer.iter + 1) % self.period == 0:
                 self._remove_old()
+
+    def _set_aside(self) -> None:
+        """A run that begins anew must not be resumed from what an earlier one left in its folder."""
+        tag = Path(self.checkpointer.save_dir) / LAST
+        if self.checkpointer.save_to_disk and tag.is_file():
+            os.replace(tag, tag.with_name(f"{LAST}.previous"))
+            message = "%s holds an earlier run, and this one begins anew: its %s is now called %s.previous"
+            logger.info(message, tag.parent, LAST, LAST)
 
     def _remove_old(self) -> None:
         """As the folder shows them: no list outlives a run that is killed."""

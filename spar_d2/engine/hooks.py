@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from detectron2.engine import HookBase, TrainerBase
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 from tqdm import tqdm
@@ -21,6 +22,26 @@ from spar_d2.encoders import EncoderSpec, find_encoder
 from spar_d2.engine.checkpoint import export_student
 
 logger = logging.getLogger(__name__)
+
+
+class Writers(PeriodicWriter):
+    """Detectron2's writers; a disk that is full does not stop the training over its metrics."""
+
+    _failed = False
+
+    def after_step(self) -> None:
+        self._try(super().after_step)
+
+    def after_train(self) -> None:
+        self._try(super().after_train)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self._failed:
+                logger.error("Metrics cannot be written to OUTPUT_DIR, training goes on without: %s", error)
+            self._failed = True
 
 
 class StepSeed(HookBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ from detectron2.utils import comm
 from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
 from spar_d2.teacher import SlidingWindowTeacher
 from spar_d2.visualization import draw_panels, shared_pca_colours
+
+logger = logging.getLogger(__name__)
 
 
 class FeaturePictures(HookBase):
@@ -47,7 +50,10 @@ class FeaturePictures(HookBase):
     def after_step(self) -> None:
         number = self.trainer.iter + 1
         if comm.is_main_process() and (number % self.period == 0 or number == self.trainer.max_iter):
-            self._draw()
+            try:
+                self._draw()
+            except OSError as error:
+                logger.error("The picture cannot be written to %s: %s", self.folder, error)
 
     @torch.no_grad()
     def _draw(self) -> None:

@@ -42,7 +42,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         raise FileNotFoundError(f"--config-file: there is no file {config_file}")
     try:
         cfg.merge_from_file(config_file)
-        cfg.merge_from_list(overrides)
+        cfg.merge_from_list(_whole_floats(cfg, overrides))
     except (KeyError, AssertionError, ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
         reason = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise ValueError(
@@ -54,6 +54,29 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         print(f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but there is no GPU here: using the CPU.", file=sys.stderr)
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def _whole_floats(cfg: CfgNode, overrides: list) -> list:
+    """``KEY VALUE`` pairs with "1" written as "1.0" where the key is a float, which yacs would not take for one."""
+    pairs = list(zip(overrides[::2], overrides[1::2]))
+    if len(overrides) % 2:
+        return overrides  # an error of its own
+
+    def default(key: str) -> object:
+        node = cfg
+        for part in str(key).split("."):
+            node = node.get(part) if isinstance(node, CfgNode) else None
+        return node
+
+    return [
+        word
+        for key, value in pairs
+        for word in (key, f"{value}.0" if _is_whole(value) and isinstance(default(key), float) else value)
+    ]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, str) and value.strip().lstrip("+-").isdecimal()
 
 
 def _find_files(cfg: CfgNode, config_file: str) -> None:

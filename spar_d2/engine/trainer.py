@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -22,13 +22,15 @@ from torch import nn
 
 from spar_d2.data.loader import PhotoLoader
 from spar_d2.distillation import DistillationHook
+from spar_d2.encoders import find_encoder
 from spar_d2.encoders.base import PRECISIONS
+from spar_d2.engine import resumption
 from spar_d2.engine.averaging import WeightAverage
 from spar_d2.engine.caching import check_room
 from spar_d2.engine.checkpoint import Checkpointer, Checkpoints
 from spar_d2.engine.comparison import build_teacher_encode
 from spar_d2.engine.data import build_photo_loader
-from spar_d2.engine.hooks import DistillationPrinter, ProgressBar, StepSeed, StudentWriter
+from spar_d2.engine.hooks import DistillationPrinter, ProgressBar, StepSeed, StudentWriter, Writers
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.pictures import FeaturePictures
 from spar_d2.engine.step import Step
@@ -74,6 +76,8 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
+        if isinstance(loader, PhotoLoader):
+            _check_sides(cfg, find_encoder(model).patch_size)
         devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
         self._trainer = Step(model, loader, optimizer, cfg.SPAR.ACCUMULATION_STEPS, *_mixed_precision(cfg))
@@ -101,6 +105,7 @@ class Trainer(DefaultTrainer):
             PeriodicCheckpointer: lambda: Checkpoints(
                 self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SPAR.KEEP_CHECKPOINTS
             ),
+            PeriodicWriter: lambda: Writers(self.build_writers(), period=20),
         }
         theirs = [replaced[type(hook)]() if type(hook) in replaced else hook for hook in super().build_hooks()]
         # The student is written before the evaluation at the end, which may fail.
@@ -147,9 +152,12 @@ class Trainer(DefaultTrainer):
             self.data_loader.sampler.seed = self.data_loader.dataset.seed = seed
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "seed": self.seed}
+        return {**super().state_dict(), "seed": self.seed, "settings": resumption.settings(self.cfg)}
 
     def load_state_dict(self, state: dict) -> None:
+        resumption.compare(state.get("settings", {}), self.cfg)
+        if 0 <= self.cfg.SEED != state.get("seed", self.seed):
+            logger.warning("--resume: the run goes on with its own seed %d, not SEED %d", state["seed"], self.cfg.SEED)
         super().load_state_dict(state)
         self._set_seed(state.get("seed", self.seed))
 
@@ -238,6 +246,14 @@ def _check(cfg: CfgNode) -> None:
         raise ValueError(
             "SPAR.TEACHER.CACHE_DIR needs SPAR.DATA.FROZEN True: images that are augmented anew in every epoch are "
             "never found in a cache"
+        )
+
+
+def _check_sides(cfg: CfgNode, patch: int) -> None:
+    if cfg.SPAR.DATA.SIDE_MULTIPLE % patch:
+        raise ValueError(
+            f"SPAR.DATA.SIDE_MULTIPLE must be a multiple of the patch of {cfg.MODEL.SPAR.ENCODER}, {patch} pixels; "
+            f"got {cfg.SPAR.DATA.SIDE_MULTIPLE}"
         )
 
 

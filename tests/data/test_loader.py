@@ -1,5 +1,6 @@
 import itertools
 import logging
+import os
 
 import pytest
 import torch
@@ -47,9 +48,20 @@ def test_damaged_photos_are_named_once_and_counted(photo_folder, workers, caplog
     with caplog.at_level(logging.WARNING):
         records = take(photos, 10)
     assert {record["file_name"].rsplit("/", 1)[1] for record in records} == {"a.jpg", "b.JPG", "c.jpeg"}
-    assert {name.rsplit("/", 1)[1] for name in photos.damaged} == {"ruined.jpg", "text.png"}
+    assert {name.rsplit("/", 1)[1] for name in photos.damage.names} == {"ruined.jpg", "text.png"}
     assert caplog.text.count("ruined.jpg") == caplog.text.count("text.png") == 1
     assert "2 so far" in caplog.text
+
+
+def test_names_that_are_no_text_are_logged_on_one_line(photo_folder, caplog):
+    path = os.fsencode(photo_folder) + b"/b\xff\nx.jpg"
+    with open(path, "wb") as file:
+        file.write(b"ruined")
+    with caplog.at_level(logging.WARNING):
+        take(loader(photo_folder), 4)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "\n" not in message
+    message.encode()
 
 
 def test_too_many_damaged_photos_stop_it(photo_folder):

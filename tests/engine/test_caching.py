@@ -39,10 +39,15 @@ def test_training_encodes_nothing_more(cfg, seed, tmp_path):
     assert (hook_of(trainer).windows_encoded, hook_of(trainer).cache.misses) == (0, 0)
 
 
-def test_damaged_photos_are_counted(cfg, photo_folder):
+def test_damaged_photos_are_named_and_counted_up_to_the_limit(cfg, photo_folder, caplog):
     (photo_folder / "a.jpg").write_bytes(b"ruined")
     filled = fill_cache(cfg, show=False)
     assert (filled.computed, filled.damaged) == (2, 1)
+    assert caplog.text.count("a.jpg") == 1
+    (photo_folder / "b.JPG").write_bytes(b"ruined")
+    cfg.SPAR.DATA.MAX_DAMAGED = 1
+    with pytest.raises(RuntimeError, match=r"more than 1 photos are damaged"):
+        fill_cache(cfg, show=False)
 
 
 def test_too_little_room_is_said_before_anything_is_computed(cfg, monkeypatch, caplog):

@@ -109,3 +109,8 @@ def test_a_checkpoint_that_was_deleted_is_named_with_what_to_do(model, tmp_path)
     (tmp_path / "model_0000001.pth").unlink()
     with pytest.raises(FileNotFoundError, match=r"--resume: .*last_checkpoint names model_0000001\.pth.*another"):
         checkpointer.resume_or_load("", resume=True)
+    checkpointer.save("model_0000002")
+    checkpointer.save("model_0000003")
+    (tmp_path / "model_0000003.pth").write_bytes((tmp_path / "model_0000003.pth").read_bytes()[:5000])
+    with pytest.raises(RuntimeError, match=r"names model_0000003\.pth, which cannot.*there are: model_0000002\.pth"):
+        checkpointer.resume_or_load("", resume=True)

@@ -140,3 +140,28 @@ def test_flags_of_processes_are_refused_under_torchrun(cfg, monkeypatch):
 
     with pytest.raises(ValueError, match="under torchrun leave --num-gpus"):
         check_launch(2, 1, 0, under_torchrun=True)
+
+
+def test_what_a_resumed_run_changes_is_named(cfg, tmp_path, caplog):
+    train(cfg, tmp_path / "run", stop_at=7)
+    for key, value in (("SPAR.OPTIMIZER", "SGD"), ("MODEL.SPAR.TRAINABLE", "all")):
+        other = cfg.clone()
+        other.merge_from_list([key, value])
+        with pytest.raises(ValueError, match=rf"--resume: {key} was .* and cannot become '{value}'"):
+            train(other, tmp_path / "run", resume=True)
+    cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", 1, "SPAR.EMA_DECAY", 0.0, "SEED", 8])
+    train(cfg, tmp_path / "run", resume=True)
+    for words in ("SOLVER.IMS_PER_BATCH was 2", "SPAR.EMA_DECAY was 0.8", "its own seed 3, not SEED 8"):
+        assert words in caplog.text
+
+
+def test_a_run_that_begins_anew_is_not_resumed_from_an_earlier_one(cfg, tmp_path):
+    train(cfg, tmp_path / "run")
+    cfg.SEED = 9
+    train(cfg, tmp_path / "run", stop_at=1)
+    again = cfg.clone()
+    again.OUTPUT_DIR = str(tmp_path / "run")
+    trainer = Trainer(again)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 0
+    assert (tmp_path / "run" / "last_checkpoint.previous").read_text() == "model_final.pth"

@@ -70,3 +70,10 @@ def test_wrong_numbers_of_processes_are_named(flags):
 def test_one_process_is_always_possible():
     check_launch(1, 1, 0)
     check_launch(0, 1, 0)
+
+
+def test_whole_numbers_are_taken_for_floats():
+    config = str(ROOT / "configs" / "demo" / "distill.yaml")
+    cfg = load_config(config, ["SPAR.EMA_DECAY", "0", "SPAR.DATA.CROP_PROB", "1", "SOLVER.MAX_ITER", "7"])
+    assert (cfg.SPAR.EMA_DECAY, cfg.SPAR.DATA.CROP_PROB, cfg.SOLVER.MAX_ITER) == (0.0, 1.0, 7)
+    assert isinstance(cfg.SPAR.EMA_DECAY, float)

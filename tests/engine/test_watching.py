@@ -160,9 +160,25 @@ def test_damaged_photos_are_named_and_stop_it_beyond_the_limit(cfg, photo_folder
         (["SPAR.PICTURE_PERIOD", -1], r"SPAR\.PICTURE_PERIOD"),
         (["SPAR.DATA.MAX_DAMAGED", -1], r"SPAR\.DATA\.MAX_DAMAGED"),
         (["SPAR.TEACHER.PRECISION", "int8"], r"SPAR\.TEACHER\.PRECISION"),
+        (["SPAR.DATA.SIDE_MULTIPLE", 24], r"SPAR\.DATA\.SIDE_MULTIPLE must be a multiple of the patch .* 16 pixels"),
     ],
 )
 def test_wrong_keys_are_named(cfg, keys, message):
     cfg.merge_from_list(keys)
     with pytest.raises(ValueError, match=message):
         Trainer(cfg)
+
+
+def test_metrics_and_pictures_that_do_not_fit_stop_nothing(cfg, caplog, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    cfg.SPAR.PICTURE_PERIOD = 2
+    monkeypatch.setattr("detectron2.utils.events.JSONWriter.write", refuse)
+    monkeypatch.setattr("spar_d2.engine.pictures.draw_panels", refuse)
+    trainer = Trainer(cfg)
+    trainer.train()
+    assert trainer.iter == cfg.SOLVER.MAX_ITER
+    assert os.path.isfile(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
+    assert caplog.text.count("Metrics cannot be written to OUTPUT_DIR") == 1
+    assert "The picture cannot be written" in caplog.text
