@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from spar_d2.data.loader import Damage
+from spar_d2.data.loader import Damage, as_it_is
 from spar_d2.data.photos import PhotoDataset
 from spar_d2.data.sampler import Draw
 from spar_d2.encoders import DenseEncoder
@@ -75,14 +76,17 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
     _check_writable(cache)
     check_room(photos, cache, stop=True)
     filled, damage = Filled(), Damage(cfg.SPAR.DATA.MAX_DAMAGED)
-    numbers = range(share, len(photos), shares)
-    for index in tqdm(numbers, desc="teacher", unit="photo", disable=not show, dynamic_ncols=True):
-        record = photos[Draw(index, 0, index)]
+    draws = [Draw(index, 0, index) for index in range(share, len(photos), shares)]
+    # Read ahead, while the teacher encodes.
+    records = DataLoader(
+        photos, sampler=draws, batch_size=None, collate_fn=as_it_is, num_workers=cfg.DATALOADER.NUM_WORKERS
+    )
+    for record in tqdm(records, desc="teacher", unit="photo", disable=not show, dynamic_ncols=True):
         if record["damaged"]:
             filled.damaged += 1
-            damage.add(
-                {name: reason for name, reason in record["damaged"].items() if name == photos.dicts[index]["file_name"]}
-            )
+            # The photo itself; those after it have their own turn.
+            name = photos.dicts[record["position"]]["file_name"]
+            damage.add({name: record["damaged"][name]})
             continue
         image = model.encoder_input(record["image"])[0]
         hits = cache.hits
