@@ -11,6 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None
+
 # A temporary name says who writes to it: ".student.HOST-PID-RANDOM.tmp.safetensors".
 _TEMPORARY = re.compile(r"\..*\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.tmp(\.|$)")
 _STALE_SECONDS = 24 * 3600
@@ -41,6 +46,25 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def used_by_one(folder: str | os.PathLike) -> Iterator[None]:
+    """Within it, no other process can enter it for the same folder; where locks are not supported, any can.
+
+    Raises:
+        RuntimeError: another process is within it.
+    """
+    with open(Path(folder) / ".lock", "w") as file:
+        try:
+            # Of this process alone: what it forks does not hold on to it.
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise RuntimeError(f"OUTPUT_DIR {folder} is in use by another run; choose another folder") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def remove_leftovers(folder: str | os.PathLike) -> list[str]:

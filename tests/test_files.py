@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spar_d2.files import remove_leftovers, replacing
+from spar_d2.files import remove_leftovers, replacing, used_by_one
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path):
@@ -87,3 +87,23 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
         second.write_text("second")
     assert path.read_text() == "first", "the last to end"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def _use_and_wait(folder):
+    with used_by_one(folder):
+        (folder / "in").touch()
+        time.sleep(60)
+
+
+def test_a_folder_is_used_by_one_process_until_it_ends(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=_use_and_wait, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "in").exists():
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match=f"OUTPUT_DIR {tmp_path} is in use by another run"), used_by_one(tmp_path):
+        pass
+    process.kill()
+    process.join()
+    for _ in range(2):
+        with used_by_one(tmp_path):
+            pass

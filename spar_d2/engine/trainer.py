@@ -36,7 +36,7 @@ from spar_d2.engine.pictures import FeaturePictures
 from spar_d2.engine.step import Step
 from spar_d2.errors import short_tracebacks
 from spar_d2.evaluation import FeatureEvaluator, SemanticEvaluator
-from spar_d2.files import remove_leftovers
+from spar_d2.files import remove_leftovers, used_by_one
 from spar_d2.modeling.build import encoder_spec
 from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
 from spar_d2.text import Vocabulary
@@ -167,7 +167,8 @@ class Trainer(DefaultTrainer):
         if isinstance(self.data_loader, PhotoLoader):
             self.data_loader.sampler.start = self.start_iter
         try:
-            with short_tracebacks("detectron2.engine.train_loop"):
+            alone = used_by_one(self.cfg.OUTPUT_DIR) if comm.is_main_process() else contextlib.nullcontext()
+            with short_tracebacks("detectron2.engine.train_loop"), alone:
                 return super().train()
         except Interrupted as stop:
             logger.info("Training %s", stop)
