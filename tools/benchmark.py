@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from spar_d2.benchmark import encoders, teacher
 from spar_d2.benchmark.measure import describe_machine
+from spar_d2.benchmark.tables import write_lines
 from spar_d2.encoders import describe_encoder
 from spar_d2.encoders.base import PRECISIONS
 from spar_d2.encoders.registry import find_family
 from spar_d2.errors import readable_errors
-from spar_d2.files import replacing
 
 ENCODERS = ["ViT-B-16", "ViT-B-16-SigLIP2-512", "vit_base_patch16_dinov3"]
 DINOTXT = "dinov3_vitl16_dinotxt_tet1280d20h24l"
@@ -153,8 +153,7 @@ def run_loading(args: argparse.Namespace) -> None:
             lines.append(loading.measure_loading(cfg, workers, args.steps).row())
             print(lines[-1], flush=True)
     if args.output:
-        with replacing(args.output) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_lines(args.output, lines)
 
 
 def title(args: argparse.Namespace) -> str:

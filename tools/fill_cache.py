@@ -14,6 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 import spar_d2  # noqa: F401  registers
 from spar_d2.engine.caching import check_caching, fill_cache
+from spar_d2.engine.launch import check_launch
 from spar_d2.engine.setup import load_config
 from spar_d2.errors import readable_errors
 
@@ -36,8 +37,7 @@ def main() -> None:
     with readable_errors():
         if args.processes < 1:
             raise ValueError(f"--processes must be at least 1, got {args.processes}")
-        if not 0 <= args.machine_rank < args.num_machines:
-            raise ValueError(f"--machine-rank must be in 0..{args.num_machines - 1}, got {args.machine_rank}")
+        check_launch(1, args.num_machines, args.machine_rank)
         check_caching(load_config(args.config_file, args.opts))
     if args.processes == 1:
         work(0, args)

@@ -123,7 +123,6 @@ TABLE = Table(
         NO_PEAK: lambda m: m.peak is None,
     },
 )
-TABLE_HEAD, table_row, table_notes = TABLE.head, TABLE.row, TABLE.notes
 
 
 def measure_encoder(

@@ -66,7 +66,7 @@ class Table:
                     with tqdm.external_write_mode():
                         print(lines[-1], flush=True)
                     if output:
-                        _write(output, [*lines, "", *self.notes(done)])
+                        write_lines(output, [*lines, "", *self.notes(done)])
                     progress.update()
         print("", *self.notes(done), sep="\n")
 
@@ -84,6 +84,7 @@ def ratio(value: float | None, other: float | None) -> str:
     return "-" if value is None or other is None else f"{value / other:.3f}"
 
 
-def _write(path: Path, lines: Sequence[str]) -> None:
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write a text file that either is complete or is not there."""
     with replacing(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -12,6 +12,9 @@ from spar_d2.data.sampler import DrawSampler
 
 logger = logging.getLogger(__name__)
 
+# Batches that each loading process reads ahead.
+AHEAD = 4
+
 
 class Damage:
     """Counts damaged photos, and names each once in the log.
@@ -73,7 +76,7 @@ class PhotoLoader:
         Raises:
             RuntimeError: too many damaged photos.
         """
-        options = {"prefetch_factor": 4, "persistent_workers": True} if self.workers else {}
+        options = {"prefetch_factor": AHEAD, "persistent_workers": True} if self.workers else {}
         batches = DataLoader(
             self.dataset, batch_sampler=self.sampler, num_workers=self.workers, collate_fn=as_it_is, **options
         )

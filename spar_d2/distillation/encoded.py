@@ -25,15 +25,17 @@ class EncodedImage:
     @property
     def name(self) -> str:
         """Files of the inputs that it may be."""
-        names = [
-            str(record.get("file_name", record.get("image_id", "an image without name"))) for record in self.records
-        ]
-        return " or ".join(names) or "an image without name"
+        return " or ".join(map(name_of, self.records)) or name_of({})
 
     @property
     def position(self) -> int | None:
         """Number of the draw in the run, where the loader tells."""
         return self.records[0].get("position") if len(self.records) == 1 else None
+
+
+def name_of(record: Mapping) -> str:
+    """What to call an input of a model in a message."""
+    return str(record.get("file_name", record.get("image_id", "an image without name")))
 
 
 def match(encoded: Sequence[tuple[torch.Tensor, torch.Tensor]], inputs: object) -> list[EncodedImage]:

@@ -147,7 +147,7 @@ class DistillationHook(HookBase):
     def _remember(self, encoder: DenseEncoder, inputs: tuple[torch.Tensor], features: torch.Tensor) -> None:
         # Evaluation between training steps runs without gradients.
         if torch.is_grad_enabled():
-            self._encoded.append((inputs[0], features))
+            self._encoded.append((inputs[0].detach(), features))
 
     def _add_loss(self, model: nn.Module, inputs: tuple, losses):
         encoded, self._encoded = self._encoded, []
@@ -185,40 +185,40 @@ class DistillationHook(HookBase):
 
     def _targets(self, encoded: list[EncodedImage]) -> list[torch.Tensor | SampledTarget]:
         """What the teacher says of each image: (1, D, h, w), or of a few windows only."""
-        images = [one.image.detach() for one in encoded]
-        targets: list = [None] * len(encoded)
-        if self.windows_per_image and self.cache:
-            targets = [self.cache.read(image) for image in images]
-        left = [number for number, target in enumerate(targets) if target is None]
-        planned = [len(self.teacher.plan(*image.shape[-2:])) for image in images]
-        if not self.windows_per_image:
-            for number in left:
-                targets[number] = self._full_target(encoded[number], planned[number])
-        elif left:
-            shifts = torch.stack([self._shift(encoded[number]) for number in left])
-            samples = self.teacher.samples([images[number] for number in left], self.windows_per_image, shifts)
-            self._check_finite(
-                "the teacher's features", [s.weighted_sum for s in samples], [encoded[number] for number in left]
-            )
-            for number, sample in zip(left, samples):
-                targets[number] = sample
-                self._count_windows(min(self.windows_per_image, planned[number]))
-        return targets
+        if self.windows_per_image:
+            return self._sampled_targets(encoded)
+        return [self._full_target(one) for one in encoded]
 
-    def _full_target(self, one: EncodedImage, windows: int) -> torch.Tensor:
-        image = one.image.detach()
+    def _sampled_targets(self, encoded: list[EncodedImage]) -> list[torch.Tensor | SampledTarget]:
+        found = [self.cache.read(one.image) if self.cache else None for one in encoded]
+        left = [one for one, target in zip(encoded, found) if target is None]
+        if not left:
+            return found
+        shifts = torch.stack([self._shift(one) for one in left])
+        samples = self.teacher.samples([one.image for one in left], self.windows_per_image, shifts)
+        self._check_finite("the teacher's features", [sample.weighted_sum for sample in samples], left)
+        self._count_windows(sum(min(self.windows_per_image, self._planned(one)) for one in left))
+        drawn = iter(samples)
+        return [next(drawn) if target is None else target for target in found]
+
+    def _full_target(self, one: EncodedImage) -> torch.Tensor:
         if self.cache is None:
-            target = self.teacher.targets([image])[0]
+            target = self.teacher.targets([one.image])[0]
             self._check_finite("the teacher's features", [target], [one])
-            self._count_windows(windows)
+            self._count_windows(self._planned(one))
             return target
-        found = self.cache.hits
+        missed = self.cache.misses
         try:
-            target = self.cache.target(image)
+            target = self.cache.target(one.image)
         except FloatingPointError as error:
             raise self._not_finite(str(error), one) from error
-        self._count_windows(0 if self.cache.hits > found else windows)
+        if self.cache.misses > missed:
+            self._count_windows(self._planned(one))
         return target
+
+    def _planned(self, one: EncodedImage) -> int:
+        """Windows of an image, all of them."""
+        return len(self.teacher.plan(*one.image.shape[-2:]))
 
     def _count_windows(self, windows: int) -> None:
         self._windows += windows

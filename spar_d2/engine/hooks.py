@@ -13,7 +13,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from detectron2.engine import HookBase, TrainerBase
-from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 from tqdm import tqdm
@@ -24,16 +23,22 @@ from spar_d2.engine.checkpoint import export_student
 logger = logging.getLogger(__name__)
 
 
-class Writers(PeriodicWriter):
-    """Detectron2's writers; a disk that is full does not stop the training over its metrics."""
+class PatientWriter(EventWriter):
+    """One of Detectron2's writers; a disk that is full does not stop the training over its metrics.
 
-    _failed = False
+    Args:
+        writer: writes.
+    """
 
-    def after_step(self) -> None:
-        self._try(super().after_step)
+    def __init__(self, writer: EventWriter) -> None:
+        self._writer = writer
+        self._failed = False
 
-    def after_train(self) -> None:
-        self._try(super().after_train)
+    def write(self) -> None:
+        self._try(self._writer.write)
+
+    def close(self) -> None:
+        self._try(self._writer.close)
 
     def _try(self, write: Callable[[], None]) -> None:
         try:

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from PIL import Image
 
+from spar_d2.data.loader import AHEAD
 from spar_d2.engine.data import build_photo_loader
 from spar_d2.engine.interrupt import Interrupted
 from spar_d2.engine.trainer import Trainer
@@ -22,8 +23,6 @@ HEAD = (
     "| loading processes | images a step | loading alone, images/s | training, images/s | waiting for images |",
     "|---:|---:|---:|---:|---:|",
 )
-# Batches that the loading processes have ready when they are asked for the first time.
-_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def measure_loading(cfg: CfgNode, workers: int, steps: int) -> Loading:
     cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SPAR.PICTURE_PERIOD = steps + 2, 0
     batches = iter(build_photo_loader(cfg, seed=0))
     next(batches)
-    ready = _AHEAD * workers
+    ready = AHEAD * workers
     for _ in itertools.islice(batches, ready):
         pass
     started = time.perf_counter()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from detectron2.config import CfgNode
 
+from spar_d2.engine.setup import value_at
+
 logger = logging.getLogger(__name__)
 
 # With others, the optimizer's state is of no use.
@@ -24,7 +26,7 @@ _MATTER = (
 
 def settings(cfg: CfgNode) -> dict[str, str]:
     """What a checkpoint remembers of its run's config."""
-    return {key: str(_value(cfg, key)) for key in (*_MUST_STAY, *_MATTER)}
+    return {key: str(value_at(cfg, key)) for key in (*_MUST_STAY, *_MATTER)}
 
 
 def compare(before: Mapping[str, str], cfg: CfgNode) -> None:
@@ -41,9 +43,3 @@ def compare(before: Mapping[str, str], cfg: CfgNode) -> None:
         if key in _MUST_STAY:
             raise ValueError(f"--resume: {key} was {before[key]!r} in this run and cannot become {value!r}")
         logger.warning("--resume: %s was %s in this run and is %s now", key, before[key], value)
-
-
-def _value(cfg: CfgNode, key: str) -> object:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg

@@ -62,17 +62,19 @@ def _whole_floats(cfg: CfgNode, overrides: list) -> list:
     if len(overrides) % 2:
         return overrides  # an error of its own
 
-    def default(key: str) -> object:
-        node = cfg
-        for part in str(key).split("."):
-            node = node.get(part) if isinstance(node, CfgNode) else None
-        return node
-
     return [
         word
         for key, value in pairs
-        for word in (key, f"{value}.0" if _is_whole(value) and isinstance(default(key), float) else value)
+        for word in (key, f"{value}.0" if _is_whole(value) and isinstance(value_at(cfg, str(key)), float) else value)
     ]
+
+
+def value_at(cfg: CfgNode, key: str) -> object:
+    """Value of a key with dots; None where there is none."""
+    node = cfg
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, CfgNode) else None
+    return node
 
 
 def _is_whole(value: object) -> bool:

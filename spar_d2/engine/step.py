@@ -12,6 +12,8 @@ import torch
 from detectron2.engine import SimpleTrainer
 from torch import nn
 
+from spar_d2.distillation.encoded import name_of
+
 
 class Step(SimpleTrainer):
     """Detectron2's training step with gradient accumulation and mixed precision, on a GPU or a CPU.
@@ -86,7 +88,7 @@ class Step(SimpleTrainer):
         # One number, so that a GPU is waited for once.
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
         if not norm.isfinite():
-            names = ", ".join(str(record.get("file_name", record.get("image_id", "?"))) for record in data)
+            names = ", ".join(map(name_of, data))
             raise FloatingPointError(
                 f"the gradient is NaN or infinite at iteration {self.iter}, for {names}; the weights are as they were. "
                 "A lower SOLVER.BASE_LR or SOLVER.CLIP_GRADIENTS may help"

@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -30,7 +30,7 @@ from spar_d2.engine.caching import check_room
 from spar_d2.engine.checkpoint import Checkpointer, Checkpoints
 from spar_d2.engine.comparison import build_teacher_encode
 from spar_d2.engine.data import build_photo_loader
-from spar_d2.engine.hooks import DistillationPrinter, ProgressBar, StepSeed, StudentWriter, Writers
+from spar_d2.engine.hooks import DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.pictures import FeaturePictures
 from spar_d2.engine.step import Step
@@ -91,7 +91,7 @@ class Trainer(DefaultTrainer):
         cfg, distil = self.cfg, self.cfg.SPAR.DISTILL.ENABLED
         if distil and not cfg.MODEL.SPAR.PRETRAINED:
             logger.warning("MODEL.SPAR.PRETRAINED is empty: the teacher has random weights, which teach nothing of use")
-        distillation = DistillationHook(cfg) if distil else None
+        self._distillation = DistillationHook(cfg) if distil else None
         average = WeightAverage(self._module, cfg.SPAR.EMA_DECAY) if cfg.SPAR.EMA_DECAY else None
         applied = average.applied if average else contextlib.nullcontext
 
@@ -105,7 +105,6 @@ class Trainer(DefaultTrainer):
             PeriodicCheckpointer: lambda: Checkpoints(
                 self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SPAR.KEEP_CHECKPOINTS
             ),
-            PeriodicWriter: lambda: Writers(self.build_writers(), period=20),
         }
         theirs = [replaced[type(hook)]() if type(hook) in replaced else hook for hook in super().build_hooks()]
         # The student is written before the evaluation at the end, which may fail.
@@ -113,16 +112,16 @@ class Trainer(DefaultTrainer):
         writer = StudentWriter(encoder_spec(cfg), student, applied) if distil else None
         # Last, so that all other hooks have finished the step when it stops.
         ending = [ProgressBar(), StopOnInterrupt(self.checkpointer)]
-        return [StepSeed(self), distillation, average, writer, self._pictures(distillation), *theirs, *ending]
+        return [StepSeed(self), self._distillation, average, writer, self._pictures(), *theirs, *ending]
 
-    def _pictures(self, distillation: DistillationHook | None) -> HookBase | None:
+    def _pictures(self) -> HookBase | None:
         photos, period = self.data_loader, self.cfg.SPAR.PICTURE_PERIOD
-        if distillation is None or not period or not isinstance(photos, PhotoLoader):
+        if self._distillation is None or not period or not isinstance(photos, PhotoLoader):
             return None
         folder = os.path.join(self.cfg.OUTPUT_DIR, "pictures")
         return FeaturePictures(
             self._module,
-            distillation.teacher,
+            self._distillation.teacher,
             lambda: photos.dataset[photos.sampler.draw(0)],
             period,
             folder,
@@ -130,7 +129,7 @@ class Trainer(DefaultTrainer):
         )
 
     def build_writers(self) -> list[EventWriter]:
-        writers = super().build_writers()
+        writers = [PatientWriter(writer) for writer in super().build_writers()]
         return [*writers, DistillationPrinter()] if self.cfg.SPAR.DISTILL.ENABLED else writers
 
     @property
@@ -139,15 +138,14 @@ class Trainer(DefaultTrainer):
         return getattr(self.model, "module", self.model)
 
     def _check_cache(self) -> None:
-        caches = [hook.cache for hook in self._hooks if isinstance(hook, DistillationHook)]
-        if comm.is_main_process() and isinstance(self.data_loader, PhotoLoader) and caches and caches[0]:
-            check_room(self.data_loader.dataset, caches[0])
+        cache = self._distillation.cache if self._distillation else None
+        if cache and comm.is_main_process() and isinstance(self.data_loader, PhotoLoader):
+            check_room(self.data_loader.dataset, cache)
 
     def _set_seed(self, seed: int) -> None:
         self.seed = seed
-        for hook in self._hooks:
-            if isinstance(hook, DistillationHook):
-                hook.seed = seed
+        if self._distillation:
+            self._distillation.seed = seed
         if isinstance(self.data_loader, PhotoLoader):
             self.data_loader.sampler.seed = self.data_loader.dataset.seed = seed
 

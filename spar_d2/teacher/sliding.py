@@ -68,9 +68,8 @@ class SlidingWindowTeacher(nn.Module):
 
     def targets(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The full targets (1, D, h, w) of images (3, H, W) of any sizes, whose windows are encoded together."""
-        picks = [torch.arange(len(self.plan(*image.shape[-2:]))) for image in images]
-        samples = self._encode_windows(images, picks, [torch.ones(len(own)) for own in picks])
-        return [sample.weighted_sum for sample in samples]
+        picks, factors = zip(*(_every_window(self.plan(*image.shape[-2:])) for image in images))
+        return [sample.weighted_sum for sample in self._encode_windows(images, picks, factors)]
 
     def samples(self, images: Sequence[torch.Tensor], windows: int, shifts: torch.Tensor) -> list[SampledTarget]:
         """Encode a few windows of each image, at random but evenly spread over it.
@@ -88,16 +87,16 @@ class SlidingWindowTeacher(nn.Module):
         """
         if windows < 1:
             raise ValueError(f"windows must be at least 1, got {windows}")
-        picks, factors = [], []
-        for image, shift in zip(images, shifts):
-            plan = self.plan(*image.shape[-2:])
-            if windows < len(plan):
-                picks.append(plan.spread(windows, shift[None])[0])
-                # A window that is drawn rarely counts for more when it is (Horvitz and Thompson, 1952).
-                factors.append(1 / (windows * plan.probability[picks[-1]]))
-            else:
-                picks.append(torch.arange(len(plan)))
-                factors.append(torch.ones(len(plan), dtype=torch.float64))
+
+        def draw(plan: WindowPlan, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if windows >= len(plan):
+                return _every_window(plan)
+            picks = plan.spread(windows, shift[None])[0]
+            # A window that is drawn rarely counts for more when it is (Horvitz and Thompson, 1952).
+            return picks, 1 / (windows * plan.probability[picks])
+
+        plans = (self.plan(*image.shape[-2:]) for image in images)
+        picks, factors = zip(*map(draw, plans, shifts))
         return self._encode_windows(images, picks, factors)
 
     def sample(self, x: torch.Tensor, windows: int, generator: torch.Generator | None = None) -> SampledTarget:
@@ -146,9 +145,9 @@ def sliding_window_features(
     """
     window, stride, batch_size = check_window(encoder, window, stride, batch_size)
     check_images(x)
-    picks = [torch.arange(len(plan_windows(encoder, x.shape[-2], x.shape[-1], window, stride)))] * len(x)
-    factors = [torch.ones(len(own)) for own in picks]
-    return _together(_encode(encoder, x, window, stride, picks, factors, batch_size)).weighted_sum
+    picks, factors = _every_window(plan_windows(encoder, x.shape[-2], x.shape[-1], window, stride))
+    samples = _encode(encoder, x, window, stride, [picks] * len(x), [factors] * len(x), batch_size)
+    return _together(samples).weighted_sum
 
 
 def check_window(encoder: DenseEncoder, window: int | None, stride: int, batch_size: int) -> tuple[int, int, int]:
@@ -187,6 +186,11 @@ def plan_windows(encoder: DenseEncoder, height: int, width: int, window: int, st
 
 # A step asks for the plan of its images several times, and sizes come back.
 _plan = functools.lru_cache(maxsize=64)(WindowPlan)
+
+
+def _every_window(plan: WindowPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of all windows, and how often each counts: once."""
+    return torch.arange(len(plan)), torch.ones(len(plan), dtype=torch.float64)
 
 
 @torch.no_grad()

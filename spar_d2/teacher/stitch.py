@@ -63,8 +63,8 @@ def stitch(
         features = (features * weight[:, None, None, None]).permute(0, 2, 3, 1).reshape(len(places), -1)
         mosaic.index_add_(0, places, features)
         seen.index_add_(0, places, weight[:, None].expand(-1, cells**2).reshape(-1))
-    sums, ones = mosaic.split(sizes), seen[:, None].split(sizes)
-    return [(_to_patches(*both), _to_patches(one, both[1])) for one, *both in zip(ones, sums, plans)]
+    parts = zip(mosaic.split(sizes), seen[:, None].split(sizes), plans)
+    return [(_to_patches(sums, plan), _to_patches(ones, plan)) for sums, ones, plan in parts]
 
 
 def _to_patches(mosaic: torch.Tensor, plan: WindowPlan) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from reference import STAND_IN, example_encoder
 from spar_d2.benchmark import encoders as benchmark
-from spar_d2.benchmark.encoders import TABLE_HEAD, Measurement, library_forward, measure_encoder, table_notes, table_row
+from spar_d2.benchmark.encoders import TABLE, Measurement, library_forward, measure_encoder
 from spar_d2.encoders import FAMILIES, DenseEncoder
 
 GRID = (4, 7)
@@ -115,7 +115,7 @@ def test_dinotxt_is_built_from_a_clone(monkeypatch):
 
 def cells(measurement: Measurement) -> dict[str, str]:
     names, values = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in (TABLE_HEAD[0], table_row(measurement))
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in (TABLE.head[0], TABLE.row(measurement))
     )
     return dict(zip(names, values, strict=True))
 
@@ -135,14 +135,14 @@ def test_row():
         "library peak MiB": "6",
         "KiB per token": "3",
     }
-    assert TABLE_HEAD[1].count("|") == TABLE_HEAD[0].count("|")
+    assert TABLE.head[1].count("|") == TABLE.head[0].count("|")
 
 
 def test_what_could_not_be_had_is_a_dash_with_a_reason():
     row = cells(BARE)
     dashes = {name for name, value in row.items() if value == "-"}
     assert dashes == set(row) - {"encoder", "precision", "size", "tokens", "ms"}
-    extra = set(table_notes([FULL, BARE])) - set(table_notes([FULL]))
+    extra = set(TABLE.notes([FULL, BARE])) - set(TABLE.notes([FULL]))
     assert {word for note in extra for word in ("GFLOP", "library", "peak") if f"under {word}" in note} == {
         "GFLOP",
         "library",

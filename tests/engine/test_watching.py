@@ -148,27 +148,6 @@ def test_damaged_photos_are_named_and_stop_it_beyond_the_limit(cfg, photo_folder
         Trainer(cfg).train()
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (["SPAR.ACCUMULATION_STEPS", 3], r"SOLVER\.IMS_PER_BATCH must be a multiple of 1 processes times .* 3, got 2"),
-        (["SPAR.ACCUMULATION_STEPS", 0], r"SPAR\.ACCUMULATION_STEPS must be at least 1"),
-        (["SPAR.ACCUMULATION_STEPS", 2, "SPAR.DISTILL.AVERAGE", "cell"], r'SPAR\.DISTILL\.AVERAGE "cell" needs'),
-        (["SPAR.DISTILL.AVERAGE", "pixel"], r"SPAR\.DISTILL\.AVERAGE"),
-        (["SPAR.EMA_DECAY", 1.0], r"SPAR\.EMA_DECAY"),
-        (["SPAR.KEEP_CHECKPOINTS", -1], r"SPAR\.KEEP_CHECKPOINTS"),
-        (["SPAR.PICTURE_PERIOD", -1], r"SPAR\.PICTURE_PERIOD"),
-        (["SPAR.DATA.MAX_DAMAGED", -1], r"SPAR\.DATA\.MAX_DAMAGED"),
-        (["SPAR.TEACHER.PRECISION", "int8"], r"SPAR\.TEACHER\.PRECISION"),
-        (["SPAR.DATA.SIDE_MULTIPLE", 24], r"SPAR\.DATA\.SIDE_MULTIPLE must be a multiple of the patch .* 16 pixels"),
-    ],
-)
-def test_wrong_keys_are_named(cfg, keys, message):
-    cfg.merge_from_list(keys)
-    with pytest.raises(ValueError, match=message):
-        Trainer(cfg)
-
-
 def test_metrics_and_pictures_that_do_not_fit_stop_nothing(cfg, caplog, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(28, "No space left on device")
