@@ -52,13 +52,14 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Channels of every level of the pyramid backbone.
     cfg.MODEL.SPAR.PYRAMID_CHANNELS = 256
 
-    # Classes to segment: a file (*.txt in UTF-8, one class per line, synonyms separated by ", "), or inline text
-    # ("cat, kitten; dog"). "" takes the class names of the data set under test.
+    # Classes to segment: a built-in vocabulary ("voc21", "ade20k", ...), a file in UTF-8 with one class per line and
+    # synonyms separated by ", ", or inline text ("cat, kitten; dog"). "" takes those of the data set under test.
     cfg.MODEL.SPAR.VOCABULARY = ""
     # Prompt templates: "imagenet" (open_clip's 80), "simple" ("a photo of a {}."), or a file with one per line.
     cfg.MODEL.SPAR.TEMPLATES = "imagenet"
-    # Folder that keeps text embeddings between runs; "" keeps them in memory only.
-    cfg.MODEL.SPAR.TEXT_CACHE = ""
+    # Folder that keeps text embeddings between runs, by model, weights, templates and words; "auto" is "text" in the
+    # folder that the environment variable SPAR_CACHE names, or else in ~/.cache/spar_d2; "" keeps them in memory only.
+    cfg.MODEL.SPAR.TEXT_CACHE = "auto"
     # Factor on the cosine scores before the softmax over all words.
     cfg.MODEL.SPAR.LOGIT_SCALE = 40.0
     # Pixels whose best class has a lower probability than this become class 0.
@@ -134,3 +135,13 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.SPAR.KEEP_CHECKPOINTS = 0
     # Iterations between pictures of an image and of the teacher's and the student's features; 0 makes none.
     cfg.SPAR.PICTURE_PERIOD = 0
+
+    cfg.SPAR.TEST = CN()
+    # On the benchmarks of the paper (voc21, voc20, cityscapes, ade20k, context60, context59): "paper" tests at the
+    # paper's size and with its logit scale and thresholds, in place of INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST,
+    # MODEL.SPAR.LOGIT_SCALE, PROB_THRESHOLD and AREA_THRESHOLD; "config" tests with those keys.
+    cfg.SPAR.TEST.PROTOCOL = "paper"
+    # Also compute the boundary IoU of every class, as Detectron2's own evaluator; takes several times as long.
+    cfg.SPAR.TEST.BOUNDARY_IOU = False
+    # Write the predicted masks, as Detectron2's own evaluator does, to OUTPUT_DIR/inference.
+    cfg.SPAR.TEST.DUMP_PREDICTIONS = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import open_clip
 import pytest
 
 from reference import ROOT, TINY_CONFIG, fill_with_reference, reference_image
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """What a user's own runs keep is neither read nor added to, also by processes that tests start."""
+    os.environ["SPAR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

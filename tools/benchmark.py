@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure how fast the package is and how much memory it takes; only "loading" needs Detectron2."""
+"""Measure how fast the package is, and its memory; only "loading" and "evaluator" need Detectron2."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from spar_d2.benchmark import encoders, teacher
+from spar_d2.benchmark import encoders, postprocess, teacher
 from spar_d2.benchmark.measure import describe_machine
 from spar_d2.benchmark.tables import write_lines
-from spar_d2.encoders import describe_encoder
+from spar_d2.encoders import build_encoder, describe_encoder
 from spar_d2.encoders.base import PRECISIONS
 from spar_d2.encoders.registry import find_family
 from spar_d2.errors import readable_errors
@@ -66,6 +66,24 @@ def parse_args() -> argparse.Namespace:
     add_shared(command)
 
     command = commands.add_parser(
+        "postprocess",
+        help="features to labels beside the same with full maps of all words",
+        description="The step from the features of one image to its labels, beside the same by plain code on full maps "
+        "of all words and pixels: time and memory, as a table. Encoder and words are random.",
+    )
+    command.set_defaults(run=run_postprocess)
+    add = command.add_argument
+    add("--encoder", default="ViT-B-16", metavar="NAME", help="model (default: %(default)s)")
+    add("--image", type=Path, metavar="FILE", help="photo (default: a drawn scene)")
+    add("--long-side", type=int, default=2048, metavar="N", help="pixels of its long side (default: %(default)s)")
+    add("--words", type=int, nargs="+", default=[20, 150], metavar="N", help="numbers of them (default: %(default)s)")
+    room = "memory that full maps may take in GB; larger ones are left out (default: %(default)s)"
+    add("--room", type=float, default=12, metavar="GB", help=room)
+    add("--device", choices=["cpu", "cuda"], default=DEVICE, help="(default: %(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="runs whose median time is taken (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
+
+    command = commands.add_parser(
         "loading",
         help="reading and augmenting photos beside training on them; needs Detectron2",
         description="How fast photos are read and augmented, without a model and in a training (random weights), for "
@@ -79,6 +97,17 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=int, default=20, metavar="N", help="of training (default: %(default)s)")
     add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override")
+
+    command = commands.add_parser(
+        "evaluator",
+        help="the semantic evaluator beside Detectron2's; needs Detectron2",
+        description="Time for evaluating a label map, reading the ground truth included, on one core, beside "
+        "Detectron2's own evaluator, as a table.",
+    )
+    command.set_defaults(run=run_evaluator)
+    add = command.add_argument
+    add("--images", type=int, default=20, metavar="N", help="of each size, for a median (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
     return parser.parse_args()
 
 
@@ -134,6 +163,19 @@ def run_teacher(args: argparse.Namespace) -> None:
     teacher.TABLE.show(f"{title(args)}; {settings}", measurements, total, args.output)
 
 
+def run_postprocess(args: argparse.Namespace) -> None:
+    check_at_least_one(args, "long_side", "words", "repeats")
+    check_shared(args, [args.encoder])
+    image = postprocess.picture(args.image, args.long_side)
+    device = torch.device(args.device)
+    encoder = build_encoder(args.encoder).to(device)
+    options = (postprocess.normalised(image, encoder), args.words, args.repeats, int(args.room * 1e9))
+    measurements = {args.encoder: postprocess.measure_postprocess(encoder, *options)}
+    what = args.image.name if args.image else "a drawn scene"
+    total = 2 * len(args.words)
+    postprocess.TABLE.show(f"{title(args)}; {args.encoder}, {what}", measurements, total, args.output)
+
+
 def run_loading(args: argparse.Namespace) -> None:
     # The other parts work without Detectron2.
     from spar_d2.engine import loading
@@ -151,6 +193,25 @@ def run_loading(args: argparse.Namespace) -> None:
         print("\n".join(lines), flush=True)
         for workers in args.workers:
             lines.append(loading.measure_loading(cfg, workers, args.steps).row())
+            print(lines[-1], flush=True)
+    if args.output:
+        write_lines(args.output, lines)
+
+
+def run_evaluator(args: argparse.Namespace) -> None:
+    import cv2
+
+    from spar_d2.engine import evaluator_speed
+
+    check_at_least_one(args, "images")
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    args.device = "cpu"
+    lines = [title(args), "", *evaluator_speed.HEAD]
+    print("\n".join(lines), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for evaluation in evaluator_speed.measure_evaluators(Path(folder), args.images):
+            lines.append(evaluation.row())
             print(lines[-1], flush=True)
     if args.output:
         write_lines(args.output, lines)
@@ -189,7 +250,8 @@ def check_shared(args: argparse.Namespace, names: Sequence[str]) -> None:
         try:
             family = find_family(name)
         except (ValueError, OSError) as error:
-            raise ValueError(f"--encoders: {str(error).removeprefix('MODEL.SPAR.ENCODER: ')}") from error
+            flag = "--encoders" if hasattr(args, "encoders") else "--encoder"
+            raise ValueError(f"{flag}: {str(error).removeprefix('MODEL.SPAR.ENCODER: ')}") from error
         if family.name == "DINOv3.txt" and not (args.dinov3_repo and (Path(args.dinov3_repo) / "hubconf.py").is_file()):
             raise ValueError(
                 f"--dinov3-repo: {name} needs a clone of the dinov3 repository, got {args.dinov3_repo or 'none'}"

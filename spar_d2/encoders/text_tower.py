@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 
 class TextTower(nn.Module):
@@ -25,5 +26,20 @@ class TextTower(nn.Module):
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
         """Encode texts to (n, D) float32, not normalised, on the device of the model."""
         device = next(self.model.parameters()).device
-        batches = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
-        return torch.cat([self.model.encode_text(self.tokenize(batch).to(device)).float() for batch in batches])
+        vectors = []
+        # Hidden where it is over in a moment.
+        with tqdm(total=len(texts), desc="encoding words", unit="text", disable=None, leave=False, delay=2) as bar:
+            for start in range(0, len(texts), batch_size):
+                batch = list(texts[start : start + batch_size])
+                vectors.append(self.model.encode_text(self.tokenize(batch).to(device)).float())
+                bar.update(len(batch))
+        return torch.cat(vectors)
+
+    def reads_all(self, text: str) -> bool:
+        """Whether the encoder sees a text to its end; what is beyond the context length it does not."""
+        context = self.tokenize([""]).shape[1]
+        # No token is shorter than a byte, and up to two are added.
+        if len(text.encode()) <= context - 2:
+            return True
+        tokens = self.tokenize([text, text[:-1]])
+        return not torch.equal(tokens[0], tokens[1])

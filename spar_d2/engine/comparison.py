@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
 from detectron2.modeling import build_model
 from tqdm import tqdm
 
 from spar_d2.engine.checkpoint import Checkpointer
+from spar_d2.engine.progress import Progress
 from spar_d2.evaluation import SemanticEvaluator
+from spar_d2.modeling.augmented import SegmentorWithTTA
 from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
 
 
@@ -78,21 +80,46 @@ def build_teacher_encode(cfg: CfgNode) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
-def measure(cfg: CfgNode, dataset: str, method: Method) -> Result:
-    """Evaluate a method on a data set, and time it."""
-    model = build_method(cfg, method)
+def measure(
+    cfg: CfgNode,
+    dataset: str,
+    method: Method,
+    model: OpenVocabularySegmentor | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Evaluate a method on a data set, and time it.
+
+    Args:
+        cfg: says how images are read and tested; with ``TEST.AUG.ENABLED`` in several views.
+        dataset: a registered name.
+        method: a row of a comparison.
+        model: what :func:`build_method` gave for it; built if not given.
+        limit: only so many images, the first ones.
+        progress: keeps what was done, so that a run that is stopped goes on from there.
+    """
+    records = DatasetCatalog.get(dataset)[:limit]
+    model = model or build_method(cfg, method)
+    tested = SegmentorWithTTA(cfg, model) if cfg.TEST.AUG.ENABLED else model
     evaluator = SemanticEvaluator(dataset, distributed=False)
-    loader = build_detection_test_loader(cfg, dataset, mapper=DatasetMapper(cfg, is_train=False))
     result = Result(method, {})
-    for index, inputs in enumerate(tqdm(loader, desc=method.name, unit="image")):
+    if progress:
+        result.seconds += progress.restore(evaluator)
+    done = len(result.seconds)
+    mapper = DatasetMapper(cfg, is_train=False)
+    loader = build_detection_test_loader(dataset=records[done:], mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    bar = tqdm(loader, desc=f"{method.name}, {dataset}", unit="image", initial=done, total=len(records))
+    for index, inputs in enumerate(bar):
         if index == 0:
-            model(inputs)  # computes the vectors of the words and warms up
+            tested(inputs)  # computes the vectors of the words and warms up
         _wait(model)
         started = time.perf_counter()
-        outputs = model(inputs)
+        outputs = tested(inputs)
         _wait(model)
         result.seconds.append(time.perf_counter() - started)
         evaluator.process(inputs, outputs)
+        if progress:
+            progress.keep(evaluator, result.seconds)
     result.scores = evaluator.evaluate()["sem_seg"]
     return result
 

@@ -33,13 +33,14 @@ from spar_d2.engine.data import build_photo_loader
 from spar_d2.engine.hooks import DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.pictures import FeaturePictures
+from spar_d2.engine.protocol import check_vocabulary, config_for
 from spar_d2.engine.step import Step
 from spar_d2.errors import short_tracebacks
 from spar_d2.evaluation import FeatureEvaluator, SemanticEvaluator
 from spar_d2.files import remove_leftovers, used_by_one
+from spar_d2.modeling.augmented import SegmentorWithTTA
 from spar_d2.modeling.build import encoder_spec
 from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
-from spar_d2.text import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -201,16 +202,37 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         if cfg.MODEL.SPAR.OUTPUT == "features":
             return FeatureEvaluator(functools.partial(build_teacher_encode, cfg))
+        check_vocabulary(cfg, dataset_name)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind != "sem_seg":
             raise ValueError(f'DATASETS.TEST: {dataset_name!r} is of evaluator type {kind!r}, supported is "sem_seg"')
-        names, words = MetadataCatalog.get(dataset_name).get("stuff_classes", []), cfg.MODEL.SPAR.VOCABULARY
-        if words and (count := len(Vocabulary.load(words))) != len(names):
-            raise ValueError(
-                f"MODEL.SPAR.VOCABULARY has {count} classes and {dataset_name!r} {len(names)}: "
-                "each class of the data set needs one of the vocabulary's, in its order"
-            )
-        return SemanticEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))
+        return SemanticEvaluator(
+            dataset_name,
+            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+            dump_predictions=cfg.SPAR.TEST.DUMP_PREDICTIONS,
+            boundary_iou=cfg.SPAR.TEST.BOUNDARY_IOU,
+        )
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
+        """Detectron2's test, in which every data set has its own protocol, and ``TEST.AUG.ENABLED`` is heeded.
+
+        Returns:
+            As Detectron2's: scores of the one data set, or those of several by its name.
+
+        Raises:
+            ValueError: keys that do not go together, see :func:`spar_d2.engine.protocol.config_for`.
+        """
+        segmentor = getattr(model, "module", model)
+        if not isinstance(segmentor, OpenVocabularySegmentor) or evaluators is not None:
+            return super().test(cfg, model, evaluators)
+        tested = SegmentorWithTTA(cfg, segmentor) if cfg.TEST.AUG.ENABLED else model
+        results = {}
+        for name in cfg.DATASETS.TEST:
+            own = config_for(cfg, name)
+            with segmentor.configured(own):
+                results[name] = super().test(own, tested)
+        return results if len(results) != 1 else results[cfg.DATASETS.TEST[0]]
 
 
 def _check(cfg: CfgNode) -> None:

@@ -9,14 +9,13 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from spar_d2.evaluation.confusion import confusion_matrix, segmentation_scores
+from spar_d2.evaluation.confusion import boundary_confusion_matrix, confusion_matrix, segmentation_scores
 from spar_d2.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -36,9 +35,11 @@ class SemanticEvaluator(DatasetEvaluator):
         output_dir: if given, write the scores ("sem_seg_scores.json") there and, with ``dump_predictions``, the masks
             ("sem_seg_predictions.json", one run-length-encoded mask per image and class, as Detectron2 does).
         dump_predictions: see ``output_dir``.
+        boundary_iou: also compute Detectron2's boundary IoU of every class; it takes several times as long.
 
     Raises:
-        ValueError: the data set has no class names, or masks are to be written but not where.
+        ValueError: the data set has no class names, or too many for boundaries, or masks are to be written but not
+            where.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class SemanticEvaluator(DatasetEvaluator):
         distributed: bool = True,
         output_dir: str | os.PathLike | None = None,
         dump_predictions: bool = False,
+        boundary_iou: bool = False,
     ) -> None:
         metadata = MetadataCatalog.get(dataset_name)
         self.names = metadata.get("stuff_classes")
@@ -54,10 +56,13 @@ class SemanticEvaluator(DatasetEvaluator):
             raise ValueError(f"the data set {dataset_name!r} has no stuff_classes in its metadata, nothing to evaluate")
         if dump_predictions and not output_dir:
             raise ValueError("dump_predictions needs an output_dir to write to")
+        if boundary_iou and len(self.names) >= 255:
+            raise ValueError(f"boundary_iou is for less than 255 classes, {dataset_name!r} has {len(self.names)}")
         self.dataset_name = dataset_name
         self.distributed = distributed
         self.output_dir = Path(output_dir) if output_dir else None
         self.dump_predictions = dump_predictions
+        self.boundary_iou = boundary_iou
         self.ignore_label = metadata.get("ignore_label", 255)
         dataset_ids = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
         self._dataset_id = {ours: theirs for theirs, ours in dataset_ids.items()}
@@ -65,7 +70,9 @@ class SemanticEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        self._confusion = np.zeros((len(self.names), len(self.names) + 1), dtype=np.int64)
+        shape = (len(self.names), len(self.names) + 1)
+        self._confusion = np.zeros(shape, dtype=np.int64)
+        self._boundary = np.zeros(shape, dtype=np.int64) if self.boundary_iou else None
         self._dumped: list[dict] = []
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
@@ -75,27 +82,44 @@ class SemanticEvaluator(DatasetEvaluator):
             ValueError: an output without labels or scores, an image without ground truth, or sizes that differ.
         """
         for record, output in zip(inputs, outputs):
-            labels, truth = _labels(output), self._truth(record)
+            labels, truth = self._labels(output), self._truth(record)
             if labels.shape != truth.shape:
                 raise ValueError(
                     f"prediction and ground truth of {record.get('file_name', 'an image')} differ in size: "
                     f"{labels.shape} and {truth.shape}"
                 )
-            self._confusion += confusion_matrix(labels, truth, len(self.names), self.ignore_label)
+            arguments = (labels, truth, len(self.names), self.ignore_label)
+            self._confusion += confusion_matrix(*arguments)
+            if self.boundary_iou:
+                self._boundary += boundary_confusion_matrix(*arguments)
             if self.dump_predictions:
                 self._dumped += self._encode(labels, record.get("file_name", ""))
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What was counted so far, without dumped masks; :meth:`load_state_dict` goes on from it."""
+        return {"confusion": self._confusion} | ({"boundary": self._boundary} if self.boundary_iou else {})
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from what :meth:`state_dict` gave. Raises ``ValueError`` for counts of other classes."""
+        own = self.state_dict()
+        if {name: counts.shape for name, counts in own.items()} != {name: state[name].shape for name in state}:
+            raise ValueError(f"these counts are not of the {len(self.names)} classes of {self.dataset_name!r}")
+        for name, counts in own.items():
+            counts[:] = state[name]
+
     def evaluate(self) -> OrderedDict | None:
         """Scores as {"sem_seg": {...}}, see :func:`segmentation_scores`; None in all processes but the first."""
-        confusion, dumped = self._confusion, self._dumped
+        confusion, boundary, dumped = self._confusion, self._boundary, self._dumped
         if self.distributed:
             comm.synchronize()
-            gathered = comm.gather((confusion, dumped))
+            gathered = comm.gather((confusion, boundary, dumped))
             if not comm.is_main_process():
                 return None
-            confusion = np.sum([part for part, _ in gathered], axis=0)
-            dumped = [mask for _, part in gathered for mask in part]
-        scores = segmentation_scores(confusion, self.names)
+            confusions, boundaries, dumps = zip(*gathered)
+            confusion = np.sum(confusions, axis=0)
+            boundary = np.sum(boundaries, axis=0) if self.boundary_iou else None
+            dumped = [mask for part in dumps for mask in part]
+        scores = segmentation_scores(confusion, self.names, boundary)
         if self.output_dir:
             _write_json(scores, self.output_dir / "sem_seg_scores.json")
             if self.dump_predictions:
@@ -117,7 +141,22 @@ class SemanticEvaluator(DatasetEvaluator):
         if file is None:
             raise ValueError(f"{self.dataset_name} has no ground truth for the image {record.get('file_name')}")
         with Image.open(file) as image:
-            return np.asarray(image)
+            labels = np.asarray(image)
+        if labels.ndim != 2:
+            raise ValueError(f"the ground truth {file} must have one number per pixel, its shape is {labels.shape}")
+        return labels
+
+    def _labels(self, output: dict) -> np.ndarray:
+        """(H, W) integers."""
+        if "sem_seg_labels" in output:
+            labels = output["sem_seg_labels"]
+        elif "sem_seg" in output:
+            labels = output["sem_seg"].argmax(dim=0)
+        else:
+            raise ValueError(
+                f'SemanticEvaluator needs "sem_seg_labels" or "sem_seg" in an output, got {sorted(output)}'
+            )
+        return labels.cpu().numpy()
 
     def _encode(self, labels: np.ndarray, file_name: str) -> list[dict]:
         masks = []
@@ -127,14 +166,6 @@ class SemanticEvaluator(DatasetEvaluator):
             category = int(self._dataset_id.get(int(label), label))
             masks.append({"file_name": file_name, "category_id": category, "segmentation": encoded})
         return masks
-
-
-def _labels(output: dict) -> np.ndarray:
-    if "sem_seg_labels" in output:
-        return output["sem_seg_labels"].cpu().numpy()
-    if "sem_seg" in output:
-        return output["sem_seg"].argmax(dim=0).to("cpu", torch.int64).numpy()
-    raise ValueError(f'SemanticEvaluator needs "sem_seg_labels" or "sem_seg" in an output, got {sorted(output)}')
 
 
 def _write_json(content: object, path: Path) -> None:

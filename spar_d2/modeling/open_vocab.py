@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
@@ -12,14 +15,16 @@ from spar_d2.encoders import TextTower
 from spar_d2.encoders.registry import build_text, check_has_text
 from spar_d2.encoders.weights import fingerprint
 from spar_d2.modeling.backbone import DENSE, SPARViT
+from spar_d2.modeling.bands import ScoreMap
 from spar_d2.modeling.build import encoder_spec
-from spar_d2.modeling.scores import class_probabilities, segment_features
+from spar_d2.modeling.scores import cosine_scores, score_probabilities, segment_scores
 from spar_d2.teacher import sliding_window_features
 from spar_d2.teacher.sliding import check_window
 from spar_d2.text import TextEmbeddings, Vocabulary, load_templates
 
 OUTPUTS = ("labels", "scores", "features")
 INFERENCES = ("single_pass", "sliding_window")
+_VOCABULARIES_KEPT = 8
 
 
 @META_ARCH_REGISTRY.register()
@@ -34,7 +39,8 @@ class OpenVocabularySegmentor(nn.Module):
         embeddings: gives the vectors of words.
         vocabulary: the classes; None until :meth:`set_vocabulary`.
         pixel_mean, pixel_std: in the order of the input's channels, for 0..255.
-        logit_scale, prob_threshold, area_threshold: see :func:`segment_features`; ``area_threshold`` 0 is none.
+        logit_scale, prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`; ``area_threshold``
+            0 is none.
         output: "labels", "scores" or "features", see :meth:`forward`.
         inference: "single_pass" or "sliding_window".
         window, stride, window_batch: of the sliding window; window 0 is the encoder's native size.
@@ -69,42 +75,37 @@ class OpenVocabularySegmentor(nn.Module):
         for key, value, allowed in (("OUTPUT", output, OUTPUTS), ("INFERENCE", inference, INFERENCES)):
             if value not in allowed:
                 raise ValueError(f"MODEL.SPAR.{key} must be one of {', '.join(allowed)}; got {value!r}")
-        for key, value in (("PROB_THRESHOLD", prob_threshold), ("AREA_THRESHOLD", area_threshold)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"MODEL.SPAR.{key} must be in 0..1, got {value}")
         self.backbone = backbone
         self.embeddings = embeddings
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-        self.logit_scale = logit_scale
-        self.prob_threshold = prob_threshold
-        self.area_threshold = area_threshold or None
         self.output = output
         self.inference = inference
         self.window, self.stride, self.window_batch = check_window(backbone.encoder, window, stride, window_batch)
-        self.set_vocabulary(vocabulary)
+        self._text: dict[Vocabulary, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._read_by(vocabulary, logit_scale, prob_threshold, area_threshold)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
-        # Only vectors on disk outlive the model, and must be told from those of other weights.
-        identity = f"{fingerprint(spar.ENCODER)} {fingerprint(spar.PRETRAINED)}" if spar.TEXT_CACHE else ""
+
+        def identity() -> str:
+            return f"{fingerprint(spar.ENCODER)} {fingerprint(spar.PRETRAINED)}"
 
         def build_tower() -> TextTower:
             return build_text(encoder_spec(cfg)).to(cfg.MODEL.DEVICE)
 
-        vocabulary = _vocabulary(cfg)
-        if vocabulary is not None:
+        reading = _reading(cfg)
+        if reading["vocabulary"] is not None:
             check_has_text(spar.ENCODER)
+        # Random weights are not worth keeping, and differ between versions of PyTorch.
+        cache = spar.TEXT_CACHE if spar.PRETRAINED else None
         return {
             "backbone": build_backbone(cfg),
-            "embeddings": TextEmbeddings(build_tower, identity, load_templates(spar.TEMPLATES), spar.TEXT_CACHE),
-            "vocabulary": vocabulary,
+            "embeddings": TextEmbeddings(build_tower, identity, load_templates(spar.TEMPLATES), cache),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "logit_scale": spar.LOGIT_SCALE,
-            "prob_threshold": spar.PROB_THRESHOLD,
-            "area_threshold": spar.AREA_THRESHOLD,
+            **reading,
             "output": spar.OUTPUT,
             "inference": spar.INFERENCE,
             "window": teacher.WINDOW,
@@ -113,16 +114,41 @@ class OpenVocabularySegmentor(nn.Module):
         }
 
     def set_vocabulary(self, vocabulary: Vocabulary | None) -> None:
-        """Change the classes; their vectors are computed when first needed."""
+        """Change the classes, at once; the vectors of words that are new are computed when first needed."""
         self.vocabulary = vocabulary
-        self._text: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @contextlib.contextmanager
+    def configured(self, cfg: CfgNode) -> Iterator[None]:
+        """Within it, vocabulary, logit scale and thresholds are those of another config; raises as the class does."""
+        before = (self.vocabulary, self.logit_scale, self.prob_threshold, self.area_threshold)
+        self._read_by(**_reading(cfg))
+        try:
+            yield
+        finally:
+            self._read_by(*before)
+
+    def _read_by(
+        self,
+        vocabulary: Vocabulary | None,
+        logit_scale: float,
+        prob_threshold: float,
+        area_threshold: float | None,
+    ) -> None:
+        for key, value in (("PROB_THRESHOLD", prob_threshold), ("AREA_THRESHOLD", area_threshold or 0)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"MODEL.SPAR.{key} must be in 0..1, got {value}")
+        self.set_vocabulary(vocabulary)
+        self.logit_scale = logit_scale
+        self.prob_threshold = prob_threshold
+        self.area_threshold = area_threshold or None
 
     def forward(self, batched_inputs: list[dict]) -> list[dict] | dict[str, torch.Tensor]:
         """Detectron2's interface.
 
         Args:
             batched_inputs: each with "image" (3, H, W) in ``INPUT.FORMAT``, 0..255, any size; for inference optionally
-                "height" and "width" of the result (default: the image's).
+                "height" and "width" of the result (default: the image's), and "vocabulary", the classes of this image
+                alone, as :meth:`spar_d2.text.Vocabulary.of` takes them.
 
         Returns:
             In inference a list with, for each image, "sem_seg_labels" (height, width) int64, or, with output "scores",
@@ -135,24 +161,50 @@ class OpenVocabularySegmentor(nn.Module):
         """
         images = [self._normalise(inputs["image"]) for inputs in batched_inputs]
         if not self.training:
-            return [self._segment(image, inputs) for image, inputs in zip(images, batched_inputs)]
+            if self.output != "features":
+                # Words that are not there should not be found out after encoding.
+                for inputs in batched_inputs:
+                    self._text_vectors(inputs)
+            return [self._output(inputs, dense) for inputs, dense in zip(batched_inputs, self._encode(images))]
         if not self._forward_hooks:
             raise RuntimeError(
                 "OpenVocabularySegmentor has no loss of its own: train it with a spar_d2.distillation.DistillationHook"
             )
-        # Images of one size are encoded together; sizes are never padded to each other.
-        for size in dict.fromkeys(image.shape for image in images):
-            self.backbone(torch.stack([image for image in images if image.shape == size]))
+        for same in _of_one_size(images):
+            self.backbone(torch.stack([images[index] for index in same]))
         return {}
 
     @torch.no_grad()
-    def _segment(self, image: torch.Tensor, inputs: dict) -> dict[str, torch.Tensor]:
+    def _output(self, inputs: dict, features: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.output == "features":
-            return {"features": self._encode(image)}
-        text, query_class = self._text_vectors()
-        features = self._encode(image)
-        height, width = image.shape[-2:]
-        size = (inputs.get("height", height), inputs.get("width", width))
+            return {"features": features}
+        size = result_size(inputs)
+        return self.read([self._score_map(inputs, features, size, mirrored=False)], inputs, size)
+
+    @torch.no_grad()
+    def score_maps(self, views: list[dict], mirrored: list[bool], size: tuple[int, int]) -> list[ScoreMap]:
+        """Cosines of several views of one image with its words.
+
+        Args:
+            views: as ``batched_inputs`` of :meth:`forward`.
+            mirrored: for each view whether it shows the mirror image.
+            size: (H, W) of the result.
+        """
+        dense = self._encode([self._normalise(view["image"]) for view in views])
+        return [self._score_map(*arguments) for arguments in zip(views, dense, [size] * len(views), mirrored)]
+
+    @torch.no_grad()
+    def read(self, maps: list[ScoreMap], inputs: dict, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """What :meth:`forward` returns for an image, from its score maps."""
+        _, query_class = self._text_vectors(inputs)
+        if self.output == "scores":
+            return {"sem_seg": score_probabilities(maps, query_class, size, self.logit_scale)}
+        arguments = (maps, query_class, size, self.logit_scale, self.prob_threshold, self.area_threshold)
+        return {"sem_seg_labels": segment_scores(*arguments)}
+
+    def _score_map(self, inputs: dict, features: torch.Tensor, size: tuple[int, int], mirrored: bool) -> ScoreMap:
+        text, _ = self._text_vectors(inputs)
+        height, width = inputs["image"].shape[-2:]
         # What the grid covers, in pixels of the result: the padded image, or with REFERENCE_COMPAT the authors' choice,
         # which stretches the grid over the result.
         encoder = self.backbone.encoder
@@ -161,15 +213,11 @@ class OpenVocabularySegmentor(nn.Module):
             # Whole numbers first and one division last: the result is rounded once and never below `size`.
             sides = zip(encoder.grid(height, width), size, (height, width))
             covered = tuple(cells * encoder.patch_size * wanted / given for cells, wanted, given in sides)
-        arguments = (features, text, query_class, size, covered, self.logit_scale)
-        if self.output == "scores":
-            return {"sem_seg": class_probabilities(*arguments)}
-        return {"sem_seg_labels": segment_features(*arguments, self.prob_threshold, self.area_threshold)}
+        return ScoreMap(cosine_scores(features, text), covered, mirrored)
 
-    @torch.no_grad()
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Dense features as inference uses them: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (D, h, w)."""
-        return self._encode(self._normalise(image))
+        return self._encode([self._normalise(image)])[0]
 
     def encoder_input(self, image: torch.Tensor) -> torch.Tensor:
         """What the encoder is given for an image: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (1, 3, H, W)."""
@@ -181,20 +229,59 @@ class OpenVocabularySegmentor(nn.Module):
             raise ValueError(f'"image" must be (3, H, W), in the order of INPUT.FORMAT; got {tuple(image.shape)}')
         return (image.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
 
-    def _encode(self, image: torch.Tensor) -> torch.Tensor:
-        """(3, H, W), normalised, to (D, h, w)."""
-        x = image[None]
-        if self.inference == "single_pass":
-            return self.backbone(x)[DENSE][0]
-        x = x if self.backbone.pixels is None else self.backbone.pixels(x)
-        return sliding_window_features(self.backbone.encoder, x, self.window, self.stride, self.window_batch)[0]
+    @torch.no_grad()
+    def _encode(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        """For each image (3, H, W), normalised, (D, h, w)."""
+        dense: list[torch.Tensor] = [None] * len(images)
+        for same in _of_one_size(images):
+            x = torch.stack([images[index] for index in same])
+            if self.inference == "single_pass":
+                maps = self.backbone(x)[DENSE]
+            else:
+                x = x if self.backbone.pixels is None else self.backbone.pixels(x)
+                windows = (self.window, self.stride, self.window_batch)
+                maps = sliding_window_features(self.backbone.encoder, x, *windows)
+            for index, features in zip(same, maps):
+                dense[index] = features
+        return dense
 
-    def _text_vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._text is None:
-            if self.vocabulary is None:
-                raise RuntimeError("no classes to segment: set MODEL.SPAR.VOCABULARY or call set_vocabulary()")
-            self._text = tuple(tensor.to(self.pixel_mean.device) for tensor in self.embeddings(self.vocabulary))
-        return self._text
+    def _text_vectors(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors (Q, D) and classes (Q,) of the words of an image, on the model's device."""
+        own = inputs.get("vocabulary")
+        vocabulary = self.vocabulary if own is None else Vocabulary.of(own)
+        if vocabulary is None:
+            raise RuntimeError("no classes to segment: set MODEL.SPAR.VOCABULARY or call set_vocabulary()")
+        if vocabulary not in self._text:
+            # Those of the last few, which the images of a batch may alternate between.
+            while len(self._text) >= _VOCABULARIES_KEPT:
+                self._text.pop(next(iter(self._text)))
+            self._text[vocabulary] = tuple(tensor.to(self.pixel_mean.device) for tensor in self.embeddings(vocabulary))
+        return self._text[vocabulary]
+
+
+def result_size(inputs: dict) -> tuple[int, int]:
+    """(H, W) of the result asked for: "height" and "width" of an input, or those of its image."""
+    height, width = inputs["image"].shape[-2:]
+    return inputs.get("height", height), inputs.get("width", width)
+
+
+def _of_one_size(images: list[torch.Tensor]) -> list[list[int]]:
+    """Indices of images that are encoded together, by size; sizes are never padded to each other."""
+    groups: dict[torch.Size, list[int]] = {}
+    for index, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(index)
+    return list(groups.values())
+
+
+def _reading(cfg: CfgNode) -> dict:
+    """How a config wants features to be read, as arguments of the segmentor."""
+    spar = cfg.MODEL.SPAR
+    return {
+        "vocabulary": _vocabulary(cfg),
+        "logit_scale": spar.LOGIT_SCALE,
+        "prob_threshold": spar.PROB_THRESHOLD,
+        "area_threshold": spar.AREA_THRESHOLD,
+    }
 
 
 def _vocabulary(cfg: CfgNode) -> Vocabulary | None:
@@ -204,6 +291,9 @@ def _vocabulary(cfg: CfgNode) -> Vocabulary | None:
     if cfg.MODEL.SPAR.VOCABULARY:
         return Vocabulary.load(cfg.MODEL.SPAR.VOCABULARY)
     for name in cfg.DATASETS.TEST:
-        classes = MetadataCatalog.get(name).get("stuff_classes")
+        metadata = MetadataCatalog.get(name)
+        classes = metadata.get("stuff_classes")
+        if words := metadata.get("vocabulary"):
+            return Vocabulary.load(words)
         return Vocabulary(classes) if classes else None
     return None

@@ -27,30 +27,35 @@ class TextEncoder(Protocol):
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts to (n, D), not normalised."""
 
+    def reads_all(self, text: str) -> bool:
+        """Whether it sees a text to its end."""
+
 
 class TextEmbeddings:
-    """Unit vectors of a vocabulary's words, kept in memory and, if wanted, on disk.
+    """Unit vectors of a vocabulary's words, kept in memory word by word and, if wanted, on disk.
 
     Every word is put into all templates; the vectors of the sentences are normalised, averaged, and normalised again.
 
     Args:
         build_tower: makes the text tower. Called only when something must be computed; the tower is freed afterwards.
-        identity: text that names model and weights; entries on disk are found by it, the templates and the words.
+        identity: text that names model and weights, or a function that gives it, called when first needed; entries on
+            disk are found by it, the templates and the words.
         templates: sentences with one "{}" each.
-        cache_dir: folder for entries on disk; None keeps them in memory only.
+        cache_dir: folder for entries on disk; None keeps them in memory only, "auto" is :func:`default_cache_dir`.
     """
 
     def __init__(
         self,
         build_tower: Callable[[], TextEncoder],
-        identity: str,
+        identity: str | Callable[[], str],
         templates: Sequence[str],
         cache_dir: str | os.PathLike | None = None,
     ) -> None:
         self.build_tower = build_tower
         self.identity = identity
         self.templates = tuple(templates)
-        self.cache_dir = Path(cache_dir) if cache_dir else None
+        folder = default_cache_dir() if cache_dir == "auto" else cache_dir
+        self.cache_dir = Path(folder).expanduser() if folder else None
         self._memory: dict[str, torch.Tensor] = {}
 
     def __call__(self, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,46 +65,60 @@ class TextEmbeddings:
             text (Q, D) float32 of unit length, and query_class (Q,) int64, the class of each; on the CPU.
         """
         queries = vocabulary.queries
-        key = self._key(queries)
-        if key not in self._memory:
-            vectors = self._read(key)
+        missing = [word for word in dict.fromkeys(queries) if word not in self._memory]
+        if missing:
+            file = self.cache_dir / f"{self._key(missing)}.safetensors" if self.cache_dir else None
+            vectors = _read(file, len(missing)) if file and file.is_file() else None
             if vectors is None:
-                vectors = self._compute(queries)
-                self._write(key, vectors)
-            self._memory[key] = vectors
-        return self._memory[key], torch.tensor(vocabulary.query_class)
+                vectors = self._compute(missing)
+                if file:
+                    _write(file, vectors)
+            self._memory.update(zip(missing, vectors))
+        return torch.stack([self._memory[word] for word in queries]), torch.tensor(vocabulary.query_class)
 
-    def _key(self, queries: list[str]) -> str:
-        content = json.dumps([self.identity, self.templates, queries], ensure_ascii=False)
+    def _key(self, words: list[str]) -> str:
+        if callable(self.identity):
+            self.identity = self.identity()
+        content = json.dumps([self.identity, self.templates, words], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def _compute(self, queries: list[str]) -> torch.Tensor:
-        logger.info("Encoding %d words in %d templates ...", len(queries), len(self.templates))
+    def _compute(self, words: list[str]) -> torch.Tensor:
+        logger.info("Encoding %d words in %d templates ...", len(words), len(self.templates))
         tower = self.build_tower()
-        sentences = [template.replace("{}", query) for query in queries for template in self.templates]
+        for word in words:
+            # The words are what matters: what follows them in a template may be cut.
+            if not all(tower.reads_all(template[: template.index("{}")] + word) for template in self.templates):
+                logger.warning("The text encoder does not read this to its end, it is too long: %r", _shortened(word))
+        sentences = [template.replace("{}", word) for word in words for template in self.templates]
         # (Q * templates, D) -> (Q, templates, D)
-        vectors = F.normalize(tower.encode(sentences).float(), dim=-1).unflatten(0, (len(queries), -1))
+        vectors = F.normalize(tower.encode(sentences).float(), dim=-1).unflatten(0, (len(words), -1))
         return F.normalize(vectors.mean(1), dim=-1).cpu()
 
-    def _file(self, key: str) -> Path | None:
-        return self.cache_dir / f"{key}.safetensors" if self.cache_dir else None
 
-    def _read(self, key: str) -> torch.Tensor | None:
-        file = self._file(key)
-        if file is None or not file.is_file():
-            return None
-        try:
-            return load_file(file)["text"]
-        except (SafetensorError, KeyError, OSError) as error:
-            logger.warning("The stored text vectors %s are damaged (%s); computing them again.", file, error)
-            return None
+def _read(file: Path, words: int) -> torch.Tensor | None:
+    try:
+        vectors = load_file(file)["text"]
+        if vectors.ndim == 2 and len(vectors) == words:
+            return vectors
+        error = f"{words} vectors expected, got the shape {tuple(vectors.shape)}"
+    except (SafetensorError, KeyError, OSError) as reason:
+        error = reason
+    logger.warning("The stored text vectors %s are damaged (%s); computing them again.", file, error)
+    return None
 
-    def _write(self, key: str, vectors: torch.Tensor) -> None:
-        file = self._file(key)
-        if file is None:
-            return
-        try:
-            with replacing(file) as temporary:
-                save_file({"text": vectors}, temporary)
-        except OSError as error:
-            logger.warning("Text vectors could not be stored in %s (%s); going on without.", file.parent, error)
+
+def _write(file: Path, vectors: torch.Tensor) -> None:
+    try:
+        with replacing(file) as temporary:
+            save_file({"text": vectors}, temporary)
+    except OSError as error:
+        logger.warning("Text vectors could not be stored in %s (%s); going on without.", file.parent, error)
+
+
+def default_cache_dir() -> Path:
+    """Folder for vectors of words: "text" in the folder that SPAR_CACHE names, or else in ~/.cache/spar_d2."""
+    return Path(os.environ.get("SPAR_CACHE") or "~/.cache/spar_d2").expanduser() / "text"
+
+
+def _shortened(word: str) -> str:
+    return word if len(word) <= 60 else f"{word[:60]}..."

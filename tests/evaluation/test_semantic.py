@@ -13,21 +13,28 @@ from spar_d2.evaluation import SemanticEvaluator, confusion_matrix, segmentation
 NAMES = ["sky", "grass", "cat", "dog", "never"]
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    """Eight label maps with ignored pixels, registered; the class "never" is in none of them."""
-    rng = np.random.default_rng(0)
+def register_labels(folder, count, classes=4):
+    """Label maps in blocks, with ignored pixels, registered; returns the data set's name."""
+    rng = np.random.default_rng(count)
     records = []
-    for index in range(8):
-        size = tuple(rng.integers(5, 30, 2))
-        labels = rng.integers(0, 4, size).astype(np.uint8)
-        labels[rng.random(size) < 0.1] = 255
-        path = tmp_path / f"{index}.png"
+    for index in range(count):
+        height, width = rng.integers(5, 60, 2)
+        labels = rng.integers(0, classes, (height // 4 + 1, width // 4 + 1)).astype(np.uint8)
+        labels = labels.repeat(4, 0).repeat(4, 1)[:height, :width]
+        labels[rng.random(labels.shape) < 0.1] = 255
+        path = folder / f"{index}.png"
         Image.fromarray(labels).save(path)
         records.append({"file_name": f"{index}.jpg", "sem_seg_file_name": str(path)})
-    name = f"labels_{tmp_path.name}"
+    name = f"labels_{folder.name}_{count}"
     DatasetCatalog.register(name, lambda: records)
     MetadataCatalog.get(name).set(stuff_classes=NAMES, ignore_label=255)
+    return name
+
+
+@pytest.fixture(params=[8])
+def dataset(request, tmp_path):
+    """Label maps; the class "never" is in none of them."""
+    name = register_labels(tmp_path, request.param)
     yield name
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
@@ -41,11 +48,14 @@ def predictions(name):
         yield record, np.where(guess == 255, 0, guess)
 
 
-def test_same_scores_as_detectron2(dataset):
+@pytest.mark.parametrize("dataset", [200], indirect=True)
+@pytest.mark.parametrize("boundary_iou", [False, True])
+def test_same_scores_as_detectron2(dataset, boundary_iou):
     def load(file, dtype=int):
-        return np.asarray(Image.open(file), dtype=dtype)
+        # Its own way of reading needs an older numpy.
+        return np.array(Image.open(file), dtype=dtype)
 
-    ours = SemanticEvaluator(dataset, distributed=False)
+    ours = SemanticEvaluator(dataset, distributed=False, boundary_iou=boundary_iou)
     theirs = SemSegEvaluator(dataset, distributed=False, sem_seg_loading_fn=load)
     theirs.reset()
     for record, guess in predictions(dataset):
@@ -53,10 +63,40 @@ def test_same_scores_as_detectron2(dataset):
         ours.process([{"file_name": record["file_name"]}], [{"sem_seg_labels": torch.from_numpy(guess)}])
         theirs.process([record], [{"sem_seg": scores}])
     our, their = ours.evaluate()["sem_seg"], theirs.evaluate()["sem_seg"]
+    assert {"mIoU", "fwIoU", "mACC", "pACC", "IoU-sky", "ACC-dog", "BoundaryIoU-cat"} <= set(their)
+    assert boundary_iou == any("oundary" in key for key in our)
     for key, value in their.items():
-        if key in our and not np.isnan(value):
-            assert our[key] == pytest.approx(value, abs=1e-12), key
-    assert {"mIoU", "fwIoU", "mACC", "pACC", "IoU-sky", "ACC-dog"} <= set(our) & set(their)
+        if boundary_iou or not ("B-I" in key or "Boundary" in key):
+            assert our[key] == pytest.approx(value, abs=1e-12, nan_ok=True), key
+    assert set(our) - set(their) == {"mIoU-all"}
+
+
+@pytest.mark.parametrize("classes", [2, 200, 256, 847])
+@pytest.mark.parametrize("kinds", [("int64", "uint8"), ("uint8", "int32"), ("int64", "uint16")])
+def test_counts_of_any_number_of_classes(classes, kinds):
+    rng = np.random.default_rng(classes)
+    truth = rng.integers(0, min(classes + 20, 256 if kinds[1] == "uint8" else 1000), (30, 40)).astype(kinds[1])
+    guess = rng.integers(0, min(classes + 20, 256 if kinds[0] == "uint8" else 1000), (30, 40)).astype(kinds[0])
+    expected = np.zeros((classes, classes + 1), dtype=int)
+    for true, given in zip(truth.ravel().tolist(), guess.ravel().tolist()):
+        if true != 7 and true < classes:
+            expected[true, min(given, classes)] += 1
+    assert (confusion_matrix(guess, truth, classes, ignore_label=7) == expected).all()
+
+
+def test_boundaries_of_too_many_classes_are_refused(dataset):
+    MetadataCatalog.pop(dataset)
+    MetadataCatalog.get(dataset).set(stuff_classes=[str(index) for index in range(300)])
+    with pytest.raises(ValueError, match="boundary_iou"):
+        SemanticEvaluator(dataset, boundary_iou=True)
+
+
+def test_ground_truth_in_colours_is_named(dataset):
+    record = DatasetCatalog.get(dataset)[0]
+    with Image.open(record["sem_seg_file_name"]) as image:
+        image.convert("RGB").save(record["sem_seg_file_name"])
+    with pytest.raises(ValueError, match=r"0\.png must have one number per pixel"):
+        SemanticEvaluator(dataset, False).process([record], [{"sem_seg_labels": torch.zeros(image.size[::-1])}])
 
 
 def test_scores_and_labels_are_the_same_to_it(dataset):

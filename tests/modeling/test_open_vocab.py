@@ -1,8 +1,10 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
+from safetensors.torch import load_file
 
 from reference import golden_names, load_golden
+from spar_d2.encoders.weights import write_safetensors
 from spar_d2.teacher import SlidingWindowTeacher
 from spar_d2.text import Vocabulary
 
@@ -115,3 +117,73 @@ def test_another_backbone_is_refused(tiny_cfg):
     tiny_cfg.MODEL.BACKBONE.NAME = "SPARPyramid"
     with pytest.raises(ValueError, match="must be SPARViT"):
         build_model(tiny_cfg)
+
+
+def test_images_may_have_words_of_their_own(model):
+    images = [torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8) for _ in range(3)]
+    words = ["cat; sky", ["cat", ["dog", "puppy"]], Vocabulary(["one"])]
+    inputs = [{"image": image, "vocabulary": own} for image, own in zip(images, words)] + [{"image": images[0]}]
+    together = [output["sem_seg_labels"] for output in model(inputs)]
+    for labels, image, own in zip(together, images, [*words, "cat, kitten; dog; sky"]):
+        model.set_vocabulary(Vocabulary.of(own))
+        assert torch.equal(labels, model([{"image": image}])[0]["sem_seg_labels"])
+    model.set_vocabulary(Vocabulary.load("cat, kitten; dog; sky"))
+    assert torch.equal(together[3], model([{"image": images[0]}])[0]["sem_seg_labels"])
+
+
+def test_more_vocabularies_than_are_kept_are_never_mixed_up(model):
+    image = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
+    words = [f"cat; dog; {number}" for number in range(12)]
+    first = [model([{"image": image, "vocabulary": own}])[0]["sem_seg_labels"] for own in words]
+    again = model([{"image": image, "vocabulary": own} for own in words])
+    assert all(torch.equal(labels, output["sem_seg_labels"]) for labels, output in zip(first, again))
+
+
+def test_assigning_a_vocabulary_is_enough(model):
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    model([{"image": image}])
+    model.vocabulary = Vocabulary(["one"])
+    assert (model([{"image": image}])[0]["sem_seg_labels"] == 0).all()
+
+
+def test_images_of_one_size_are_encoded_together(model, monkeypatch):
+    shapes = []
+    forward = model.backbone.forward
+    monkeypatch.setattr(model.backbone, "forward", lambda x: shapes.append(tuple(x.shape)) or forward(x))
+    inputs = [{"image": torch.zeros(3, *size, dtype=torch.uint8)} for size in ((64, 64), (32, 64), (64, 64))]
+    assert len(model(inputs)) == 3
+    assert shapes == [(2, 3, 64, 64), (1, 3, 32, 64)]
+
+
+def test_another_config_holds_for_a_while(model, tiny_cfg):
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    before = model([{"image": image}])[0]["sem_seg_labels"]
+    spar = tiny_cfg.MODEL.SPAR
+    spar.VOCABULARY, spar.LOGIT_SCALE, spar.PROB_THRESHOLD, spar.AREA_THRESHOLD = "a; b; c", 7.0, 1.0, 0.5
+    with model.configured(tiny_cfg):
+        assert (model.logit_scale, model.prob_threshold, model.area_threshold) == (7.0, 1.0, 0.5)
+        assert (model([{"image": image}])[0]["sem_seg_labels"] == 0).all()
+    assert torch.equal(model([{"image": image}])[0]["sem_seg_labels"], before)
+    assert (model.logit_scale, model.area_threshold) == (40.0, None)
+
+
+def test_vectors_of_words_stay_on_disk(tiny_cfg, tmp_path, monkeypatch):
+    spar = tiny_cfg.MODEL.SPAR
+    spar.VOCABULARY, spar.TEXT_CACHE = "cat; dog", str(tmp_path / "words")
+    record = {"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}
+    labels = build_model(tiny_cfg).eval()([record])[0]["sem_seg_labels"]
+    (file,) = (tmp_path / "words").iterdir()
+
+    def refuse(*arguments):
+        raise AssertionError("the text tower was built")
+
+    monkeypatch.setattr("spar_d2.modeling.open_vocab.build_text", refuse)
+    assert torch.equal(build_model(tiny_cfg).eval()([record])[0]["sem_seg_labels"], labels)
+    # Other weights under the same name: their content counts.
+    weights = load_file(spar.PRETRAINED)
+    weights["text_projection"] *= 2
+    write_safetensors(weights, spar.PRETRAINED)
+    with pytest.raises(AssertionError, match="text tower"):
+        model = build_model(tiny_cfg).eval()
+        model([record])
+    assert [file] == list((tmp_path / "words").iterdir())

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from reference import golden_names, load_golden
-from spar_d2.modeling import class_probabilities, scores, segment_features
-from spar_d2.modeling.scores import cosine_scores, upsampled_bands
+from spar_d2.modeling import bands, class_probabilities, segment_features
+from spar_d2.modeling.bands import ScoreMap, UpsampledScores
+from spar_d2.modeling.scores import cosine_scores
 
 
 def whole(low, size, padded=None):
-    return torch.cat([band for _, band in upsampled_bands(low, size, padded)]).permute(2, 0, 1)
+    return torch.cat([band for _, band in UpsampledScores([ScoreMap(low, padded)], size).bands()]).permute(2, 0, 1)
 
 
 @pytest.mark.parametrize("name", golden_names("E_syn"))
@@ -57,7 +58,7 @@ def by_definition(features, text, query_class, size, padded_size, logit_scale, p
 @pytest.mark.parametrize("band_bytes", [1, 5000, 1 << 30])
 @pytest.mark.parametrize("seed", range(8))
 def test_bands_give_the_labels_of_the_full_computation(seed, band_bytes, monkeypatch):
-    monkeypatch.setitem(scores._BAND_BYTES, "cpu", band_bytes)
+    monkeypatch.setitem(bands._BAND_BYTES, "cpu", band_bytes)
     rng = random.Random(seed)
     torch.manual_seed(seed)
     h, w, queries, classes = rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 12), rng.randint(1, 6)

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from reference import golden_names, load_golden
 from spar_d2.encoders import TextTower, build_text_tower
@@ -20,6 +21,9 @@ class CountingTower:
         self.texts += texts
         rows = [[float(len(text)), float(sum(text.encode()) % 97), 1.0] for text in texts]
         return torch.tensor(rows)
+
+    def reads_all(self, text):
+        return len(text) < 30
 
 
 @pytest.mark.parametrize("name", golden_names("E_"))
@@ -66,6 +70,47 @@ def test_computed_once_per_content_on_disk_too(tmp_path):
         file.write_bytes(b"damaged")
     assert torch.equal(embed(["cat", "dog"]), first)
     assert len(towers) == 5
+
+
+def test_only_words_that_are_new_are_encoded():
+    tower = CountingTower()
+    embeddings = TextEmbeddings(lambda: tower, "m", ["a {}"])
+    embeddings(Vocabulary(["cat", "dog"]))
+    text, query_class = embeddings(Vocabulary([["dog", "bird"], "cat"]))
+    assert tower.texts == ["a cat", "a dog", "a bird"]
+    assert query_class.tolist() == [0, 0, 1]
+    assert torch.equal(text, TextEmbeddings(CountingTower, "m", ["a {}"])(Vocabulary(["dog", "bird", "cat"]))[0])
+
+
+def test_entries_of_another_number_of_words_are_not_used(tmp_path):
+    embeddings = TextEmbeddings(CountingTower, "m", ["a {}"], tmp_path)
+    embeddings(Vocabulary(["cat", "dog"]))
+    (file,) = tmp_path.iterdir()
+    save_file({"text": torch.zeros(1, 3)}, file)
+    text, _ = TextEmbeddings(CountingTower, "m", ["a {}"], tmp_path)(Vocabulary(["cat", "dog"]))
+    assert text.norm(dim=1).tolist() == pytest.approx([1, 1])
+
+
+def test_words_that_are_too_long_are_reported(caplog):
+    long = "w" * 40
+    TextEmbeddings(CountingTower, "m", ["a {} in a very long sentence that ends somewhere"])(Vocabulary(["cat", long]))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"The text encoder does not read this to its end, it is too long: {long!r}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("a cat", True), ("cat " * 75, True), ("cat " * 75 + "é", False), ("cat " * 80, False), ("木" * 60, False)],
+)
+def test_what_the_encoder_does_not_see(tiny_model, text, read):
+    assert build_text_tower(*tiny_model).reads_all(text.strip()) is read
+
+
+def test_the_default_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPAR_CACHE", str(tmp_path))
+    TextEmbeddings(CountingTower, "m", ["a {}"], "auto")(Vocabulary(["cat"]))
+    assert [file.suffix for file in (tmp_path / "text").iterdir()] == [".safetensors"]
 
 
 def test_the_tower_is_freed_after_use(tiny_model):

@@ -135,6 +135,55 @@ def test_loading_beside_training(benchmark, tiny_cfg, photo_folder, tmp_path, ca
         assert 0 <= float(waiting) < 100
 
 
+def test_evaluators_beside_each_other(benchmark, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        benchmark("evaluator", "--images", "2", "--output", str(tmp_path / "table.md"))
+    finally:
+        torch.set_num_threads(threads)
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = [[cell.strip(" x") for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:]]
+    assert [row[:2] for row in rows] == [["640x480", "150"], ["2048x1024", "19"]]
+    assert all(float(cell) > 0 for row in rows for cell in row[2:6])
+    assert all(float(row[6]) < 1e-11 for row in rows)
+
+
+def test_last_step_beside_full_maps(benchmark, tmp_path, capsys):
+    options = ["--encoder", TINY, "--long-side", "100", "--words", "3", "7", "--repeats", "1", "--device", "cpu"]
+    benchmark("postprocess", *options, "--output", str(tmp_path / "table.md"))
+    text = (tmp_path / "table.md").read_text()
+    assert text == capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:8]]
+    assert [row[:3] for row in rows] == [
+        [str(words), threshold, "100x100"] for words in (3, 7) for threshold in ("none", "probability")
+    ]
+    assert all(float(cell) > 0 for row in rows for cell in row[3:5])
+    assert all(float(row[9]) < 1e-3 for row in rows)
+
+
+def test_full_maps_without_room_are_left_out(benchmark, capsys):
+    options = ["--encoder", TINY, "--long-side", "64", "--words", "3", "--repeats", "1", "--device", "cpu"]
+    benchmark("postprocess", *options, "--room", "0")
+    printed = capsys.readouterr().out
+    assert "| - | - |" in printed and "no room for them in memory" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--words", "0"], "--words must be at least 1, got 0"),
+        (["--long-side", "0"], "--long-side must be at least 1, got 0"),
+        (["--image", "nowhere.jpg"], "image: there is no file nowhere.jpg"),
+        (["--encoder", "ViT-B-61"], "--encoder: there is no encoder for 'ViT-B-61'"),
+    ],
+)
+def test_wrong_options_of_postprocess_are_one_line(benchmark, capsys, options, message):
+    with pytest.raises(SystemExit):
+        benchmark("postprocess", *options)
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
 def test_wrong_numbers_for_loading_are_named(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark("loading", "--steps", "1")
