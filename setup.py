@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["spar_d2", "spar_d2.*"]),
+    package_data={"spar_d2.text": ["vocabularies/*.txt"]},
     # Detectron2 itself is on no package registry: tools/install_detectron2.py installs it.
     install_requires=[
         "torch>=2.1",
@@ -42,5 +43,9 @@ setup(
         # Its model zoo imports pkg_resources, which later versions no longer have.
         "setuptools<81",
     ],
-    extras_require={"test": ["pytest>=7.0", "ruff~=0.17.0"]},
+    extras_require={
+        # Reads the official labels of Pascal Context, which are MATLAB files.
+        "datasets": ["scipy>=1.9"],
+        "test": ["pytest>=7.0", "ruff~=0.17.0", "scipy>=1.9"],
+    },
 )

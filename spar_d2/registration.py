@@ -35,8 +35,10 @@ def _register_modeling() -> None:
 
 def _register_datasets() -> None:
     from spar_d2.data.datasets import register_scenes
+    from spar_d2.data.labelled import register_benchmarks
 
     register_scenes()
+    register_benchmarks()
 
 
 def when_imported(module: str, action: Callable[[], None]) -> None:

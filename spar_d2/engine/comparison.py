@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.modeling import build_model
 from tqdm import tqdm
 
 from spar_d2.engine.checkpoint import Checkpointer
+from spar_d2.engine.data import ImageMapper
 from spar_d2.engine.progress import Progress
 from spar_d2.evaluation import SemanticEvaluator
 from spar_d2.modeling.augmented import SegmentorWithTTA
@@ -106,7 +107,7 @@ def measure(
     if progress:
         result.seconds += progress.restore(evaluator)
     done = len(result.seconds)
-    mapper = DatasetMapper(cfg, is_train=False)
+    mapper = ImageMapper(cfg, is_train=False)
     loader = build_detection_test_loader(dataset=records[done:], mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
     bar = tqdm(loader, desc=f"{method.name}, {dataset}", unit="image", initial=done, total=len(records))
     for index, inputs in enumerate(bar):

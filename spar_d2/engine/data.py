@@ -1,11 +1,11 @@
-"""From a config to the photos that are distilled on."""
+"""From a config to the photos that are distilled on, and to the images of tests."""
 
 from __future__ import annotations
 
 import logging
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetFromList, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper, get_detection_dataset_dicts
 from detectron2.utils import comm
 
 from spar_d2.data.augmentation import build_augmentations
@@ -57,3 +57,10 @@ def build_photo_loader(cfg: CfgNode, seed: int) -> PhotoLoader:
     photos = build_photos(cfg, seed)
     sampler = DrawSampler(len(photos), cfg.SOLVER.IMS_PER_BATCH, seed, comm.get_rank(), comm.get_world_size())
     return PhotoLoader(photos, sampler, cfg.DATALOADER.NUM_WORKERS, cfg.SPAR.DATA.MAX_DAMAGED)
+
+
+class ImageMapper(DatasetMapper):
+    """Detectron2's mapper for testing, without the true labels: the evaluator reads them, at their own size."""
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        return super().__call__({key: value for key, value in dataset_dict.items() if key != "sem_seg_file_name"})

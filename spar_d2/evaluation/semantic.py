@@ -27,7 +27,8 @@ class SemanticEvaluator(DatasetEvaluator):
     """Intersection over union of label maps.
 
     Takes what our segmentor returns ("sem_seg_labels") as well as any Detectron2 model's scores ("sem_seg"). The true
-    labels are those of the input ("sem_seg", "sem_seg_file_name"), or else what the data set has for its file.
+    labels are read from the input's "sem_seg_file_name", or else from what the data set has for its image; where there
+    is neither, they are its "sem_seg".
 
     Args:
         dataset_name: registered name; its metadata must have "stuff_classes" and may have "ignore_label".
@@ -129,22 +130,25 @@ class SemanticEvaluator(DatasetEvaluator):
         return OrderedDict(sem_seg=scores)
 
     def _truth(self, record: dict) -> np.ndarray:
-        if "sem_seg" in record:
-            return np.asarray(record["sem_seg"])
-        file = record.get("sem_seg_file_name")
+        file = record.get("sem_seg_file_name") or self._truth_file(record.get("file_name"))
         if file is None:
-            # Detectron2's mapper drops the name of the label file in testing.
-            if self._truth_files is None:
-                dicts = DatasetCatalog.get(self.dataset_name)
-                self._truth_files = {d["file_name"]: d["sem_seg_file_name"] for d in dicts if "sem_seg_file_name" in d}
-            file = self._truth_files.get(record.get("file_name"))
-        if file is None:
+            # Last, for mappers resize it with the image.
+            if "sem_seg" in record:
+                return np.asarray(record["sem_seg"])
             raise ValueError(f"{self.dataset_name} has no ground truth for the image {record.get('file_name')}")
         with Image.open(file) as image:
             labels = np.asarray(image)
         if labels.ndim != 2:
             raise ValueError(f"the ground truth {file} must have one number per pixel, its shape is {labels.shape}")
         return labels
+
+    def _truth_file(self, image: str | None) -> str | None:
+        """What the data set has for an image: mappers drop the name of the label file in testing."""
+        if self._truth_files is None:
+            known = self.dataset_name in DatasetCatalog
+            dicts = DatasetCatalog.get(self.dataset_name) if known else []
+            self._truth_files = {d["file_name"]: d["sem_seg_file_name"] for d in dicts if "sem_seg_file_name" in d}
+        return self._truth_files.get(image)
 
     def _labels(self, output: dict) -> np.ndarray:
         """(H, W) integers."""

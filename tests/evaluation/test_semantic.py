@@ -91,6 +91,19 @@ def test_boundaries_of_too_many_classes_are_refused(dataset):
         SemanticEvaluator(dataset, boundary_iou=True)
 
 
+def test_the_file_counts_not_what_a_mapper_resized(dataset):
+    record = DatasetCatalog.get(dataset)[0]
+    with Image.open(record["sem_seg_file_name"]) as image:
+        truth = torch.from_numpy(np.array(image)).long()
+    evaluator = SemanticEvaluator(dataset, False)
+    resized = torch.zeros(999, 999)
+    evaluator.process([{"file_name": record["file_name"], "sem_seg": resized}], [{"sem_seg_labels": truth}])
+    assert evaluator.evaluate()["sem_seg"]["pACC"] == 100
+    # For an image that the data set does not have, there is only that.
+    evaluator.process([{"file_name": "new", "sem_seg": truth}], [{"sem_seg_labels": truth}])
+    assert evaluator.evaluate()["sem_seg"]["pACC"] == 100
+
+
 def test_ground_truth_in_colours_is_named(dataset):
     record = DatasetCatalog.get(dataset)[0]
     with Image.open(record["sem_seg_file_name"]) as image:

@@ -4,6 +4,21 @@ import pytest
 
 from spar_d2.text import Vocabulary, load_templates
 
+# Classes of each built-in vocabulary, and whether class 0 is the background.
+BUILT_IN = {
+    "voc20": (20, False),
+    "voc21": (21, True),
+    "context59": (59, False),
+    "context60": (60, True),
+    "ade20k": (150, False),
+    "cityscapes": (19, False),
+    "coco_object": (81, True),
+}
+BACKGROUND = (
+    "sky, wall, tree, wood, grass, road, sea, river, mountain, sand, desk, bed, building, cloud, lamp, door, window, "
+    "wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence"
+)
+
 
 def test_inline_text():
     vocabulary = Vocabulary.load("cat, kitten; dog;sky ,")
@@ -32,6 +47,99 @@ def test_duplicates_are_merged_with_a_warning(caplog):
         vocabulary = Vocabulary([["cat", "cat", "puss"], ["dog"], ["cat", "kitten"]])
     assert vocabulary.classes == (("cat", "puss", "kitten"), ("dog",))
     assert "'cat' more than once" in caplog.text
+
+
+def test_a_synonym_that_another_class_has_is_dropped_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        vocabulary = Vocabulary([["cat", "dog", "pet"], ["dog", "pet", "puppy"], ["fish", "Cat"]])
+    assert vocabulary.classes == (("cat", "pet"), ("dog", "puppy"), ("fish",))
+    assert [record.getMessage() for record in caplog.records] == [
+        "The word 'dog' of the class 'cat' is dropped: the class 'dog' has it.",
+        "The word 'pet' of the class 'dog' is dropped: the class 'cat' has it.",
+        "The word 'Cat' of the class 'fish' is dropped: the class 'cat' has it.",
+    ]
+
+
+def test_words_are_compared_by_what_they_say_and_kept_as_they_are_written(caplog):
+    with caplog.at_level(logging.WARNING):
+        vocabulary = Vocabulary([["Hot  Dog", "hot dog", "HOT\tDOG"], ["e\u0301te\u0301"], ["\u00c9T\u00c9", "Sommer"]])
+    assert vocabulary.classes == (("Hot  Dog",), ("\u00e9t\u00e9", "Sommer"))
+    assert len(caplog.records) == 3
+
+
+def test_classes_of_different_words_have_no_warnings(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert len(Vocabulary.load("cat, kitten;;dog\n\nsky")) == 3
+    assert not caplog.records
+
+
+def test_names_need_not_be_words():
+    vocabulary = Vocabulary([["sky", "wall"], [" "], "cat"], names=["background", "nothing", "pet"])
+    assert vocabulary.names == ["background", "pet"]
+    assert vocabulary.queries == ["sky", "wall", "cat"]
+    assert vocabulary.query_class == [0, 0, 1]
+    unnamed = Vocabulary(vocabulary.classes)
+    assert vocabulary != unnamed
+    assert vocabulary == Vocabulary(vocabulary.classes, names=vocabulary.names)
+    assert len({vocabulary, unnamed, Vocabulary(vocabulary.classes)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["a"], "one for each of the 2 classes, got 1"), (["a", "A"], "different from each other")]
+)
+def test_wrong_names(names, message):
+    with pytest.raises(ValueError, match=message):
+        Vocabulary(["cat", "dog"], names=names)
+
+
+def test_all_that_are_built_in_are_listed():
+    assert Vocabulary.built_in() == sorted(BUILT_IN)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in(name, caplog):
+    with caplog.at_level(logging.WARNING):
+        vocabulary = Vocabulary.load(name)
+    assert not caplog.records
+    count, background = BUILT_IN[name]
+    assert len(vocabulary) == len(vocabulary.names) == count
+    assert len(set(vocabulary.query_class)) == count
+    assert len(set(vocabulary.queries)) == len(vocabulary.queries)
+    assert all(word == " ".join(word.split()) and word.isascii() for word in vocabulary.queries)
+    start = int(background)
+    assert vocabulary.names[start:] == [words[0] for words in vocabulary.classes[start:]]
+    assert (vocabulary.names[0] == "background") == background
+    assert [word for word in vocabulary.queries if word.startswith("person in ")] == [
+        f"person in {what}" for what in ("shirt", "jeans", "dress", "sweater", "skirt", "jacket")
+    ]
+
+
+def test_words_of_the_backgrounds():
+    voc, context, coco = (Vocabulary.load(name) for name in ("voc21", "context60", "coco_object"))
+    words = voc.classes[0]
+    assert ", ".join(words) == BACKGROUND
+    assert coco.classes[0] == tuple(word for word in words if word != "bed")
+    assert "bed" in coco.names
+    assert context.classes[0] == ("background", *(word for word in words if word not in (*context.names, "shelf")))
+    assert len(context.classes[0]) == 11
+    assert voc.classes[1:] == Vocabulary.load("voc20").classes
+    assert context.classes[1:] == Vocabulary.load("context59").classes
+
+
+def test_a_name_that_is_misspelt_is_a_word():
+    assert Vocabulary.load("VOC21").names == ["VOC21"]
+
+
+def test_any_file_that_is_there_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("words.lst", "voc21", "a, b"):
+        (tmp_path / name).write_text("cat, kitten\r\ndog\r\n")
+    assert Vocabulary.load("words.lst").classes == (("cat", "kitten"), ("dog",))
+    assert len(Vocabulary.load("voc21")) == 21
+    assert Vocabulary.load("a, b").classes == (("a", "b"),)
+    (tmp_path / "wrong.lst").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"wrong\.lst is not UTF-8"):
+        Vocabulary.load("wrong.lst")
 
 
 @pytest.mark.parametrize("text", ["", "  ", ";;", " , ; ,"])

@@ -1,0 +1,33 @@
+"""The 80 things of COCO 2017 and a background."""
+
+from __future__ import annotations
+
+from spar_d2.data.preparation.common import IGNORED, Place, label_table
+from spar_d2.data.preparation.folders import Files, FolderPreparation
+
+# COCO's category ids: 1..90 are things, and some of these were never used; stuff follows.
+_THINGS, _LAST = 90, 182
+_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+
+
+class CocoObjectPreparation(FolderPreparation):
+    """The pixel maps of COCO-Stuff, which hold a category's id less 1.
+
+    The 80 things are classes 1 to 80, in the order of their ids. Everything else is the background 0, stuff included.
+    Pixels without a label (255) are ignored: whether there is a thing in them is not known.
+
+    Args:
+        name: of the data set.
+    """
+
+    def __init__(self, name: str) -> None:
+        things = [number for number in range(1, _THINGS + 1) if number not in _UNUSED]
+        values = {**dict.fromkeys(range(_LAST), 0), **{k - 1: n for n, k in enumerate(things, 1)}, IGNORED: IGNORED}
+        images = Place(("coco/val2017",), "val2017.zip", "cocodataset.org", "coco")
+        labels = Place(
+            ("coco/stuffthingmaps/val2017", "coco/stuffthingmaps_trainval2017/val2017"),
+            "stuffthingmaps_trainval2017.zip",
+            "github.com/nightrome/cocostuff",
+            "coco/stuffthingmaps",
+        )
+        super().__init__(name, Files(images, ".jpg"), Files(labels, ".png"), label_table(values))

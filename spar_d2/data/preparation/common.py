@@ -1,0 +1,198 @@
+"""What the preparations of all data sets share: places of official files, values of official labels."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from spar_d2.data.images import DAMAGE
+
+IGNORED = 255
+# In tables: an official value that must not occur.
+NO_LABEL = 254
+
+
+class MissingArchive(FileNotFoundError):
+    """Official files are not there.
+
+    Args:
+        message: what is missing, where to fetch it and where to unpack it.
+        archive: what has to be fetched.
+    """
+
+    def __init__(self, message: str, archive: str) -> None:
+        super().__init__(message)
+        self.archive = archive
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of an official archive lie.
+
+    Attributes:
+        folders: relative to the root; the first that is there is used.
+        archive: its file name.
+        site: where it is to be had.
+        unpacked_in: the folder it is unpacked in, relative to the root.
+    """
+
+    folders: tuple[str, ...]
+    archive: str
+    site: str
+    unpacked_in: str = "."
+
+    def find(self, root: Path, inside: str = "") -> Path:
+        """A file or folder ``inside`` of it.
+
+        Raises:
+            MissingArchive: it is not there; says what to do.
+        """
+        for folder in self.folders:
+            if (root / folder / inside).exists():
+                return root / folder / inside
+        message = f"there is no {root / self.folders[0] / inside}"
+        raise MissingArchive(
+            f"{message}: fetch {self.archive} from {self.site} and unpack it in {root / self.unpacked_in}", self.archive
+        )
+
+
+def read_values(path: Path) -> np.ndarray:
+    """The values of an official label image: its greys, or its indices into a palette.
+
+    Returns:
+        (H, W) integers.
+
+    Raises:
+        ValueError: it cannot be read, or is of another kind.
+    """
+    mode, values = read_pixels(path)
+    if values.ndim != 2 or values.dtype.kind not in "ui":
+        raise ValueError(f"the label image {path} must be grey or have a palette, its mode is {mode}")
+    return values
+
+
+def read_pixels(path: Path) -> tuple[str, np.ndarray]:
+    """Mode and pixels of an image as they are stored.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.mode, np.asarray(image)
+    except DAMAGE as error:
+        raise ValueError(f"the label image {path} cannot be read: {error}") from error
+
+
+def label_table(labels: dict[int, int], size: int = 256) -> np.ndarray:
+    """The class of every official value below ``size``: those of ``labels``, and :data:`NO_LABEL`; (size,) uint8."""
+    table = np.full(size, NO_LABEL, dtype=np.uint8)
+    table[list(labels)] = list(labels.values())
+    return table
+
+
+def without_background(classes: int) -> np.ndarray:
+    """The table of a data set whose value 0 is ignored: 1, 2, ... are 0, 1, ..."""
+    return label_table({0: IGNORED, **{k + 1: k for k in range(classes)}, IGNORED: IGNORED})
+
+
+def with_background(classes: int) -> np.ndarray:
+    """The table of a data set whose values are the classes, the background's 0 included."""
+    return label_table({**{k: k for k in range(classes)}, IGNORED: IGNORED})
+
+
+def relabel(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Official values to classes.
+
+    Args:
+        values: (H, W) integers.
+        table: (n,) uint8, the class of every value, see :func:`label_table`.
+
+    Returns:
+        (H, W) uint8, classes and 255, which is ignored.
+
+    Raises:
+        ValueError: a value that is not in the table.
+    """
+    inside = (values >= 0) & (values < len(table))
+    labels = table[np.where(inside, values, 0)]
+    labels[~inside] = NO_LABEL
+    wrong = np.unique(values[labels == NO_LABEL])
+    if len(wrong):
+        shown = ", ".join(map(str, wrong[:5].tolist())) + (", ..." if len(wrong) > 5 else "")
+        raise ValueError(f"values that are no labels of this data set: {shown}")
+    return labels
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Official labels.
+
+    Attributes:
+        file: the official label file of an image, given the image's name; it need not be there.
+        table: class of every official value, see :func:`label_table`.
+        read: reads such a file as (H, W) integers, or raises ``ValueError``.
+    """
+
+    file: Callable[[str], Path]
+    table: np.ndarray
+    read: Callable[[Path], np.ndarray] = read_values
+
+
+class Preparation(ABC):
+    """Where the validation part of a data set lies, official and prepared.
+
+    Args:
+        name: of the data set.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def images(self, root: Path) -> dict[str, Path]:
+        """The validation images by name; those known of that are missing too.
+
+        Raises:
+            MissingArchive: none are there.
+        """
+
+    @abstractmethod
+    def labels(self, root: Path) -> Labels:
+        """The official labels.
+
+        Raises:
+            MissingArchive: none are there.
+        """
+
+    def folder(self, root: Path) -> Path:
+        """Where prepared labels go."""
+        return root / "spar_labels" / self.name
+
+    def prepared(self, root: Path, name: str) -> Path:
+        """The prepared label file of an image, given the image's name."""
+        return self.folder(root) / f"{name}.png"
+
+
+def names_in_list(path: Path) -> list[str]:
+    """The first word of every line of a list of images.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the list {path} is no text file: {error}") from error
+    return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+
+
+def datasets_root(root: str | os.PathLike | None = None) -> Path:
+    """The folder of all data sets: the one given, or ``$DETECTRON2_DATASETS``, or "datasets"."""
+    return Path(root or os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()

@@ -1,0 +1,59 @@
+"""Data sets whose validation images are all images of a folder."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spar_d2.data.preparation.common import Labels, MissingArchive, Place, Preparation
+
+
+@dataclass(frozen=True)
+class Files:
+    """All files below a place whose names end in ``suffix``; what is before it, sub-folders included, is a name."""
+
+    place: Place
+    suffix: str
+
+    def names(self, root: Path) -> list[str]:
+        """Names of the files that are there.
+
+        Raises:
+            MissingArchive: the folder is not there.
+        """
+        folder = self.place.find(root)
+        found = (path for path in folder.rglob(f"*{self.suffix}") if not path.name.startswith("."))
+        return [path.relative_to(folder).as_posix().removesuffix(self.suffix) for path in found]
+
+    def file(self, root: Path, name: str) -> Path:
+        """The file of that name, there or not."""
+        return self.place.find(root) / f"{name}{self.suffix}"
+
+
+class FolderPreparation(Preparation):
+    """A data set with a folder of validation images and one of labels.
+
+    Args:
+        name: of the data set.
+        photos: its images.
+        official: its official labels.
+        table: class of every official value, see :func:`~spar_d2.data.preparation.common.label_table`.
+    """
+
+    def __init__(self, name: str, photos: Files, official: Files, table: np.ndarray) -> None:
+        super().__init__(name)
+        self.photos, self.official, self.table = photos, official, table
+
+    def images(self, root: Path) -> dict[str, Path]:
+        names = set(self.photos.names(root))
+        # An image that was not copied is known by its label.
+        with contextlib.suppress(MissingArchive):
+            names.update(self.official.names(root))
+        return {name: self.photos.file(root, name) for name in sorted(names)}
+
+    def labels(self, root: Path) -> Labels:
+        self.official.place.find(root)
+        return Labels(lambda name: self.official.file(root, name), self.table)

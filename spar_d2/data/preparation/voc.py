@@ -1,0 +1,71 @@
+"""Pascal VOC 2012, with its background (voc21) and without (voc20)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from spar_d2.data import class_names
+from spar_d2.data.colours import voc_colours
+from spar_d2.data.preparation.common import (
+    Labels,
+    Place,
+    Preparation,
+    names_in_list,
+    read_pixels,
+    read_values,
+    with_background,
+    without_background,
+)
+
+_VOC = Place(("VOCdevkit/VOC2012", "VOC2012"), "VOCtrainval_11-May-2012.tar", "host.robots.ox.ac.uk/pascal/VOC/voc2012")
+
+
+class VocPreparation(Preparation):
+    """Labels 0 (background) to 20 and 255 (borders); without a background, 0 is ignored and 1 becomes 0.
+
+    Args:
+        name: of the data set.
+        background: whether the background is a class.
+    """
+
+    def __init__(self, name: str, background: bool) -> None:
+        super().__init__(name)
+        count = len(class_names.VOC)
+        self.table = with_background(count + 1) if background else without_background(count)
+
+    def images(self, root: Path) -> dict[str, Path]:
+        names = names_in_list(_VOC.find(root, "ImageSets/Segmentation/val.txt"))
+        folder = _VOC.find(root, "JPEGImages")
+        return {name: folder / f"{name}.jpg" for name in names}
+
+    def labels(self, root: Path) -> Labels:
+        folder = _VOC.find(root, "SegmentationClass")
+        return Labels(lambda name: folder / f"{name}.png", self.table, read_voc_labels)
+
+
+def read_voc_labels(path: Path) -> np.ndarray:
+    """The values of a label image of VOC, (H, W): as stored in the official ones, or by their colours in copies.
+
+    Raises:
+        ValueError: it cannot be read, or has other colours.
+    """
+    mode, pixels = read_pixels(path)
+    if mode not in ("RGB", "RGBA"):
+        return read_values(path)
+    known = _codes(voc_colours())
+    order = np.argsort(known)
+    codes = _codes(pixels)
+    values = order[np.searchsorted(known, codes, sorter=order).clip(max=len(known) - 1)]
+    wrong = known[values] != codes
+    if wrong.any():
+        red, green, blue = pixels[wrong][0, :3].tolist()
+        raise ValueError(f"the label image {path} has the colour ({red}, {green}, {blue}), which is none of VOC's")
+    return values
+
+
+def _codes(colours: np.ndarray) -> np.ndarray:
+    """(..., 3 or more) uint8 RGB to one number each."""
+    red, green, blue = np.moveaxis(colours[..., :3].astype(np.int64), -1, 0)
+    return red << 16 | green << 8 | blue

@@ -1,0 +1,90 @@
+"""The table of all benchmarks, as a user asks for it."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from label_trees import make_tree
+from reference import ROOT
+from spar_d2.data.preparation import prepare
+from spar_d2.engine.progress import Progress
+from tool_modules import load_tool
+
+CONFIG = str(ROOT / "configs" / "segment" / "openclip_vit_b_16.yaml")
+
+
+@pytest.fixture
+def evaluate(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    tool = load_tool("evaluate")
+
+    def run(*arguments, opts=()):
+        keys = ["MODEL.DEVICE", "cpu", "MODEL.SPAR.ENCODER", tiny_model[0], "MODEL.SPAR.PRETRAINED", tiny_model[1]]
+        keys += ["MODEL.SPAR.TEMPLATES", "simple", "DATALOADER.NUM_WORKERS", "0", *opts]
+        output = ["--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *output, *map(str, arguments), "--opts", *keys])
+        tool.main()
+
+    return run
+
+
+@pytest.fixture
+def voc(tmp_path):
+    root = tmp_path / "datasets"
+    make_tree("voc20", root, np.random.default_rng(0))
+    prepare("voc20", root, partial=True)
+
+
+def test_all_that_is_on_disk_becomes_one_table(evaluate, voc, tiny_model, tmp_path, capsys):
+    evaluate("--student", tiny_model[1], "--stride", "64", "--limit", "2")
+    printed = capsys.readouterr()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.strip() in printed.out
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table.splitlines()[2:5]}
+    assert list(rows) == [
+        "pre-trained, single pass",
+        "pre-trained, sliding window, stride 64",
+        "SPAR student, single pass",
+    ]
+    single, sliding, student = ([cell.strip() for cell in row] for row in rows.values())
+    assert single == student and single[0] == "-" and float(single[1]) >= 0 and sliding[6] == "-"
+    assert "- VOC20: 2 of 1449 images." in table
+    assert "Not found on disk: voc21, cityscapes, ade20k, context60, context59, coco_object." in table
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("left out: cityscapes")]
+    assert "leftImg8bit_trainvaltest.zip" in line
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [score["images"] for score in found["scores"]] == [2, 2, 2]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"table.md", "table.json", "finished.json"} <= names
+    assert not any("unfinished" in name for name in names)
+
+
+def test_ctrl_c_says_how_to_go_on(evaluate, voc, monkeypatch, tmp_path):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "keep", stop)
+    with pytest.raises(SystemExit, match="the same command goes on from what is in"):
+        evaluate("--rows", "single_pass", "--limit", "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no benchmark is on disk; docs/datasets.md"),
+        (["--rows", "student"], "--rows student needs the student's weights: --student FILE"),
+        (["--student", "nowhere.safetensors"], "--student: there is no file nowhere.safetensors"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--datasets", "voc22"], "DATASETS.TEST: nothing is registered as 'voc22'; near names: voc2"),
+        (["--datasets", "ade20k"], "ade20k"),
+        (["--config-file", "none.yaml"], "--config-file: there is no file none.yaml"),
+    ],
+)
+def test_wrong_flags_are_one_line(evaluate, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(*arguments)
+    assert stopped.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line

@@ -1,0 +1,117 @@
+"""The whole way from official files to label files that Detectron2 reads, on the command line."""
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+from label_trees import make_tree, use_trees
+from spar_d2.data.benchmarks import BENCHMARKS
+from tool_modules import load_tool
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """The folder of all data sets, each of which has three validation images."""
+    use_trees(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["prepare_datasets.py", *map(str, arguments)])
+    load_tool("prepare_datasets").main()
+
+
+def tree(name, root):
+    return make_tree(name, root, np.random.default_rng(1))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_prepares(name, root, monkeypatch, capsys):
+    expected = tree(name, root)
+    run(monkeypatch, name)
+    assert f"{name}: 3 labels written, 0 were there" in capsys.readouterr().out
+    records = DatasetCatalog.get(name)
+    assert len(records) == 3
+    for record in records:
+        with Image.open(record["sem_seg_file_name"]) as labels:
+            assert np.array_equal(np.asarray(labels), expected[record["image_id"]])
+    run(monkeypatch, name, "--workers", 1)
+    assert f"{name}: 0 labels written, 3 were there" in capsys.readouterr().out
+
+
+def test_another_root(root, monkeypatch):
+    tree("voc20", root / "elsewhere")
+    run(monkeypatch, "voc20", "--root", root / "elsewhere")
+    assert len(list((root / "elsewhere/spar_labels/voc20").glob("*.png"))) == 3
+    assert not (root / "spar_labels").exists()
+
+
+def test_all_that_is_there(root, monkeypatch, capsys):
+    tree("voc21", root)
+    tree("ade20k", root)
+    run(monkeypatch, "all", "voc21")
+    output = capsys.readouterr().out
+    for name in BENCHMARKS:
+        there = name in ("voc21", "voc20", "ade20k")
+        assert (f"{name}: 3 labels written" in output) == there
+        assert (f"{name}: left out, fetch" in output) != there
+
+
+def test_the_table(root, monkeypatch, capsys):
+    tree("voc21", root)
+    tree("cityscapes", root)
+    run(monkeypatch, "voc21")
+    capsys.readouterr()
+    next((root / "cityscapes/leftImg8bit").rglob("*.png")).unlink()
+    run(monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"In {root}:"
+    assert [line.split()[0] for line in lines[2:]] == list(BENCHMARKS)
+    cells = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[2:]}
+    assert cells["voc21"] == "3/3 3 -"
+    assert cells["voc20"] == "3/3 0 prepare"
+    assert cells["cityscapes"] == "2/3 0 find 1 missing images, prepare"
+    assert cells["coco_object"] == "0/3 0 fetch val2017.zip and stuffthingmaps_trainval2017.zip"
+
+
+def test_a_part(root, monkeypatch, capsys):
+    tree("ade20k", root)
+    (root / "ADEChallengeData2016/images/validation/ADE_val_00000002.jpg").unlink()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "ade20k")
+    assert "ADE_val_00000002.jpg; --partial prepares those that are there" in capsys.readouterr().err
+    run(monkeypatch, "ade20k", "--partial")
+    assert "ade20k: 2 labels written" in capsys.readouterr().out
+    assert [record["image_id"][-1] for record in DatasetCatalog.get("ade20k")] == ["1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["voc"], "NAME must be one of voc21, "),
+        (["all"], "no official files of any data set are in "),
+        (["voc21"], "fetch VOCtrainval_11-May-2012.tar"),
+        (["voc21", "--workers", "0"], "--workers must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_ctrl_c(root, monkeypatch):
+    tree("voc21", root)
+    tool = load_tool("prepare_datasets")
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "prepare", interrupt)
+    monkeypatch.setattr("sys.argv", ["prepare_datasets.py", "voc21"])
+    with pytest.raises(SystemExit, match="stopped; the same command goes on from there"):
+        tool.main()

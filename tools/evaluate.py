@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""Evaluate ways of inference on all benchmark data sets that are on disk, as one table like the paper's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+import spar_d2  # noqa: F401  registers
+from spar_d2.data.benchmarks import BENCHMARKS
+from spar_d2.data.labelled import found, missing
+from spar_d2.engine.benchmarks import evaluate_methods
+from spar_d2.engine.comparison import Method
+from spar_d2.engine.paper_table import paper_table, summary
+from spar_d2.engine.setup import load_config, prepare
+from spar_d2.errors import readable_errors
+from spar_d2.files import replacing, used_by_one
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ("single_pass", "sliding_window", "student")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    config = ROOT / "configs" / "segment" / "openclip_vit_b_16.yaml"
+    add(
+        "--config-file",
+        default=str(config),
+        metavar="FILE",
+        help="encoder and its pre-trained weights (default: %(default)s)",
+    )
+    add("--student", default="", metavar="FILE", help="weights of a distilled student, for a row of its own")
+    add("--rows", nargs="+", choices=ROWS, help="rows of the table (default: all, the student's where there is one)")
+    add("--datasets", nargs="+", metavar="NAME", help="registered names (default: all benchmarks on disk)")
+    add("--stride", type=int, help="step of the sliding window in pixels (default: SPAR.TEACHER.STRIDE)")
+    add("--limit", type=int, metavar="N", help="only the first N images of each data set")
+    add("--output", type=Path, default=Path("output/evaluate"), help="folder for table.md, table.json and what is kept")
+    add(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config keys to override; the last flag",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with readable_errors():
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    cfg = load_config(args.config_file, overrides(args))
+    methods = rows(cfg, args)
+    datasets, absent = find_datasets(args.datasets)
+    prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=True), quiet=True)
+    print(f"Data sets: {', '.join(datasets)}. Everything is kept in {args.output}.", flush=True)
+    try:
+        with used_by_one(args.output):
+            scores = evaluate_methods(cfg, methods, datasets, args.output, args.limit)
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nstopped; the same command goes on from what is in {args.output}") from None
+    table = paper_table(scores, absent)
+    written = {"table.md": table + "\n", "table.json": json.dumps(summary(scores, absent), indent=1)}
+    for name, text in written.items():
+        with replacing(args.output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(f"\n{table}\n\nWritten to {' and '.join(str(args.output / name) for name in written)}.")
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """Config keys and values that the flags stand for."""
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {args.limit}")
+    pairs = ["OUTPUT_DIR", str(args.output), *args.opts]
+    if args.stride is not None:
+        pairs += ["SPAR.TEACHER.STRIDE", str(args.stride)]
+    if args.datasets:
+        pairs += ["DATASETS.TEST", str(tuple(args.datasets))]
+    return pairs
+
+
+def rows(cfg: CfgNode, args: argparse.Namespace) -> list[Method]:
+    """The ways of inference that are asked for."""
+    if "student" in (args.rows or ()) and not args.student:
+        raise ValueError("--rows student needs the student's weights: --student FILE")
+    if args.student and not Path(args.student).is_file():
+        raise FileNotFoundError(f"--student: there is no file {args.student}")
+    sliding = ["MODEL.SPAR.INFERENCE", "sliding_window"]
+    known = {
+        "single_pass": Method("pre-trained, single pass"),
+        "sliding_window": Method(f"pre-trained, sliding window, stride {cfg.SPAR.TEACHER.STRIDE}", sliding),
+        "student": Method("SPAR student, single pass", weights=args.student),
+    }
+    return [known[row] for row in args.rows or ROWS if row != "student" or args.student]
+
+
+def find_datasets(named: list[str] | None) -> tuple[list[str], list[str]]:
+    """Data sets to evaluate on, and the benchmarks that are not on disk, which are named with what they need."""
+    if named:
+        return named, []
+    present = [name for name in BENCHMARKS if found(name)[0]]
+    absent = [name for name in BENCHMARKS if name not in present]
+    for name in absent:
+        print(f"left out: {missing(name)}", file=sys.stderr)
+    if not present:
+        raise FileNotFoundError("no benchmark is on disk; docs/datasets.md says what to fetch and how to prepare it")
+    return present, absent
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Prepare the labels of the benchmark data sets, from their official archives unpacked in one folder.
+
+Without a NAME it shows what is there. Labels that are prepared already are kept, so that it can be stopped and started
+again. docs/datasets.md says which archives go where.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from spar_d2.data.benchmarks import BENCHMARKS
+from spar_d2.data.preparation import prepare, survey
+from spar_d2.data.preparation.common import datasets_root
+from spar_d2.errors import readable_errors
+
+ALL = "all"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(BENCHMARKS)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{names}, or {ALL}: all whose official files are there"
+    )
+    parser.add_argument(
+        "--root", metavar="DIR", help="folder of all data sets (default: $DETECTRON2_DATASETS, datasets)"
+    )
+    parser.add_argument("--partial", action="store_true", help="also where images or labels are missing")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one for each CPU)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        with readable_errors():
+            if not args.names:
+                print(table(args.root))
+            for name in chosen(args.names, args.root):
+                done = prepare(name, args.root, args.partial, args.workers)
+                print(f"{name}: {done.written} labels written, {done.images - done.written} were there; {done.folder}")
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the same command goes on from there") from None
+
+
+def chosen(names: list[str], root: str | None) -> list[str]:
+    """The benchmarks that names on the command line stand for, each once.
+
+    Raises:
+        ValueError: a name is none of them, or nothing is there of any.
+    """
+    wrong = [name for name in names if name not in (*BENCHMARKS, ALL)]
+    if wrong:
+        raise ValueError(f"NAME must be one of {', '.join([*BENCHMARKS, ALL])}; got {wrong[0]!r}")
+    if ALL not in names:
+        return list(dict.fromkeys(names))
+    states = [survey(name, root) for name in BENCHMARKS]
+    for state in states:
+        if state.missing:
+            print(f"{state.name}: left out, {state.advice}")
+    there = [state.name for state in states if not state.missing]
+    if not there:
+        raise ValueError(f"no official files of any data set are in {datasets_root(root)}")
+    return there
+
+
+def table(root: str | None) -> str:
+    """What is there of every benchmark, and what to do."""
+    rows = [("data set", "images", "prepared", "to do")]
+    for name in BENCHMARKS:
+        state = survey(name, root)
+        rows.append((name, f"{state.images}/{state.expected}", str(state.prepared), state.advice or "-"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([f"In {datasets_root(root)}:", *lines])
+
+
+if __name__ == "__main__":
+    main()
