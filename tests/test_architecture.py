@@ -16,6 +16,7 @@ FLOORS = [
     {"modeling"},
     {"distillation"},
     {"engine", "benchmark"},
+    {"demo"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # What plain PyTorch users rely on must not need Detectron2.
@@ -23,7 +24,13 @@ WITHOUT_DETECTRON2 = [
     "encoders",
     "text",
     "teacher",
-    "visualization",
+    "visualization/__init__.py",
+    "visualization/fonts.py",
+    "visualization/legend.py",
+    "visualization/palette.py",
+    "visualization/panels.py",
+    "visualization/pca.py",
+    "visualization/placement.py",
     "benchmark",
     "data/benchmarks.py",
     "data/class_names.py",

@@ -54,14 +54,15 @@ class _Upsampling:
     down: _Resampling
     across: _Resampling
 
-    def rows(self, rows: slice) -> torch.Tensor:
-        """Scores (rows, W, Q)."""
+    def block(self, rows: slice, columns: slice) -> torch.Tensor:
+        """Scores (rows, columns, Q)."""
         down, across = self.down, self.across
-        # (rows, w, Q), then (rows, W, Q): queries last, so that every step moves whole runs of memory.
-        band = torch.lerp(
-            self.scores[down.before[rows]], self.scores[down.after[rows]], down.fraction[rows, None, None]
-        )
-        return torch.lerp(band[:, across.before], band[:, across.after], across.fraction[:, None])
+        # (rows, w, Q), then (rows, columns, Q): queries last, so that every step moves whole runs of memory.
+        first, last = int(across.before[columns].min()), int(across.after[columns].max()) + 1
+        cells = self.scores[:, first:last]
+        band = torch.lerp(cells[down.before[rows]], cells[down.after[rows]], down.fraction[rows, None, None])
+        before, after = across.before[columns] - first, across.after[columns] - first
+        return torch.lerp(band[:, before], band[:, after], across.fraction[columns, None])
 
     def pixels(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Scores (n, Q) of n single pixels."""
@@ -101,12 +102,19 @@ class UpsampledScores:
         budget = _BAND_BYTES.get(scores.device.type, _BAND_BYTES["other"])
         self._pixels_at_once = max(1, budget // (scores.shape[2] * scores.element_size()))
 
-    def bands(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Rows of the result and their scores (rows, W, Q), from the top to the bottom."""
-        step = max(1, self._pixels_at_once // self._width)
-        for start in range(0, self._height, step):
-            rows = slice(start, min(start + step, self._height))
-            yield rows, _mean(grid.rows(rows) for grid in self._maps)
+    def bands(self) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
+        """Rows and columns of a part of the result and its scores (rows, columns, Q), from the top to the bottom.
+
+        A part has all columns, unless a single row would be too large.
+        """
+        height, width = max(1, self._pixels_at_once // self._width), min(self._width, self._pixels_at_once)
+        for top in range(0, self._height, height):
+            for left in range(0, self._width, width):
+                place = (
+                    slice(top, min(top + height, self._height)),
+                    slice(left, min(left + width, self._width)),
+                )
+                yield place, _mean(grid.block(*place) for grid in self._maps)
 
     def pixels(self, chosen: torch.Tensor) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
         """Pixels (y, x) chosen by a mask (H, W) bool, some at a time, and their scores (n, Q)."""

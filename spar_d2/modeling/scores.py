@@ -14,6 +14,8 @@ from spar_d2.modeling.bands import ScoreMap, UpsampledScores
 
 # As torch.nn.functional.normalize: what a vector of zeros is divided by.
 _SHORTEST = 1e-12
+# Share of pixels up to which taking them one by one is faster than all in bands.
+_FEW = 0.1
 
 
 def cosine_scores(features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -95,25 +97,28 @@ def segment_scores(
     labels = torch.empty(size, dtype=torch.int64, device=query_class.device)
     weak = torch.zeros(size, dtype=torch.bool, device=query_class.device) if prob_threshold > 0 else None
 
-    def label(place: slice | tuple[torch.Tensor, torch.Tensor], scores: torch.Tensor, allowed: torch.Tensor | None):
-        # The softmax runs over all queries, also those that cannot win.
-        log_sum = (logit_scale * scores).logsumexp(-1) if weak is not None else None
+    def label(place: tuple, scores: torch.Tensor, allowed: torch.Tensor | None = None) -> None:
+        highest, best = scores.max(-1)
+        top = highest
         if allowed is not None:
-            scores = scores.masked_fill(~allowed, -torch.inf)
-        top, best = scores.max(-1)
+            top, best = scores.masked_fill(~allowed, -torch.inf).max(-1)
         labels[place] = query_class[best]
         if weak is not None:
-            weak[place] = (logit_scale * top - log_sum).exp() < prob_threshold
+            # The softmax runs over all queries, also those that cannot win.
+            total = torch.sub(scores, highest[..., None]).mul_(logit_scale).exp_().sum(-1)
+            weak[place] = ((top - highest) * logit_scale).exp() / total < prob_threshold
 
-    for rows, scores in upsampled.bands():
-        label(rows, scores, None)
+    for place, scores in upsampled.bands():
+        label(place, scores)
     if area_threshold is not None:
         areas = torch.bincount(labels.flatten(), minlength=int(query_class.max()) + 1)
         areas[0] = 0
         kept = areas > area_threshold * areas.sum()
         kept[0] = True
         if not bool(kept[areas > 0].all()):
-            for place, scores in upsampled.pixels(~kept[labels]):
+            removed = ~kept[labels]
+            few = removed.float().mean() < _FEW
+            for place, scores in upsampled.pixels(removed) if few else upsampled.bands():
                 label(place, scores, kept[query_class])
     return labels if weak is None else labels.masked_fill_(weak, 0)
 
@@ -149,11 +154,11 @@ def score_probabilities(
     query_class = query_class.to(maps[0].scores.device)
     classes = int(query_class.max()) + 1
     output = maps[0].scores.new_zeros(classes, *size)
-    for rows, band in upsampled.bands():
+    for (rows, columns), band in upsampled.bands():
         probabilities = (logit_scale * band).softmax(-1)
         largest = probabilities.new_zeros(*band.shape[:2], classes)
         largest.scatter_reduce_(-1, query_class.expand_as(band), probabilities, "amax")
-        output[:, rows] = largest.permute(2, 0, 1)
+        output[:, rows, columns] = largest.permute(2, 0, 1)
     return output
 
 

@@ -32,6 +32,24 @@ class Segmentation:
     names: list[str]
     areas: dict[str, float]
 
+    def draw(self, image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
+        """The segmentation over its photo, with labels and a legend; needs Detectron2.
+
+        Args:
+            image: the photo, as :func:`segment` takes it.
+
+        Returns:
+            (H', W', 3) uint8 RGB.
+
+        Raises:
+            ValueError: a photo of another size, or one that cannot be read.
+            FileNotFoundError: no such file.
+        """
+        from spar_d2.visualization import class_colours
+        from spar_d2.visualization.overlay import draw_overlay
+
+        return draw_overlay(_read(image), self.labels, self.names, class_colours(self.names))
+
 
 def segment(
     image: str | os.PathLike | Image.Image | np.ndarray,
@@ -42,6 +60,9 @@ def segment(
     device: str = "cpu",
     dinov3_repo: str | os.PathLike = "",
     dinov3_backbone: str | os.PathLike = "",
+    logit_scale: float | None = None,
+    prob_threshold: float = 0.0,
+    area_threshold: float | None = None,
 ) -> Segmentation:
     """Segment an image into the classes of a vocabulary, in a single pass at its own size.
 
@@ -54,6 +75,8 @@ def segment(
         encoder, pretrained, dinov3_repo, dinov3_backbone: see :func:`spar_d2.encoders.build_encoder`.
         templates: see :func:`spar_d2.text.load_templates`.
         device: "cpu", "cuda", ...
+        logit_scale: see :func:`spar_d2.modeling.segment_features`; None is the encoder's own.
+        prob_threshold, area_threshold: see there.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: as the functions named above; ValueError for an image that cannot
@@ -74,7 +97,9 @@ def segment(
     with torch.no_grad():
         features = model(((pixels - mean) / std)[None])[0]
     padded = (features.shape[1] * model.patch_size, features.shape[2] * model.patch_size)
-    labels = segment_features(features, text, query_class, pixels.shape[1:], padded, model.logit_scale).cpu().numpy()
+    scale = model.logit_scale if logit_scale is None else logit_scale
+    arguments = (features, text, query_class, pixels.shape[1:], padded, scale, prob_threshold, area_threshold)
+    labels = segment_features(*arguments).cpu().numpy()
     areas = np.bincount(labels.ravel(), minlength=len(vocabulary)) / labels.size
     found = {name: float(area) for name, area in zip(vocabulary.names, areas) if area > 0}
     return Segmentation(labels, vocabulary.names, found)

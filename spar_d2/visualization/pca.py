@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,11 +21,21 @@ def shared_pca_colours(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     Raises:
         ValueError: no maps, or fewer than three channels.
     """
+    colours = fit_pca_colours(maps)
+    return [colours(m) for m in maps]
+
+
+def fit_pca_colours(maps: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The colouring of :func:`shared_pca_colours`, as a function that other maps can be given to as well.
+
+    Arguments and errors are the same; what is beyond the range of ``maps`` gets the colour at its end.
+    """
     if not maps or any(m.ndim != 3 or m.shape[0] < 3 for m in maps):
         raise ValueError(f"maps must be (D, h, w) with D >= 3, got {[tuple(m.shape) for m in maps]}")
     # (D, h, w) -> (h * w, D), all maps in one table.
-    table = torch.cat([m.detach().float().cpu().flatten(1).T for m in maps])
-    centred = table - table.mean(0)
+    table = torch.cat([_rows(m) for m in maps])
+    mean = table.mean(0)
+    centred = table - mean
     # Eigenvectors of the covariance, the largest last; the sign of each is arbitrary, so it is fixed.
     directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
     largest = directions.abs().argmax(0)
@@ -33,6 +43,14 @@ def shared_pca_colours(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     colours = centred @ directions
     # Nearly all of the range: single outliers must not make everything else grey.
     low, high = colours.quantile(0.01, dim=0), colours.quantile(0.99, dim=0)
-    colours = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    parts = colours.split([m.shape[1] * m.shape[2] for m in maps])
-    return [part.reshape(m.shape[1], m.shape[2], 3) for part, m in zip(parts, maps)]
+
+    def colour(features: torch.Tensor) -> torch.Tensor:
+        projected = (_rows(features) - mean) @ directions
+        colours = ((projected - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+        return colours.reshape(*features.shape[1:], 3)
+
+    return colour
+
+
+def _rows(features: torch.Tensor) -> torch.Tensor:
+    return features.detach().float().cpu().flatten(1).T

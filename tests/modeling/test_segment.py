@@ -85,3 +85,31 @@ def test_other_families_with_text(encoder, options):
 def test_a_family_without_text_names_those_with_it():
     with pytest.raises(ValueError, match=r"'vit_nano_patch8_dinov3' \(DINOv3\) has no text side.*ViT-B-16-SigLIP"):
         spar_d2.segment(reference_image(16, 16), "cat", "vit_nano_patch8_dinov3", "")
+
+
+def test_thresholds_and_scale_are_those_of_segment_features(tiny_model):
+    image = reference_image(64, 80)
+
+    def labels(**options):
+        return spar_d2.segment(image, "sky; cat; dog; tree", *tiny_model, templates="simple", **options).labels
+
+    plain = labels()
+    assert len(np.unique(plain)) > 2
+    assert np.array_equal(labels(logit_scale=1.0), plain), "the scale alone changes nothing"
+    assert not labels(logit_scale=1.0, prob_threshold=0.9).any(), "all probabilities are near a quarter"
+    assert labels(logit_scale=1e4, prob_threshold=0.9).any()
+    areas = np.bincount(plain.ravel(), minlength=4)[1:] / (plain > 0).sum()
+    kept = labels(area_threshold=float(np.sort(areas)[-2]))
+    assert set(np.unique(kept)) <= {0, int(areas.argmax()) + 1}
+
+
+def test_it_is_drawn_over_its_photo(tiny_model):
+    from spar_d2.visualization import class_colours
+    from spar_d2.visualization.overlay import draw_overlay
+
+    image = reference_image(64, 80)
+    result = spar_d2.segment(image, "cat; dog", *tiny_model, templates="simple")
+    picture = result.draw(Image.fromarray(image))
+    assert np.array_equal(picture, draw_overlay(image, result.labels, ["cat", "dog"], class_colours(2)))
+    with pytest.raises(ValueError, match="labels must be"):
+        result.draw(image[:-1])

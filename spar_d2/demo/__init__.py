@@ -1,0 +1,1 @@
+"""The demo: photos and videos in, pictures of their classes out."""
