@@ -44,6 +44,7 @@ WITHOUT_DETECTRON2 = [
     "modeling/bands.py",
     "modeling/scores.py",
     "modeling/segment.py",
+    "modeling/words.py",
 ]
 
 

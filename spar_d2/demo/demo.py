@@ -15,6 +15,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 
 from spar_d2.engine.comparison import Method, build_method
+from spar_d2.modeling.augmented import SegmentorWithTTA
 from spar_d2.text import Vocabulary
 from spar_d2.visualization import class_colours, fit_pca_colours
 from spar_d2.visualization.overlay import draw_overlay
@@ -77,6 +78,8 @@ class Demo:
             raise ValueError(f"no classes to look for; name them, for example {EXAMPLE}")
         output = ["MODEL.SPAR.OUTPUT", "labels" if self.needs_labels else "features"]
         self.model = build_method(cfg, Method("demo", output, weights or cfg.MODEL.WEIGHTS))
+        augmented = self.needs_labels and cfg.TEST.AUG.ENABLED
+        self._segmentor = SegmentorWithTTA(cfg, self.model) if augmented else self.model
         self.vocabulary: Vocabulary | None = self.model.vocabulary
         if self.needs_labels and self.vocabulary is None:
             raise ValueError(f"the data set under test has no names of classes; name them, for example {EXAMPLE}")
@@ -110,7 +113,7 @@ class Demo:
         labels = features = None
         try:
             if self.needs_labels:
-                output = self.model([{"image": x, "height": height, "width": width}])[0]
+                output = self._segmentor([{"image": x, "height": height, "width": width}])[0]
                 labels = output["sem_seg_labels"].cpu().numpy()
             if "pca" in self.shown:
                 features = self.model.encode(x).float().cpu()

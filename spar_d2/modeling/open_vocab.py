@@ -11,16 +11,15 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
-from spar_d2.encoders import TextTower
-from spar_d2.encoders.registry import build_text, check_has_text
-from spar_d2.encoders.weights import fingerprint
+from spar_d2.encoders.registry import check_has_text
 from spar_d2.modeling.backbone import DENSE, SPARViT
 from spar_d2.modeling.bands import ScoreMap
 from spar_d2.modeling.build import encoder_spec
 from spar_d2.modeling.scores import cosine_scores, score_probabilities, segment_scores
+from spar_d2.modeling.words import text_embeddings
 from spar_d2.teacher import sliding_window_features
 from spar_d2.teacher.sliding import check_window
-from spar_d2.text import TextEmbeddings, Vocabulary, load_templates
+from spar_d2.text import TextEmbeddings, Vocabulary
 
 OUTPUTS = ("labels", "scores", "features")
 INFERENCES = ("single_pass", "sliding_window")
@@ -88,21 +87,12 @@ class OpenVocabularySegmentor(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
-
-        def identity() -> str:
-            return f"{fingerprint(spar.ENCODER)} {fingerprint(spar.PRETRAINED)}"
-
-        def build_tower() -> TextTower:
-            return build_text(encoder_spec(cfg)).to(cfg.MODEL.DEVICE)
-
         reading = _reading(cfg)
         if reading["vocabulary"] is not None:
             check_has_text(spar.ENCODER)
-        # Random weights are not worth keeping, and differ between versions of PyTorch.
-        cache = spar.TEXT_CACHE if spar.PRETRAINED else None
         return {
             "backbone": build_backbone(cfg),
-            "embeddings": TextEmbeddings(build_tower, identity, load_templates(spar.TEMPLATES), cache),
+            "embeddings": text_embeddings(encoder_spec(cfg), spar.TEMPLATES, spar.TEXT_CACHE, cfg.MODEL.DEVICE),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             **reading,

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from spar_d2.data.images import read_rgb
-from spar_d2.encoders import DenseEncoder, EncoderSpec, TextTower
-from spar_d2.encoders.registry import build, build_text, check_has_text
+from spar_d2.encoders import DenseEncoder, EncoderSpec
+from spar_d2.encoders.registry import build, check_has_text
 from spar_d2.modeling.scores import segment_features
-from spar_d2.text import TextEmbeddings, Vocabulary, load_templates
+from spar_d2.modeling.words import text_embeddings
+from spar_d2.text import TextEmbeddings, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,13 @@ def segment(
 ) -> Segmentation:
     """Segment an image into the classes of a vocabulary, in a single pass at its own size.
 
-    Encoder and word vectors are kept from the last call, for the next with the same arguments.
+    The encoder is kept from the last call, for the next with the same arguments; vectors of words are kept on disk, as
+    ``MODEL.SPAR.TEXT_CACHE`` "auto" says.
 
     Args:
         image: a file, a PIL image, or (H, W, 3) uint8 RGB.
-        vocabulary: ready, a list of names, inline text ("cat, kitten; dog; sky"), or a file; see
-            :meth:`Vocabulary.load`.
+        vocabulary: ready, a list of names, inline text ("cat, kitten; dog; sky"), a built-in name or a file; see
+            :meth:`spar_d2.text.Vocabulary.of`.
         encoder, pretrained, dinov3_repo, dinov3_backbone: see :func:`spar_d2.encoders.build_encoder`.
         templates: see :func:`spar_d2.text.load_templates`.
         device: "cpu", "cuda", ...
@@ -82,8 +84,7 @@ def segment(
         ValueError, FileNotFoundError, RuntimeError: as the functions named above; ValueError for an image that cannot
             be read or has another form.
     """
-    if not isinstance(vocabulary, Vocabulary):
-        vocabulary = Vocabulary.load(vocabulary) if isinstance(vocabulary, str) else Vocabulary(vocabulary)
+    vocabulary = Vocabulary.of(vocabulary)
     repo, backbone = os.fspath(dinov3_repo), os.fspath(dinov3_backbone)
     spec = EncoderSpec(os.fspath(encoder), os.fspath(pretrained), dinov3_repo=repo, dinov3_backbone=backbone)
     check_has_text(spec.name)
@@ -117,10 +118,4 @@ def _read(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
 def _load(
     spec: EncoderSpec, templates: str, device: str, changed: tuple[int, ...]
 ) -> tuple[DenseEncoder, TextEmbeddings]:
-    def build_tower() -> TextTower:
-        return build_text(spec)
-
-    return (
-        build(spec).to(device),
-        TextEmbeddings(build_tower, repr(spec), load_templates(templates)),
-    )
+    return build(spec).to(device), text_embeddings(spec, templates, "auto", device)

@@ -177,7 +177,7 @@ def test_vectors_of_words_stay_on_disk(tiny_cfg, tmp_path, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("the text tower was built")
 
-    monkeypatch.setattr("spar_d2.modeling.open_vocab.build_text", refuse)
+    monkeypatch.setattr("spar_d2.modeling.words.build_text", refuse)
     assert torch.equal(build_model(tiny_cfg).eval()([record])[0]["sem_seg_labels"], labels)
     # Other weights under the same name: their content counts.
     weights = load_file(spar.PRETRAINED)

@@ -196,6 +196,17 @@ def test_more_classes_than_a_palette_holds(demo, photo, tmp_path):
     assert {entry["number"] for entry in record["classes"]} == set(np.unique(numbers).tolist())
 
 
+def test_several_views_as_the_config_says(demo, photo, tmp_path):
+    def masks(output, *keys):
+        assert demo("--input", photo, "--vocabulary", WORDS, "--output", output, "--masks", "--opts", *keys) == 0
+        return np.asarray(Image.open(tmp_path / output / "photo_mask.png"))
+
+    views = ["TEST.AUG.ENABLED", "True", "TEST.AUG.FLIP", "False", "TEST.AUG.MIN_SIZES", "(142,)"]
+    twice = masks("twice", "INPUT.MIN_SIZE_TEST", "142")
+    assert (masks("views", *views) == twice).mean() > 0.98
+    assert (masks("plain") == twice).mean() < 0.98
+
+
 def test_features_need_no_words(demo, photo, tmp_path, capsys):
     arguments = ("--input", photo, "--output", "out")
     assert demo(*arguments, "--show", "pca", config=ROOT / "configs/demo/distill_dinov3.yaml") == 0
