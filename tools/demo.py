@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="PATH",
-        help='photos, videos, folders with photos in them or below, tar files of photos, or patterns ("photos/*.jpg")',
+        help='photos, videos, folders with such in them or below, tar files of photos, or patterns ("photos/*.jpg")',
     )
     add(
         "--vocabulary",

@@ -34,7 +34,12 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="encoder and its pre-trained weights (default: %(default)s)",
     )
-    add("--student", default="", metavar="FILE", help="weights of a distilled student, for a row of its own")
+    add(
+        "--student",
+        default="",
+        metavar="FILE",
+        help="a distilled student, for a row of its own (default: MODEL.WEIGHTS)",
+    )
     add("--rows", nargs="+", choices=ROWS, help="rows of the table (default: all, the student's where there is one)")
     add("--datasets", nargs="+", metavar="NAME", help="registered names (default: all benchmarks on disk)")
     add("--stride", type=int, help="step of the sliding window in pixels (default: SPAR.TEACHER.STRIDE)")
@@ -59,6 +64,7 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, overrides(args))
     methods = rows(cfg, args)
+    warn_of_protocol(cfg, args.opts)
     datasets, absent = find_datasets(args.datasets)
     prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=True), quiet=True)
     print(f"Data sets: {', '.join(datasets)}. Everything is kept in {args.output}.", flush=True)
@@ -79,7 +85,8 @@ def overrides(args: argparse.Namespace) -> list[str]:
     """Config keys and values that the flags stand for."""
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {args.limit}")
-    pairs = ["OUTPUT_DIR", str(args.output), *args.opts]
+    # Quoted, as a name such as "2024" would be taken for a number.
+    pairs = [*args.opts, "OUTPUT_DIR", repr(str(args.output))]
     if args.stride is not None:
         pairs += ["SPAR.TEACHER.STRIDE", str(args.stride)]
     if args.datasets:
@@ -87,19 +94,28 @@ def overrides(args: argparse.Namespace) -> list[str]:
     return pairs
 
 
+def warn_of_protocol(cfg: CfgNode, opts: list[str]) -> None:
+    """Say where the paper's protocol takes the place of keys on the command line."""
+    replaced = sorted(set(opts[::2]) & set(BENCHMARKS["voc21"].settings("")))
+    if replaced and cfg.SPAR.TEST.PROTOCOL == "paper":
+        keys = ", ".join(replaced)
+        print(f"{keys}: the paper's on its benchmarks; SPAR.TEST.PROTOCOL config takes yours", file=sys.stderr)
+
+
 def rows(cfg: CfgNode, args: argparse.Namespace) -> list[Method]:
     """The ways of inference that are asked for."""
-    if "student" in (args.rows or ()) and not args.student:
+    if "student" in (args.rows or ()) and not (args.student or cfg.MODEL.WEIGHTS):
         raise ValueError("--rows student needs the student's weights: --student FILE")
-    if args.student and not Path(args.student).is_file():
-        raise FileNotFoundError(f"--student: there is no file {args.student}")
+    student = args.student or cfg.MODEL.WEIGHTS
+    if student and not Path(student).is_file():
+        raise FileNotFoundError(f"{'--student' if args.student else 'MODEL.WEIGHTS'}: there is no file {student}")
     sliding = ["MODEL.SPAR.INFERENCE", "sliding_window"]
     known = {
         "single_pass": Method("pre-trained, single pass"),
         "sliding_window": Method(f"pre-trained, sliding window, stride {cfg.SPAR.TEACHER.STRIDE}", sliding),
-        "student": Method("SPAR student, single pass", weights=args.student),
+        "student": Method("SPAR student, single pass", weights=student),
     }
-    return [known[row] for row in args.rows or ROWS if row != "student" or args.student]
+    return [known[row] for row in args.rows or ROWS if row != "student" or student]
 
 
 def find_datasets(named: list[str] | None) -> tuple[list[str], list[str]]:

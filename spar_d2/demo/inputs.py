@@ -37,7 +37,8 @@ def find_inputs(words: Sequence[str], output: str | os.PathLike) -> list[Source]
     """Photos and videos that the words of ``--input`` name, each once.
 
     Args:
-        words: files, folders (the photos in them and their sub-folders), tar files, or patterns such as "photos/*.jpg".
+        words: files, folders (photos and videos in them and their sub-folders), tar files, or patterns such as
+            "photos/*.jpg".
         output: file or folder to be written to; what earlier runs left there, below a word's folder, is no input.
 
     Raises:
@@ -82,13 +83,26 @@ def _matches(word: str) -> list[str]:
 
 
 def _sources_at(path: str) -> list[Source]:
-    if os.path.isdir(path) or path.lower().endswith(TAR):
-        try:
-            return [Source(record, record["name"]) for record in find_photos(path)]
-        except (ValueError, OSError) as error:
-            raise type(error)(str(error).replace(KEY, FLAG)) from error
-    is_video = path.lower().endswith(VIDEOS)
-    return [Source({"file_name": path}, os.path.basename(path), is_video)]
+    if not (os.path.isdir(path) or path.lower().endswith(TAR)):
+        return [Source({"file_name": path}, os.path.basename(path), path.lower().endswith(VIDEOS))]
+    videos = _videos_below(path) if os.path.isdir(path) else []
+    try:
+        photos = [Source(record, record["name"]) for record in find_photos(path)]
+    except (ValueError, OSError) as error:
+        if videos:
+            return videos
+        raise type(error)(str(error).replace(KEY, FLAG)) from error
+    return [*photos, *videos]
+
+
+def _videos_below(folder: str) -> list[Source]:
+    found = (path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in VIDEOS and path.is_file())
+    named = ((path, path.relative_to(folder)) for path in found)
+    return [
+        Source({"file_name": str(path)}, name.as_posix(), is_video=True)
+        for path, name in named
+        if not any(part.startswith(".") for part in name.parts)
+    ]
 
 
 def stem_of(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +44,14 @@ def evaluate_methods(
         ValueError, FileNotFoundError: as :func:`spar_d2.engine.protocol.config_for` and the data sets do.
     """
     configs = {name: config_for(cfg, name) for name in datasets}
+    # One that is not there should not be found out after hours.
+    contents = {name: _content(DatasetCatalog.get(name)[:limit]) for name in datasets}
     kept = {score.identity: score for score in _read(folder / FINISHED)}
     scores = []
     for method in methods:
         model = None
         for name, own in configs.items():
-            identity = _identity(own, method, limit)
+            identity = _identity(own, method, contents[name])
             if identity not in kept:
                 model = model or build_method(cfg, method)
                 progress = Progress(folder / f"unfinished_{identity}.safetensors", identity)
@@ -74,17 +77,26 @@ def _read(path: Path) -> list[Score]:
         return []
 
 
-def _identity(cfg: CfgNode, method: Method, limit: int | None) -> str:
+def _identity(cfg: CfgNode, method: Method, content: str) -> str:
     """Text that differs where the numbers of an evaluation may."""
-    spar = cfg.MODEL.SPAR
     own = cfg.clone()
     own.defrost()
+    own.merge_from_list(list(method.overrides))
+    spar = own.MODEL.SPAR
     # What changes no number.
-    own.MODEL.SPAR.TEXT_CACHE = own.MODEL.DEVICE = ""
+    spar.TEXT_CACHE = own.MODEL.DEVICE = own.MODEL.WEIGHTS = ""
     own.SPAR.TEACHER.BATCH_SIZE = 0
-    nodes = [own.MODEL, own.INPUT, own.DATASETS.TEST, own.TEST.AUG, own.SPAR.TEACHER, method.overrides, limit]
+    nodes = [own.MODEL, own.INPUT, own.DATASETS.TEST, own.TEST.AUG]
+    if spar.INFERENCE == "sliding_window":
+        nodes.append(own.SPAR.TEACHER)
     files = (spar.ENCODER, spar.PRETRAINED, spar.DINOV3_BACKBONE, spar.VOCABULARY, spar.TEMPLATES, method.weights)
-    # Data sets that were prepared in part may grow.
-    count = len(DatasetCatalog.get(cfg.DATASETS.TEST[0]))
-    content = "\n".join([*map(str, nodes), *map(fingerprint, files), str(count)])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    text = "\n".join([*map(str, nodes), *map(fingerprint, files), content])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _content(records: list[dict]) -> str:
+    """Text that changes with the files of a data set."""
+    files = (record[key] for record in records for key in ("file_name", "sem_seg_file_name"))
+    stats = ((file, os.stat(file)) for file in files)
+    lines = (f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -110,17 +110,27 @@ def measure(
     mapper = ImageMapper(cfg, is_train=False)
     loader = build_detection_test_loader(dataset=records[done:], mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
     bar = tqdm(loader, desc=f"{method.name}, {dataset}", unit="image", initial=done, total=len(records))
-    for index, inputs in enumerate(bar):
-        if index == 0:
-            tested(inputs)  # computes the vectors of the words and warms up
-        _wait(model)
-        started = time.perf_counter()
-        outputs = tested(inputs)
-        _wait(model)
-        result.seconds.append(time.perf_counter() - started)
-        evaluator.process(inputs, outputs)
-        if progress:
-            progress.keep(evaluator, result.seconds)
+    whole = True
+    try:
+        for index, inputs in enumerate(bar):
+            if index == 0:
+                tested(inputs)  # computes the vectors of the words and warms up
+            _wait(model)
+            started = time.perf_counter()
+            outputs = tested(inputs)
+            _wait(model)
+            seconds = time.perf_counter() - started
+            whole = False
+            evaluator.process(inputs, outputs)
+            result.seconds.append(seconds)
+            whole = True
+            if progress:
+                progress.keep(evaluator, result.seconds)
+    except KeyboardInterrupt:
+        # Half an image must not be gone on from.
+        if progress and whole:
+            progress.keep(evaluator, result.seconds, now=True)
+        raise
     result.scores = evaluator.evaluate()["sem_seg"]
     return result
 

@@ -46,9 +46,9 @@ class Progress:
         logger.info("Going on after %d images (%s)", len(seconds), self.path)
         return seconds
 
-    def keep(self, evaluator: SemanticEvaluator, seconds: list[float]) -> None:
-        """Write what was done, if it is time to."""
-        if time.monotonic() - self._written < self.period:
+    def keep(self, evaluator: SemanticEvaluator, seconds: list[float], now: bool = False) -> None:
+        """Write what was done, if it is time to, or at once."""
+        if not now and time.monotonic() - self._written < self.period:
             return
         state = {"seconds": np.asarray(seconds), **evaluator.state_dict()}
         with replacing(self.path) as temporary:

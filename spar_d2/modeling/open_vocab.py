@@ -103,9 +103,13 @@ class OpenVocabularySegmentor(nn.Module):
             "window_batch": teacher.BATCH_SIZE,
         }
 
-    def set_vocabulary(self, vocabulary: Vocabulary | None) -> None:
-        """Change the classes, at once; the vectors of words that are new are computed when first needed."""
-        self.vocabulary = vocabulary
+    def set_vocabulary(self, vocabulary: Vocabulary | str | list | None) -> None:
+        """Change the classes, at once; the vectors of words that are new are computed when first needed.
+
+        Args:
+            vocabulary: as :meth:`spar_d2.text.Vocabulary.of` takes it; None for none.
+        """
+        self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
 
     @contextlib.contextmanager
     def configured(self, cfg: CfgNode) -> Iterator[None]:

@@ -6,6 +6,7 @@ a time, so that memory grows with the band alone. Plain PyTorch, on the device o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,7 +73,7 @@ def segment_features(
         (H, W) int64, on the device of ``features``.
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: shapes that do not go together, a threshold outside 0..1, or a scale that is not positive.
     """
     _check_classes(query_class, text)
     maps = [ScoreMap(cosine_scores(features, text), padded_size)]
@@ -92,6 +93,11 @@ def segment_scores(
 
     One pass over the pixels; those of classes that ``area_threshold`` removes are looked at a second time.
     """
+    for name, value in (("prob_threshold", prob_threshold), ("area_threshold", area_threshold or 0)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in 0..1, got {value}")
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be above 0, got {logit_scale}")
     query_class = query_class.to(maps[0].scores.device)
     upsampled = UpsampledScores(maps, size)
     labels = torch.empty(size, dtype=torch.int64, device=query_class.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
@@ -83,6 +84,10 @@ class Vocabulary:
         like_path = source.endswith(".txt") or source.startswith(("/", "./", "../"))
         if like_path or (not re.search("[;,\n]", source) and os.path.isfile(source)):
             return cls.from_file(source)
+        if not re.search("[;,\n]", source.strip()) and source.strip():
+            near = difflib.get_close_matches(source.lower(), cls.built_in(), n=1)
+            hint = f"; did you mean the built-in {near[0]!r}?" if near else ""
+            logger.warning("The vocabulary is the one class %r, which every pixel gets%s", source, hint)
         try:
             return cls(part.split(",") for part in re.split("[;\n]", source))
         except ValueError as error:

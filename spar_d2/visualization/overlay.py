@@ -21,6 +21,7 @@ from spar_d2.visualization.placement import Box, find_regions, place_labels
 _WHITE = 255
 # Where outlines would cover more than this share of a picture, as in tiny or noisy ones, they would hide the classes.
 _MOST_OUTLINES = 0.2
+_BACKGROUND = "background"
 _TEXT_COLOUR = (0.1, 0.1, 0.1)
 
 
@@ -58,6 +59,10 @@ def draw_overlay(
     pixels = font_pixels(*labels.shape)
     letters = Letters([names[number] for number in found if areas[number] >= pixels**2], pixels)
     picture = _blend(image, labels, np.asarray(colours, dtype=np.uint8), alpha, letters.pixels)
+    for number in found:
+        if names[number].strip().lower() == _BACKGROUND:
+            # What is nothing in particular stays as it is.
+            picture[labels == number] = image[labels == number]
     _draw_labels(picture, labels, {number: names[number] for number in found if areas[number] >= pixels**2}, letters)
     if beside:
         gap = np.full((picture.shape[0], math.ceil(letters.pixels / 3), 3), _WHITE, dtype=np.uint8)

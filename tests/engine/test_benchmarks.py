@@ -92,9 +92,24 @@ def test_finished_ones_are_not_done_again_unless_they_would_differ(root, tiny_cf
     evaluate(VOCABULARY="voc20")
     assert len(built) == 3
     assert evaluate(VOCABULARY="") == first and len(built) == 3
+    tiny_cfg.SPAR.TEACHER.STRIDE = 32
+    assert evaluate() == first, "a single pass has no stride"
     (tmp_path / FINISHED).write_text("damaged")
     assert evaluate().scores == pytest.approx(first.scores, nan_ok=True) and len(built) == 4
+    label = DatasetCatalog.get("voc20")[0]["sem_seg_file_name"]
+    with Image.open(label) as image:
+        changed = np.array(image)[::-1]
+    Image.fromarray(np.ascontiguousarray(changed)).save(label)
+    assert evaluate().scores["mIoU"] != first.scores["mIoU"] and len(built) == 5
     assert [path.name for path in tmp_path.glob("unfinished*")] == []
+
+
+def test_what_is_not_there_is_found_out_before_anything_is_evaluated(root, tiny_cfg, tmp_path, monkeypatch):
+    make_tree("voc20", root, np.random.default_rng(0))
+    prepare("voc20", root, partial=True)
+    monkeypatch.setattr(benchmarks, "build_method", None)
+    with pytest.raises(FileNotFoundError, match="ade20k"):
+        evaluate_methods(tiny_cfg, [SINGLE], ["voc20", "ade20k"], tmp_path)
 
 
 def test_the_trainer_tests_each_data_set_by_its_own_protocol(root, tiny_cfg):

@@ -18,11 +18,12 @@ def cfg(tiny_cfg, monkeypatch, tmp_path):
     return tiny_cfg
 
 
-class Stopped(Exception):
+class Crash(Exception):
     pass
 
 
-def test_goes_on_where_it_stopped(cfg, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stop", "period"), [(Crash, 0), (KeyboardInterrupt, 1000)])
+def test_goes_on_where_it_stopped(cfg, tmp_path, monkeypatch, stop, period):
     method = Method("single pass")
     model = build_method(cfg, method)
     expected = measure(cfg, DATASET, method, model)
@@ -31,13 +32,13 @@ def test_goes_on_where_it_stopped(cfg, tmp_path, monkeypatch):
     def forward(inputs):
         seen.append(inputs[0]["file_name"])
         if len(seen) == 4:
-            raise Stopped
+            raise stop
         return type(model).forward(model, inputs)
 
     monkeypatch.setattr(model, "forward", forward)
     path = tmp_path / "unfinished.safetensors"
-    with pytest.raises(Stopped):
-        measure(cfg, DATASET, method, model, progress=Progress(path, "a", period=0))
+    with pytest.raises(stop):
+        measure(cfg, DATASET, method, model, progress=Progress(path, "a", period))
     assert len(set(seen)) == 3
     result = measure(cfg, DATASET, method, model, progress=Progress(path, "a", period=0))
     # The first image of each part is run twice, to warm up.

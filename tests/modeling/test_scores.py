@@ -108,6 +108,9 @@ def test_class_zero_is_neither_counted_nor_removed():
         ({"size": (0, 4)}, "size"),
         ({"size": (-1, 4)}, "size"),
         ({"padded_size": (3, 3)}, "padded_size"),
+        ({"prob_threshold": 2.0}, "prob_threshold"),
+        ({"area_threshold": -0.1}, "area_threshold"),
+        ({"logit_scale": -1.0}, "logit_scale"),
     ],
 )
 def test_what_does_not_go_together_is_named(changes, message):

@@ -177,3 +177,11 @@ def test_templates_that_are_no_text_are_named(tmp_path):
     (tmp_path / "photo.txt").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TEMPLATES: .*photo\.txt is no text file in UTF-8"):
         load_templates(str(tmp_path / "photo.txt"))
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"), [("ade20", "did you mean the built-in 'ade20k'"), ("zebra", "every pixel")]
+)
+def test_a_single_word_is_warned_of(source, hint, caplog):
+    assert Vocabulary.load(source).names == [source]
+    assert hint in caplog.text

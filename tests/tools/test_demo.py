@@ -246,6 +246,18 @@ def test_a_video_and_back(demo, video, tmp_path, capsys):
     assert "1 video, 5 frames" in printed.out
 
 
+def test_videos_in_folders_are_taken_too(demo, photo, video, tmp_path):
+    folder = tmp_path / "mixed" / "clips"
+    folder.mkdir(parents=True)
+    shutil.copy(video, folder / "a.avi")
+    arguments = ["--vocabulary", WORDS, "--output", "out", "--input"]
+    assert demo(*arguments, "mixed") == 0
+    assert files_in(tmp_path / "out") == ["clips/a.mp4"]
+    shutil.copy(photo, tmp_path / "mixed")
+    assert demo(*arguments, "mixed") == 0
+    assert files_in(tmp_path / "out") == ["clips/a.mp4", "photo.png"]
+
+
 def test_words_are_taken_from_the_config_or_the_data_set(demo, photo, tmp_path):
     assert demo("--input", photo, "--output", "a", "--json", "--opts", "MODEL.SPAR.VOCABULARY", "cat; dog") == 0
     assert json.loads((tmp_path / "a" / "photo.json").read_text())["vocabulary"] == [["cat"], ["dog"]]

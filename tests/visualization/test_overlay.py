@@ -265,3 +265,12 @@ def test_a_large_photo_takes_seconds_and_not_minutes():
     started = time.perf_counter()
     picture_of(labels)
     assert time.perf_counter() - started < 3
+
+
+def test_a_background_keeps_the_photo():
+    image = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    labels = np.zeros((200, 200), dtype=np.int64)
+    labels[:, 150:] = 1
+    picture = draw_overlay(image, labels, ["background", "x"], [(0, 0, 0), (255, 0, 0)], legend=False)
+    assert (picture[120:, :140] == image[120:, :140]).all()
+    assert (picture[120:, 160:] != image[120:, 160:]).any()
