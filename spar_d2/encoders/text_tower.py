@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,11 +36,14 @@ class TextTower(nn.Module):
                 bar.update(len(batch))
         return torch.cat(vectors)
 
+    @functools.cached_property
+    def _context_length(self) -> int:
+        return self.tokenize([""]).shape[1]
+
     def reads_all(self, text: str) -> bool:
         """Whether the encoder sees a text to its end; what is beyond the context length it does not."""
-        context = self.tokenize([""]).shape[1]
         # No token is shorter than a byte, and up to two are added.
-        if len(text.encode()) <= context - 2:
+        if len(text.encode()) <= self._context_length - 2:
             return True
         tokens = self.tokenize([text, text[:-1]])
         return not torch.equal(tokens[0], tokens[1])

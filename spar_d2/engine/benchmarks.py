@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -46,18 +46,20 @@ def evaluate_methods(
     configs = {name: config_for(cfg, name) for name in datasets}
     # One that is not there should not be found out after hours.
     contents = {name: _content(DatasetCatalog.get(name)[:limit]) for name in datasets}
+    # The same weights are asked for again with every data set.
+    read_once = functools.cache(fingerprint)
     kept = {score.identity: score for score in _read(folder / FINISHED)}
     scores = []
     for method in methods:
         model = None
         for name, own in configs.items():
-            identity = _identity(own, method, contents[name])
+            identity = _identity(own, method, contents[name], read_once)
             if identity not in kept:
                 model = model or build_method(cfg, method)
                 progress = Progress(folder / f"unfinished_{identity}.safetensors", identity)
                 with model.configured(own):
                     result = measure(own, name, method, model, limit, progress)
-                numbers = (len(result.seconds), result.scores, statistics.median(result.seconds))
+                numbers = (len(result.seconds), result.scores, result.seconds_per_image)
                 kept[identity] = Score(method.name, name, identity, *numbers)
                 with replacing(folder / FINISHED) as temporary:
                     temporary.write_text(json.dumps([score.plain() for score in kept.values()]), encoding="utf-8")
@@ -77,7 +79,7 @@ def _read(path: Path) -> list[Score]:
         return []
 
 
-def _identity(cfg: CfgNode, method: Method, content: str) -> str:
+def _identity(cfg: CfgNode, method: Method, content: str, read: Callable[[str], str]) -> str:
     """Text that differs where the numbers of an evaluation may."""
     own = cfg.clone()
     own.defrost()
@@ -90,7 +92,7 @@ def _identity(cfg: CfgNode, method: Method, content: str) -> str:
     if spar.INFERENCE == "sliding_window":
         nodes.append(own.SPAR.TEACHER)
     files = (spar.ENCODER, spar.PRETRAINED, spar.DINOV3_BACKBONE, spar.VOCABULARY, spar.TEMPLATES, method.weights)
-    text = "\n".join([*map(str, nodes), *map(fingerprint, files), content])
+    text = "\n".join([*map(str, nodes), *map(read, files), content])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ from detectron2.modeling import DatasetMapperTTA
 from fvcore.transforms import HFlipTransform
 from torch import nn
 
-from spar_d2.modeling.open_vocab import OpenVocabularySegmentor, result_size
+from spar_d2.modeling.open_vocab import OpenVocabularySegmentor, result_size, with_vocabulary
 
 
 class SegmentorWithTTA(nn.Module):
@@ -47,7 +47,7 @@ class SegmentorWithTTA(nn.Module):
         return [self._segment(inputs) for inputs in batched_inputs]
 
     def _segment(self, inputs: dict) -> dict[str, torch.Tensor]:
-        size = result_size(inputs)
+        inputs, size = with_vocabulary(inputs), result_size(inputs)
         # The mapper works in numpy, and needs the size that the image had.
         views = self.tta_mapper({**inputs, "image": inputs["image"].cpu(), "height": size[0], "width": size[1]})
         mirrored = [_is_mirrored(view) for view in views]

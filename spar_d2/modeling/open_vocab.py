@@ -155,6 +155,7 @@ class OpenVocabularySegmentor(nn.Module):
         """
         images = [self._normalise(inputs["image"]) for inputs in batched_inputs]
         if not self.training:
+            batched_inputs = [with_vocabulary(inputs) for inputs in batched_inputs]
             if self.output != "features":
                 # Words that are not there should not be found out after encoding.
                 for inputs in batched_inputs:
@@ -180,7 +181,7 @@ class OpenVocabularySegmentor(nn.Module):
         """Cosines of several views of one image with its words.
 
         Args:
-            views: as ``batched_inputs`` of :meth:`forward`.
+            views: as ``batched_inputs`` of :meth:`forward`, with words as :func:`with_vocabulary` makes them.
             mirrored: for each view whether it shows the mirror image.
             size: (H, W) of the result.
         """
@@ -241,8 +242,7 @@ class OpenVocabularySegmentor(nn.Module):
 
     def _text_vectors(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors (Q, D) and classes (Q,) of the words of an image, on the model's device."""
-        own = inputs.get("vocabulary")
-        vocabulary = self.vocabulary if own is None else Vocabulary.of(own)
+        vocabulary = inputs.get("vocabulary") or self.vocabulary
         if vocabulary is None:
             raise RuntimeError("no classes to segment: set MODEL.SPAR.VOCABULARY or call set_vocabulary()")
         if vocabulary not in self._text:
@@ -251,6 +251,12 @@ class OpenVocabularySegmentor(nn.Module):
                 self._text.pop(next(iter(self._text)))
             self._text[vocabulary] = tuple(tensor.to(self.pixel_mean.device) for tensor in self.embeddings(vocabulary))
         return self._text[vocabulary]
+
+
+def with_vocabulary(inputs: dict) -> dict:
+    """An input whose own words, if it has any, are a :class:`Vocabulary`: they are read once, whatever their form."""
+    own = inputs.get("vocabulary")
+    return inputs if own is None else {**inputs, "vocabulary": Vocabulary.of(own)}
 
 
 def result_size(inputs: dict) -> tuple[int, int]:
