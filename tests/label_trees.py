@@ -25,6 +25,7 @@ FORMS = {
     "context59": ("59", "59 unlisted", "459", "converted"),
     "coco_object": ("stuff things", "folder of the archive"),
 }
+CASES = [(name, form) for name, forms in FORMS.items() for form in forms]
 # Red, green and blue of VOC's labels 0, 1, ..., 20.
 VOC_COLOURS = """
     0 0 0, 128 0 0, 0 128 0, 128 128 0, 0 0 128, 128 0 128, 0 128 128, 128 128 128, 64 0 0, 192 0 0, 64 128 0,
@@ -58,6 +59,11 @@ def make_tree(name: str, root: Path, rng: np.random.Generator, form: str = "") -
     makers = {"voc": _make_voc, "con": _make_context, "ade": _make_ade20k, "cit": _make_cityscapes, "coc": _make_coco}
     official, meaning = makers[name[:3]](root, rng, form, background=name in ("voc21", "context60"))
     return {key: _translated(values, meaning) for key, values in official.items()}
+
+
+def tree(name: str, root: Path, form: str = "", seed: int = 0) -> dict[str, np.ndarray]:
+    """:func:`make_tree` by a seed."""
+    return make_tree(name, root, np.random.default_rng(seed), form)
 
 
 def use_trees(root: Path, monkeypatch) -> None:

@@ -10,13 +10,11 @@ import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper
 from PIL import Image
 
-from label_trees import FORMS, IGNORED, SIZES, make_tree, use_trees
+from label_trees import CASES, IGNORED, SIZES, tree, use_trees
 from spar_d2.data.benchmarks import BENCHMARKS
 from spar_d2.data.labelled import found, missing
 from spar_d2.data.preparation import prepare, survey, writing
 from spar_d2.data.preparation.registry import PREPARATIONS
-
-CASES = [(name, form) for name, forms in FORMS.items() for form in forms]
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +22,6 @@ def root(tmp_path, monkeypatch):
     """The folder of all data sets, each of which has three validation images."""
     use_trees(tmp_path, monkeypatch)
     return tmp_path
-
-
-def tree(name, root, form="", seed=0):
-    return make_tree(name, root, np.random.default_rng(seed), form)
 
 
 def read(path):

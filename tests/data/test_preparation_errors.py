@@ -10,14 +10,12 @@ import pytest
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from label_trees import FORMS, SIZES, make_tree, use_trees
+from label_trees import CASES, SIZES, tree, use_trees
 from spar_d2.data.benchmarks import BENCHMARKS
 from spar_d2.data.labelled import found, missing
 from spar_d2.data.preparation import MissingArchive, prepare, survey
 from spar_d2.data.preparation.common import label_table, relabel
 from spar_d2.data.preparation.registry import PREPARATIONS
-
-CASES = [(name, form) for name, forms in FORMS.items() for form in forms]
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +23,6 @@ def root(tmp_path, monkeypatch):
     """The folder of all data sets, each of which has three validation images."""
     use_trees(tmp_path, monkeypatch)
     return tmp_path
-
-
-def tree(name, root, form="", seed=0):
-    return make_tree(name, root, np.random.default_rng(seed), form)
 
 
 def first_file(name, root):
