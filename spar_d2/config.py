@@ -49,8 +49,12 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Bring the framework's normalised input (PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT) to the encoder's own mean and
     # deviation in RGB. Set it to False only where those keys already are the encoder's.
     cfg.MODEL.SPAR.CONVERT_PIXELS = True
-    # Channels of every level of the pyramid backbone.
-    cfg.MODEL.SPAR.PYRAMID_CHANNELS = 256
+    # What the backbone returns. SPARPyramid: any of "p2" to "p6" and "res2" to "res5" (strides 4 to 64), "dense" (the
+    # plain map) and "clip_vis_dense" (FC-CLIP's name for it); () is "p2" to "p6". SPARViT: the last two; () is "dense".
+    cfg.MODEL.SPAR.OUT_FEATURES = ()
+    # Channels of the levels of SPARPyramid: one number for all, or a list with one for each level of OUT_FEATURES
+    # (MaskDINO wants them to grow with the stride); None is 256.
+    cfg.MODEL.SPAR.OUT_CHANNELS = None
 
     # Classes to segment: a built-in vocabulary ("voc21", "ade20k", ...), a file in UTF-8 with one class per line and
     # synonyms separated by ", ", or inline text ("cat, kitten; dog"). "" takes those of the data set under test.
@@ -125,6 +129,9 @@ def add_spar_config(cfg: CfgNode) -> None:
 
     # Optimizer for training, by its name in torch.optim ("AdamW", "Adam", "SGD", ...).
     cfg.SPAR.OPTIMIZER = "AdamW"
+    # Factor on the learning rate of the encoder's blocks, once more for each block from the last to the first ("0.8");
+    # 1 trains all alike. What is not the encoder's has the full rate.
+    cfg.SPAR.LAYER_DECAY = 1.0
     # Parts that the images of a step (SOLVER.IMS_PER_BATCH) are taken in, one after another: the same step, less
     # memory.
     cfg.SPAR.ACCUMULATION_STEPS = 1

@@ -15,7 +15,6 @@ from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -32,6 +31,7 @@ from spar_d2.engine.comparison import build_teacher_encode
 from spar_d2.engine.data import ImageMapper, build_photo_loader
 from spar_d2.engine.hooks import DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
+from spar_d2.engine.optimizer import build_optimizer, count_parameters
 from spar_d2.engine.pictures import FeaturePictures
 from spar_d2.engine.protocol import check_vocabulary, config_for
 from spar_d2.engine.step import Step
@@ -45,8 +45,6 @@ from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
 logger = logging.getLogger(__name__)
 
 STUDENT_FILE = "student.safetensors"
-# Of torch.optim: those that take a step without a closure, on dense gradients.
-OPTIMIZERS = ("AdamW", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "SGD")
 
 
 class Trainer(DefaultTrainer):
@@ -76,6 +74,7 @@ class Trainer(DefaultTrainer):
             remove_leftovers(cfg.OUTPUT_DIR)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
+        logger.info("Parameters:\n%s", count_parameters(model))
         loader = self.build_train_loader(cfg)
         if isinstance(loader, PhotoLoader):
             _check_sides(cfg, find_encoder(model).patch_size)
@@ -175,21 +174,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """``SPAR.OPTIMIZER`` over the trainable parameters, with Detectron2's rules for decay and biases."""
-        if cfg.SPAR.OPTIMIZER not in OPTIMIZERS:
-            raise ValueError(f"SPAR.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}; got {cfg.SPAR.OPTIMIZER!r}")
-        kind = getattr(torch.optim, cfg.SPAR.OPTIMIZER)
-        groups = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        )
-        if not groups:
-            raise ValueError(f"nothing to train: MODEL.SPAR.TRAINABLE is {cfg.MODEL.SPAR.TRAINABLE!r}")
-        return maybe_add_gradient_clipping(cfg, kind)(groups, lr=cfg.SOLVER.BASE_LR)
+        """See :func:`spar_d2.engine.optimizer.build_optimizer`."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-from spar_d2.encoders import DenseEncoder, EncoderSpec
+from spar_d2.encoders import EncoderSpec
 from spar_d2.encoders.base import PRECISIONS
 from spar_d2.encoders.registry import build
 from spar_d2.teacher import SlidingWindowTeacher
@@ -21,12 +21,6 @@ def encoder_spec(cfg: CfgNode) -> EncoderSpec:
         dinov3_backbone=spar.DINOV3_BACKBONE,
         dinov3_tokens=spar.DINOV3_TOKENS,
     )
-
-
-def encoder_from_config(cfg: CfgNode) -> DenseEncoder:
-    """The encoder of ``MODEL.SPAR``, on the CPU, computing as the config says; raises like ``build_encoder``."""
-    spar = cfg.MODEL.SPAR
-    return build(encoder_spec(cfg)).accelerate(spar.PRECISION, spar.COMPILE, spar.CHECKPOINTING)
 
 
 def teacher_from_config(cfg: CfgNode) -> SlidingWindowTeacher:

@@ -3,64 +3,178 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, SimpleFeaturePyramid
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, SimpleFeaturePyramid
+from torch import nn
 
-from spar_d2.modeling.backbone import DENSE, SPARViT
+from spar_d2.modeling.backbone import CLIP_DENSE, DENSE, SPARViT
+from spar_d2.modeling.text_hooks import TextHooks
 
-_SCALES = (4.0, 2.0, 1.0, 0.5)
+# Names of the levels, by the logarithm of their stride.
+LEVELS = {f"p{k}": k for k in range(2, 7)} | {f"res{k}": k for k in range(2, 6)}
+DEFAULT_OUT_FEATURES = ("p2", "p3", "p4", "p5", "p6")
+_DEFAULT_CHANNELS = 256
+# Detectron2's FPN, too, takes every second cell of the level before for this one.
+_SUBSAMPLED = 6
+# Strides of dense maps that levels are made from; maps of other patches are resampled to the last.
+_BASES = (4, 8, 16)
+# What Detectron2's pyramid makes of a map; coarser levels start from a map that is pooled before.
+_LEAST_SCALE = 0.5
 
 
 @BACKBONE_REGISTRY.register()
-class SPARPyramid(SimpleFeaturePyramid):
-    """Detectron2's simple feature pyramid (ViTDet, arXiv:2203.16527) on the dense map.
+class SPARPyramid(TextHooks, Backbone):
+    """Levels of strides 4 to 64 on the dense map, by Detectron2's simple feature pyramid (ViTDet, arXiv:2203.16527).
 
-    Levels lie at 4, 2, 1 and 1/2 of the dense map's resolution, and one more at half of the last: "p2" to "p6" for a
-    patch of 16. Images of any size are padded inside, at the right and bottom, so that neighbouring levels differ by
-    exactly 2 in height and width.
+    Every level is a stage of that pyramid for its stride; "p6" is every second cell of "p5". For patches of 4 and 8
+    pixels, coarse levels start from the pooled dense map; for other patches than 4, 8 and 16, all start from the dense
+    map resampled to a stride of 16. "p4" and "res4" are the same level. Images are padded inside, at the right and
+    bottom, to a multiple of the coarsest stride; a level covers ceil(H / stride) x ceil(W / stride) cells. At multiples
+    of ``size_divisibility``, which frameworks pad to, neighbouring levels differ by exactly 2 in height and width.
 
     Args:
-        net: the plain backbone; its patch must be a power of two.
-        out_channels: channels of every level.
+        net: the plain backbone.
+        out_features: any of "p2" ... "p6", "res2" ... "res5", "dense" (the plain map at the stride of the patch) and
+            "clip_vis_dense" (FC-CLIP's name for the map that levels are made from, which is the plain one for patches
+            of 4, 8 and 16), in the order in which they are returned.
+        out_channels: channels of every level, or of each level of ``out_features`` in their order.
+        square_pad: side of the square in pixels that frameworks which know of it pad images to; 0 for none.
+        norm: of the stages, as in Detectron2's pyramid.
 
     Raises:
-        ValueError: another patch size, or no channels.
+        ValueError: an argument that is not allowed.
     """
 
     @configurable
-    def __init__(self, net: SPARViT, out_channels: int = 256) -> None:
+    def __init__(
+        self,
+        net: SPARViT,
+        out_features: Sequence[str] = DEFAULT_OUT_FEATURES,
+        out_channels: int | Sequence[int] = _DEFAULT_CHANNELS,
+        square_pad: int = 0,
+        norm: str = "LN",
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.text_side = net.text_side
+        names = _check_names(out_features)
+        self.square_pad = square_pad
         patch = net.encoder.patch_size
-        if patch & (patch - 1):
-            raise ValueError(
-                f"SPARPyramid needs an encoder whose patch is a power of two, as its levels differ by 2; got {patch}. "
-                "Choose another MODEL.SPAR.ENCODER, or MODEL.BACKBONE.NAME SPARViT"
-            )
-        if out_channels < 1:
-            raise ValueError(f"out_channels (MODEL.SPAR.PYRAMID_CHANNELS) must be at least 1, got {out_channels}")
-        top = LastLevelMaxPool()
-        # It takes "p5" unless told otherwise: levels are named by the logarithm of their stride.
-        top.in_feature = f"p{int(math.log2(patch / _SCALES[-1]))}"
-        super().__init__(net, DENSE, out_channels, _SCALES, top_block=top)
+        self._base = patch if patch in _BASES else _BASES[-1]
+        channels = _channels_by_level(names, out_channels)
+        finer = _SUBSAMPLED - 1
+        if _SUBSAMPLED in channels:
+            channels.setdefault(finer, channels[_SUBSAMPLED])
+        for level in sorted(channels.keys() - {_SUBSAMPLED}):
+            self.add_module(f"simfp_{level}", self._stage(2**level, channels[level], norm))
+        strides = {name: 2**level for name, level in LEVELS.items()} | {DENSE: patch, CLIP_DENSE: self._base}
+        width = net.encoder.embed_dim
+        self._out_features = names
+        self._out_feature_channels = {name: channels[LEVELS[name]] if name in LEVELS else width for name in names}
+        self._out_feature_strides = {name: strides[name] for name in names}
+        # Levels are made of whole cells of the map that they start from.
+        self._multiple = patch if names == [DENSE] else max(self._base, *(strides[n] for n in names if n != DENSE))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
-        return {"net": SPARViT(cfg, input_shape), "out_channels": cfg.MODEL.SPAR.PYRAMID_CHANNELS}
+        spar = cfg.MODEL.SPAR
+        plain = SPARViT.from_config(cfg, input_shape) | {"out_features": (DENSE,)}
+        return {
+            "net": SPARViT(**plain),
+            "out_features": spar.OUT_FEATURES or DEFAULT_OUT_FEATURES,
+            "out_channels": _DEFAULT_CHANNELS if spar.OUT_CHANNELS is None else spar.OUT_CHANNELS,
+        }
+
+    def _stage(self, stride: int, channels: int, norm: str) -> nn.Module:
+        """From the map of stride ``_base`` to a level."""
+        scale = self._base / stride
+        halvings = max(0, round(math.log2(_LEAST_SCALE / scale)))
+        shape = {DENSE: ShapeSpec(channels=self.net.encoder.embed_dim, stride=self._base * 2**halvings)}
+        stage = SimpleFeaturePyramid(_Shape(shape), DENSE, channels, (scale * 2**halvings,), norm=norm).stages[0]
+        return nn.Sequential(nn.MaxPool2d(2**halvings), stage) if halvings else stage
 
     @property
     def size_divisibility(self) -> int:
-        return self._size_divisibility
+        return self._multiple
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        # Its parent misspells the key, so that frameworks that read it here would not pad.
-        return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
+        # Detectron2's own pyramid misspells the first key, so that frameworks that read it here would not pad.
+        return {"size_divisibility": self._multiple, "square_size": self.square_pad}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) as the framework normalised it, any size, to one (B, C, h, w) per level."""
-        multiple = self._size_divisibility
-        return super().forward(F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple)))
+        """(B, 3, H, W) as the framework normalised it, any size, to (B, C, ceil(H / stride), ceil(W / stride)) each."""
+        sides = x.shape[-2:]
+        padded = [side + -side % self._multiple for side in sides]
+        dense = self.net.encode(x, self._multiple)
+        base = self._resampled(dense, padded) if self._base != self.net.encoder.patch_size else dense
+        levels: dict[int, torch.Tensor] = {}
+        outputs = {}
+        for name, stride in self._out_feature_strides.items():
+            plain = dense if name == DENSE else base
+            level = self._level(LEVELS[name], base, levels) if name in LEVELS else plain
+            outputs[name] = level[..., : -(-sides[0] // stride), : -(-sides[1] // stride)]
+        return outputs
+
+    def _level(self, level: int, base: torch.Tensor, known: dict[int, torch.Tensor]) -> torch.Tensor:
+        if level not in known:
+            if level == _SUBSAMPLED:
+                known[level] = self._level(level - 1, base, known)[..., ::2, ::2]
+            else:
+                known[level] = self.get_submodule(f"simfp_{level}")(base)
+        return known[level]
+
+    def _resampled(self, dense: torch.Tensor, padded: list[int]) -> torch.Tensor:
+        """The dense map at a stride of ``_base``, so that cell centres keep their places in the image."""
+        factor = self.net.encoder.patch_size / self._base
+        resampled = F.interpolate(dense, scale_factor=factor, mode="bilinear", recompute_scale_factor=False)
+        return resampled[..., : padded[0] // self._base, : padded[1] // self._base]
+
+
+class _Shape(Backbone):
+    """Stands for the backbone that Detectron2's pyramid asks for the shape of a map."""
+
+    def __init__(self, shape: dict[str, ShapeSpec]) -> None:
+        super().__init__()
+        self._shape = shape
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return self._shape
+
+    def forward(self) -> None:
+        raise NotImplementedError("it only tells a shape")
+
+
+def _check_names(names: Sequence[str]) -> list[str]:
+    allowed = [*LEVELS, DENSE, CLIP_DENSE]
+    if isinstance(names, str) or not names or any(name not in allowed for name in names):
+        raise ValueError(
+            f"out_features (MODEL.SPAR.OUT_FEATURES) must be a list out of {', '.join(allowed)}; got {names!r}"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"out_features (MODEL.SPAR.OUT_FEATURES) must name every level once, got {names!r}")
+    return list(names)
+
+
+def _channels_by_level(names: list[str], channels: int | Sequence[int]) -> dict[int, int]:
+    """Channels of the levels named, by the logarithm of their stride."""
+    key = "out_channels (MODEL.SPAR.OUT_CHANNELS)"
+    named = [name for name in names if name in LEVELS]
+    each = [channels] * len(named) if isinstance(channels, int) else list(channels)
+    if len(each) != len(named):
+        levels = ", ".join(named) or "none"
+        raise ValueError(f"{key} must be one number, or one for each level ({levels}); got {channels}")
+    if any(not isinstance(number, int) or number < 1 for number in each):
+        raise ValueError(f"{key} must be whole numbers of at least 1, got {channels}")
+    result: dict[int, int] = {}
+    for name, number in zip(named, each):
+        if result.setdefault(LEVELS[name], number) != number:
+            raise ValueError(f"{key}: {name} is twice among the levels, with different channels; got {channels}")
+    if result.get(_SUBSAMPLED) not in (None, result.get(_SUBSAMPLED - 1, result.get(_SUBSAMPLED))):
+        raise ValueError(f"{key}: p6 is every second cell of level 5 and has its channels; got {channels}")
+    return result

@@ -2,7 +2,8 @@ import pytest
 import torch
 from detectron2.modeling import build_backbone
 
-from spar_d2.encoders import OpenCLIPEncoder
+from spar_d2.encoders import EncoderSpec, OpenCLIPEncoder
+from spar_d2.modeling.backbone import SPARViT
 from spar_d2.modeling.pixels import PixelConversion
 
 
@@ -23,22 +24,24 @@ def test_plain_backbone_declares_what_it_gives(cfg):
     assert shapes["dense"].stride == 16
 
 
-@pytest.mark.parametrize("size", [(203, 331), (1, 1), (64, 64), (65, 33), (31, 500)])
-def test_pyramid_levels_differ_by_exactly_two(cfg, size):
-    cfg.MODEL.BACKBONE.NAME = "SPARPyramid"
-    cfg.MODEL.SPAR.PYRAMID_CHANNELS = 32
-    backbone = build_backbone(cfg).eval()
-    assert backbone.size_divisibility == backbone.padding_constraints["size_divisibility"] == 32
-    with torch.no_grad():
-        features = backbone(torch.randn(1, 3, *size))
-    shapes = backbone.output_shape()
-    assert list(features) == list(shapes) == ["p2", "p3", "p4", "p5", "p6"]
-    for name, feature in features.items():
-        assert feature.shape[1] == shapes[name].channels == 32
-    for finer, coarser in (("p2", "p3"), ("p3", "p4"), ("p4", "p5")):
-        assert features[finer].shape[2:] == tuple(2 * side for side in features[coarser].shape[2:])
-        assert shapes[coarser].stride == 2 * shapes[finer].stride
-    assert features["p2"].shape[2] == -(-size[0] // 32) * 8
+def test_plain_backbone_pads_like_its_encoder(cfg):
+    backbone = build_backbone(cfg)
+    assert backbone.size_divisibility == backbone.padding_constraints["size_divisibility"] == 16
+
+
+def test_plain_backbone_under_another_name(cfg):
+    cfg.MODEL.SPAR.OUT_FEATURES = ["dense", "clip_vis_dense"]
+    backbone = build_backbone(cfg)
+    features = backbone(torch.randn(1, 3, 32, 48))
+    assert list(features) == list(backbone.output_shape()) == ["dense", "clip_vis_dense"]
+    assert torch.equal(*features.values())
+
+
+@pytest.mark.parametrize("names", [["p2"], ["dense", "p4"], "dense"])
+def test_plain_backbone_names_what_it_can_give(cfg, names):
+    cfg.MODEL.SPAR.OUT_FEATURES = names
+    with pytest.raises(ValueError, match=r"OUT_FEATURES of SPARViT.*clip_vis_dense.*SPARPyramid"):
+        build_backbone(cfg)
 
 
 def test_a_pure_swap_sees_the_right_colours(cfg, reference_clip):
@@ -59,6 +62,26 @@ def test_a_pure_swap_sees_the_right_colours(cfg, reference_clip):
         with torch.no_grad():
             features = build_backbone(cfg)(given[None])["dense"]
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["SPARViT", "SPARPyramid"])
+@pytest.mark.parametrize(("order", "blue"), [("BGR", 0), ("RGB", 2)])
+def test_blue_arrives_as_blue(cfg, name, order, blue):
+    cfg.MODEL.BACKBONE.NAME, cfg.INPUT.FORMAT = name, order
+    backbone = build_backbone(cfg)
+    image = torch.zeros(3, 20, 30)
+    image[blue] = 255
+    seen = []
+    encoder = next(module for module in backbone.modules() if isinstance(module, OpenCLIPEncoder))
+    encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    backbone(((image - torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1)) / 1.0)[None])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.pixel_mean, encoder.pixel_std))
+    pixels = seen[0][0] * std + mean
+    expected = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1).expand(3, 20, 30)
+    torch.testing.assert_close(pixels[:, :20, :30], expected, rtol=0, atol=1e-5)
+    # What is padded is the encoder's zero, whatever the framework's mean is.
+    assert not seen[0][..., 20:, :].any()
+    assert not seen[0][..., 30:].any()
 
 
 def test_conversion_can_be_switched_off(cfg, reference_clip):
@@ -89,15 +112,40 @@ def test_wrong_pixels_are_named(arguments, key):
         PixelConversion(*arguments, (0.5,) * 3, (0.5,) * 3)
 
 
-def test_a_patch_that_is_no_power_of_two_has_no_pyramid(cfg, tmp_path):
-    import json
+def test_explicit_arguments_are_those_of_the_config(cfg, tiny_model):
+    by_config = build_backbone(cfg)
+    explicit = SPARViT(
+        EncoderSpec(*tiny_model), pixel_mean=[103.53, 116.28, 123.675], trainable="last_blocks:2", precision="float32"
+    )
+    x = 100 * torch.randn(1, 3, 40, 50)
+    assert torch.equal(by_config(x)["dense"], explicit(x)["dense"])
+    trained = [{name for name, p in b.named_parameters() if p.requires_grad} for b in (by_config, explicit)]
+    assert trained[0] == trained[1]
 
-    vision = {"image_size": 56, "layers": 1, "width": 32, "patch_size": 14, "head_width": 16}
-    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    path = tmp_path / "patch14.json"
-    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
-    cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED = str(path), ""
-    cfg.MODEL.SPAR.TRAINABLE = "none"
-    cfg.MODEL.BACKBONE.NAME = "SPARPyramid"
-    with pytest.raises(ValueError, match=r"power of two.*got 14"):
-        build_backbone(cfg)
+
+@pytest.mark.parametrize("name", ["SPARViT", "SPARPyramid"])
+def test_a_frozen_encoder_has_no_gradient_and_stays_in_eval_mode(cfg, name):
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.SPAR.TRAINABLE = name, "none"
+    backbone = build_backbone(cfg).train()
+    encoder = next(module for module in backbone.modules() if isinstance(module, OpenCLIPEncoder))
+    assert not any(module.training for module in encoder.modules())
+    features = backbone(torch.randn(1, 3, 40, 50))
+    assert not encoder(torch.randn(1, 3, 32, 32)).requires_grad
+    if name == "SPARPyramid":
+        sum(level.square().sum() for level in features.values()).backward()
+        assert all(p.grad is not None for n, p in backbone.named_parameters() if n.startswith("simfp"))
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(cfg):
+    cfg.MODEL.SPAR.TRAINABLE, cfg.MODEL.BACKBONE.NAME = "all", "SPARPyramid"
+    x, gradients = torch.randn(1, 3, 40, 50), []
+    state = build_backbone(cfg).state_dict()
+    for checkpointing in (False, True):
+        cfg.MODEL.SPAR.CHECKPOINTING = checkpointing
+        backbone = build_backbone(cfg).train()
+        backbone.load_state_dict(state)
+        sum(level.square().mean() for level in backbone(x).values()).backward()
+        gradients.append([p.grad for p in backbone.parameters()])
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(plain, checkpointed)

@@ -1,0 +1,69 @@
+"""What FC-CLIP asks of a backbone, beside open_clip's own answers."""
+
+import math
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.modeling import build_backbone
+
+from spar_d2.encoders import EncoderSpec
+from spar_d2.modeling.backbone import SPARViT
+
+TEXTS = ["a photo of a cat.", "This is a photo of a small dog.", "sky"]
+
+
+@pytest.fixture(params=["SPARViT", "SPARPyramid"])
+def backbone(request, tiny_cfg):
+    tiny_cfg.MODEL.BACKBONE.NAME = request.param
+    tiny_cfg.MODEL.SPAR.OUT_FEATURES = ["clip_vis_dense"]
+    return build_backbone(tiny_cfg)
+
+
+def test_vectors_are_the_models_own(backbone, reference_clip):
+    vectors = backbone.get_text_classifier(TEXTS, "cpu")
+    with torch.no_grad():
+        expected = reference_clip.encode_text(open_clip.get_tokenizer("ViT-B-16")(TEXTS))
+    assert vectors.shape == (3, backbone.dim_latent)
+    assert not vectors.requires_grad
+    torch.testing.assert_close(vectors, expected)
+    assert not torch.allclose(vectors.norm(dim=1), torch.ones(3))
+
+
+def test_logit_scale_is_the_models_own(backbone, reference_clip):
+    torch.testing.assert_close(backbone.clip_model.logit_scale, reference_clip.logit_scale.detach())
+
+
+def test_the_text_tower_is_none_of_the_backbones(backbone):
+    names = set(backbone.state_dict())
+    count = sum(1 for _ in backbone.parameters())
+    backbone.get_text_classifier(TEXTS, "cpu")
+    assert set(backbone.state_dict()) == names
+    assert sum(1 for _ in backbone.parameters()) == count
+
+
+def test_masks_are_pooled_as_fc_clip_asks(backbone):
+    """By its two ways: it pools over the map itself and asks for the rest, or hands over map and masks."""
+    assert "convnext" in backbone.model_name.lower()
+    dense = backbone(torch.randn(1, 3, 64, 96))["clip_vis_dense"]
+    masks = torch.randn(1, 5, *dense.shape[2:])
+    masks[0, 4] = -1
+    inside = (masks > 0).float()
+    pooled = torch.stack([(dense[0] * mask).sum((1, 2)) / mask.sum().clamp(min=1) for mask in inside[0]])[None]
+    assert torch.equal(backbone.visual_prediction_forward(pooled), pooled)
+    torch.testing.assert_close(backbone.visual_prediction_forward(dense, masks), pooled)
+    vectors = F.normalize(backbone.get_text_classifier(TEXTS, "cpu"), dim=-1)
+    logits = backbone.clip_model.logit_scale.exp() * F.normalize(pooled, dim=-1) @ vectors.T
+    assert logits.shape == (1, 5, 3)
+    assert logits.isfinite().all()
+
+
+def test_without_text_side():
+    backbone = SPARViT(EncoderSpec("vit_nano_patch8_dinov3"))
+    assert backbone.dim_latent == backbone.encoder.embed_dim
+    with pytest.raises(ValueError, match="no text side"):
+        backbone.get_text_classifier(TEXTS, "cpu")
+    with pytest.raises(ValueError, match="EncoderSpec"):
+        SPARViT(backbone.encoder).get_text_classifier(TEXTS, "cpu")
+    assert math.isfinite(backbone.dim_latent)

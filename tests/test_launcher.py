@@ -1,0 +1,87 @@
+"""``python -m spar_d2 SCRIPT``: a framework's own script, unmodified, that knows nothing of the package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spar_d2
+
+SCRIPT = """
+import multiprocessing
+import os
+import sys
+
+from detectron2.config import get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY
+
+from framework import NAME
+
+
+def tell(who, path):
+    cfg = get_cfg()
+    cfg.merge_from_file(path)
+    print(who, NAME, __name__, cfg.MODEL.SPAR.TRAINABLE, "SPARPyramid" in BACKBONE_REGISTRY, os.getcwd(), flush=True)
+
+
+if __name__ == "__main__":
+    print("arguments", *sys.argv[1:])
+    tell("main", sys.argv[2])
+    child = multiprocessing.get_context("spawn").Process(target=tell, args=("child", sys.argv[2]))
+    child.start()
+    child.join()
+    sys.exit(child.exitcode + 3)
+"""
+
+
+@pytest.fixture
+def framework(tmp_path) -> Path:
+    folder = tmp_path / "somewhere" / "framework"
+    (folder / "framework").mkdir(parents=True)
+    (folder / "framework/__init__.py").write_text("NAME = 'its_own_package'\n")
+    (folder / "configs").mkdir()
+    (folder / "configs/a.yaml").write_text("VERSION: 2\nMODEL:\n  SPAR:\n    TRAINABLE: none\n")
+    (folder / "train_net.py").write_text(SCRIPT)
+    return folder
+
+
+def launch(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
+    root = Path(spar_d2.__file__).parents[1]
+    command = [sys.executable, "-W", "ignore", "-m", "spar_d2", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+def test_it_runs_from_its_folder_and_so_do_processes_that_it_spawns(framework, tmp_path):
+    result = launch(["somewhere/framework/train_net.py", "--config-file", "configs/a.yaml"], tmp_path)
+    assert result.returncode == 3, result.stderr
+    assert result.stdout.splitlines() == [
+        "arguments --config-file configs/a.yaml",
+        f"main its_own_package __main__ none True {framework}",
+        f"child its_own_package __mp_main__ none True {framework}",
+    ]
+
+
+def test_files_seen_from_here_are_found_from_there(framework, tmp_path):
+    (tmp_path / "mine.yaml").write_text("VERSION: 2\nMODEL:\n  SPAR:\n    TRAINABLE: all\n")
+    script = str(framework / "train_net.py")
+    result = launch([script, "--config-file", "mine.yaml", "--weights=mine.yaml", "KEY", "none"], tmp_path)
+    mine = tmp_path / "mine.yaml"
+    assert result.stdout.splitlines()[0] == f"arguments --config-file {mine} --weights={mine} KEY none"
+    assert f"main its_own_package __main__ all True {framework}" in result.stdout
+
+
+def test_it_can_stay(framework, tmp_path):
+    result = launch(
+        ["--stay", str(framework / "train_net.py"), "--config-file", f"{framework}/configs/a.yaml"], tmp_path
+    )
+    assert f"main its_own_package __main__ none True {tmp_path}" in result.stdout
+
+
+def test_wrong_use(tmp_path):
+    result = launch(["no_such.py"], tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip() == "error: there is no script no_such.py"
+    assert "SCRIPT" in launch(["--help"], tmp_path).stdout
