@@ -36,9 +36,11 @@ def _register_modeling() -> None:
 def _register_datasets() -> None:
     from spar_d2.data.datasets import register_scenes
     from spar_d2.data.labelled import register_benchmarks
+    from spar_d2.data.panoptic import register_panoptic
 
     register_scenes()
     register_benchmarks()
+    register_panoptic()
 
 
 def when_imported(module: str, action: Callable[[], None]) -> None:

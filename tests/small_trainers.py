@@ -1,9 +1,9 @@
-"""Detectron2's plain trainer on a few images, as distillation is tested with."""
+"""Detectron2's plain trainer on a few images, as distillation is tested with; trainings that stop, and how they end."""
 
 from __future__ import annotations
 
 import torch
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.modeling import build_model
 
 
@@ -27,3 +27,31 @@ def trainer_for(cfg, images, hook, kind=Recorder, lr=2e-5):
 
 def as_tensor(image):
     return torch.from_numpy(image).permute(2, 0, 1)
+
+
+class Crash(HookBase):
+    """Ends a training before a step, as an error would."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            raise ZeroDivisionError
+
+
+def assert_equal(first, second, path="checkpoint"):
+    """Two checkpoints have the same contents, bit for bit."""
+    assert type(first) is type(second), path
+    if isinstance(first, dict):
+        assert list(first) == list(second), path
+        for key in first:
+            assert_equal(first[key], second[key], f"{path}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), path
+        for number, pair in enumerate(zip(first, second)):
+            assert_equal(*pair, f"{path}[{number}]")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), path
+    else:
+        assert first == second, path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure how fast the package is, and its memory; only "loading" and "evaluator" need Detectron2."""
+"""Measure how fast the package is, and its memory; only "loading", "evaluator" and "panoptic" need Detectron2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 import datetime
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -108,6 +108,17 @@ def parse_args() -> argparse.Namespace:
     add = command.add_argument
     add("--images", type=int, default=20, metavar="N", help="of each size, for a median (default: %(default)s)")
     add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
+
+    command = commands.add_parser(
+        "panoptic",
+        help="the panoptic evaluator beside a straightforward way through PNG files; needs Detectron2",
+        description="Time for evaluating a panoptic prediction of a drawn image, reading the ground truth included, on "
+        "one core, beside writing it to a PNG, reading both and counting plainly, as a table.",
+    )
+    command.set_defaults(run=run_panoptic)
+    add = command.add_argument
+    add("--images", type=int, default=100, metavar="N", help="of each kind (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
     return parser.parse_args()
 
 
@@ -199,18 +210,29 @@ def run_loading(args: argparse.Namespace) -> None:
 
 
 def run_evaluator(args: argparse.Namespace) -> None:
-    import cv2
-
     from spar_d2.engine import evaluator_speed
+
+    measure_on_one_core(args, evaluator_speed.HEAD, evaluator_speed.measure_evaluators)
+
+
+def run_panoptic(args: argparse.Namespace) -> None:
+    from spar_d2.engine import panoptic_speed
+
+    measure_on_one_core(args, panoptic_speed.HEAD, panoptic_speed.measure_panoptic)
+
+
+def measure_on_one_core(args: argparse.Namespace, head: Sequence[str], measure: Callable) -> None:
+    """Print, and write, a row for each of what ``measure(folder, images)`` gives."""
+    import cv2
 
     check_at_least_one(args, "images")
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     args.device = "cpu"
-    lines = [title(args), "", *evaluator_speed.HEAD]
+    lines = [title(args), "", *head]
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for evaluation in evaluator_speed.measure_evaluators(Path(folder), args.images):
+        for evaluation in measure(Path(folder), args.images):
             lines.append(evaluation.row())
             print(lines[-1], flush=True)
     if args.output:

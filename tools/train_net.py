@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Distil, train and evaluate: Detectron2's usual flags, with this project's config keys."""
+"""Distil, train and evaluate: Detectron2's usual flags, with this project's config keys; LazyConfigs (*.py) too."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from spar_d2.errors import readable_errors
 
 
 def main(args: argparse.Namespace):
+    from spar_d2.engine import lazy
     from spar_d2.engine.checkpoint import Checkpointer
     from spar_d2.engine.trainer import Trainer
 
     with readable_errors():
+        if lazy.is_lazy(args.config_file):
+            return lazy.run(args)
         cfg = load_config(args.config_file, args.opts)
         with clean_start(cfg.OUTPUT_DIR):
             prepare(cfg, args)

@@ -65,3 +65,10 @@ COCO_THINGS = _names(
     scissors, teddy bear, hair drier, toothbrush
     """
 )
+
+# Of ADE20K: what cannot be counted, in the panoptic task; the other 100 are things.
+_ADE20K_STUFF = frozenset(
+    [0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59]
+    + [60, 61, 63, 68, 77, 79, 84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145]
+)
+ADE20K_THINGS: tuple[int, ...] = tuple(number for number in range(len(ADE20K)) if number not in _ADE20K_STUFF)

@@ -12,12 +12,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from spar_d2.data import scenes
+from spar_d2.data.preparation.common import datasets_root
 from spar_d2.data.sources import find_photos
 from spar_d2.files import replacing
 
 # Name of a split to (seed, number of scenes). "train" is used without its labels; "tune" is for choosing settings.
 SCENE_SPLITS = {"train": (101, 60), "tune": (202, 40), "val": (303, 60)}
 IGNORE_LABEL = 255
+# Of the files with a scene's panoptic segments, in COCO's form: number = R + 256 G + 65536 B.
+SEGMENTS_ENDING = "_panoptic"
 
 
 def register_scenes() -> None:
@@ -61,16 +64,16 @@ def load_scenes(split: str, root: str | os.PathLike | None = None) -> list[dict]
     Returns:
         For each scene file_name, sem_seg_file_name, image_id, height, width.
     """
-    root = Path(root or os.getenv("DETECTRON2_DATASETS", "datasets"))
-    version = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:8]
-    folder = root / f"spar_scenes_{version}" / split
+    folder = scenes_root(root) / split
     folder.mkdir(parents=True, exist_ok=True)
     seed, count = SCENE_SPLITS[split]
     records = []
     for index in tqdm(range(count), desc=f"scenes {split}", disable=None, leave=False):
-        image, labels = folder / f"{index:04d}.png", folder / f"{index:04d}_labels.png"
-        if not (image.is_file() and labels.is_file()):
+        image, labels, segments = (folder / f"{index:04d}{ending}.png" for ending in ("", "_labels", SEGMENTS_ENDING))
+        if not all(path.is_file() for path in (image, labels, segments)):
             scene = scenes.large_scene(seed, index)
+            numbers, _ = scene.segments()
+            _write_png(np.stack([numbers % 256, numbers // 256, 0 * numbers], axis=2).astype(np.uint8), segments)
             _write_png(scene.labels, labels)
             _write_png(scene.image, image)
         with Image.open(image) as header:
@@ -78,6 +81,12 @@ def load_scenes(split: str, root: str | os.PathLike | None = None) -> list[dict]
         record = {"file_name": str(image), "sem_seg_file_name": str(labels), "image_id": index}
         records.append({**record, "height": height, "width": width})
     return records
+
+
+def scenes_root(root: str | os.PathLike | None = None) -> Path:
+    """Folder of all drawn scenes, named after the version of the drawing code; ``root`` as :func:`load_scenes`."""
+    version = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:8]
+    return datasets_root(root) / f"spar_scenes_{version}"
 
 
 def _write_png(pixels: np.ndarray, path: Path) -> None:

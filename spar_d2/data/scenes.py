@@ -36,15 +36,31 @@ class Scene:
     Attributes:
         image: (H, W, 3) uint8, RGB.
         labels: (H, W) uint8, indices into ``SCENE_CLASSES``.
+        objects: (H, W) uint8, the object that is seen, by its number from 1 on; 0 where it is the ground.
     """
 
     image: np.ndarray
     labels: np.ndarray
+    objects: np.ndarray
 
     def visible(self, min_pixels: int = 24) -> list[str]:
         """Names of the classes that cover at least ``min_pixels`` pixels, in class order."""
         counts = np.bincount(self.labels.ravel(), minlength=len(SCENE_CLASSES))
         return [name for name, count in zip(SCENE_CLASSES, counts) if count >= min_pixels]
+
+    def segments(self, min_pixels: int = 4) -> tuple[np.ndarray, dict[int, int]]:
+        """Panoptic segments: every ground and every object of which ``min_pixels`` or more are seen.
+
+        Returns:
+            (H, W) int32 numbers of segments, 0 where an object has too few pixels, and the class of every number, an
+            index into ``SCENE_CLASSES``.
+        """
+        grounds = self.labels.astype(np.int32) + 1
+        segments = np.where(self.objects > 0, self.objects + np.int32(len(SCENE_CLASSES)), grounds)
+        numbers, first, counts = np.unique(segments, return_index=True, return_counts=True)
+        segments[np.isin(segments, numbers[counts < min_pixels])] = 0
+        seen = counts >= min_pixels
+        return segments, dict(zip(numbers[seen].tolist(), self.labels.ravel()[first[seen]].tolist()))
 
 
 def draw_scene(
@@ -69,14 +85,16 @@ def draw_scene(
     """
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be at least 1, got {height}x{width}")
+    if objects[1] > 255:
+        raise ValueError(f"objects must be at most 255, got ({objects[0]}, {objects[1]})")
     for name, (low, high), least in (("objects", objects, 0), ("radius", radius, 1), ("grounds", grounds, 1)):
         if low < least or high < low:
             raise ValueError(f"{name} must be a range (low, high) with {least} <= low <= high, got ({low}, {high})")
     image, labels = _draw_grounds(rng, height, width, int(rng.integers(grounds[0], grounds[1] + 1)))
-    covered = np.zeros((height, width), dtype=bool)
-    for _ in range(int(rng.integers(objects[0], objects[1] + 1))):
-        _draw_object(rng, image, labels, covered, radius)
-    return Scene(np.clip(image, 0, 255).astype(np.uint8), labels)
+    owner = np.zeros((height, width), dtype=np.uint8)
+    for number in range(1, int(rng.integers(objects[0], objects[1] + 1)) + 1):
+        _draw_object(rng, image, labels, owner, number, radius)
+    return Scene(np.clip(image, 0, 255).astype(np.uint8), labels, owner)
 
 
 def training_scene(seed: int, index: int, size: int = 64) -> Scene:
@@ -206,10 +224,11 @@ def _draw_object(
     rng: np.random.Generator,
     image: np.ndarray,
     labels: np.ndarray,
-    covered: np.ndarray,
+    owner: np.ndarray,
+    number: int,
     radius_range: tuple[float, float],
 ) -> None:
-    """Draw one object into ``image``, ``labels`` and ``covered``; left out where no free place is found."""
+    """Draw an object into image, labels and, by its number, ``owner``; left out where no free place is found."""
     height, width = labels.shape
     name = OBJECTS[rng.integers(len(OBJECTS))]
     radius, aspect, angle = rng.uniform(*radius_range), rng.uniform(0.85, 1.15), rng.uniform(0, 2 * np.pi)
@@ -219,7 +238,7 @@ def _draw_object(
         centre = rng.uniform((0, 0), (width, height))
         alpha = _coverage([polygon + centre for polygon in shape], height, width)
         inside = alpha >= 0.5
-        if inside.any() and covered[inside].mean() <= _MAX_OVERLAP:
+        if inside.any() and (owner[inside] > 0).mean() <= _MAX_OVERLAP:
             break
     else:
         return
@@ -228,7 +247,7 @@ def _draw_object(
     filled = _colour(rng, name) + _object_pattern(rng, y1 - y0, x1 - x0)[..., None]
     image[y0:y1, x0:x1] = alpha * filled + (1 - alpha) * image[y0:y1, x0:x1]
     labels[inside] = SCENE_CLASSES.index(name)
-    covered |= inside
+    owner[inside] = number
 
 
 def _coverage(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:

@@ -1,16 +1,28 @@
-"""From a config to the photos that are distilled on, and to the images of tests."""
+"""From a config to the photos that are distilled on, to labelled images, and to the images of tests."""
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterable, Iterator
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetFromList,
+    DatasetMapper,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
 from spar_d2.data.augmentation import build_augmentations
 from spar_d2.data.datasets import register_photos
 from spar_d2.data.loader import PhotoLoader
+from spar_d2.data.panoptic import is_panoptic
+from spar_d2.data.panoptic_mapper import PanopticMapper
 from spar_d2.data.photos import PhotoDataset
 from spar_d2.data.sampler import DrawSampler
 
@@ -57,6 +69,80 @@ def build_photo_loader(cfg: CfgNode, seed: int) -> PhotoLoader:
     photos = build_photos(cfg, seed)
     sampler = DrawSampler(len(photos), cfg.SOLVER.IMS_PER_BATCH, seed, comm.get_rank(), comm.get_world_size())
     return PhotoLoader(photos, sampler, cfg.DATALOADER.NUM_WORKERS, cfg.SPAR.DATA.MAX_DAMAGED)
+
+
+class RunSampler(TrainingSampler):
+    """Detectron2's training sampler, whose endless order can be entered at any step of a run.
+
+    Args:
+        size: number of images.
+        batch: images of a step, of all processes together.
+        seed: of the order.
+
+    Attributes:
+        seed: may be changed until the first image is drawn.
+        generator: for the seeds of loading processes, which are others after every stop.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int) -> None:
+        super().__init__(size, seed=seed)
+        self.batch = batch
+        self.generator = torch.Generator()
+        self.start = 0
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._seed = seed
+
+    @property
+    def start(self) -> int:
+        """The step to begin with."""
+        return self._start
+
+    @start.setter
+    def start(self, step: int) -> None:
+        self._start = step
+        self.generator.manual_seed(self._seed * 1_000_003 + step)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from itertools.islice(
+            self._infinite_indices(), self._rank + self.start * self.batch, None, self._world_size
+        )
+
+
+def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
+    """Detectron2's loader of ``DATASETS.TRAIN``; panoptic data sets of this package get their own mapper.
+
+    With Detectron2's default sampler the loader has an attribute "run_sampler", a :class:`RunSampler`.
+
+    Raises:
+        ValueError: no data set, or panoptic ones beside others.
+        FileNotFoundError: the files of one are not there.
+    """
+    names = cfg.DATASETS.TRAIN
+    kinds = {is_panoptic(name) for name in names}
+    if len(kinds) != 1:
+        what = "only one kind of data set: those named spar_..._panoptic_..., or others"
+        raise ValueError(f"DATASETS.TRAIN must name at least one data set, and {what}; got {list(names)}")
+    mapper = PanopticMapper(cfg, True) if kinds == {True} else None
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        return build_detection_train_loader(cfg, mapper=mapper)
+    dataset = get_detection_dataset_dicts(
+        names,
+        filter_empty=mapper is None and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    sampler = RunSampler(len(dataset), cfg.SOLVER.IMS_PER_BATCH, seed)
+    # Without a generator of its own, the loader takes a number from the one of the step in which it is first used.
+    loader = build_detection_train_loader(
+        cfg, mapper=mapper, dataset=dataset, sampler=sampler, generator=sampler.generator
+    )
+    loader.run_sampler = sampler
+    return loader
 
 
 class ImageMapper(DatasetMapper):

@@ -12,11 +12,12 @@ from spar_d2.engine.setup import value_at
 logger = logging.getLogger(__name__)
 
 # With others, the optimizer's state is of no use.
-_MUST_STAY = ("MODEL.SPAR.TRAINABLE", "SPAR.OPTIMIZER")
+_MUST_STAY = ("MODEL.SPAR.TRAINABLE", "SPAR.OPTIMIZER", "SPAR.LAYER_DECAY")
 # With others, the run goes on, but not as if it had not been stopped.
 _MATTER = (
     "SOLVER.IMS_PER_BATCH",
     "SOLVER.MAX_ITER",
+    "DATASETS.TRAIN",
     "SPAR.DATA.IMAGES",
     "SPAR.EMA_DECAY",
     "SPAR.TEACHER.STRIDE",

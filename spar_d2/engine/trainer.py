@@ -20,6 +20,7 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from spar_d2.data.loader import PhotoLoader
+from spar_d2.data.sampler import DrawSampler
 from spar_d2.distillation import DistillationHook
 from spar_d2.encoders import find_encoder
 from spar_d2.encoders.base import PRECISIONS
@@ -28,7 +29,7 @@ from spar_d2.engine.averaging import WeightAverage
 from spar_d2.engine.caching import check_room
 from spar_d2.engine.checkpoint import Checkpointer, Checkpoints
 from spar_d2.engine.comparison import build_teacher_encode
-from spar_d2.engine.data import ImageMapper, build_photo_loader
+from spar_d2.engine.data import ImageMapper, RunSampler, build_labelled_loader, build_photo_loader
 from spar_d2.engine.hooks import DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.optimizer import build_optimizer, count_parameters
@@ -36,7 +37,7 @@ from spar_d2.engine.pictures import FeaturePictures
 from spar_d2.engine.protocol import check_vocabulary, config_for
 from spar_d2.engine.step import Step
 from spar_d2.errors import short_tracebacks
-from spar_d2.evaluation import FeatureEvaluator, SemanticEvaluator
+from spar_d2.evaluation import FeatureEvaluator, PanopticEvaluator, SemanticEvaluator
 from spar_d2.files import remove_leftovers, used_by_one
 from spar_d2.modeling.augmented import SegmentorWithTTA
 from spar_d2.modeling.build import encoder_spec
@@ -133,9 +134,20 @@ class Trainer(DefaultTrainer):
         return [*writers, DistillationPrinter()] if self.cfg.SPAR.DISTILL.ENABLED else writers
 
     @property
+    def scores(self) -> dict:
+        """Of the last evaluation; empty before the first."""
+        return getattr(self, "_last_eval_results", {})
+
+    @property
     def _module(self) -> nn.Module:
         """The model itself, where several processes wrap it."""
         return getattr(self.model, "module", self.model)
+
+    @property
+    def _sampler(self) -> DrawSampler | RunSampler | None:
+        """What draws the images, where it can be told to go on from any step."""
+        loader = self.data_loader
+        return loader.sampler if isinstance(loader, PhotoLoader) else getattr(loader, "run_sampler", None)
 
     def _check_cache(self) -> None:
         cache = self._distillation.cache if self._distillation else None
@@ -147,7 +159,9 @@ class Trainer(DefaultTrainer):
         if self._distillation:
             self._distillation.seed = seed
         if isinstance(self.data_loader, PhotoLoader):
-            self.data_loader.sampler.seed = self.data_loader.dataset.seed = seed
+            self.data_loader.dataset.seed = seed
+        if self._sampler is not None:
+            self._sampler.seed = seed
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "seed": self.seed, "settings": resumption.settings(self.cfg)}
@@ -162,8 +176,8 @@ class Trainer(DefaultTrainer):
     def train(self):
         """Train from where it stands; a user's Ctrl-C ends it quietly, with a checkpoint."""
         logger.info("Output goes to %s", os.path.abspath(self.cfg.OUTPUT_DIR))
-        if isinstance(self.data_loader, PhotoLoader):
-            self.data_loader.sampler.start = self.start_iter
+        if self._sampler is not None:
+            self._sampler.start = self.start_iter
         try:
             alone = used_by_one(self.cfg.OUTPUT_DIR) if comm.is_main_process() else contextlib.nullcontext()
             with short_tracebacks("detectron2.engine.train_loop"), alone:
@@ -181,7 +195,7 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode):
         if not cfg.SPAR.DATA.IMAGES and cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
             # A model with losses of its own needs labels, with or without distillation beside them.
-            return super().build_train_loader(cfg)
+            return build_labelled_loader(cfg, max(cfg.SEED, 0))
         return build_photo_loader(cfg, max(cfg.SEED, 0))
 
     @classmethod
@@ -195,15 +209,17 @@ class Trainer(DefaultTrainer):
         if cfg.MODEL.SPAR.OUTPUT == "features":
             return FeatureEvaluator(functools.partial(build_teacher_encode, cfg))
         check_vocabulary(cfg, dataset_name)
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type") or ""
+        output = {
+            "output_dir": os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+            "dump_predictions": cfg.SPAR.TEST.DUMP_PREDICTIONS,
+        }
+        if kind.endswith("panoptic_seg"):
+            return PanopticEvaluator(dataset_name, **output)
         if kind != "sem_seg":
-            raise ValueError(f'DATASETS.TEST: {dataset_name!r} is of evaluator type {kind!r}, supported is "sem_seg"')
-        return SemanticEvaluator(
-            dataset_name,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
-            dump_predictions=cfg.SPAR.TEST.DUMP_PREDICTIONS,
-            boundary_iou=cfg.SPAR.TEST.BOUNDARY_IOU,
-        )
+            supported = 'supported are "sem_seg" and those that end in "panoptic_seg"'
+            raise ValueError(f"DATASETS.TEST: {dataset_name!r} is of evaluator type {kind!r}, {supported}")
+        return SemanticEvaluator(dataset_name, boundary_iou=cfg.SPAR.TEST.BOUNDARY_IOU, **output)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:

@@ -1,7 +1,30 @@
 """Measuring segmentations and features."""
 
-from spar_d2.evaluation.confusion import confusion_matrix, segmentation_scores
-from spar_d2.evaluation.features import FeatureEvaluator
-from spar_d2.evaluation.semantic import SemanticEvaluator
+import importlib
 
-__all__ = ["FeatureEvaluator", "SemanticEvaluator", "confusion_matrix", "segmentation_scores"]
+from spar_d2.evaluation.confusion import confusion_matrix, segmentation_scores
+
+# At once, for importing the module of that name later would put it in the function's place.
+from spar_d2.evaluation.panoptic_quality import panoptic_quality
+
+__all__ = [
+    "FeatureEvaluator",
+    "PanopticEvaluator",
+    "SemanticEvaluator",
+    "confusion_matrix",
+    "panoptic_quality",
+    "segmentation_scores",
+]
+
+# They need Detectron2, which counting does not.
+_EVALUATORS = {
+    "FeatureEvaluator": "features",
+    "PanopticEvaluator": "panoptic_evaluator",
+    "SemanticEvaluator": "semantic",
+}
+
+
+def __getattr__(name: str):
+    if name in _EVALUATORS:
+        return getattr(importlib.import_module(f"spar_d2.evaluation.{_EVALUATORS[name]}"), name)
+    raise AttributeError(f"module 'spar_d2.evaluation' has no attribute '{name}'")

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from detectron2.engine import HookBase
 
 from reference import ROOT
+from small_trainers import Crash, assert_equal
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 
 
@@ -36,31 +36,6 @@ def train(cfg, folder, resume=False, stop_at=None) -> dict:
         return {}
     trainer.train()
     return torch.load(folder / "model_final.pth", weights_only=True)
-
-
-class Crash(HookBase):
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def before_step(self):
-        if self.trainer.iter == self.iteration:
-            raise ZeroDivisionError
-
-
-def assert_equal(first, second, path="checkpoint"):
-    assert type(first) is type(second), path
-    if isinstance(first, dict):
-        assert list(first) == list(second), path
-        for key in first:
-            assert_equal(first[key], second[key], f"{path}.{key}")
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second), path
-        for number, pair in enumerate(zip(first, second)):
-            assert_equal(*pair, f"{path}[{number}]")
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), path
-    else:
-        assert first == second, path
 
 
 @pytest.mark.parametrize("seed", [3, -1])

@@ -149,6 +149,20 @@ def test_evaluators_beside_each_other(benchmark, tmp_path, capsys):
     assert all(float(row[6]) < 1e-11 for row in rows)
 
 
+def test_panoptic_evaluation_beside_png_files(benchmark, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        benchmark("panoptic", "--images", "2", "--output", str(tmp_path / "table.md"))
+    finally:
+        torch.set_num_threads(threads)
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = [[cell.strip(" x") for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:]]
+    assert [row[:2] for row in rows] == [["640x480", "8"], ["640x480", "20"], ["640x480", "60"]]
+    assert all(float(cell) > 0 for row in rows for cell in row[2:5])
+    assert all(float(row[5]) < 1e-11 for row in rows)
+
+
 def test_last_step_beside_full_maps(benchmark, tmp_path, capsys):
     options = ["--encoder", TINY, "--long-side", "100", "--words", "3", "7", "--repeats", "1", "--device", "cpu"]
     benchmark("postprocess", *options, "--output", str(tmp_path / "table.md"))

@@ -1,0 +1,164 @@
+"""From panoptic masks to what Detectron2's PanopticFPN trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Boxes, Instances
+
+from spar_d2.data.datasets import IGNORE_LABEL
+from spar_d2.data.panoptic import read_segment_ids
+
+# Class of things in "sem_seg", where stuff counts from 1 on.
+_THINGS = 0
+# Of segments in an image: as many as 16 bits tell apart.
+_PLACES = 2**16
+
+
+class PanopticMapper:
+    """Reads an image and its panoptic mask, and augments both alike; stands where Detectron2's ``DatasetMapper`` does.
+
+    Args:
+        is_train: in testing only the image is read.
+        augmentations: Detectron2's, for images and masks.
+        image_format: order of the image's channels, "BGR" or "RGB" (``INPUT.FORMAT``).
+        ignore_label: in "sem_seg", for pixels that belong to no segment.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        augmentations: Sequence[T.Augmentation | T.Transform],
+        image_format: str = "BGR",
+        ignore_label: int = IGNORE_LABEL,
+    ) -> None:
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(list(augmentations))
+        self.image_format = image_format
+        self.ignore_label = ignore_label
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        augmentations = detection_utils.build_augmentation(cfg, is_train)
+        if cfg.INPUT.CROP.ENABLED and is_train:
+            augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+        return {"is_train": is_train, "augmentations": augmentations, "image_format": cfg.INPUT.FORMAT}
+
+    def __call__(self, record: dict) -> dict:
+        """A dataset dict, see :func:`~spar_d2.data.panoptic.load_panoptic`, with what it names.
+
+        Returns:
+            The dict's other entries, with "image" (3, H, W) uint8 and, in training, "instances" of the things that are
+            still seen and are no crowds (``gt_classes``, ``gt_boxes``, ``gt_masks``), and "sem_seg" (H, W) int64: stuff
+            from 1 on, 0 for things.
+
+        Raises:
+            FileNotFoundError: the image or its mask is not there.
+            ValueError: the image has not the size that the dict says, or see :func:`read_segments`.
+        """
+        result = {key: value for key, value in record.items() if key not in ("pan_seg_file_name", "segments_info")}
+        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        detection_utils.check_image_size(result, image)
+        if self.is_train:
+            segments = record["segments_info"]
+            image, places = self._augment(image, _read(record)[1], len(segments))
+            result["instances"] = _instances(segments, places)
+            result["sem_seg"] = torch.from_numpy(self._stuff(segments)[places])
+        else:
+            augmented = T.AugInput(image)
+            self.augmentations(augmented)
+            image = augmented.image
+        result["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return result
+
+    def _augment(self, image: np.ndarray, places: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image and places of segments; those that augmentations fill in, 0 or all bits set, are none's."""
+        # In 8 bits, as Detectron2 resizes wider numbers by a rule that shifts them against the image.
+        augmented = T.AugInput(image, sem_seg=places.astype(np.uint8))
+        transforms = self.augmentations(augmented)
+        low = augmented.sem_seg
+        if largest < 255:
+            return augmented.image, low
+        high = transforms.apply_segmentation((places // 256).astype(np.uint8))
+        return augmented.image, low + high * np.uint16(256)
+
+    def _stuff(self, segments: list[dict]) -> np.ndarray:
+        """Class in "sem_seg" of the segment at every place."""
+        classes = np.full(_PLACES, self.ignore_label, dtype=np.int64)
+        classes[1 : len(segments) + 1] = [_THINGS if one["isthing"] else one["category_id"] for one in segments]
+        return classes
+
+
+def read_segments(record: dict) -> np.ndarray:
+    """The panoptic mask of a dataset dict: (H, W) int32 ids of segments, 0 for none.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is no RGB picture, has not the size that the dict says, or a segment that the dict has not.
+    """
+    return _read(record)[0]
+
+
+def _read(record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The mask, and as (H, W) uint16 the place of every pixel's segment in the dict's list, from 1 on; 0 is none."""
+    name = record["pan_seg_file_name"]
+    ids = read_segment_ids(name)
+    if ids.shape != (record["height"], record["width"]):
+        size, expected = (f"{width}x{height}" for height, width in (ids.shape, (record["height"], record["width"])))
+        raise ValueError(f"the panoptic mask {name} is {size} pixels, its image {record['file_name']} {expected}")
+    # Neighbours are mostly of one segment; what is looked up is each run of equal ids.
+    flat = ids.ravel()
+    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    runs = flat[starts]
+    known = np.array([0, *(segment["id"] for segment in record["segments_info"])])
+    order = known.argsort()
+    places = order[np.searchsorted(known[order], runs).clip(max=len(known) - 1)]
+    strange = runs[known[places] != runs]
+    if len(strange):
+        raise ValueError(f"the panoptic mask {name} has the segment {strange[0]}, which its data set does not list")
+    lengths = np.diff(starts, append=flat.size)
+    return ids, np.repeat(places.astype(np.uint16), lengths).reshape(ids.shape)
+
+
+def _instances(segments: list[dict], places: np.ndarray) -> Instances:
+    """Of the things that are seen and are no crowds."""
+    boxes = _boxes(places, len(segments))
+    things = [
+        place
+        for place, segment in enumerate(segments, start=1)
+        if segment["isthing"] and not segment["iscrowd"] and boxes[place, 2] > 0
+    ]
+    masks = np.zeros((len(things), *places.shape), dtype=bool)
+    # Comparing all pixels with each thing would take longer than all else.
+    for mask, place, (x0, y0, x1, y1) in zip(masks, things, boxes[things].tolist()):
+        mask[y0:y1, x0:x1] = places[y0:y1, x0:x1] == place
+    instances = Instances(places.shape)
+    instances.gt_classes = torch.tensor([segments[place - 1]["category_id"] for place in things], dtype=torch.int64)
+    instances.gt_masks = BitMasks(torch.from_numpy(masks))
+    instances.gt_boxes = Boxes(torch.from_numpy(boxes[things].astype(np.float32)))
+    return instances
+
+
+def _boxes(places: np.ndarray, count: int) -> np.ndarray:
+    """(``count`` + 1 or more, 4) left, top, right and bottom of every place; right is 0 where it is not seen."""
+    height, width = places.shape
+    first = np.ones(places.shape, dtype=bool)
+    np.not_equal(places[:, 1:], places[:, :-1], out=first[:, 1:])
+    ys, left = np.nonzero(first)
+    # A run ends where the next one begins, or with its row.
+    right = np.append(left[1:], 0)
+    right[right == 0] = width
+    owner = places[ys, left]
+    boxes = np.tile([width, height, 0, 0], (max(count, int(owner.max())) + 1, 1))
+    np.minimum.at(boxes[:, 0], owner, left)
+    np.minimum.at(boxes[:, 1], owner, ys)
+    np.maximum.at(boxes[:, 2], owner, right)
+    np.maximum.at(boxes[:, 3], owner, ys + 1)
+    return boxes

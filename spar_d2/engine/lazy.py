@@ -1,0 +1,114 @@
+"""Training and testing what a LazyConfig describes, in the form of Detectron2's model zoo."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import create_ddp_model, default_setup, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from spar_d2.engine.checkpoint import Checkpointer
+from spar_d2.engine.optimizer import count_parameters
+from spar_d2.engine.step import Step
+
+logger = logging.getLogger(__name__)
+
+_PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+
+
+def is_lazy(config_file: str) -> bool:
+    """Whether a config is a LazyConfig, by its name. Its code is run."""
+    return config_file.endswith(".py")
+
+
+def load_lazy_config(config_file: str, overrides: list[str]) -> DictConfig:
+    """A LazyConfig with ``key.path=value`` overrides.
+
+    Where ``train.device`` is a GPU and there is none, it becomes "cpu".
+
+    Raises:
+        FileNotFoundError: no such config file.
+        ValueError: a part or a key is missing, or an override cannot be read.
+    """
+    if not os.path.isfile(config_file):
+        raise FileNotFoundError(f"--config-file: there is no file {config_file}")
+    wrong = [text for text in overrides if "=" not in text]
+    if wrong:
+        raise ValueError(f"overrides of a LazyConfig are written key.path=value, got {wrong[0]!r}")
+    cfg = LazyConfig.load(config_file)
+    missing = [part for part in _PARTS if part not in cfg]
+    if missing:
+        raise ValueError(f"{config_file} must define {', '.join(_PARTS)}; missing are {', '.join(missing)}")
+    try:
+        cfg = LazyConfig.apply_overrides(cfg, overrides)
+    except (OmegaConfBaseException, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{config_file}: the overrides {overrides} cannot be read: {error}") from error
+    if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("train.device is %s but there is no GPU here: using the CPU.", cfg.train.device)
+        cfg.train.device = "cpu"
+    return cfg
+
+
+def run(args: argparse.Namespace) -> dict | None:
+    """Train, or with ``args.eval_only`` test, as Detectron2's flags say; returns the scores of that test."""
+    cfg = load_lazy_config(args.config_file, args.opts)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="spar_d2", abbrev_name="spar_d2")
+    default_setup(cfg, args)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    logger.info("Parameters:\n%s", count_parameters(model))
+    if args.eval_only:
+        checkpointer = Checkpointer(model, cfg.train.output_dir)
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        return _test(cfg, model)
+    _train(cfg, model, args.resume)
+    return None
+
+
+def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
+    train = cfg.train
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+    model = create_ddp_model(model, **train.ddp, **devices)
+    gpu = str(train.device).startswith("cuda")
+    # A processor has no fast float16.
+    precision = (torch.float16 if gpu else torch.bfloat16) if train.amp.enabled else None
+    loader = instantiate(cfg.dataloader.train)
+    trainer = Step(model, loader, optimizer, precision=precision, scale=precision is torch.float16)
+    checkpointer = Checkpointer(model, train.output_dir, trainer=trainer)
+    main = comm.is_main_process()
+    kept = {"max_to_keep": train.checkpointer.max_to_keep}
+    every = hooks.PeriodicCheckpointer(checkpointer, train.checkpointer.period, **kept) if main else None
+    writers = default_writers(train.output_dir, train.max_iter) if main else []
+    evaluation = hooks.EvalHook(train.eval_period, lambda: _test(cfg, model))
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            every,
+            evaluation,
+            hooks.PeriodicWriter(writers, period=train.log_period) if main else None,
+        ]
+    )
+    checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
+    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    logger.info("Output goes to %s", os.path.abspath(train.output_dir))
+    trainer.train(start, train.max_iter)
+
+
+def _test(cfg: DictConfig, model: nn.Module) -> dict | None:
+    if "evaluator" not in cfg.dataloader:
+        return None
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results

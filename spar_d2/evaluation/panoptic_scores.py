@@ -1,0 +1,78 @@
+"""Counts of panoptic segmentation, and the scores that they make, in numpy alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+_GROUPS = ("All", "Things", "Stuff")
+
+
+@dataclass(frozen=True, eq=False)
+class PanopticCounts:
+    """What was found, category by category; counts of several images are added with ``+``.
+
+    Attributes:
+        categories: C ids.
+        values: (C, 4) float64; for each category the sum of the IoUs of its pairs, the true positives (which are the
+            pairs), the false positives and the false negatives.
+    """
+
+    categories: tuple[int, ...]
+    values: np.ndarray
+
+    @classmethod
+    def zeros(cls, categories: Iterable[int]) -> PanopticCounts:
+        """Counts of no image."""
+        categories = tuple(categories)
+        return cls(categories, np.zeros((len(categories), 4)))
+
+    def __add__(self, other: PanopticCounts) -> PanopticCounts:
+        if self.categories != other.categories:
+            raise ValueError(
+                f"counts must be of the same categories, got {len(self.categories)} and {len(other.categories)}"
+            )
+        return PanopticCounts(self.categories, self.values + other.values)
+
+    def scores(self, things: Collection[int]) -> dict[str, dict]:
+        """Scores in 0..1.
+
+        Args:
+            things: the categories that are things; the others are stuff.
+
+        Returns:
+            "All", "Things" and "Stuff", each {"pq", "sq", "rq", "n"}: means over the ``n`` categories with any true
+            positive, false positive or false negative, 0 where there is none; and "per_class": {category: {"pq", "sq",
+            "rq"}} of every category, 0 where it has none.
+        """
+        iou, found, extra, missed = self.values.T
+        total = found + extra / 2 + missed / 2
+        each = np.zeros((3, len(total)))
+        for score, (top, bottom) in zip(each, ((iou, total), (iou, found), (found, total))):
+            np.divide(top, bottom, out=score, where=bottom > 0)
+        thing = np.array([category in things for category in self.categories], dtype=bool)
+        scores: dict[str, dict] = {}
+        for name, members in zip(_GROUPS, (np.ones_like(thing), thing, ~thing)):
+            occurring = members & (total > 0)
+            means = each[:, occurring].mean(axis=1) if occurring.any() else np.zeros(3)
+            scores[name] = {**_named(means), "n": int(occurring.sum())}
+        scores["per_class"] = {category: _named(values) for category, values in zip(self.categories, each.T)}
+        return scores
+
+
+def score_table(scores: Mapping[str, Mapping], names: Mapping[int, str] | None = None) -> str:
+    """What :meth:`PanopticCounts.scores` gave, in percent, as lines of text; with ``names`` also every category."""
+    rows = [(name, scores[name], f"{scores[name]['n']:>10}") for name in _GROUPS]
+    rows += [(name, scores["per_class"][category], "") for category, name in (names or {}).items()]
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{'':{width}} {'PQ':>7} {'SQ':>7} {'RQ':>7} {'categories':>11}"]
+    for name, values, count in rows:
+        numbers = " ".join(f"{100 * values[key]:7.2f}" for key in ("pq", "sq", "rq"))
+        lines.append(f"{name:{width}} {numbers}  {count}".rstrip())
+    return "\n".join(lines)
+
+
+def _named(values: np.ndarray) -> dict[str, float]:
+    return dict(zip(("pq", "sq", "rq"), values.tolist()))
