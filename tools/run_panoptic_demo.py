@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,18 +28,6 @@ SHOWN_SCENES = (4, 1, 10)
 COLUMNS = ("PQ", "SQ", "RQ", "PQ_th", "PQ_st")
 
 
-@dataclass(frozen=True)
-class Row:
-    """An encoder to fine-tune on: its name, and its weights ("" for random ones)."""
-
-    name: str
-    weights: str
-
-    @property
-    def folder(self) -> str:
-        return self.name.replace(" ", "_").replace("-", "_")
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config-file", default=str(DEMO), help="what to train and how")
@@ -61,18 +48,18 @@ def main() -> None:
             raise FileNotFoundError(
                 f"--student: there is no file {args.student}; tools/run_demo.py (make demo) makes it"
             )
-        encoders = [
-            Row("untrained encoder", ""),
-            Row("pre-trained", base.MODEL.SPAR.PRETRAINED),
-            Row("SPAR student", str(args.student)),
-        ]
+        weights = {
+            "untrained encoder": "",
+            "pre-trained": base.MODEL.SPAR.PRETRAINED,
+            "SPAR student": str(args.student),
+        }
         scores, models = {}, {}
-        for row in encoders:
-            folder = args.output / row.folder
-            overrides = ["MODEL.SPAR.PRETRAINED", row.weights, "OUTPUT_DIR", str(folder), "SEED", args.seed]
+        for name, path in weights.items():
+            folder = args.output / name.lower().replace(" ", "_")
+            overrides = ["MODEL.SPAR.PRETRAINED", path, "OUTPUT_DIR", str(folder), "SEED", args.seed]
             cfg = load_config(args.config_file, [*args.opts, *overrides])
-            print(f"{row.name}: {cfg.SOLVER.MAX_ITER} steps (log: {folder}/log.txt) ...")
-            scores[row.name], models[row.name] = fine_tune(cfg, args)
+            print(f"{name}: {cfg.SOLVER.MAX_ITER} steps (log: {folder}/log.txt) ...")
+            scores[name], models[name] = fine_tune(cfg, args)
         table = markdown(scores)
         for name, content in (("table.md", table + "\n"), ("scores.json", json.dumps(scores, indent=1))):
             with replacing(args.output / name) as temporary:
