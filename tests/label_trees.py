@@ -1,4 +1,4 @@
-"""Small copies of the benchmarks' official archives, unpacked, with labels drawn at random.
+"""Small copies of the data sets' official archives, unpacked, with labels drawn at random.
 
 What the prepared labels must be is worked out here from the data sets' own descriptions, without the package.
 """
@@ -24,6 +24,16 @@ FORMS = {
     "context60": ("59", "59 unlisted", "459", "converted"),
     "context59": ("59", "59 unlisted", "459", "converted"),
     "coco_object": ("stuff things", "folder of the archive"),
+    "voc21_train": ("palette", "colours", "beside"),
+    "cityscapes_train": ("ids",),
+    "ade20k_train": ("grey",),
+}
+# Panoptic data sets, and those with the same images, whose trees are theirs too.
+PANOPTIC = {
+    "cityscapes_panoptic_train": "cityscapes_train",
+    "cityscapes_panoptic_val": "cityscapes",
+    "ade20k_panoptic_train": "ade20k_train",
+    "ade20k_panoptic_val": "ade20k",
 }
 CASES = [(name, form) for name, forms in FORMS.items() for form in forms]
 # Red, green and blue of VOC's labels 0, 1, ..., 20.
@@ -41,13 +51,13 @@ CONTEXT = """
 
 
 def make_tree(name: str, root: Path, rng: np.random.Generator, form: str = "") -> dict[str, np.ndarray]:
-    """Write three validation images of a benchmark with official labels.
+    """Write three images of a data set with official labels, of instances too where there are some.
 
-    Two benchmarks of the same images (voc20 and voc21, context59 and context60) can be in one root if they are made
+    Two data sets of the same images (voc20 and voc21, context59 and context60) can be in one root if they are made
     with generators of one seed.
 
     Args:
-        name: of the benchmark.
+        name: of the data set.
         root: the folder of all data sets.
         rng: draws pixels and labels.
         form: one of ``FORMS``; default: the first.
@@ -57,7 +67,8 @@ def make_tree(name: str, root: Path, rng: np.random.Generator, form: str = "") -
     """
     form = form or FORMS[name][0]
     makers = {"voc": _make_voc, "con": _make_context, "ade": _make_ade20k, "cit": _make_cityscapes, "coc": _make_coco}
-    official, meaning = makers[name[:3]](root, rng, form, background=name in ("voc21", "context60"))
+    train, background = name.endswith("_train"), name.startswith(("voc21", "context60"))
+    official, meaning = makers[name[:3]](root, rng, form, background=background, train=train)
     return {key: _translated(values, meaning) for key, values in official.items()}
 
 
@@ -66,13 +77,22 @@ def tree(name: str, root: Path, form: str = "", seed: int = 0) -> dict[str, np.n
     return make_tree(name, root, np.random.default_rng(seed), form)
 
 
+def official_files(name: str, root: Path) -> dict[str, tuple[Path, ...]]:
+    """Paths of the official label files of each image, by the image's name."""
+    from spar_d2.data.preparation.registry import PREPARATIONS
+
+    labels = PREPARATIONS[name].labels(root)
+    return {key: labels.files(key) for key in PREPARATIONS[name].images(root)}
+
+
 def use_trees(root: Path, monkeypatch) -> None:
-    """For the rest of a test, ``root`` is the folder of all data sets, and each benchmark has three images."""
-    from spar_d2.data.benchmarks import BENCHMARKS
+    """For the rest of a test, ``root`` is the folder of all data sets, each of which has three images."""
+    from spar_d2.data.benchmarks import BENCHMARKS, TRAINING_SPLITS
 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
-    for name, benchmark in BENCHMARKS.items():
-        monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(benchmark, images=len(SIZES)))
+    for sets in (BENCHMARKS, TRAINING_SPLITS):
+        for name, data in sets.items():
+            monkeypatch.setitem(sets, name, dataclasses.replace(data, images=len(SIZES)))
 
 
 def _translated(values: np.ndarray, meaning: Callable[[int], int]) -> np.ndarray:
@@ -104,9 +124,10 @@ def _unchanged(value: int) -> int:
     return value
 
 
-def _make_voc(root: Path, rng: np.random.Generator, form: str, background: bool):
+def _make_voc(root: Path, rng: np.random.Generator, form: str, background: bool, train: bool):
     folder = root / ("VOC2012" if form == "beside" else "VOCdevkit/VOC2012")
-    official = _draw(rng, ["2007_000033", "2007_000042", "2011_003271"], [*range(21), IGNORED])
+    keys = ["2007_000039", "2007_000063", "2011_003276"] if train else ["2007_000033", "2007_000042", "2011_003271"]
+    official = _draw(rng, keys, [*range(21), IGNORED])
     palette = np.zeros((256, 3), dtype=np.uint8)
     palette[:21] = [[int(part) for part in colour.split()] for colour in VOC_COLOURS.split(",")]
     palette[IGNORED] = VOC_BORDER
@@ -116,13 +137,13 @@ def _make_voc(root: Path, rng: np.random.Generator, form: str, background: bool)
         image = Image.fromarray(values)
         image.putpalette(palette.tobytes())
         (image.convert("RGB") if form == "colours" else image).save(folder / "SegmentationClass" / f"{key}.png")
-    # One of the training images, which are in the same folders.
-    _write_photo(folder / "JPEGImages" / "2007_000032.jpg", rng, (9, 9))
-    _write_lines(folder / "ImageSets/Segmentation/val.txt", official)
+    # One that is in neither list, in the same folder.
+    _write_photo(folder / "JPEGImages" / "2007_000027.jpg", rng, (9, 9))
+    _write_lines(folder / "ImageSets/Segmentation" / ("train.txt" if train else "val.txt"), official)
     return official, _unchanged if background else _less_one
 
 
-def _make_context(root: Path, rng: np.random.Generator, form: str, background: bool):
+def _make_context(root: Path, rng: np.random.Generator, form: str, background: bool, train: bool):
     keys = ["2008_000002", "2008_000007", "2010_006079"]
     common = [name.strip() for name in CONTEXT.split(",")]
     voc, folder = root / "VOCdevkit/VOC2010", root / "pascal_context"
@@ -162,30 +183,47 @@ def _write_mats(folder: Path, official: dict[str, np.ndarray], names: list[str])
     _write_lines(folder / "labels.txt", (f"{number}: {name}" for number, name in enumerate(names, 1)))
 
 
-def _make_ade20k(root: Path, rng: np.random.Generator, form: str, background: bool):
+def _make_ade20k(root: Path, rng: np.random.Generator, form: str, background: bool, train: bool):
     folder = root / "ADEChallengeData2016"
-    official = _draw(rng, [f"ADE_val_{number:08d}" for number in (1, 2, 3)], list(range(151)))
+    part, short = ("training", "train") if train else ("validation", "val")
+    official = _draw(rng, [f"ADE_{short}_{number:08d}" for number in (1, 2, 3)], list(range(151)))
     for key, values in official.items():
-        _write_photo(folder / "images/validation" / f"{key}.jpg", rng, values.shape)
-        _write_grey(folder / "annotations/validation" / f"{key}.png", values)
+        _write_photo(folder / "images" / part / f"{key}.jpg", rng, values.shape)
+        _write_grey(folder / "annotations" / part / f"{key}.png", values)
+        _write_grey(folder / "annotations_instance" / part / f"{key}.png", _draw_instances(rng, values.shape))
     return official, _less_one
 
 
-def _make_cityscapes(root: Path, rng: np.random.Generator, form: str, background: bool):
+def _draw_instances(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8: red is a class of things, green the number of an instance of it; rectangles that may overlap."""
+    pixels = np.zeros((*size, 3), dtype=np.uint8)
+    # Of pixels without an instance the class says nothing.
+    pixels[..., 0] = rng.integers(0, 101)
+    for number in rng.permutation(np.arange(1, 256))[:12]:
+        (top, left), (height, width) = rng.integers(0, size), rng.integers(1, 20, 2)
+        pixels[top : top + height, left : left + width] = (rng.integers(1, 101), number, rng.integers(0, 256))
+    return pixels
+
+
+def _make_cityscapes(root: Path, rng: np.random.Generator, form: str, background: bool, train: bool):
     from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 
-    folder = root / "cityscapes"
-    keys = [f"{city}/{city}_000000_{n:06d}" for city, n in (("frankfurt", 294), ("frankfurt", 576), ("lindau", 19))]
+    folder, split = root / "cityscapes", "train" if train else "val"
+    cities = ("aachen", "aachen", "zurich") if train else ("frankfurt", "frankfurt", "lindau")
+    keys = [f"{city}/{city}_000000_{number:06d}" for city, number in zip(cities, (294, 576, 19))]
     official = _draw(rng, keys, list(range(34)))
     for key, values in official.items():
-        _write_photo(folder / "leftImg8bit/val" / f"{key}_leftImg8bit.png", rng, values.shape)
-        _write_grey(folder / "gtFine/val" / f"{key}_gtFine_labelIds.png", values)
-        _write_grey(folder / "gtFine/val" / f"{key}_gtFine_instanceIds.png", values)
+        _write_photo(folder / "leftImg8bit" / split / f"{key}_leftImg8bit.png", rng, values.shape)
+        _write_grey(folder / "gtFine" / split / f"{key}_gtFine_labelIds.png", values)
+        # Some pixels of classes that have instances are of none.
+        single = (values >= 24) & (rng.random(values.shape) < 0.7)
+        instances = np.where(single, values.astype(np.int64) * 1000 + rng.integers(0, 4, values.shape), values)
+        _write_grey(folder / "gtFine" / split / f"{key}_gtFine_instanceIds.png", instances.astype(np.uint16))
     evaluated = {category["id"]: category["trainId"] for category in CITYSCAPES_CATEGORIES}
     return official, lambda value: evaluated.get(value, IGNORED)
 
 
-def _make_coco(root: Path, rng: np.random.Generator, form: str, background: bool):
+def _make_coco(root: Path, rng: np.random.Generator, form: str, background: bool, train: bool):
     from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
     folder = root / "coco"

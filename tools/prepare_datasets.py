@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prepare the labels of the benchmark data sets, from their official archives unpacked in one folder.
+"""Prepare the labels of data sets, from their official archives unpacked in one folder.
 
 Without a NAME it shows what is there. Labels that are prepared already are kept, so that it can be stopped and started
 again. docs/datasets.md says which archives go where.
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 
-from spar_d2.data.benchmarks import BENCHMARKS
-from spar_d2.data.preparation import prepare, survey
+from spar_d2.data.preparation import MissingArchive, prepare, survey
 from spar_d2.data.preparation.common import datasets_root
+from spar_d2.data.preparation.registry import GROUPS, PREPARATIONS
 from spar_d2.errors import readable_errors
 
 ALL = "all"
@@ -19,10 +19,9 @@ ALL = "all"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ", ".join(BENCHMARKS)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{names}, or {ALL}: all whose official files are there"
-    )
+    several = "; of several, those whose official files are there: "
+    several += ", ".join(f"{group} ({', '.join(names)})" for group, names in GROUPS.items())
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PREPARATIONS)}{several}, {ALL}")
     parser.add_argument(
         "--root", metavar="DIR", help="folder of all data sets (default: $DETECTRON2_DATASETS, datasets)"
     )
@@ -45,30 +44,46 @@ def main() -> None:
 
 
 def chosen(names: list[str], root: str | None) -> list[str]:
-    """The benchmarks that names on the command line stand for, each once.
+    """The data sets that names on the command line stand for, each once; says which are left out of a name for several.
 
     Raises:
+        MissingArchive: nothing is there of those that a name stands for.
         ValueError: a name is none of them, or nothing is there of any.
     """
-    wrong = [name for name in names if name not in (*BENCHMARKS, ALL)]
+    known = [*PREPARATIONS, *GROUPS, ALL]
+    wrong = [name for name in names if name not in known]
     if wrong:
-        raise ValueError(f"NAME must be one of {', '.join([*BENCHMARKS, ALL])}; got {wrong[0]!r}")
-    if ALL not in names:
-        return list(dict.fromkeys(names))
-    states = [survey(name, root) for name in BENCHMARKS]
+        raise ValueError(f"NAME must be one of {', '.join(known)}; got {wrong[0]!r}")
+    found = []
+    if ALL in names:
+        found = there(list(PREPARATIONS), root)
+        if not found:
+            raise ValueError(f"no official files of any data set are in {datasets_root(root)}")
+    for name in names:
+        if name in GROUPS:
+            members = there(list(GROUPS[name]), root)
+            if not any(member.startswith(name) for member in members):
+                state = survey(GROUPS[name][-1], root)
+                raise MissingArchive(state.reason, state.missing[0])
+            found += members
+        elif name != ALL:
+            found.append(name)
+    return list(dict.fromkeys(found))
+
+
+def there(names: list[str], root: str | None) -> list[str]:
+    """Those of several data sets whose official files are there; the others are printed."""
+    states = [survey(name, root) for name in names]
     for state in states:
         if state.missing:
             print(f"{state.name}: left out, {state.advice}")
-    there = [state.name for state in states if not state.missing]
-    if not there:
-        raise ValueError(f"no official files of any data set are in {datasets_root(root)}")
-    return there
+    return [state.name for state in states if not state.missing]
 
 
 def table(root: str | None) -> str:
-    """What is there of every benchmark, and what to do."""
+    """What is there of every data set, and what to do."""
     rows = [("data set", "images", "prepared", "to do")]
-    for name in BENCHMARKS:
+    for name in PREPARATIONS:
         state = survey(name, root)
         rows.append((name, f"{state.images}/{state.expected}", str(state.prepared), state.advice or "-"))
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -1,7 +1,11 @@
-"""The data sets of the paper's table, and how each is evaluated. Needs no Detectron2."""
+"""Data sets with a class for every pixel: those of the paper's table and how each is evaluated, and training splits.
+
+Needs no Detectron2.
+"""
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,15 +17,34 @@ from spar_d2.data.colours import voc_colours
 _OPEN_CLIP = "open_clip ViT"
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """One data set and the paper's protocol on it.
+@dataclass(frozen=True, kw_only=True)
+class LabelledSet:
+    """A data set with a class for every pixel.
 
     Attributes:
-        name: registered with Detectron2, and that of its built-in vocabulary.
-        title: in the paper's table.
-        images: number of validation images.
+        name: registered with Detectron2.
+        images: number of its images.
         classes: official names; in label maps, label k is the k-th of them and 255 is ignored.
+        vocabulary: built-in one of these classes; "" is that of the data set's own name.
+    """
+
+    name: str
+    images: int
+    classes: tuple[str, ...]
+    vocabulary: str = ""
+
+    def colours(self) -> list[list[int]]:
+        """An RGB colour, 0..255, for every class: VOC's of its label, black for a background."""
+        first = 0 if self.classes[0] == BACKGROUND else 1
+        return voc_colours(first + len(self.classes))[first:].tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(LabelledSet):
+    """Validation images of a data set, and the paper's protocol on it.
+
+    Attributes:
+        title: in the paper's table.
         min_size, max_size: short side of images, unless the long side became longer than the second, in pixels.
         logit_scale: factor on the cosines before the softmax.
         prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`; 0 is none.
@@ -29,10 +52,7 @@ class Benchmark:
         in_mean: the paper's mean over data sets counts it.
     """
 
-    name: str
     title: str
-    images: int
-    classes: tuple[str, ...]
     min_size: int = 672
     max_size: int = 2048
     logit_scale: float = 40.0
@@ -54,11 +74,6 @@ class Benchmark:
             "INPUT.MAX_SIZE_TEST": self.max_size,
             **{f"MODEL.SPAR.{key.upper()}": float(own.get(key, getattr(self, key))) for key in thresholds},
         }
-
-    def colours(self) -> list[list[int]]:
-        """An RGB colour, 0..255, for every class: VOC's of its label, black for a background."""
-        first = 0 if self.classes[0] == BACKGROUND else 1
-        return voc_colours(first + len(self.classes))[first:].tolist()
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -94,3 +109,22 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
     )
 }
+
+
+def _training_split(benchmark: str, images: int) -> LabelledSet:
+    classes = BENCHMARKS[benchmark].classes
+    return LabelledSet(name=f"{benchmark}_train", images=images, classes=classes, vocabulary=benchmark)
+
+
+# Training images of benchmarks, with the same classes: to learn from, nothing is evaluated on them.
+TRAINING_SPLITS: dict[str, LabelledSet] = {
+    split.name: split
+    for split in (
+        _training_split("voc21", 1464),
+        _training_split("cityscapes", 2975),
+        _training_split("ade20k", 20210),
+    )
+}
+
+# All of them, the benchmarks first.
+LABELLED_SETS: Mapping[str, LabelledSet] = ChainMap(TRAINING_SPLITS, BENCHMARKS)

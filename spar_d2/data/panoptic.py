@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spar_d2.data import class_names, scenes
-from spar_d2.data.colours import voc_colours
+from spar_d2.data import scenes
 from spar_d2.data.datasets import IGNORE_LABEL, SCENE_SPLITS, SEGMENTS_ENDING, load_scenes, scenes_root
 from spar_d2.data.images import DAMAGE
+from spar_d2.data.preparation import ade20k_panoptic
 from spar_d2.data.preparation.common import datasets_root
 from spar_d2.files import replacing
 
@@ -73,16 +73,6 @@ def _cityscapes_categories() -> list[dict]:
     return CITYSCAPES_CATEGORIES
 
 
-def _ade20k_categories() -> list[dict]:
-    names, things = class_names.ADE20K, set(class_names.ADE20K_THINGS)
-    # Less black, which is for no class.
-    colours = voc_colours(len(names) + 1)[1:].tolist()
-    return [
-        {"id": number, "name": name, "isthing": int(number in things), "color": colour}
-        for number, (name, colour) in enumerate(zip(names, colours))
-    ]
-
-
 def _scene_categories() -> list[dict]:
     classes = zip(scenes.SCENE_CLASSES, scenes.class_colours())
     return [
@@ -115,7 +105,7 @@ def panoptic_datasets() -> dict[str, PanopticDataset]:
         found[f"spar_ade20k_panoptic_{split}"] = PanopticDataset(
             f"ADEChallengeData2016/images/{folder}",
             f"ADEChallengeData2016/ade20k_panoptic_{split}.json",
-            _ade20k_categories,
+            ade20k_panoptic.categories,
             _by_name,
             "run: python tools/prepare_datasets.py ade20k_panoptic",
         )

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from PIL import Image
 
 from label_trees import CASES, IGNORED, SIZES, tree, use_trees
-from spar_d2.data.benchmarks import BENCHMARKS
+from spar_d2.data.benchmarks import LABELLED_SETS
 from spar_d2.data.labelled import found, missing
 from spar_d2.data.preparation import prepare, survey, writing
 from spar_d2.data.preparation.registry import PREPARATIONS
@@ -19,7 +19,7 @@ from spar_d2.data.preparation.registry import PREPARATIONS
 
 @pytest.fixture(autouse=True)
 def root(tmp_path, monkeypatch):
-    """The folder of all data sets, each of which has three validation images."""
+    """The folder of all data sets, each of which has three images."""
     use_trees(tmp_path, monkeypatch)
     return tmp_path
 
@@ -47,37 +47,38 @@ def test_every_pixel_of_every_form(name, form, root):
     assert (survey(name).advice, missing(name), found(name)) == ("", "", (3, 3))
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", LABELLED_SETS)
 def test_trees_have_every_class_and_ignored_pixels(name, root):
     values = np.unique(np.concatenate([labels.ravel() for labels in tree(name, root).values()]))
-    classes = list(range(len(BENCHMARKS[name].classes)))
+    classes = list(range(len(LABELLED_SETS[name].classes)))
     assert values.tolist() == classes + [IGNORED] * (name != "context60")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", LABELLED_SETS)
 def test_tables_give_classes_and_nothing_else(name, root):
     tree(name, root)
     table = PREPARATIONS[name].labels(root).table
-    assert set(table.tolist()) - {254, IGNORED} == set(range(len(BENCHMARKS[name].classes)))
+    assert set(table.tolist()) - {254, IGNORED} == set(range(len(LABELLED_SETS[name].classes)))
 
 
 def test_all_in_one_folder(root):
-    expected = {name: tree(name, root) for name in BENCHMARKS}
-    for name in BENCHMARKS:
+    expected = {name: tree(name, root) for name in LABELLED_SETS}
+    for name in LABELLED_SETS:
         prepare(name)
-    for name in BENCHMARKS:
+    for name in LABELLED_SETS:
         for record in DatasetCatalog.get(name):
             assert np.array_equal(read(record["sem_seg_file_name"]), expected[name][record["image_id"]])
 
 
-def test_records_of_ade20k_are_those_of_detectron2(root):
+@pytest.mark.parametrize(("name", "part"), [("ade20k", "validation"), ("ade20k_train", "training")])
+def test_records_of_ade20k_are_those_of_detectron2(name, part, root):
     from detectron2.data.datasets import load_sem_seg
 
-    tree("ade20k", root)
-    prepare("ade20k")
+    tree(name, root)
+    prepare(name)
     folder = root / "ADEChallengeData2016"
-    theirs = load_sem_seg(folder / "annotations_detectron2/validation", folder / "images/validation")
-    ours = DatasetCatalog.get("ade20k")
+    theirs = load_sem_seg(folder / f"annotations_detectron2/{part}", folder / f"images/{part}")
+    ours = DatasetCatalog.get(name)
     assert [{key: record[key] for key in ("file_name", "sem_seg_file_name")} for record in ours] == theirs
 
 
@@ -91,7 +92,7 @@ def test_detectron2_reads_the_records(root):
         assert (mapped["height"], mapped["width"]) == expected[record["image_id"]].shape
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", LABELLED_SETS)
 def test_a_second_run_writes_nothing(name, root, monkeypatch):
     tree(name, root)
     prepare(name)
@@ -108,7 +109,7 @@ def test_a_second_run_writes_nothing(name, root, monkeypatch):
     assert sum(path.stat().st_mtime_ns != before[path] for path in labels) == 1
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", LABELLED_SETS)
 def test_what_a_killed_run_left_is_removed(name, root):
     tree(name, root)
     folder = PREPARATIONS[name].folder(root)
@@ -136,6 +137,16 @@ def test_what_the_tools_of_cityscapes_wrote_is_used(root):
     for path in (root / "cityscapes/gtFine").rglob("*_labelIds.png"):
         path.unlink()
     assert prepare("cityscapes").written == 0
+
+
+def test_training_labels_of_cityscapes_are_where_detectron2_looks_for_them(root):
+    tree("cityscapes_train", root)
+    prepare("cityscapes_train")
+    folder = root / "cityscapes/gtFine/train"
+    names = ["aachen/aachen_000000_000294", "aachen/aachen_000000_000576", "zurich/zurich_000000_000019"]
+    assert sorted(folder.rglob("*_labelTrainIds.png")) == [
+        folder / f"{name}_gtFine_labelTrainIds.png" for name in names
+    ]
 
 
 def test_a_list_of_segmentation_images_comes_first(root):

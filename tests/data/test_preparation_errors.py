@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from label_trees import CASES, SIZES, tree, use_trees
-from spar_d2.data.benchmarks import BENCHMARKS
+from spar_d2.data.benchmarks import BENCHMARKS, LABELLED_SETS
 from spar_d2.data.labelled import found, missing
 from spar_d2.data.preparation import MissingArchive, prepare, survey
 from spar_d2.data.preparation.common import label_table, relabel
@@ -20,7 +20,7 @@ from spar_d2.data.preparation.registry import PREPARATIONS
 
 @pytest.fixture(autouse=True)
 def root(tmp_path, monkeypatch):
-    """The folder of all data sets, each of which has three validation images."""
+    """The folder of all data sets, each of which has three images."""
     use_trees(tmp_path, monkeypatch)
     return tmp_path
 
@@ -31,13 +31,13 @@ def first_file(name, root):
     return preparation.labels(root).file(next(iter(preparation.images(root))))
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", LABELLED_SETS)
 def test_missing_archives_are_named(name, root):
     with pytest.raises(MissingArchive, match=r"fetch \S+ .*from \S+\.\S+ and unpack it in "):
         prepare(name)
     tree(name, root)
     labels = first_file(name, root).parent
-    labels = labels.parent if name == "cityscapes" else labels
+    labels = labels.parent if name.startswith("cityscapes") else labels
     shutil.rmtree(labels)
     state = survey(name)
     assert (state.images, state.prepared, len(state.missing)) == (3, 0, 1)
@@ -74,7 +74,7 @@ def test_matlab_files_without_scipy(root, monkeypatch):
         prepare("context60")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", LABELLED_SETS)
 def test_missing_labels(name, root, caplog):
     tree(name, root)
     label = first_file(name, root)
@@ -86,12 +86,13 @@ def test_missing_labels(name, root, caplog):
     assert (done.images, done.written) == (2, 2)
     with caplog.at_level(logging.WARNING):
         assert len(DatasetCatalog.get(name)) == 2
-    assert f"{name}: only 2 of 3 validation images are there and prepared" in caplog.text
+    part = "training" if name.endswith("_train") else "validation"
+    assert f"{name}: only 2 of 3 {part} images are there and prepared" in caplog.text
     assert found(name) == (2, 3)
-    assert missing(name).startswith(f"{name}: 2 of 3 validation images are prepared; run tools/")
+    assert missing(name).startswith(f"{name}: 2 of 3 {part} images are prepared; run tools/")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", LABELLED_SETS)
 def test_missing_images(name, root):
     tree(name, root)
     image = list(PREPARATIONS[name].images(root).values())[1]
@@ -157,7 +158,7 @@ def test_a_colour_of_voc_that_is_no_class(root):
         prepare("voc20")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", LABELLED_SETS)
 def test_labels_of_another_size_are_named(name, root):
     tree(name, root)
     path = first_file(name, root)

@@ -6,13 +6,14 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from label_trees import make_tree, use_trees
-from spar_d2.data.benchmarks import BENCHMARKS
+from spar_d2.data.benchmarks import LABELLED_SETS
+from spar_d2.data.preparation.registry import GROUPS, PREPARATIONS
 from tool_modules import load_tool
 
 
 @pytest.fixture(autouse=True)
 def root(tmp_path, monkeypatch):
-    """The folder of all data sets, each of which has three validation images."""
+    """The folder of all data sets, each of which has three images."""
     use_trees(tmp_path, monkeypatch)
     return tmp_path
 
@@ -26,7 +27,7 @@ def tree(name, root):
     return make_tree(name, root, np.random.default_rng(1))
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", LABELLED_SETS)
 def test_prepares(name, root, monkeypatch, capsys):
     expected = tree(name, root)
     run(monkeypatch, name)
@@ -50,10 +51,18 @@ def test_another_root(root, monkeypatch):
 def test_all_that_is_there(root, monkeypatch, capsys):
     tree("voc21", root)
     tree("ade20k", root)
+    tree("cityscapes_train", root)
     run(monkeypatch, "all", "voc21")
     output = capsys.readouterr().out
-    for name in BENCHMARKS:
-        there = name in ("voc21", "voc20", "ade20k")
+    for name in PREPARATIONS:
+        there = name in (
+            "voc21",
+            "voc20",
+            "ade20k",
+            "ade20k_panoptic_val",
+            "cityscapes_train",
+            "cityscapes_panoptic_train",
+        )
         assert (f"{name}: 3 labels written" in output) == there
         assert (f"{name}: left out, fetch" in output) != there
 
@@ -67,11 +76,14 @@ def test_the_table(root, monkeypatch, capsys):
     run(monkeypatch)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"In {root}:"
-    assert [line.split()[0] for line in lines[2:]] == list(BENCHMARKS)
+    assert [line.split()[0] for line in lines[2:]] == list(PREPARATIONS)
     cells = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[2:]}
     assert cells["voc21"] == "3/3 3 -"
     assert cells["voc20"] == "3/3 0 prepare"
     assert cells["cityscapes"] == "2/3 0 find 1 missing images, prepare"
+    assert cells["cityscapes_panoptic_val"] == "2/3 0 find 1 missing images, prepare"
+    assert cells["voc21_train"] == "0/3 0 fetch VOCtrainval_11-May-2012.tar"
+    assert cells["ade20k_panoptic_train"] == "0/3 0 fetch ADEChallengeData2016.zip and annotations_instance.tar"
     assert cells["coco_object"] == "0/3 0 fetch val2017.zip and stuffthingmaps_trainval2017.zip"
 
 
@@ -86,9 +98,30 @@ def test_a_part(root, monkeypatch, capsys):
     assert [record["image_id"][-1] for record in DatasetCatalog.get("ade20k")] == ["1", "3"]
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_name_for_several(group, root, monkeypatch, capsys):
+    base = group.removesuffix("_panoptic")
+    tree(base, root)
+    run(monkeypatch, group)
+    output = capsys.readouterr().out.splitlines()
+    prepared = [line.split(":")[0] for line in output if "3 labels written, 0 were there" in line]
+    assert prepared == [name for name in GROUPS[group] if not name.endswith("_train")]
+    left_out = [line for line in output if "left out, fetch " in line]
+    assert [line.split(":")[0] for line in left_out] == [name for name in GROUPS[group] if name.endswith("_train")]
+    tree(f"{base}_train", root)
+    run(monkeypatch, group, f"{group}_val")
+    output = capsys.readouterr().out
+    assert all(f"{name}: {3 * name.endswith('_train')} labels written" in output for name in GROUPS[group])
+    assert len(output.splitlines()) == len(GROUPS[group])
+    for split in ("train", "val"):
+        assert len(DatasetCatalog.get(f"spar_{group}_{split}")) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["cityscapes_panoptic"], "fetch leftImg8bit_trainvaltest.zip from www.cityscapes-dataset.com/downloads"),
+        (["ade20k_panoptic"], "fetch ADEChallengeData2016.zip"),
         (["voc"], "NAME must be one of voc21, "),
         (["all"], "no official files of any data set are in "),
         (["voc21"], "fetch VOCtrainval_11-May-2012.tar"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from spar_d2.data import class_names
-from spar_d2.data.preparation.common import Place, without_background
+from spar_d2.data.preparation.common import PARTS, Place, without_background
 from spar_d2.data.preparation.folders import Files, FolderPreparation
 
+FOLDER = "ADEChallengeData2016"
 _ARCHIVE = ("ADEChallengeData2016.zip", "data.csail.mit.edu/places/ADEchallenge")
 
 
@@ -16,15 +17,17 @@ class Ade20kPreparation(FolderPreparation):
 
     Args:
         name: of the data set.
+        split: "val" or "train".
     """
 
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            name,
-            Files(Place(("ADEChallengeData2016/images/validation",), *_ARCHIVE), ".jpg"),
-            Files(Place(("ADEChallengeData2016/annotations/validation",), *_ARCHIVE), ".png"),
-            without_background(len(class_names.ADE20K)),
-        )
+    def __init__(self, name: str, split: str = "val") -> None:
+        super().__init__(name, split, *photos_and_classes(split), without_background(len(class_names.ADE20K)))
 
     def folder(self, root: Path) -> Path:
-        return root / "ADEChallengeData2016/annotations_detectron2/validation"
+        return root / FOLDER / "annotations_detectron2" / self.part
+
+
+def photos_and_classes(split: str) -> tuple[Files, Files]:
+    """Images and official semantic labels of a split."""
+    images, labels = (f"{FOLDER}/{folder}/{PARTS[split]}" for folder in ("images", "annotations"))
+    return Files(Place((images,), *_ARCHIVE), ".jpg"), Files(Place((labels,), *_ARCHIVE), ".png")

@@ -7,11 +7,11 @@ from pathlib import Path
 from spar_d2.data.preparation.common import IGNORED, Place, label_table
 from spar_d2.data.preparation.folders import Files, FolderPreparation
 
+GT_FINE = "cityscapes/gtFine"
+# Number of official ids, and those of the 19 classes that are evaluated, in their order.
+IDS = 34
+EVALUATED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _SITE = "www.cityscapes-dataset.com/downloads"
-_GT_FINE = "cityscapes/gtFine/val"
-_IDS = 34
-# Official ids of the 19 classes that are evaluated, in their order.
-_EVALUATED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
 class CityscapesPreparation(FolderPreparation):
@@ -22,18 +22,22 @@ class CityscapesPreparation(FolderPreparation):
 
     Args:
         name: of the data set.
+        split: "val" or "train".
     """
 
-    def __init__(self, name: str) -> None:
-        ids = {**dict.fromkeys((*range(_IDS), IGNORED), IGNORED), **{k: n for n, k in enumerate(_EVALUATED)}}
-        images = Place(("cityscapes/leftImg8bit/val",), "leftImg8bit_trainvaltest.zip", _SITE, "cityscapes")
-        labels = Place((_GT_FINE,), "gtFine_trainvaltest.zip", _SITE, "cityscapes")
-        super().__init__(
-            name, Files(images, "_leftImg8bit.png"), Files(labels, "_gtFine_labelIds.png"), label_table(ids)
-        )
+    def __init__(self, name: str, split: str = "val") -> None:
+        ids = {**dict.fromkeys((*range(IDS), IGNORED), IGNORED), **{k: n for n, k in enumerate(EVALUATED)}}
+        super().__init__(name, split, *photos_and_labels(split, "_gtFine_labelIds.png"), label_table(ids))
 
     def folder(self, root: Path) -> Path:
-        return root / _GT_FINE
+        return root / GT_FINE / self.split
 
     def prepared(self, root: Path, name: str) -> Path:
         return self.folder(root) / f"{name}_gtFine_labelTrainIds.png"
+
+
+def photos_and_labels(split: str, suffix: str) -> tuple[Files, Files]:
+    """Images of a split, and their official labels with names that end in ``suffix``."""
+    images = Place((f"cityscapes/leftImg8bit/{split}",), "leftImg8bit_trainvaltest.zip", _SITE, "cityscapes")
+    labels = Place((f"{GT_FINE}/{split}",), "gtFine_trainvaltest.zip", _SITE, "cityscapes")
+    return Files(images, "_leftImg8bit.png"), Files(labels, suffix)

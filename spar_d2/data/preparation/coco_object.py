@@ -30,4 +30,4 @@ class CocoObjectPreparation(FolderPreparation):
             "github.com/nightrome/cocostuff",
             "coco/stuffthingmaps",
         )
-        super().__init__(name, Files(images, ".jpg"), Files(labels, ".png"), label_table(values))
+        super().__init__(name, "val", Files(images, ".jpg"), Files(labels, ".png"), label_table(values))

@@ -7,13 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from spar_d2.data.benchmarks import LABELLED_SETS
 from spar_d2.data.images import DAMAGE
 
 IGNORED = 255
+PARTS = {"val": "validation", "train": "training"}
 # In tables: an official value that must not occur.
 NO_LABEL = 254
 
@@ -130,9 +133,36 @@ def relabel(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     return labels
 
 
+def classes_in(path: Path, values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """:func:`relabel` of what was read from a file, which its errors name."""
+    try:
+        return relabel(values, table)
+    except ValueError as error:
+        raise ValueError(f"the label file {path} has {error}") from error
+
+
+class Labels(ABC):
+    """The official labels of a data set, and what becomes of them."""
+
+    @abstractmethod
+    def files(self, name: str) -> tuple[Path, ...]:
+        """The official label files of an image, given the image's name; they need not be there."""
+
+    @abstractmethod
+    def convert(self, name: str) -> tuple[np.ndarray, Any]:
+        """The prepared labels of an image.
+
+        Returns:
+            Pixels to write, (H, W) or (H, W, 3) uint8, and what :meth:`Preparation.finish` has to know of them.
+
+        Raises:
+            ValueError: a file is damaged, or has other values than the data set.
+        """
+
+
 @dataclass(frozen=True)
-class Labels:
-    """Official labels.
+class ClassLabels(Labels):
+    """One class for every pixel.
 
     Attributes:
         file: the official label file of an image, given the image's name; it need not be there.
@@ -144,20 +174,39 @@ class Labels:
     table: np.ndarray
     read: Callable[[Path], np.ndarray] = read_values
 
+    def files(self, name: str) -> tuple[Path, ...]:
+        return (self.file(name),)
+
+    def convert(self, name: str) -> tuple[np.ndarray, None]:
+        path = self.file(name)
+        return classes_in(path, self.read(path), self.table), None
+
 
 class Preparation(ABC):
-    """Where the validation part of a data set lies, official and prepared.
+    """Where one split of a data set lies, official and prepared.
 
     Args:
         name: of the data set.
+        split: "val" or "train".
+        images_of: the one of :data:`~spar_d2.data.benchmarks.LABELLED_SETS` with the same images; default: ``name``.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, split: str = "val", images_of: str = "") -> None:
+        self.name, self.split, self.images_of = name, split, images_of or name
+
+    @property
+    def part(self) -> str:
+        """The split, as it is called in texts."""
+        return PARTS[self.split]
+
+    @property
+    def expected(self) -> int:
+        """Number of images of the whole data set."""
+        return LABELLED_SETS[self.images_of].images
 
     @abstractmethod
     def images(self, root: Path) -> dict[str, Path]:
-        """The validation images by name; those known of that are missing too.
+        """The images by name; those known of that are missing too.
 
         Raises:
             MissingArchive: none are there.
@@ -178,6 +227,19 @@ class Preparation(ABC):
     def prepared(self, root: Path, name: str) -> Path:
         """The prepared label file of an image, given the image's name."""
         return self.folder(root) / f"{name}.png"
+
+    def index(self, root: Path) -> Path | None:
+        """A file about all prepared labels, without which they are of no use; None where none is needed."""
+        return None
+
+    def finish(self, root: Path, entries: dict[str, Any]) -> None:
+        """Write the index, once all labels are.
+
+        Args:
+            root: the folder of all data sets.
+            entries: what :meth:`Labels.convert` told of every image, by name, in the order of the data set.
+        """
+        return None
 
 
 def names_in_list(path: Path) -> list[str]:

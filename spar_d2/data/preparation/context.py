@@ -13,6 +13,7 @@ import numpy as np
 from spar_d2.data import class_names
 from spar_d2.data.preparation.common import (
     IGNORED,
+    ClassLabels,
     Labels,
     MissingArchive,
     Place,
@@ -76,7 +77,7 @@ class ContextPreparation(Preparation):
             return None
         names = next((path for path in (folder / "59_labels.txt", images / "59_labels.txt") if path.is_file()), None)
         numbers = _numbers(names, _COMMON) if names else _ALPHABETICAL
-        return Labels(lambda name: images / f"{name}.png", self._table(numbers, _COMMON))
+        return ClassLabels(lambda name: images / f"{name}.png", self._table(numbers, _COMMON))
 
     def _as_459(self, folder: Path) -> Labels | None:
         files = folder / "trainval"
@@ -89,13 +90,13 @@ class ContextPreparation(Preparation):
                 f"and put it in {folder}",
                 "labels.txt",
             )
-        return Labels(lambda name: files / f"{name}.mat", self._table(_numbers(names, _ALL), _ALL), _read_mat)
+        return ClassLabels(lambda name: files / f"{name}.mat", self._table(_numbers(names, _ALL), _ALL), _read_mat)
 
     def _as_converted(self, folder: Path) -> Labels | None:
         images = folder / "SegmentationClassContext"
         if not images.is_dir():
             return None
-        return Labels(lambda name: images / f"{name}.png", self._table(_ALPHABETICAL, _COMMON))
+        return ClassLabels(lambda name: images / f"{name}.png", self._table(_ALPHABETICAL, _COMMON))
 
     def _table(self, names: dict[int, str], last: int) -> np.ndarray:
         """The class of every official number from 0 to ``last``, given the names that some of them have."""

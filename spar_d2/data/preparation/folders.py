@@ -1,4 +1,4 @@
-"""Data sets whose validation images are all images of a folder."""
+"""Data sets whose images are all images of a folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spar_d2.data.preparation.common import Labels, MissingArchive, Place, Preparation
+from spar_d2.data.preparation.common import ClassLabels, Labels, MissingArchive, Place, Preparation
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,19 @@ class Files:
 
 
 class FolderPreparation(Preparation):
-    """A data set with a folder of validation images and one of labels.
+    """A data set with a folder of images and one of labels.
 
     Args:
-        name: of the data set.
+        name, split, images_of: see :class:`Preparation`.
         photos: its images.
         official: its official labels.
         table: class of every official value, see :func:`~spar_d2.data.preparation.common.label_table`.
     """
 
-    def __init__(self, name: str, photos: Files, official: Files, table: np.ndarray) -> None:
-        super().__init__(name)
+    def __init__(
+        self, name: str, split: str, photos: Files, official: Files, table: np.ndarray, images_of: str = ""
+    ) -> None:
+        super().__init__(name, split, images_of)
         self.photos, self.official, self.table = photos, official, table
 
     def images(self, root: Path) -> dict[str, Path]:
@@ -56,4 +58,4 @@ class FolderPreparation(Preparation):
 
     def labels(self, root: Path) -> Labels:
         self.official.place.find(root)
-        return Labels(lambda name: self.official.file(root, name), self.table)
+        return ClassLabels(lambda name: self.official.file(root, name), self.table)

@@ -1,10 +1,11 @@
-"""The preparation of every benchmark."""
+"""The preparation of every data set."""
 
 from __future__ import annotations
 
-from spar_d2.data.benchmarks import BENCHMARKS
 from spar_d2.data.preparation.ade20k import Ade20kPreparation
+from spar_d2.data.preparation.ade20k_panoptic import Ade20kPanopticPreparation
 from spar_d2.data.preparation.cityscapes import CityscapesPreparation
+from spar_d2.data.preparation.cityscapes_panoptic import CityscapesPanopticPreparation
 from spar_d2.data.preparation.coco_object import CocoObjectPreparation
 from spar_d2.data.preparation.common import Preparation
 from spar_d2.data.preparation.context import ContextPreparation
@@ -20,16 +21,32 @@ PREPARATIONS: dict[str, Preparation] = {
         ContextPreparation("context60", background=True),
         ContextPreparation("context59", background=False),
         CocoObjectPreparation("coco_object"),
+        VocPreparation("voc21_train", background=True, split="train"),
+        CityscapesPreparation("cityscapes_train", "train"),
+        Ade20kPreparation("ade20k_train", "train"),
+        CityscapesPanopticPreparation("cityscapes_panoptic_train", "train"),
+        CityscapesPanopticPreparation("cityscapes_panoptic_val", "val"),
+        Ade20kPanopticPreparation("ade20k_panoptic_train", "train"),
+        Ade20kPanopticPreparation("ade20k_panoptic_val", "val"),
     )
+}
+
+# Names that stand for several; the panoptic labels of Cityscapes are read together with its classes.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "cityscapes_panoptic": (
+        *("cityscapes_train", "cityscapes_panoptic_train"),
+        *("cityscapes", "cityscapes_panoptic_val"),
+    ),
+    "ade20k_panoptic": ("ade20k_panoptic_train", "ade20k_panoptic_val"),
 }
 
 
 def find_preparation(name: str) -> Preparation:
-    """The preparation of a benchmark.
+    """The preparation of a data set.
 
     Raises:
-        ValueError: there is no such benchmark.
+        ValueError: there is no such data set.
     """
     if name not in PREPARATIONS:
-        raise ValueError(f"a data set must be one of {', '.join(BENCHMARKS)}; got {name!r}")
+        raise ValueError(f"a data set must be one of {', '.join(PREPARATIONS)}; got {name!r}")
     return PREPARATIONS[name]

@@ -1,4 +1,4 @@
-"""What of a benchmark is on disk."""
+"""What of a data set is on disk."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from spar_d2.data.benchmarks import BENCHMARKS
 from spar_d2.data.preparation.common import MissingArchive, datasets_root
 from spar_d2.data.preparation.registry import find_preparation
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What of a benchmark is on disk.
+    """What of a data set is on disk.
 
     Attributes:
-        name: of the benchmark.
-        images: validation images found.
+        name: of the data set.
+        images: images found.
         prepared: those of them with prepared labels.
+        finished: there is what goes with the prepared labels, see :meth:`Preparation.index`.
         missing: archives to fetch; official labels that are prepared already are not asked for.
         reason: what the first of these is about, and where to get it; "" where none is.
     """
@@ -26,13 +26,19 @@ class Survey:
     name: str
     images: int
     prepared: int
+    finished: bool
     missing: tuple[str, ...]
     reason: str
 
     @property
     def expected(self) -> int:
-        """Number of validation images of the whole data set."""
-        return BENCHMARKS[self.name].images
+        """Number of images of the whole data set."""
+        return find_preparation(self.name).expected
+
+    @property
+    def part(self) -> str:
+        """What images these are: "validation" or "training"."""
+        return find_preparation(self.name).part
 
     @property
     def advice(self) -> str:
@@ -42,20 +48,20 @@ class Survey:
         steps = []
         if self.images < self.expected:
             steps.append(f"find {self.expected - self.images} missing images")
-        if self.prepared < self.images:
+        if self.prepared < self.images or not self.finished:
             steps.append("prepare")
         return ", ".join(steps)
 
 
 def survey(name: str, root: str | os.PathLike | None = None) -> Survey:
-    """Look what of a benchmark is on disk, without opening an image.
+    """Look what of a data set is on disk, without opening an image.
 
     Args:
-        name: of the benchmark.
+        name: of the data set.
         root: the folder of all data sets; default: ``$DETECTRON2_DATASETS``, or "datasets".
 
     Raises:
-        ValueError: no such benchmark, or a list of its images that is damaged.
+        ValueError: no such data set, or a list of its images that is damaged.
     """
     preparation, folder = find_preparation(name), datasets_root(root)
     images, missing = {}, []
@@ -64,17 +70,19 @@ def survey(name: str, root: str | os.PathLike | None = None) -> Survey:
     except MissingArchive as error:
         missing.append(error)
     prepared = sum(preparation.prepared(folder, key).is_file() for key in images)
-    if not images or prepared < len(images):
+    index = preparation.index(folder)
+    finished = index is None or index.is_file()
+    if not images or prepared < len(images) or not finished:
         try:
             preparation.labels(folder)
         except MissingArchive as error:
             missing.append(error)
     archives = tuple(dict.fromkeys(error.archive for error in missing))
-    return Survey(name, len(images), prepared, archives, str(missing[0]) if missing else "")
+    return Survey(name, len(images), prepared, finished, archives, str(missing[0]) if missing else "")
 
 
 def prepared_pairs(name: str, root: str | os.PathLike | None = None) -> list[tuple[str, Path, Path]]:
-    """Name, image and prepared label of every validation image that has both, in the order of the data set.
+    """Name, image and prepared label of every image that has both, in the order of the data set.
 
     Args, raises: as :func:`survey`; also :class:`MissingArchive` without any images.
     """

@@ -9,6 +9,7 @@ import numpy as np
 from spar_d2.data import class_names
 from spar_d2.data.colours import voc_colours
 from spar_d2.data.preparation.common import (
+    ClassLabels,
     Labels,
     Place,
     Preparation,
@@ -28,21 +29,22 @@ class VocPreparation(Preparation):
     Args:
         name: of the data set.
         background: whether the background is a class.
+        split: "val" or "train".
     """
 
-    def __init__(self, name: str, background: bool) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, background: bool, split: str = "val") -> None:
+        super().__init__(name, split)
         count = len(class_names.VOC)
         self.table = with_background(count + 1) if background else without_background(count)
 
     def images(self, root: Path) -> dict[str, Path]:
-        names = names_in_list(_VOC.find(root, "ImageSets/Segmentation/val.txt"))
+        names = names_in_list(_VOC.find(root, f"ImageSets/Segmentation/{self.split}.txt"))
         folder = _VOC.find(root, "JPEGImages")
         return {name: folder / f"{name}.jpg" for name in names}
 
     def labels(self, root: Path) -> Labels:
         folder = _VOC.find(root, "SegmentationClass")
-        return Labels(lambda name: folder / f"{name}.png", self.table, read_voc_labels)
+        return ClassLabels(lambda name: folder / f"{name}.png", self.table, read_voc_labels)
 
 
 def read_voc_labels(path: Path) -> np.ndarray:
