@@ -152,3 +152,9 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.SPAR.TEST.BOUNDARY_IOU = False
     # Write the predicted masks, as Detectron2's own evaluator does, to OUTPUT_DIR/inference.
     cfg.SPAR.TEST.DUMP_PREDICTIONS = False
+
+    cfg.SPAR.PROBE = CN()
+    # Folder that keeps the features of the training images of a linear probe (ProbeSegmentor), so that each image is
+    # encoded once: where the encoder is frozen and images come back with the same pixels (one size, no crop, no flip).
+    # "auto" is "features" in OUTPUT_DIR where that is so, and none otherwise; "" keeps none.
+    cfg.SPAR.PROBE.CACHE_DIR = "auto"

@@ -30,7 +30,7 @@ def _register_config() -> None:
 
 
 def _register_modeling() -> None:
-    from spar_d2.modeling import backbone, open_vocab, pyramid  # noqa: F401  registers
+    from spar_d2.modeling import backbone, linear_probe, open_vocab, probe_segmentor, pyramid  # noqa: F401  registers
 
 
 def _register_datasets() -> None:

@@ -8,10 +8,11 @@ import json
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
-from detectron2.utils.visualizer import Visualizer
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection_utils
 from torch import nn
 
 import spar_d2  # noqa: F401  registers
@@ -98,9 +99,22 @@ def draw(data_set: str, models: dict[str, nn.Module], path: Path) -> None:
         inputs = [{"image": x, "height": image.shape[0], "width": image.shape[1]}]
         truth = torch.from_numpy(read_segment_ids(record["pan_seg_file_name"]))
         found = [(truth, record["segments_info"]), *(model(inputs)[0]["panoptic_seg"] for model in models.values())]
-        pictures = [Visualizer(image, metadata).draw_panoptic_seg(*one, alpha=0.7).get_image() for one in found]
-        rows.append([image, *pictures])
-    draw_panels(rows, ["image", "ground truth", *models], path)
+        rows.append([image, *(paint(ids.cpu().numpy(), segments, metadata) for ids, segments in found)])
+    names, colours = metadata.stuff_classes[1:], metadata.stuff_colors[1:]
+    legend = dict(zip([*names, *metadata.thing_classes], [*colours, *metadata.thing_colors]))
+    draw_panels(rows, ["image", "ground truth", *models], path, legend)
+
+
+def paint(ids: np.ndarray, segments: list[dict], metadata: Metadata) -> np.ndarray:
+    """Segments (H, W) in the colours of their classes, things with a white outline, to (H, W, 3) uint8."""
+    painted = np.zeros((*ids.shape, 3), dtype=np.uint8)
+    for segment in segments:
+        inside = ids == segment["id"]
+        colours = metadata.thing_colors if segment["isthing"] else metadata.stuff_colors
+        painted[inside] = colours[segment["category_id"]]
+        if segment["isthing"]:
+            painted[inside & ~cv2.erode(inside.astype(np.uint8), np.ones((3, 3))).astype(bool)] = 255
+    return painted
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from spar_d2.engine.hooks import DistillationPrinter, PatientWriter, ProgressBar
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.optimizer import build_optimizer, count_parameters
 from spar_d2.engine.pictures import FeaturePictures
+from spar_d2.engine.probing import check_probing, feature_loader
 from spar_d2.engine.protocol import check_vocabulary, config_for
 from spar_d2.engine.step import Step
 from spar_d2.errors import short_tracebacks
@@ -181,6 +182,8 @@ class Trainer(DefaultTrainer):
         try:
             alone = used_by_one(self.cfg.OUTPUT_DIR) if comm.is_main_process() else contextlib.nullcontext()
             with short_tracebacks("detectron2.engine.train_loop"), alone:
+                if self.start_iter < self.max_iter:
+                    self.data_loader = feature_loader(self.cfg, self._module, self.data_loader)
                 return super().train()
         except Interrupted as stop:
             logger.info("Training %s", stop)
@@ -276,6 +279,7 @@ def _check(cfg: CfgNode) -> None:
             "SPAR.TEACHER.CACHE_DIR needs SPAR.DATA.FROZEN True: images that are augmented anew in every epoch are "
             "never found in a cache"
         )
+    check_probing(cfg)
 
 
 def _check_sides(cfg: CfgNode, patch: int) -> None:

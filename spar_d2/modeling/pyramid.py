@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -10,10 +11,13 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, SimpleFeaturePyramid
+from timm.layers import LayerNorm2d
 from torch import nn
 
 from spar_d2.modeling.backbone import CLIP_DENSE, DENSE, SPARViT
 from spar_d2.modeling.text_hooks import TextHooks
+
+logger = logging.getLogger(__name__)
 
 # Names of the levels, by the logarithm of their stride.
 LEVELS = {f"p{k}": k for k in range(2, 7)} | {f"res{k}": k for k in range(2, 6)}
@@ -44,7 +48,7 @@ class SPARPyramid(TextHooks, Backbone):
             of 4, 8 and 16), in the order in which they are returned.
         out_channels: channels of every level, or of each level of ``out_features`` in their order.
         square_pad: side of the square in pixels that frameworks which know of it pad images to; 0 for none.
-        norm: of the stages, as in Detectron2's pyramid.
+        norm: of the stages, as in Detectron2's pyramid; "LN" is one of a type that optimizers know for a norm.
 
     Raises:
         ValueError: an argument that is not allowed.
@@ -79,6 +83,8 @@ class SPARPyramid(TextHooks, Backbone):
         self._out_feature_strides = {name: strides[name] for name in names}
         # Levels are made of whole cells of the map that they start from.
         self._multiple = patch if names == [DENSE] else max(self._base, *(strides[n] for n in names if n != DENSE))
+        levels = ", ".join(f"{n} (stride {s.stride}, {s.channels} channels)" for n, s in self.output_shape().items())
+        logger.info("SPARPyramid gives %s", levels)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
@@ -95,7 +101,9 @@ class SPARPyramid(TextHooks, Backbone):
         scale = self._base / stride
         halvings = max(0, round(math.log2(_LEAST_SCALE / scale)))
         shape = {DENSE: ShapeSpec(channels=self.net.encoder.embed_dim, stride=self._base * 2**halvings)}
-        stage = SimpleFeaturePyramid(_Shape(shape), DENSE, channels, (scale * 2**halvings,), norm=norm).stages[0]
+        # Detectron2's own "LN" is none of torch's types, which optimizer builders leave out of weight decay.
+        kind = LayerNorm2d if norm == "LN" else norm
+        stage = SimpleFeaturePyramid(_Shape(shape), DENSE, channels, (scale * 2**halvings,), norm=kind).stages[0]
         return nn.Sequential(nn.MaxPool2d(2**halvings), stage) if halvings else stage
 
     @property

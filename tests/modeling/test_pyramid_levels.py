@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling import SimpleFeaturePyramid, build_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.solver.build import get_default_optimizer_params
 
 import spar_d2  # noqa: F401  registers
 from reference import ROOT
@@ -105,7 +106,16 @@ def test_stages_are_those_of_detectron2(tmp_path):
         levels = ours(own)
     assert list(levels) == list(expected)
     for name in levels:
-        assert torch.equal(levels[name], expected[name]), name
+        torch.testing.assert_close(levels[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_optimizer_builders_know_its_norms(tmp_path):
+    backbone = pyramid(model_file(tmp_path, 16))
+    groups = get_default_optimizer_params(backbone, weight_decay=0.1, weight_decay_norm=0.0)
+    free = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    norms = {name for name, p in backbone.named_parameters() if name.startswith("simfp") and id(p) in free}
+    assert len(norms) == 18  # two in each of four stages, one more in the first, each a weight and a bias
+    assert not any(p.ndim > 1 for name, p in backbone.named_parameters() if name in norms)
 
 
 @pytest.mark.parametrize("patch", [14, 32])

@@ -1,0 +1,200 @@
+"""The head of linear probing: a norm and one linear layer over dense features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.data import MetadataCatalog
+from detectron2.layers import ShapeSpec, get_norm
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from torch import nn
+
+from spar_d2.modeling.backbone import DENSE
+
+NORMS = ("", "BN", "SyncBN", "naiveSyncBN", "FrozenBN", "GN", "LN")
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class LinearProbe(nn.Module):
+    """A norm over the channels of one feature map, and one linear layer (a 1x1 convolution) to the classes.
+
+    Args:
+        input_shape: outputs of the backbone.
+        num_classes: C; labels are 0..C-1.
+        in_feature: the output that is probed.
+        norm: for Detectron2's ``get_norm``; "" is none.
+        ignore_value: label that has no loss.
+        loss_weight: factor on the loss.
+
+    Raises:
+        ValueError: an argument that is not allowed.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: Mapping[str, ShapeSpec],
+        *,
+        num_classes: int,
+        in_feature: str = DENSE,
+        norm: str = "BN",
+        ignore_value: int = 255,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if in_feature not in input_shape:
+            raise ValueError(
+                f"in_feature (MODEL.SEM_SEG_HEAD.IN_FEATURES) of LinearProbe must be an output of the backbone, one of "
+                f"{', '.join(input_shape)}; got {in_feature!r}"
+            )
+        if num_classes < 1:
+            raise ValueError(f"num_classes (MODEL.SEM_SEG_HEAD.NUM_CLASSES) must be at least 1, got {num_classes}")
+        if norm not in NORMS:
+            allowed = ", ".join(map(repr, NORMS))
+            raise ValueError(f"norm (MODEL.SEM_SEG_HEAD.NORM) must be one of {allowed}; got {norm!r}")
+        shape = input_shape[in_feature]
+        self.in_feature, self.stride = in_feature, shape.stride
+        self.num_classes, self.ignore_value, self.loss_weight = num_classes, ignore_value, loss_weight
+        self.norm = get_norm(norm, shape.channels) or nn.Identity()
+        self.predictor = nn.Conv2d(shape.channels, num_classes, kernel_size=1)
+        nn.init.normal_(self.predictor.weight, std=0.01)
+        nn.init.zeros_(self.predictor.bias)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict:
+        head = cfg.MODEL.SEM_SEG_HEAD
+        check_classes(cfg)
+        names = head.IN_FEATURES
+        if isinstance(names, str) or len(names) != 1:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.IN_FEATURES of LinearProbe must be a list of one name, out of "
+                f"{', '.join(input_shape)}; got {names!r}"
+            )
+        return {
+            "input_shape": input_shape,
+            "num_classes": head.NUM_CLASSES,
+            "in_feature": names[0],
+            "norm": head.NORM,
+            "ignore_value": head.IGNORE_VALUE,
+            "loss_weight": head.LOSS_WEIGHT,
+        }
+
+    def forward(
+        self, features: Mapping[str, torch.Tensor], targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Detectron2's interface of such heads.
+
+        Args:
+            features: maps (B, D, h, w) by their names.
+            targets: (B, H, W) labels of the padded images; needed in training.
+
+        Returns:
+            In training None and {"loss_sem_seg": ...}; in inference logits (B, C, h * stride, w * stride) float32,
+            upsampled bilinearly, and {}.
+
+        Raises:
+            ValueError: as :meth:`losses`, or no labels to train with.
+        """
+        logits = self.predictor(self._normalised(features[self.in_feature]))
+        if not self.training:
+            return _upsample(logits.float(), self.stride), {}
+        if targets is None:
+            raise ValueError('LinearProbe is trained on labels: the inputs have no "sem_seg"')
+        return None, self.losses(list(logits), list(targets))
+
+    def classify(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Logits (C, h, w) of maps (D, h, w) of any sizes; in training the norm's statistics are over all their cells.
+
+        Nothing is padded, so that no cell counts that is not an image's.
+        """
+        # (1, D, 1, N) of the cells of all maps.
+        cells = torch.cat([features.flatten(1) for features in maps], dim=1)[None, :, None]
+        logits = self.predictor(self._normalised(cells))[0, :, 0]
+        sizes = [features.shape[1] * features.shape[2] for features in maps]
+        parts = zip(logits.split(sizes, dim=1), maps)
+        return [part.unflatten(1, features.shape[1:]) for part, features in parts]
+
+    def losses(self, logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The mean cross-entropy over all pixels of all images that have a label.
+
+        Logits are upsampled bilinearly to the pixels that their cells cover and cropped to the labels, so that pixels
+        stay aligned. Only one image is upsampled at a time, also for the gradient.
+
+        Args:
+            logits: (C, h, w) of each image.
+            labels: (H, W) integers, where ``stride`` pixels or less of the last row and column of cells may be missing.
+
+        Returns:
+            {"loss_sem_seg": ...}; zero where no pixel has a label.
+
+        Raises:
+            ValueError: labels that are no class, or of another size.
+        """
+        for cells, numbers in zip(logits, labels):
+            self._check_labels(cells, numbers)
+        labels = [numbers.long() for numbers in labels]
+        count = sum((numbers != self.ignore_value).sum() for numbers in labels).clamp(min=1)
+        total = _PixelLoss.apply(labels, self.stride, self.ignore_value, *(cells.float() for cells in logits))
+        return {"loss_sem_seg": self.loss_weight * total / count}
+
+    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.norm, nn.SyncBatchNorm) and self.training and not x.is_cuda:
+            raise ValueError(
+                'MODEL.SEM_SEG_HEAD.NORM "SyncBN" needs GPUs; "BN" and, for several processes, "naiveSyncBN" do not'
+            )
+        return self.norm(x)
+
+    def _check_labels(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        grid = tuple(math.ceil(side / self.stride) for side in labels.shape)
+        if grid != tuple(logits.shape[1:]):
+            raise ValueError(
+                f"labels of {'x'.join(map(str, labels.shape))} pixels have {'x'.join(map(str, grid))} cells of "
+                f"{self.stride} pixels, their image has {'x'.join(map(str, logits.shape[1:]))}: an image and its "
+                "labels must have one size"
+            )
+        known = labels[labels != self.ignore_value]
+        if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.num_classes:
+            raise ValueError(
+                f"labels must be in 0..{self.num_classes - 1} (MODEL.SEM_SEG_HEAD.NUM_CLASSES {self.num_classes}) or "
+                f"{self.ignore_value} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE); got {int(known.min())}..{int(known.max())}"
+            )
+
+
+class _PixelLoss(torch.autograd.Function):
+    """Sum of the pixels' cross-entropies, which keeps for the gradient what is as small as the logits of cells."""
+
+    @staticmethod
+    def forward(ctx, labels, stride, ignore_value, *logits):
+        total, gradients = 0, []
+        for cells, numbers in zip(logits, labels):
+            cells = cells.detach().requires_grad_()
+            with torch.enable_grad(), torch.autocast(cells.device.type, enabled=False):
+                pixels = _upsample(cells[None], stride)[..., : numbers.shape[0], : numbers.shape[1]]
+                loss = F.cross_entropy(pixels, numbers[None], ignore_index=ignore_value, reduction="sum")
+            gradients += torch.autograd.grad(loss, cells)
+            total = total + loss.detach()
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx, factor):
+        return None, None, None, *(factor * gradient for gradient in ctx.saved_tensors)
+
+
+def _upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:
+    return F.interpolate(logits, scale_factor=stride, mode="bilinear", align_corners=False)
+
+
+def check_classes(cfg: CfgNode) -> None:
+    """Raise ``ValueError`` where a data set of a config has not as many classes as its ``MODEL.SEM_SEG_HEAD``."""
+    count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        classes = MetadataCatalog.get(name).get("stuff_classes") or ()
+        if classes and len(classes) != count:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES must be {len(classes)}, the number of classes of {name!r}; got {count}"
+            )

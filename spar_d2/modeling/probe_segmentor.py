@@ -1,0 +1,153 @@
+"""The segmentor around a linear probe: labels in bands, features by one pass or a sliding window, or kept ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor
+
+from spar_d2.modeling.backbone import SPARViT
+from spar_d2.modeling.bands import ScoreMap
+from spar_d2.modeling.linear_probe import LinearProbe
+from spar_d2.modeling.open_vocab import INFERENCES, result_size
+from spar_d2.modeling.scores import score_probabilities, segment_scores
+from spar_d2.teacher import sliding_window_features
+from spar_d2.teacher.sliding import check_window
+
+OUTPUTS = ("labels", "scores")
+
+
+@META_ARCH_REGISTRY.register()
+class ProbeSegmentor(SemanticSegmentor):
+    """Detectron2's segmentor for a :class:`LinearProbe`, with the same weights by the same names, that
+
+    - returns labels, made in bands: no map of all classes and pixels;
+    - encodes images of other sizes apart, so that none is padded to another;
+    - can take features by a sliding window, or, in training, features that were kept ("features" of an input).
+
+    Args:
+        backbone: gives the dense map.
+        sem_seg_head: the probe.
+        pixel_mean, pixel_std: in the order of the input's channels, for 0..255.
+        output: "labels" or "scores", see :meth:`forward`.
+        inference: "single_pass" or "sliding_window", in training too.
+        window, stride, window_batch: of the sliding window; window 0 is the encoder's native size.
+
+    Raises:
+        ValueError: an argument that is not allowed.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: SPARViT,
+        sem_seg_head: LinearProbe,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        output: str = "labels",
+        inference: str = "single_pass",
+        window: int = 0,
+        stride: int = 24,
+        window_batch: int = 32,
+    ) -> None:
+        parts = (("BACKBONE", backbone, SPARViT), ("SEM_SEG_HEAD", sem_seg_head, LinearProbe))
+        for key, part, kind in parts:
+            if not isinstance(part, kind):
+                raise ValueError(
+                    f"MODEL.{key}.NAME must be {kind.__name__} for ProbeSegmentor, got {type(part).__name__}"
+                )
+        super().__init__(backbone=backbone, sem_seg_head=sem_seg_head, pixel_mean=pixel_mean, pixel_std=pixel_std)
+        for key, value, allowed in (("OUTPUT", output, OUTPUTS), ("INFERENCE", inference, INFERENCES)):
+            if value not in allowed:
+                raise ValueError(f"MODEL.SPAR.{key} must be one of {', '.join(allowed)}; got {value!r}")
+        encoder = backbone.encoder
+        if encoder.reference_compat:
+            raise ValueError("MODEL.SPAR.REFERENCE_COMPAT must be False for ProbeSegmentor: it stretches score maps")
+        if inference == "sliding_window" and any(p.requires_grad for p in encoder.parameters()):
+            raise ValueError(
+                'MODEL.SPAR.TRAINABLE must be "none" with MODEL.SPAR.INFERENCE sliding_window: windows have no gradient'
+            )
+        self.output, self.inference = output, inference
+        self.window, self.window_stride, self.window_batch = check_window(encoder, window, stride, window_batch)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
+        return {
+            **super().from_config(cfg),
+            "output": spar.OUTPUT,
+            "inference": spar.INFERENCE,
+            "window": teacher.WINDOW,
+            "stride": teacher.STRIDE,
+            "window_batch": teacher.BATCH_SIZE,
+        }
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict] | dict[str, torch.Tensor]:
+        """Detectron2's interface.
+
+        Args:
+            batched_inputs: each with "image" (3, H, W) in ``INPUT.FORMAT``, 0..255, any size; for inference optionally
+                "height" and "width" of the result (default: the image's); in training "sem_seg" (H, W), and optionally
+                "features" (D, h, w) in place of the image.
+
+        Returns:
+            In training the losses; in inference for each image "sem_seg_labels" (height, width) int64, or, with output
+            "scores", "sem_seg" (C, height, width) float32 probabilities.
+
+        Raises:
+            ValueError: an image of another shape, or as :meth:`LinearProbe.losses`.
+        """
+        if not self.training:
+            return self._segment(batched_inputs)
+        missing = [inputs.get("file_name", "an image") for inputs in batched_inputs if "sem_seg" not in inputs]
+        if missing:
+            raise ValueError(f'LinearProbe is trained on labels: {missing[0]} has no "sem_seg"')
+        logits = self.sem_seg_head.classify(self._features(batched_inputs))
+        return self.sem_seg_head.losses(logits, [inputs["sem_seg"].to(self.device) for inputs in batched_inputs])
+
+    @torch.no_grad()
+    def _segment(self, batched_inputs: list[dict]) -> list[dict]:
+        logits = self.sem_seg_head.classify(self._features(batched_inputs))
+        classes = torch.arange(self.sem_seg_head.num_classes)
+        results = []
+        for inputs, cells in zip(batched_inputs, logits):
+            size = result_size(inputs)
+            # What the cells cover, in pixels of the result: whole numbers first and one division last, never below it.
+            sides = zip(cells.shape[1:], size, inputs["image"].shape[-2:])
+            covered = tuple(number * self.sem_seg_head.stride * wanted / given for number, wanted, given in sides)
+            maps = [ScoreMap(cells.float().permute(1, 2, 0).contiguous(), covered)]
+            if self.output == "labels":
+                results.append({"sem_seg_labels": segment_scores(maps, classes, size)})
+            else:
+                results.append({"sem_seg": score_probabilities(maps, classes, size, logit_scale=1.0)})
+        return results
+
+    def _features(self, batched_inputs: list[dict]) -> list[torch.Tensor]:
+        """(D, h, w) of each image."""
+        if all("features" in inputs for inputs in batched_inputs):
+            return [inputs["features"].to(self.device).float() for inputs in batched_inputs]
+        images = [self.encoder_input(inputs["image"]) for inputs in batched_inputs]
+        together = len({image.shape for image in images}) == 1
+        return [features for x in ([torch.cat(images)] if together else images) for features in self.encode(x)]
+
+    def encoder_input(self, image: torch.Tensor) -> torch.Tensor:
+        """What the encoder is given for an image: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (1, 3, H, W)."""
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f'"image" must be (3, H, W), in the order of INPUT.FORMAT; got {tuple(image.shape)}')
+        x = ((image.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std)[None]
+        return x if self.backbone.pixels is None else self.backbone.pixels(x)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """What is probed: images (B, 3, H, W) as the encoder takes them to (B, D, ceil(H / p), ceil(W / p))."""
+        if self.inference == "single_pass":
+            return self.backbone.encoder(x)
+        return sliding_window_features(self.backbone.encoder, x, self.window, self.window_stride, self.window_batch)
+
+    @contextlib.contextmanager
+    def configured(self, cfg: CfgNode) -> Iterator[None]:
+        """For tests on several data sets, as the open-vocabulary segmentor's; a probe's classes are its own."""
+        yield
