@@ -24,14 +24,12 @@ _SPAWNED = "__mp_main__"
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the script that the arguments name, by default those of the command line."""
-    args = _parse_args(sys.argv[1:] if arguments is None else arguments)
+    args, rest = _parse_args(sys.argv[1:] if arguments is None else arguments)
     script = Path(args.script).absolute()
     if not script.is_file():
         raise SystemExit(f"error: there is no script {args.script}")
-    if args.stay:
-        rest = args.arguments
-    else:
-        rest = [_seen_from(script.parent, argument) for argument in args.arguments]
+    if not args.stay:
+        rest = [_seen_from(script.parent, argument) for argument in rest]
         os.chdir(script.parent)
     sys.argv = [str(script), *rest]
     # What `python script.py` puts first; `python -m` put the working folder there.
@@ -46,24 +44,32 @@ def main(arguments: list[str] | None = None) -> None:
     exec(compile(script.read_bytes(), str(script), "exec"), module.__dict__)
 
 
-def _parse_args(arguments: list[str]) -> argparse.Namespace:
+def _parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own arguments, and those of the script, word by word."""
     parser = argparse.ArgumentParser(
         prog="python -m spar_d2",
+        usage="python -m spar_d2 [--stay] SCRIPT ARGS...",
         description="Run a framework's own script (a train_net.py, a demo), unmodified, from its folder, with the "
-        "backbones, data sets and config keys of spar_d2 registered in Detectron2. Arguments that name a file or "
-        "folder seen from here, but not from there, are made absolute.",
+        "backbones, data sets and config keys of spar_d2 registered in Detectron2. Arguments that are paths (with a "
+        '"/" or a suffix) of something seen from here, but not from there, are made absolute, and told.',
     )
     parser.add_argument("--stay", action="store_true", help="run it from this folder instead")
-    parser.add_argument("script", metavar="SCRIPT", help="path to the script")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its own arguments")
-    return parser.parse_args(arguments)
+    parser.add_argument("script", metavar="SCRIPT", help="path to the script; its own arguments follow")
+    own = next((place for place, word in enumerate(arguments) if not word.startswith("-")), len(arguments) - 1) + 1
+    return parser.parse_args(arguments[:own]), list(arguments[own:])
 
 
 def _seen_from(folder: Path, argument: str) -> str:
-    """An argument that names something here, so that it names the same seen from another folder."""
-    flag, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
-    if not value or value.startswith("-") or (folder / value).exists() or not os.path.exists(value):
+    """An argument that names something here ("path", "--flag=path", "KEY=path"), to name it from another folder."""
+    flag, equals, value = argument.rpartition("=")
+    is_path = "/" in value or Path(value).suffix
+    if not is_path or value.startswith("-") or os.path.isabs(value) or not os.path.exists(value):
         return argument
+    if (folder / value).exists():
+        if not os.path.samefile(folder / value, value):
+            print(f"spar_d2: {value} is here and beside the script; that one is taken (--stay: this)", file=sys.stderr)
+        return argument
+    print(f"spar_d2: {value} is not beside the script, {os.path.abspath(value)} is taken", file=sys.stderr)
     return f"{flag}{equals}{os.path.abspath(value)}"
 
 

@@ -73,6 +73,21 @@ def test_files_seen_from_here_are_found_from_there(framework, tmp_path):
     assert f"main its_own_package __main__ all True {framework}" in result.stdout
 
 
+def test_what_it_does_with_arguments(framework, tmp_path):
+    """Words that are no paths stay, whatever folders are called; paths in both places are the script's, and told."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/a.yaml").write_text("VERSION: 2\nMODEL:\n  SPAR:\n    TRAINABLE: all\n")
+    (tmp_path / "w.pth").touch()
+    words = ["--", "configs/a.yaml", "--mode", "train", "train.init=w.pth", ".", "--a=b=c"]
+    result = launch([str(framework / "train_net.py"), *words], tmp_path)
+    weights = tmp_path / "w.pth"
+    expected = f"arguments -- configs/a.yaml --mode train train.init={weights} . --a=b=c"
+    assert result.stdout.splitlines()[:2] == [expected, f"main its_own_package __main__ none True {framework}"]
+    assert "configs/a.yaml is here and beside the script" in result.stderr
+    assert f"{weights} is taken" in result.stderr
+
+
 def test_it_can_stay(framework, tmp_path):
     result = launch(
         ["--stay", str(framework / "train_net.py"), "--config-file", f"{framework}/configs/a.yaml"], tmp_path

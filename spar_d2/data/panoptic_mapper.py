@@ -61,10 +61,15 @@ class PanopticMapper:
 
         Raises:
             FileNotFoundError: the image or its mask is not there.
-            ValueError: the image has not the size that the dict says, or see :func:`read_segments`.
+            ValueError: the image is damaged, or has not the size that the dict says, or see :func:`read_segments`.
         """
         result = {key: value for key, value in record.items() if key not in ("pan_seg_file_name", "segments_info")}
-        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        try:
+            image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ValueError(f"the image {record['file_name']} cannot be read: {error}") from error
         detection_utils.check_image_size(result, image)
         if self.is_train:
             segments = record["segments_info"]

@@ -12,6 +12,7 @@ from detectron2.data import (
     DatasetCatalog,
     DatasetFromList,
     DatasetMapper,
+    MetadataCatalog,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
@@ -128,7 +129,10 @@ def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
     if len(kinds) != 1:
         what = "only one kind of data set: those named spar_..._panoptic_..., or others"
         raise ValueError(f"DATASETS.TRAIN must name at least one data set, and {what}; got {list(names)}")
-    mapper = PanopticMapper(cfg, True) if kinds == {True} else None
+    mapper = None
+    if kinds == {True}:
+        _check_classes(cfg, names)
+        mapper = PanopticMapper(cfg, True)
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         return build_detection_train_loader(cfg, mapper=mapper)
     dataset = get_detection_dataset_dicts(
@@ -143,6 +147,22 @@ def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
     )
     loader.run_sampler = sampler
     return loader
+
+
+def _check_classes(cfg: CfgNode, names: Iterable[str]) -> None:
+    """Raise ``ValueError`` where a PanopticFPN has not the classes of its panoptic data sets."""
+    if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
+        return
+    for name in names:
+        metadata = MetadataCatalog.get(name)
+        counts = {"ROI_HEADS": len(metadata.thing_classes), "SEM_SEG_HEAD": len(metadata.stuff_classes)}
+        for head, count in counts.items():
+            if cfg.MODEL[head].NUM_CLASSES != count:
+                what = "things" if head == "ROI_HEADS" else "kinds of stuff, with one for all things"
+                raise ValueError(
+                    f"MODEL.{head}.NUM_CLASSES must be {count}, as {name!r} has so many {what}; "
+                    f"got {cfg.MODEL[head].NUM_CLASSES}"
+                )
 
 
 class ImageMapper(DatasetMapper):

@@ -17,8 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from spar_d2.engine.checkpoint import Checkpointer
+from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.optimizer import count_parameters
 from spar_d2.engine.step import Step
+from spar_d2.errors import short_tracebacks
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +81,10 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     optimizer = instantiate(cfg.optimizer)
     devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
     model = create_ddp_model(model, **train.ddp, **devices)
-    gpu = str(train.device).startswith("cuda")
-    # A processor has no fast float16.
-    precision = (torch.float16 if gpu else torch.bfloat16) if train.amp.enabled else None
+    gpu = next(model.parameters()).is_cuda
+    if train.amp.enabled and not gpu:
+        logger.warning("train.amp.enabled: without a GPU it would only be slower, so training is in float32")
+    precision = torch.float16 if train.amp.enabled and gpu else None
     loader = instantiate(cfg.dataloader.train)
     trainer = Step(model, loader, optimizer, precision=precision, scale=precision is torch.float16)
     checkpointer = Checkpointer(model, train.output_dir, trainer=trainer)
@@ -97,12 +100,17 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
             every,
             evaluation,
             hooks.PeriodicWriter(writers, period=train.log_period) if main else None,
+            StopOnInterrupt(checkpointer),
         ]
     )
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     logger.info("Output goes to %s", os.path.abspath(train.output_dir))
-    trainer.train(start, train.max_iter)
+    try:
+        with short_tracebacks("detectron2.engine.train_loop"):
+            trainer.train(start, train.max_iter)
+    except Interrupted as stop:
+        logger.info("Training %s", stop)
 
 
 def _test(cfg: DictConfig, model: nn.Module) -> dict | None:

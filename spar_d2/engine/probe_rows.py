@@ -25,6 +25,7 @@ from spar_d2.engine.data import ImageMapper
 from spar_d2.engine.feature_store import stamp
 from spar_d2.engine.interrupt import Interrupted
 from spar_d2.engine.paper_table import Score
+from spar_d2.engine.probing import check_probing
 from spar_d2.engine.trainer import Trainer
 from spar_d2.files import replacing
 from spar_d2.modeling.linear_probe import check_classes
@@ -78,7 +79,12 @@ def probe_methods(cfg: CfgNode, rows: Sequence[str] | None, student: str) -> dic
 
 
 def check_rows(cfg: CfgNode) -> None:
-    """Raise ``ValueError`` where probes cannot be trained and compared with a config."""
+    """Find out before hours of work what is wrong with a config to compare probes with.
+
+    Raises:
+        ValueError: a key that is wrong.
+        FileNotFoundError: a data set is not there.
+    """
     model = cfg.MODEL
     conditions = {
         "MODEL.META_ARCHITECTURE": (model.META_ARCHITECTURE, ProbeSegmentor.__name__),
@@ -93,6 +99,9 @@ def check_rows(cfg: CfgNode) -> None:
         if not names:
             raise ValueError(f"{key} must name a data set, got {names!r}")
     check_classes(cfg)
+    check_probing(cfg)
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        DatasetCatalog.get(name)
 
 
 def train_probe(cfg: CfgNode, method: Method, folder: Path, resume: bool) -> Probe:

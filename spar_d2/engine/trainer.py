@@ -293,6 +293,14 @@ def _check_sides(cfg: CfgNode, patch: int) -> None:
 def _mixed_precision(cfg: CfgNode) -> tuple[torch.dtype | None, bool]:
     """Precision of autocast over the whole model, if any, and whether gradients are scaled."""
     own = PRECISIONS.get(cfg.MODEL.SPAR.PRECISION)
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None, own is torch.float16
+    if own is None and cfg.MODEL.DEVICE == "cpu":
+        logger.warning(
+            "SOLVER.AMP.ENABLED: float16, which is Detectron2's, would take minutes a step on a CPU, so training is in "
+            "float32; MODEL.SPAR.PRECISION chooses another precision"
+        )
+        return None, False
     # Without a choice, what Detectron2's own mixed precision is.
-    whole = (own or torch.float16) if cfg.SOLVER.AMP.ENABLED else None
-    return whole, torch.float16 in (own, whole)
+    whole = own or torch.float16
+    return whole, whole is torch.float16

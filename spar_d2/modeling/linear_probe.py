@@ -15,7 +15,7 @@ from torch import nn
 
 from spar_d2.modeling.backbone import DENSE
 
-NORMS = ("", "BN", "SyncBN", "naiveSyncBN", "FrozenBN", "GN", "LN")
+NORMS = ("", "BN", "SyncBN", "naiveSyncBN", "naiveSyncBN_N", "FrozenBN", "GN", "LN")
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -144,7 +144,7 @@ class LinearProbe(nn.Module):
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.norm, nn.SyncBatchNorm) and self.training and not x.is_cuda:
             raise ValueError(
-                'MODEL.SEM_SEG_HEAD.NORM "SyncBN" needs GPUs; "BN" and, for several processes, "naiveSyncBN" do not'
+                'MODEL.SEM_SEG_HEAD.NORM "SyncBN" needs GPUs; "BN" and, for several processes, "naiveSyncBN_N" do not'
             )
         return self.norm(x)
 

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 LEVELS = {f"p{k}": k for k in range(2, 7)} | {f"res{k}": k for k in range(2, 6)}
 DEFAULT_OUT_FEATURES = ("p2", "p3", "p4", "p5", "p6")
 _DEFAULT_CHANNELS = 256
-# Detectron2's FPN, too, takes every second cell of the level before for this one.
-_SUBSAMPLED = 6
+# Detectron2's FPN, too, takes every second cell of the level before for this one, where channels are the same.
+_TOP = 6
 # Strides of dense maps that levels are made from; maps of other patches are resampled to the last.
 _BASES = (4, 8, 16)
 # What Detectron2's pyramid makes of a map; coarser levels start from a map that is pooled before.
@@ -35,11 +35,12 @@ _LEAST_SCALE = 0.5
 class SPARPyramid(TextHooks, Backbone):
     """Levels of strides 4 to 64 on the dense map, by Detectron2's simple feature pyramid (ViTDet, arXiv:2203.16527).
 
-    Every level is a stage of that pyramid for its stride; "p6" is every second cell of "p5". For patches of 4 and 8
-    pixels, coarse levels start from the pooled dense map; for other patches than 4, 8 and 16, all start from the dense
-    map resampled to a stride of 16. "p4" and "res4" are the same level. Images are padded inside, at the right and
-    bottom, to a multiple of the coarsest stride; a level covers ceil(H / stride) x ceil(W / stride) cells. At multiples
-    of ``size_divisibility``, which frameworks pad to, neighbouring levels differ by exactly 2 in height and width.
+    Every level is a stage of that pyramid for its stride; "p6" is every second cell of "p5", unless it has other
+    channels. For patches of 4 and 8 pixels, coarse levels start from the pooled dense map; for other patches than 4, 8
+    and 16, all start from the dense map resampled to a stride of 16. "p4" and "res4" are the same level. Images are
+    padded inside, at the right and bottom, to a multiple of the coarsest stride; a level covers ceil(H / stride) x
+    ceil(W / stride) cells. At multiples of ``size_divisibility``, which frameworks pad to, neighbouring levels differ
+    by exactly 2 in height and width.
 
     Args:
         net: the plain backbone.
@@ -71,10 +72,8 @@ class SPARPyramid(TextHooks, Backbone):
         patch = net.encoder.patch_size
         self._base = patch if patch in _BASES else _BASES[-1]
         channels = _channels_by_level(names, out_channels)
-        finer = _SUBSAMPLED - 1
-        if _SUBSAMPLED in channels:
-            channels.setdefault(finer, channels[_SUBSAMPLED])
-        for level in sorted(channels.keys() - {_SUBSAMPLED}):
+        self._subsampled = _TOP in channels and channels.setdefault(_TOP - 1, channels[_TOP]) == channels[_TOP]
+        for level in sorted(channels.keys() - ({_TOP} if self._subsampled else set())):
             self.add_module(f"simfp_{level}", self._stage(2**level, channels[level], norm))
         strides = {name: 2**level for name, level in LEVELS.items()} | {DENSE: patch, CLIP_DENSE: self._base}
         width = net.encoder.embed_dim
@@ -131,7 +130,7 @@ class SPARPyramid(TextHooks, Backbone):
 
     def _level(self, level: int, base: torch.Tensor, known: dict[int, torch.Tensor]) -> torch.Tensor:
         if level not in known:
-            if level == _SUBSAMPLED:
+            if level == _TOP and self._subsampled:
                 known[level] = self._level(level - 1, base, known)[..., ::2, ::2]
             else:
                 known[level] = self.get_submodule(f"simfp_{level}")(base)
@@ -173,6 +172,8 @@ def _channels_by_level(names: list[str], channels: int | Sequence[int]) -> dict[
     """Channels of the levels named, by the logarithm of their stride."""
     key = "out_channels (MODEL.SPAR.OUT_CHANNELS)"
     named = [name for name in names if name in LEVELS]
+    if not isinstance(channels, (int, Sequence)) or isinstance(channels, (bool, str)):
+        raise ValueError(f"{key} must be one number, or one for each level; got {channels!r}")
     each = [channels] * len(named) if isinstance(channels, int) else list(channels)
     if len(each) != len(named):
         levels = ", ".join(named) or "none"
@@ -183,6 +184,4 @@ def _channels_by_level(names: list[str], channels: int | Sequence[int]) -> dict[
     for name, number in zip(named, each):
         if result.setdefault(LEVELS[name], number) != number:
             raise ValueError(f"{key}: {name} is twice among the levels, with different channels; got {channels}")
-    if result.get(_SUBSAMPLED) not in (None, result.get(_SUBSAMPLED - 1, result.get(_SUBSAMPLED))):
-        raise ValueError(f"{key}: p6 is every second cell of level 5 and has its channels; got {channels}")
     return result

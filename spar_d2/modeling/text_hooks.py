@@ -84,8 +84,10 @@ class TextHooks:
             (n, D) float32, not normalised, without gradient.
 
         Raises:
-            ValueError: the model has no text side.
+            ValueError: the model has no text side, or ``text_list`` is no list of texts.
         """
+        if isinstance(text_list, str) or not text_list or not all(isinstance(text, str) for text in text_list):
+            raise ValueError(f"text_list must be a list of at least one text, got {text_list!r}")
         return self.text_side.tower().to(device).encode(list(text_list))
 
     def visual_prediction_forward(self, x: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:

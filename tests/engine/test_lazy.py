@@ -112,6 +112,15 @@ def test_training_stops_resumes_and_is_tested(tiny_model, tmp_path):
     assert set(scores) == {"panoptic_seg"}
 
 
+def test_ctrl_c_writes_a_checkpoint(tiny_model, tmp_path, monkeypatch):
+    asked = iter([False, True])
+    monkeypatch.setattr(lazy.StopOnInterrupt, "requested", property(lambda self: next(asked), lambda self, value: None))
+    opts = overrides(tiny_model, *SMALL, f"train.output_dir={tmp_path}", "train.max_iter=9", "train.amp.enabled=True")
+    lazy.run(argparse.Namespace(config_file=str(LAZY), opts=opts, eval_only=False, resume=False, num_gpus=1))
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert torch.load(tmp_path / "model_0000001.pth", weights_only=True)["iteration"] == 1
+
+
 @pytest.mark.parametrize(
     ("text", "opts", "message"),
     [

@@ -75,6 +75,18 @@ def test_its_own_rate_must_stay(tmp_path):
         train(config(tmp_path / "run", "SPAR.LAYER_DECAY", 0.5), resume=True)
 
 
+@pytest.mark.parametrize(("head", "count"), [("ROI_HEADS", 8), ("SEM_SEG_HEAD", 6)])
+def test_wrong_numbers_of_classes_are_told_at_the_start(tmp_path, head, count):
+    with pytest.raises(ValueError, match=rf"MODEL\.{head}\.NUM_CLASSES must be {count}, .*got 7"):
+        Trainer(config(tmp_path / "run", f"MODEL.{head}.NUM_CLASSES", 7))
+
+
+def test_mixed_precision_on_a_cpu_is_told(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="spar_d2"):
+        Trainer(config(tmp_path / "run", "SOLVER.AMP.ENABLED", True))
+    assert "training is in float32" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -71,6 +71,7 @@ def test_neighbouring_levels_differ_by_exactly_two_where_frameworks_pad(patch, t
         (["res2", "res3", "res4", "res5"], [8, 16, 24, 32]),
         (["p3", "p5"], [8, 16]),
         (["p6"], 8),
+        (["p2", "p3", "p4", "p5", "p6"], [8, 8, 16, 16, 24]),
         (["p2"], 8),
         (["clip_vis_dense", "res4", "p4", "dense"], [16, 16]),
         (["dense"], 8),
@@ -160,7 +161,8 @@ def test_every_family(family):
         ({"OUT_FEATURES": ["p2", "p2"]}, r"OUT_FEATURES.*every level once"),
         ({"OUT_CHANNELS": 0}, r"OUT_CHANNELS.*at least 1, got 0"),
         ({"OUT_CHANNELS": [8, 8]}, r"OUT_CHANNELS.*one for each level \(p2, p3, p4, p5, p6\); got \[8, 8\]"),
-        ({"OUT_CHANNELS": [8, 8, 8, 8, 9]}, r"OUT_CHANNELS.*p6 is every second cell"),
+        ({"OUT_CHANNELS": 3.5}, r"OUT_CHANNELS.*one number, or one for each level; got 3.5"),
+        ({"OUT_CHANNELS": True}, r"OUT_CHANNELS.*got True"),
         ({"OUT_FEATURES": ["p2", "res2"], "OUT_CHANNELS": [8, 9]}, r"OUT_CHANNELS.*res2 is twice"),
     ],
 )

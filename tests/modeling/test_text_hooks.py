@@ -31,6 +31,12 @@ def test_vectors_are_the_models_own(backbone, reference_clip):
     assert not torch.allclose(vectors.norm(dim=1), torch.ones(3))
 
 
+@pytest.mark.parametrize("texts", ["cat", [], [3]])
+def test_texts_are_a_list(backbone, texts):
+    with pytest.raises(ValueError, match="list of at least one text"):
+        backbone.get_text_classifier(texts, "cpu")
+
+
 def test_logit_scale_is_the_models_own(backbone, reference_clip):
     torch.testing.assert_close(backbone.clip_model.logit_scale, reference_clip.logit_scale.detach())
 
