@@ -232,7 +232,7 @@ OBSTACLES = [
     (["MODEL.SPAR.TRAINABLE", "last_blocks:1"], r'MODEL\.SPAR\.TRAINABLE must be "none", got \'last_blocks:1\''),
     (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], r"MODEL\.META_ARCHITECTURE must be ProbeSegmentor"),
     (["SPAR.DISTILL.ENABLED", True], r"SPAR\.DISTILL\.ENABLED must be False"),
-    (["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"], r"SAMPLER_TRAIN must be TrainingSampler"),
+    (["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"], r"DATALOADER\.SAMPLER_TRAIN must be TrainingSampler"),
 ]
 
 
@@ -290,7 +290,7 @@ def test_labels_of_another_size_than_their_image_are_named(tmp_path, monkeypatch
     with Image.open(records[0]["sem_seg_file_name"]) as labels:
         labels.resize((40, 40)).save(tmp_path / "small.png")
     broken = [{**record, "sem_seg_file_name": str(tmp_path / "small.png")} for record in records]
-    monkeypatch.setitem(DatasetCatalog, "spar_scenes_train", lambda: broken)
+    monkeypatch.setitem(DatasetCatalog.data, "spar_scenes_train", lambda: broken)
     with pytest.raises(ValueError, match="labels of 40x40 pixels have 5x5 cells .* an image and its labels must have"):
         train(config(tmp_path / "run"))
 
