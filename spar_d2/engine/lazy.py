@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from spar_d2.engine.checkpoint import Checkpointer
+from spar_d2.engine.hooks import PatientWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.optimizer import count_parameters
 from spar_d2.engine.step import Step
@@ -92,6 +93,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     kept = {"max_to_keep": train.checkpointer.max_to_keep}
     every = hooks.PeriodicCheckpointer(checkpointer, train.checkpointer.period, **kept) if main else None
     writers = default_writers(train.output_dir, train.max_iter) if main else []
+    writers = [PatientWriter(writer) for writer in writers]
     evaluation = hooks.EvalHook(train.eval_period, lambda: _test(cfg, model))
     trainer.register_hooks(
         [
@@ -99,8 +101,9 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             every,
             evaluation,
-            hooks.PeriodicWriter(writers, period=train.log_period) if main else None,
+            # Before the writers, which write once more at the end and would divide by no time.
             StopOnInterrupt(checkpointer),
+            hooks.PeriodicWriter(writers, period=train.log_period) if main else None,
         ]
     )
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)

@@ -26,7 +26,9 @@ SMALL = [
     "model.roi_heads.box_predictor.input_shape.channels=32",
     "model.roi_heads.mask_head.input_shape.channels=32",
     "model.roi_heads.mask_head.conv_dims=[32,32]",
-    "model.proposal_generator.post_nms_topk=[50,50]",
+    "model.proposal_generator.post_nms_topk=[50,10]",
+    "+model.roi_heads.box_predictor.test_topk_per_image=3",
+    "dataloader.test.mapper.augmentations.0.short_edge_length=64",
     "dataloader.train.dataset.names=spar_scenes_panoptic_train",
     "dataloader.test.dataset.names=spar_scenes_panoptic_tune",
     "dataloader.train.total_batch_size=2",
@@ -114,7 +116,8 @@ def test_training_stops_resumes_and_is_tested(tiny_model, tmp_path):
 
 def test_ctrl_c_writes_a_checkpoint(tiny_model, tmp_path, monkeypatch):
     asked = iter([False, True])
-    monkeypatch.setattr(lazy.StopOnInterrupt, "requested", property(lambda self: next(asked), lambda self, value: None))
+    by_user = property(lambda self: next(asked), lambda self, value: None)
+    monkeypatch.setattr(lazy.StopOnInterrupt, "requested", by_user, raising=False)
     opts = overrides(tiny_model, *SMALL, f"train.output_dir={tmp_path}", "train.max_iter=9", "train.amp.enabled=True")
     lazy.run(argparse.Namespace(config_file=str(LAZY), opts=opts, eval_only=False, resume=False, num_gpus=1))
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
