@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         with used_by_one(folder):
             for row, method in methods.items():
-                print(f"{method.name}: training (log: {folder}/log.txt) ...", flush=True)
+                print(f"{method.name} (log: {folder}/log.txt) ...", flush=True)
                 probes[row] = train_probe(cfg, method, folder / row, args.resume)
                 print(f"  {probes[row].trained:,} parameters trained, {probes[row].frozen:,} frozen", flush=True)
             scores = evaluate_probes(cfg, list(probes.values()), folder)
