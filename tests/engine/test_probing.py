@@ -71,6 +71,14 @@ def checkpoint(folder):
 
 
 @pytest.fixture
+def own_ctrl_c():
+    """Python's own handling of Ctrl-C, whatever trainings that failed before have left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def encoded(monkeypatch):
     """Numbers of images that were encoded, call by call."""
     calls, encode = [], ProbeSegmentor.encode
@@ -160,7 +168,9 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(tmp_path, overrides):
     assert_equal(checkpoint(tmp_path / "through"), checkpoint(tmp_path / "stopped"))
 
 
-def test_ctrl_c_while_features_are_computed_keeps_them_and_the_same_command_goes_on(tmp_path, encoded, monkeypatch):
+def test_ctrl_c_while_features_are_computed_keeps_them_and_the_same_command_goes_on(
+    tmp_path, encoded, monkeypatch, own_ctrl_c
+):
     cfg = config(tmp_path / "run")
     keep = FeatureStore.keep
 
