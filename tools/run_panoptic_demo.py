@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection
 from torch import nn
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.data.panoptic import read_segment_ids
+from spar_d2.data.panoptic_mapper import read_segments
 from spar_d2.engine.setup import load_config, prepare
 from spar_d2.engine.trainer import Trainer
 from spar_d2.errors import readable_errors
@@ -97,7 +97,7 @@ def draw(data_set: str, models: dict[str, nn.Module], path: Path) -> None:
         image = detection_utils.read_image(record["file_name"], "RGB")
         x = torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy())
         inputs = [{"image": x, "height": image.shape[0], "width": image.shape[1]}]
-        truth = torch.from_numpy(read_segment_ids(record["pan_seg_file_name"]))
+        truth = torch.from_numpy(read_segments(record))
         found = [(truth, record["segments_info"]), *(model(inputs)[0]["panoptic_seg"] for model in models.values())]
         rows.append([image, *(paint(ids.cpu().numpy(), segments, metadata) for ids, segments in found)])
     names, colours = metadata.stuff_classes[1:], metadata.stuff_colors[1:]

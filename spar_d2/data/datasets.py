@@ -15,6 +15,7 @@ from spar_d2.data import scenes
 from spar_d2.data.preparation.common import datasets_root
 from spar_d2.data.sources import find_photos
 from spar_d2.files import replacing
+from spar_d2.panoptic_ids import as_colours
 
 # Name of a split to (seed, number of scenes). "train" is used without its labels; "tune" is for choosing settings.
 SCENE_SPLITS = {"train": (101, 60), "tune": (202, 40), "val": (303, 60)}
@@ -72,8 +73,7 @@ def load_scenes(split: str, root: str | os.PathLike | None = None) -> list[dict]
         image, labels, segments = (folder / f"{index:04d}{ending}.png" for ending in ("", "_labels", SEGMENTS_ENDING))
         if not all(path.is_file() for path in (image, labels, segments)):
             scene = scenes.large_scene(seed, index)
-            numbers, _ = scene.segments()
-            _write_png(np.stack([numbers % 256, numbers // 256, 0 * numbers], axis=2).astype(np.uint8), segments)
+            _write_png(as_colours(scene.segments()[0]), segments)
             _write_png(scene.labels, labels)
             _write_png(scene.image, image)
         with Image.open(image) as header:

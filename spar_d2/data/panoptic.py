@@ -20,9 +20,11 @@ from PIL import Image
 from spar_d2.data import scenes
 from spar_d2.data.datasets import IGNORE_LABEL, SCENE_SPLITS, SEGMENTS_ENDING, load_scenes, scenes_root
 from spar_d2.data.images import DAMAGE
-from spar_d2.data.preparation import ade20k_panoptic
+from spar_d2.data.preparation import ade20k_panoptic, cityscapes_panoptic
 from spar_d2.data.preparation.common import datasets_root
+from spar_d2.data.preparation.panoptic import areas_and_boxes
 from spar_d2.files import replacing
+from spar_d2.panoptic_ids import ids_in
 
 # Detectron2's number of instances that a class may have in an image, where a segment's number tells its class.
 _LABEL_DIVISOR = 1000
@@ -67,12 +69,6 @@ def _coco_categories() -> list[dict]:
     return COCO_CATEGORIES
 
 
-def _cityscapes_categories() -> list[dict]:
-    from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
-
-    return CITYSCAPES_CATEGORIES
-
-
 def _scene_categories() -> list[dict]:
     classes = zip(scenes.SCENE_CLASSES, scenes.class_colours())
     return [
@@ -84,7 +80,7 @@ def _scene_categories() -> list[dict]:
 @functools.cache
 def panoptic_datasets() -> dict[str, PanopticDataset]:
     """All of them, by the names that they are registered under."""
-    found = {}
+    found, scene_folder = {}, scenes_root("").name
     for split, folder in (("train", "training"), ("val", "validation")):
         found[f"spar_coco_panoptic_{split}"] = PanopticDataset(
             f"coco/{split}2017",
@@ -98,7 +94,7 @@ def panoptic_datasets() -> dict[str, PanopticDataset]:
         found[f"spar_cityscapes_panoptic_{split}"] = PanopticDataset(
             f"cityscapes/leftImg8bit/{split}",
             f"cityscapes/gtFine/cityscapes_panoptic_{split}.json",
-            _cityscapes_categories,
+            cityscapes_panoptic.categories,
             _in_city,
             "run: python tools/prepare_datasets.py cityscapes_panoptic",
         )
@@ -110,14 +106,13 @@ def panoptic_datasets() -> dict[str, PanopticDataset]:
             "run: python tools/prepare_datasets.py ade20k_panoptic",
         )
     for split in SCENE_SPLITS:
-        folder = scenes_root("").name
         found[f"spar_scenes_panoptic_{split}"] = PanopticDataset(
-            f"{folder}/{split}",
-            f"{folder}/panoptic_{split}.json",
+            f"{scene_folder}/{split}",
+            f"{scene_folder}/panoptic_{split}.json",
             _scene_categories,
             _by_name,
             "delete what is there of the scenes; they are drawn anew",
-            masks=f"{folder}/{split}",
+            masks=f"{scene_folder}/{split}",
             prepare=functools.partial(_prepare_scenes, split),
         )
     return found
@@ -257,13 +252,11 @@ def _scene_segments(masks: Path, labels: str) -> list[dict]:
     numbers = read_segment_ids(masks)
     with Image.open(labels) as file:
         classes = np.asarray(file)
-    segments = []
-    for number in np.unique(numbers[numbers > 0]).tolist():
-        ys, xs = np.nonzero(numbers == number)
-        box = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
-        category = int(classes[ys[0], xs[0]]) + 1
-        segments.append({"id": number, "category_id": category, "iscrowd": 0, "area": len(ys), "bbox": box})
-    return segments
+    class_of = dict(zip(numbers.ravel().tolist(), classes.ravel().tolist()))
+    return [
+        {"id": number, "category_id": class_of[number] + 1, "iscrowd": 0, **place}
+        for number, place in areas_and_boxes(numbers).items()
+    ]
 
 
 def read_segment_ids(path: str | os.PathLike) -> np.ndarray:
@@ -275,13 +268,12 @@ def read_segment_ids(path: str | os.PathLike) -> np.ndarray:
     """
     try:
         with Image.open(path) as file:
-            mode, (width, height) = file.mode, file.size
-            # With a fourth byte, which is how Pillow has it, so that four are a number.
-            pixels = file.tobytes("raw", "RGBX") if mode == "RGB" else b""
+            mode = file.mode
+            ids = ids_in(file) if mode == "RGB" else None
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no panoptic mask {path}") from error
     except DAMAGE as error:
         raise ValueError(f"the panoptic mask {path} cannot be read: {error}") from error
-    if mode != "RGB":
+    if ids is None:
         raise ValueError(f"the panoptic mask {path} must be an RGB picture, its mode is {mode}")
-    return np.frombuffer(pixels, "<i4").reshape(height, width) & np.int32(0xFFFFFF)
+    return ids.view(np.int32)

@@ -13,6 +13,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 from spar_d2.data.datasets import IGNORE_LABEL
 from spar_d2.data.panoptic import read_segment_ids
+from spar_d2.panoptic_ids import boxes, places, runs
 
 # Class of things in "sem_seg", where stuff counts from 1 on.
 _THINGS = 0
@@ -73,9 +74,9 @@ class PanopticMapper:
         detection_utils.check_image_size(result, image)
         if self.is_train:
             segments = record["segments_info"]
-            image, places = self._augment(image, _read(record)[1], len(segments))
-            result["instances"] = _instances(segments, places)
-            result["sem_seg"] = torch.from_numpy(self._stuff(segments)[places])
+            image, owners = self._augment(image, _read(record)[1], len(segments))
+            result["instances"] = _instances(segments, owners)
+            result["sem_seg"] = torch.from_numpy(self._stuff(segments)[owners])
         else:
             augmented = T.AugInput(image)
             self.augmentations(augmented)
@@ -83,15 +84,15 @@ class PanopticMapper:
         result["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return result
 
-    def _augment(self, image: np.ndarray, places: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
+    def _augment(self, image: np.ndarray, owners: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and places of segments; those that augmentations fill in, 0 or all bits set, are none's."""
         # In 8 bits, as Detectron2 resizes wider numbers by a rule that shifts them against the image.
-        augmented = T.AugInput(image, sem_seg=places.astype(np.uint8))
+        augmented = T.AugInput(image, sem_seg=owners.astype(np.uint8))
         transforms = self.augmentations(augmented)
         low = augmented.sem_seg
         if largest < 255:
             return augmented.image, low
-        high = transforms.apply_segmentation((places // 256).astype(np.uint8))
+        high = transforms.apply_segmentation((owners // 256).astype(np.uint8))
         return augmented.image, low + high * np.uint16(256)
 
     def _stuff(self, segments: list[dict]) -> np.ndarray:
@@ -118,52 +119,27 @@ def _read(record: dict) -> tuple[np.ndarray, np.ndarray]:
     if ids.shape != (record["height"], record["width"]):
         size, expected = (f"{width}x{height}" for height, width in (ids.shape, (record["height"], record["width"])))
         raise ValueError(f"the panoptic mask {name} is {size} pixels, its image {record['file_name']} {expected}")
-    # Neighbours are mostly of one segment; what is looked up is each run of equal ids.
-    flat = ids.ravel()
-    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
-    runs = flat[starts]
-    known = np.array([0, *(segment["id"] for segment in record["segments_info"])])
-    order = known.argsort()
-    places = order[np.searchsorted(known[order], runs).clip(max=len(known) - 1)]
-    strange = runs[known[places] != runs]
+    first, lengths = runs(ids)
+    numbers, strange = places(ids.ravel()[first], [segment["id"] for segment in record["segments_info"]])
     if len(strange):
         raise ValueError(f"the panoptic mask {name} has the segment {strange[0]}, which its data set does not list")
-    lengths = np.diff(starts, append=flat.size)
-    return ids, np.repeat(places.astype(np.uint16), lengths).reshape(ids.shape)
+    return ids, np.repeat(numbers.astype(np.uint16), lengths).reshape(ids.shape)
 
 
-def _instances(segments: list[dict], places: np.ndarray) -> Instances:
+def _instances(segments: list[dict], owners: np.ndarray) -> Instances:
     """Of the things that are seen and are no crowds."""
-    boxes = _boxes(places, len(segments))
+    around = boxes(owners, len(segments))
     things = [
         place
         for place, segment in enumerate(segments, start=1)
-        if segment["isthing"] and not segment["iscrowd"] and boxes[place, 2] > 0
+        if segment["isthing"] and not segment["iscrowd"] and around[place, 2] > 0
     ]
-    masks = np.zeros((len(things), *places.shape), dtype=bool)
+    masks = np.zeros((len(things), *owners.shape), dtype=bool)
     # Comparing all pixels with each thing would take longer than all else.
-    for mask, place, (x0, y0, x1, y1) in zip(masks, things, boxes[things].tolist()):
-        mask[y0:y1, x0:x1] = places[y0:y1, x0:x1] == place
-    instances = Instances(places.shape)
+    for mask, place, (x0, y0, x1, y1) in zip(masks, things, around[things].tolist()):
+        mask[y0:y1, x0:x1] = owners[y0:y1, x0:x1] == place
+    instances = Instances(owners.shape)
     instances.gt_classes = torch.tensor([segments[place - 1]["category_id"] for place in things], dtype=torch.int64)
     instances.gt_masks = BitMasks(torch.from_numpy(masks))
-    instances.gt_boxes = Boxes(torch.from_numpy(boxes[things].astype(np.float32)))
+    instances.gt_boxes = Boxes(torch.from_numpy(around[things].astype(np.float32)))
     return instances
-
-
-def _boxes(places: np.ndarray, count: int) -> np.ndarray:
-    """(``count`` + 1 or more, 4) left, top, right and bottom of every place; right is 0 where it is not seen."""
-    height, width = places.shape
-    first = np.ones(places.shape, dtype=bool)
-    np.not_equal(places[:, 1:], places[:, :-1], out=first[:, 1:])
-    ys, left = np.nonzero(first)
-    # A run ends where the next one begins, or with its row.
-    right = np.append(left[1:], 0)
-    right[right == 0] = width
-    owner = places[ys, left]
-    boxes = np.tile([width, height, 0, 0], (max(count, int(owner.max())) + 1, 1))
-    np.minimum.at(boxes[:, 0], owner, left)
-    np.minimum.at(boxes[:, 1], owner, ys)
-    np.maximum.at(boxes[:, 2], owner, right)
-    np.maximum.at(boxes[:, 3], owner, ys + 1)
-    return boxes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from torch import nn
+
 from spar_d2.encoders.base import DenseEncoder
 
 KEY = "MODEL.SPAR.TRAINABLE"
@@ -32,6 +34,12 @@ def set_trainable(encoder: DenseEncoder, spec: str) -> list[str]:
         parameter.requires_grad_(name in wanted)
     encoder.train(encoder.training)
     return wanted
+
+
+def parameter_counts(module: nn.Module) -> tuple[int, int]:
+    """How many numbers of a module are trained, and how many there are."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def _wanted(encoder: DenseEncoder, spec: str) -> list[str]:

@@ -39,8 +39,8 @@ class FeatureSource:
         self.encoder = model.backbone.encoder
         sliding = model.inference == "sliding_window"
         # No teacher has a window of 0.
-        self.window, self.stride = (model.window, model.window_stride) if sliding else (0, 0)
-        self._encode = model.encode
+        self.window, self.stride = model.windows[:2] if sliding else (0, 0)
+        self._encode = model.dense_maps
 
     @torch.no_grad()
     def targets(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:

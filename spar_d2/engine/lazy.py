@@ -80,9 +80,8 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     train = cfg.train
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
-    model = create_ddp_model(model, **train.ddp, **devices)
     gpu = next(model.parameters()).is_cuda
+    model = create_ddp_model(model, **train.ddp, **({} if gpu else {"device_ids": None}))
     if train.amp.enabled and not gpu:
         logger.warning("train.amp.enabled: without a GPU it would only be slower, so training is in float32")
     precision = torch.float16 if train.amp.enabled and gpu else None

@@ -17,6 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.env import seed_all_rng
 
+from spar_d2.encoders.trainable import parameter_counts
 from spar_d2.encoders.weights import fingerprint
 from spar_d2.engine.benchmarks import evaluate_methods
 from spar_d2.engine.checkpoint import LAST
@@ -134,12 +135,8 @@ def train_probe(cfg: CfgNode, method: Method, folder: Path, resume: bool) -> Pro
     # The probe's first weights must not depend on the rows before.
     seed_all_rng(own.SEED if own.SEED >= 0 else None)
     trainer = Trainer(own)
-    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
-    record = {
-        "identity": identity,
-        "trained": sum(size for size, trained_too in sizes if trained_too),
-        "frozen": sum(size for size, trained_too in sizes if not trained_too),
-    }
+    count, total = parameter_counts(trainer.model)
+    record = {"identity": identity, "trained": count, "frozen": total - count}
     _write(record, folder / _RECORD)
     trainer.resume_or_load(resume=resume and same)
     trainer.train()

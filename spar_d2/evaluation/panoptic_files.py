@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from spar_d2.evaluation.panoptic_json import IDS, FoundImage, GroundTruth
+from spar_d2.evaluation.panoptic_json import FoundImage, GroundTruth
 from spar_d2.evaluation.panoptic_quality import panoptic_quality
 from spar_d2.evaluation.panoptic_scores import PanopticCounts
 from spar_d2.files import replacing
+from spar_d2.panoptic_ids import IDS, as_colours, ids_in
 
 # What Pillow raises on damaged files, depending on where the damage is.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -88,19 +89,18 @@ def read_ids(path: str | os.PathLike) -> np.ndarray:
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            mode, size = image.mode, image.size
+            mode = image.mode
             if mode in ("RGBA", "P"):
                 # By way of RGBA, for a palette may have transparent colours.
                 image = image.convert("RGBA").convert("RGB")
-            # Pillow has four bytes to a pixel, too: the quickest way out.
-            packed = image.tobytes("raw", "RGBX") if image.mode == "RGB" else None
+            ids = ids_in(image) if image.mode == "RGB" else None
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no panoptic PNG {path}") from error
     except _DAMAGE as error:
         raise ValueError(f"the panoptic PNG {path} cannot be read: {error}") from error
-    if packed is None:
+    if ids is None:
         raise ValueError(f"the panoptic PNG {path} must be RGB, with ids R + 256 G + 65536 B, its mode is {mode}")
-    return np.frombuffer(packed, "<u4").reshape(size[::-1]) & np.uint32(IDS - 1)
+    return ids
 
 
 def write_ids(ids: np.ndarray, path: str | os.PathLike) -> None:
@@ -111,9 +111,8 @@ def write_ids(ids: np.ndarray, path: str | os.PathLike) -> None:
     """
     if ids.size and not 0 <= ids.min() <= ids.max() < IDS:
         raise ValueError(f"ids must be in 0..{IDS - 1} to be colours of {path}, got {ids.min()}..{ids.max()}")
-    colours = np.ascontiguousarray(ids, "<u4").view(np.uint8).reshape(*ids.shape, 4)[..., :3]
     with replacing(path) as temporary:
-        Image.fromarray(np.ascontiguousarray(colours)).save(temporary, format="PNG")
+        Image.fromarray(as_colours(ids)).save(temporary, format="PNG")
 
 
 def write_json(content: object, path: str | os.PathLike) -> None:

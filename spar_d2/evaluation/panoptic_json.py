@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from spar_d2.evaluation.panoptic_quality import VOID, TrueSegment
+from spar_d2.panoptic_ids import IDS
 
-# A PNG has one colour for each.
-IDS = 256**3
 _REQUIRED = object()
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spar_d2.evaluation.panoptic_scores import PanopticCounts
+from spar_d2.panoptic_ids import places, runs
 
 VOID = 0
 
@@ -72,7 +73,7 @@ def panoptic_quality(
     found_row = _rows(predicted.values(), row_of, found_ids, "prediction" + where, -2)
     crowd = np.array([False, *(bool(segment.iscrowd) for segment in segments)])
 
-    first, pixels = _runs(prediction, truth)
+    first, pixels = runs(prediction, truth)
     true = _numbers(truth.ravel()[first], true_ids, "ground truth" + where)
     found = _numbers(prediction.ravel()[first], found_ids, "prediction" + where)
     true, found, pixels = _pairs(true, found, pixels, len(true_row), len(found_row), truth.size)
@@ -127,7 +128,7 @@ def check_map(ids: np.ndarray, name: str) -> None:
 
 def segment_ids(ids: np.ndarray) -> np.ndarray:
     """The different ids in an (H, W) map, sorted, void included; faster than ``np.unique`` where regions are large."""
-    return np.unique(ids.ravel()[_runs(ids)[0]])
+    return np.unique(ids.ravel()[runs(ids)[0]])
 
 
 def _rows(categories: Iterable[int], row_of: dict, ids: list[int], name: str, void: int) -> np.ndarray:
@@ -145,30 +146,11 @@ def _rows(categories: Iterable[int], row_of: dict, ids: list[int], name: str, vo
     return np.array(rows)
 
 
-def _runs(*maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where stretches of pixels begin that are the same in all (H, W) maps, in raster order, and their lengths."""
-    flat = [ids.ravel() for ids in maps]
-    if not flat[0].size:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    changes = flat[0][1:] != flat[0][:-1]
-    for ids in flat[1:]:
-        changes |= ids[1:] != ids[:-1]
-    first = np.concatenate(([0], np.flatnonzero(changes) + 1))
-    return first, np.diff(first, append=flat[0].size)
-
-
 def _numbers(values: np.ndarray, ids: list[int], name: str) -> np.ndarray:
     """Which segment each id is: its place in the list, from 1; 0 for void."""
-    known = np.array([VOID, *ids], dtype=np.int64)
-    values = values.astype(np.int64)
-    order = np.argsort(known)
-    places = np.searchsorted(known, values, sorter=order)
-    numbers = order[np.minimum(places, len(known) - 1)]
-    stray = known[numbers] != values
-    if stray.any():
-        raise ValueError(
-            f"{name}: {_listed(np.unique(values[stray]).tolist())} in the map and not in the list of segments"
-        )
+    numbers, stray = places(values, ids)
+    if stray.size:
+        raise ValueError(f"{name}: {_listed(np.unique(stray).tolist())} in the map and not in the list of segments")
     return numbers
 
 

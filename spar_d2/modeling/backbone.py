@@ -13,6 +13,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from spar_d2.encoders import DenseEncoder, EncoderSpec, set_trainable
 from spar_d2.encoders.registry import build
+from spar_d2.encoders.trainable import parameter_counts
 from spar_d2.modeling.build import encoder_spec
 from spar_d2.modeling.pixels import PixelConversion
 from spar_d2.modeling.text_hooks import TextHooks, TextSide
@@ -100,6 +101,10 @@ class SPARViT(TextHooks, Backbone):
         """(B, 3, H, W) as the framework normalised it, any size, to {"dense": (B, D, ceil(H / p), ceil(W / p))}."""
         return dict.fromkeys(self._out_features, self.encode(x))
 
+    def convert(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) as the framework normalised it, to RGB as the encoder takes it."""
+        return x if self.pixels is None else self.pixels(x)
+
     def encode(self, x: torch.Tensor, multiple: int = 1) -> torch.Tensor:
         """The dense map (B, D, h, w) of (B, 3, H, W) as the framework normalised it.
 
@@ -108,7 +113,7 @@ class SPARViT(TextHooks, Backbone):
             multiple: pad them at the right and bottom to a multiple of so many pixels, with the encoder's zero, which
                 is its mean colour.
         """
-        x = x if self.pixels is None else self.pixels(x)
+        x = self.convert(x)
         return self.encoder(F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple)))
 
 
@@ -123,13 +128,11 @@ def _check_outputs(names: Sequence[str]) -> list[str]:
 
 
 def _log_trainable(encoder: DenseEncoder, spec: EncoderSpec | None, trainable: str, names: list[str]) -> None:
-    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     logger.info(
         "Encoder %s (%s): %d of %d parameters trainable (%s: %d tensors)%s",
         spec.name if spec else type(encoder).__name__,
         (spec.pretrained or "random weights") if spec else "as given",
-        trained,
-        sum(p.numel() for p in encoder.parameters()),
+        *parameter_counts(encoder),
         trainable,
         len(names),
         "".join(f"\n  {name}" for name in names),

@@ -12,6 +12,19 @@ _BAND_BYTES = {"cpu": 2 << 20, "other": 64 << 20}
 _LISTED_PIXELS = 1 << 20
 
 
+def covered_size(cells: Sequence[int], patch: int, given: Sequence[int], size: Sequence[int]) -> tuple[float, float]:
+    """What the cells of an image's whole patches cover, in pixels of the result.
+
+    Args:
+        cells: (h, w) of the grid.
+        patch: side of a cell in pixels of the image.
+        given: (H, W) of the image, in pixels.
+        size: (H, W) of the result, in pixels.
+    """
+    # Whole numbers first and one division last: the result is rounded once and never below `size`.
+    return tuple(number * patch * wanted / side for number, wanted, side in zip(cells, size, given))
+
+
 @dataclass(frozen=True)
 class ScoreMap:
     """Scores of every query on a grid over an image.

@@ -13,21 +13,19 @@ from torch import nn
 
 from spar_d2.encoders.registry import check_has_text
 from spar_d2.modeling.backbone import DENSE, SPARViT
-from spar_d2.modeling.bands import ScoreMap
+from spar_d2.modeling.bands import ScoreMap, covered_size
 from spar_d2.modeling.build import encoder_spec
+from spar_d2.modeling.dense_inference import DenseInference, check_choice
 from spar_d2.modeling.scores import cosine_scores, score_probabilities, segment_scores
 from spar_d2.modeling.words import text_embeddings
-from spar_d2.teacher import sliding_window_features
-from spar_d2.teacher.sliding import check_window
 from spar_d2.text import TextEmbeddings, Vocabulary
 
 OUTPUTS = ("labels", "scores", "features")
-INFERENCES = ("single_pass", "sliding_window")
 _VOCABULARIES_KEPT = 8
 
 
 @META_ARCH_REGISTRY.register()
-class OpenVocabularySegmentor(nn.Module):
+class OpenVocabularySegmentor(DenseInference, nn.Module):
     """Segments images into the classes of any vocabulary, without training on labels.
 
     In training it only encodes the images and returns no loss of its own: a
@@ -71,16 +69,13 @@ class OpenVocabularySegmentor(nn.Module):
             raise ValueError(
                 f"MODEL.BACKBONE.NAME must be SPARViT for OpenVocabularySegmentor, got {type(backbone).__name__}"
             )
-        for key, value, allowed in (("OUTPUT", output, OUTPUTS), ("INFERENCE", inference, INFERENCES)):
-            if value not in allowed:
-                raise ValueError(f"MODEL.SPAR.{key} must be one of {', '.join(allowed)}; got {value!r}")
+        check_choice("OUTPUT", output, OUTPUTS)
         self.backbone = backbone
         self.embeddings = embeddings
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.output = output
-        self.inference = inference
-        self.window, self.stride, self.window_batch = check_window(backbone.encoder, window, stride, window_batch)
+        self._infer_by(inference, window, stride, window_batch)
         self._text: dict[Vocabulary, tuple[torch.Tensor, torch.Tensor]] = {}
         self._read_by(vocabulary, logit_scale, prob_threshold, area_threshold)
 
@@ -205,24 +200,12 @@ class OpenVocabularySegmentor(nn.Module):
         encoder = self.backbone.encoder
         covered = size
         if not encoder.reference_compat:
-            # Whole numbers first and one division last: the result is rounded once and never below `size`.
-            sides = zip(encoder.grid(height, width), size, (height, width))
-            covered = tuple(cells * encoder.patch_size * wanted / given for cells, wanted, given in sides)
+            covered = covered_size(encoder.grid(height, width), encoder.patch_size, (height, width), size)
         return ScoreMap(cosine_scores(features, text), covered, mirrored)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Dense features as inference uses them: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (D, h, w)."""
         return self._encode([self._normalise(image)])[0]
-
-    def encoder_input(self, image: torch.Tensor) -> torch.Tensor:
-        """What the encoder is given for an image: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (1, 3, H, W)."""
-        x = self._normalise(image)[None]
-        return x if self.backbone.pixels is None else self.backbone.pixels(x)
-
-    def _normalise(self, image: torch.Tensor) -> torch.Tensor:
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f'"image" must be (3, H, W), in the order of INPUT.FORMAT; got {tuple(image.shape)}')
-        return (image.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
 
     @torch.no_grad()
     def _encode(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -230,12 +213,9 @@ class OpenVocabularySegmentor(nn.Module):
         dense: list[torch.Tensor] = [None] * len(images)
         for same in _of_one_size(images):
             x = torch.stack([images[index] for index in same])
-            if self.inference == "single_pass":
-                maps = self.backbone(x)[DENSE]
-            else:
-                x = x if self.backbone.pixels is None else self.backbone.pixels(x)
-                windows = (self.window, self.stride, self.window_batch)
-                maps = sliding_window_features(self.backbone.encoder, x, *windows)
+            # By the backbone itself where it can, so that hooks on it see every image.
+            single_pass = self.inference == "single_pass"
+            maps = self.backbone(x)[DENSE] if single_pass else self.dense_maps(self.backbone.convert(x))
             for index, features in zip(same, maps):
                 dense[index] = features
         return dense

@@ -10,18 +10,17 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor
 
 from spar_d2.modeling.backbone import SPARViT
-from spar_d2.modeling.bands import ScoreMap
+from spar_d2.modeling.bands import ScoreMap, covered_size
+from spar_d2.modeling.dense_inference import DenseInference, check_choice
 from spar_d2.modeling.linear_probe import LinearProbe
-from spar_d2.modeling.open_vocab import INFERENCES, result_size
+from spar_d2.modeling.open_vocab import result_size
 from spar_d2.modeling.scores import score_probabilities, segment_scores
-from spar_d2.teacher import sliding_window_features
-from spar_d2.teacher.sliding import check_window
 
 OUTPUTS = ("labels", "scores")
 
 
 @META_ARCH_REGISTRY.register()
-class ProbeSegmentor(SemanticSegmentor):
+class ProbeSegmentor(DenseInference, SemanticSegmentor):
     """Detectron2's segmentor for a :class:`LinearProbe`, with the same weights by the same names, that
 
     - returns labels, made in bands: no map of all classes and pixels;
@@ -61,9 +60,8 @@ class ProbeSegmentor(SemanticSegmentor):
                     f"MODEL.{key}.NAME must be {kind.__name__} for ProbeSegmentor, got {type(part).__name__}"
                 )
         super().__init__(backbone=backbone, sem_seg_head=sem_seg_head, pixel_mean=pixel_mean, pixel_std=pixel_std)
-        for key, value, allowed in (("OUTPUT", output, OUTPUTS), ("INFERENCE", inference, INFERENCES)):
-            if value not in allowed:
-                raise ValueError(f"MODEL.SPAR.{key} must be one of {', '.join(allowed)}; got {value!r}")
+        check_choice("OUTPUT", output, OUTPUTS)
+        self._infer_by(inference, window, stride, window_batch)
         encoder = backbone.encoder
         if encoder.reference_compat:
             raise ValueError("MODEL.SPAR.REFERENCE_COMPAT must be False for ProbeSegmentor: it stretches score maps")
@@ -71,8 +69,7 @@ class ProbeSegmentor(SemanticSegmentor):
             raise ValueError(
                 'MODEL.SPAR.TRAINABLE must be "none" with MODEL.SPAR.INFERENCE sliding_window: windows have no gradient'
             )
-        self.output, self.inference = output, inference
-        self.window, self.window_stride, self.window_batch = check_window(encoder, window, stride, window_batch)
+        self.output = output
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -116,9 +113,7 @@ class ProbeSegmentor(SemanticSegmentor):
         results = []
         for inputs, cells in zip(batched_inputs, logits):
             size = result_size(inputs)
-            # What the cells cover, in pixels of the result: whole numbers first and one division last, never below it.
-            sides = zip(cells.shape[1:], size, inputs["image"].shape[-2:])
-            covered = tuple(number * self.sem_seg_head.stride * wanted / given for number, wanted, given in sides)
+            covered = covered_size(cells.shape[1:], self.sem_seg_head.stride, inputs["image"].shape[-2:], size)
             maps = [ScoreMap(cells.float().permute(1, 2, 0).contiguous(), covered)]
             if self.output == "labels":
                 results.append({"sem_seg_labels": segment_scores(maps, classes, size)})
@@ -132,20 +127,7 @@ class ProbeSegmentor(SemanticSegmentor):
             return [inputs["features"].to(self.device).float() for inputs in batched_inputs]
         images = [self.encoder_input(inputs["image"]) for inputs in batched_inputs]
         together = len({image.shape for image in images}) == 1
-        return [features for x in ([torch.cat(images)] if together else images) for features in self.encode(x)]
-
-    def encoder_input(self, image: torch.Tensor) -> torch.Tensor:
-        """What the encoder is given for an image: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (1, 3, H, W)."""
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f'"image" must be (3, H, W), in the order of INPUT.FORMAT; got {tuple(image.shape)}')
-        x = ((image.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std)[None]
-        return x if self.backbone.pixels is None else self.backbone.pixels(x)
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """What is probed: images (B, 3, H, W) as the encoder takes them to (B, D, ceil(H / p), ceil(W / p))."""
-        if self.inference == "single_pass":
-            return self.backbone.encoder(x)
-        return sliding_window_features(self.backbone.encoder, x, self.window, self.window_stride, self.window_batch)
+        return [features for x in ([torch.cat(images)] if together else images) for features in self.dense_maps(x)]
 
     @contextlib.contextmanager
     def configured(self, cfg: CfgNode) -> Iterator[None]:

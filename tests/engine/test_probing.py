@@ -81,8 +81,8 @@ def own_ctrl_c():
 @pytest.fixture
 def encoded(monkeypatch):
     """Numbers of images that were encoded, call by call."""
-    calls, encode = [], ProbeSegmentor.encode
-    monkeypatch.setattr(ProbeSegmentor, "encode", lambda self, x: calls.append(len(x)) or encode(self, x))
+    calls, encode = [], ProbeSegmentor.dense_maps
+    monkeypatch.setattr(ProbeSegmentor, "dense_maps", lambda self, x: calls.append(len(x)) or encode(self, x))
     return calls
 
 
@@ -290,7 +290,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
 
 
 def test_features_that_are_not_finite_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(ProbeSegmentor, "encode", lambda self, x: torch.full((1, 128, 2, 2), torch.nan))
+    monkeypatch.setattr(ProbeSegmentor, "dense_maps", lambda self, x: torch.full((1, 128, 2, 2), torch.nan))
     with pytest.raises(FloatingPointError, match=r"the features of .*train/0000\.png are NaN or infinite"):
         train(config(tmp_path / "run"))
 
@@ -308,8 +308,8 @@ def test_labels_of_another_size_than_their_image_are_named(tmp_path, monkeypatch
 def keep_half(rank, folder):
     torch.set_num_threads(1)
     cfg = config(folder / "run")
-    calls, encode = [], ProbeSegmentor.encode
-    ProbeSegmentor.encode = lambda self, x: calls.append(len(x)) or encode(self, x)
+    calls, encode = [], ProbeSegmentor.dense_maps
+    ProbeSegmentor.dense_maps = lambda self, x: calls.append(len(x)) or encode(self, x)
     SCENE_SPLITS["train"] = (101, SCENES)
     records = DatasetCatalog.get("spar_scenes_train")
     kept = probing.keep_features(cfg, build_model(cfg), records, str(folder / "features"))

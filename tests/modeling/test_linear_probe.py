@@ -190,7 +190,7 @@ def test_labels_of_another_size_are_those_of_a_slow_loop(size):
     model = segmentor(encoder).eval()
     inputs = {**labelled(41, 66), "height": size[0], "width": size[1]}
     labels = model([inputs])[0]["sem_seg_labels"]
-    (logits,) = model.sem_seg_head.classify(model.encode(model.encoder_input(inputs["image"])))
+    (logits,) = model.sem_seg_head.classify(model.dense_maps(model.encoder_input(inputs["image"])))
     cell = [encoder.patch_size * wanted / given for wanted, given in zip(size, (41, 66))]
     compared = 0
     for y, x in itertools.product(range(0, size[0], 5), range(0, size[1], 3)):
@@ -207,7 +207,7 @@ def test_a_cell_is_seen_at_its_pixels():
     model = segmentor(encoder).eval()
     cells = torch.zeros(1, encoder.embed_dim, 3, 4)
     cells[0, 0, 1, 2] = 1
-    model.encode = lambda x: cells
+    model.dense_maps = lambda x: cells
     nn.init.zeros_(model.sem_seg_head.predictor.weight)
     nn.init.zeros_(model.sem_seg_head.predictor.bias)
     with torch.no_grad():
@@ -260,16 +260,16 @@ def test_a_sliding_window_is_probed_as_the_teacher_sees():
     model = segmentor(encoder, inference="sliding_window", window=32, stride=20)
     image = labelled(50, 70)["image"]
     x = model.encoder_input(image)
-    assert torch.equal(model.encode(x), SlidingWindowTeacher(encoder, 32, 20)(x))
-    single = segmentor(encoder).encode(x)
-    assert not torch.allclose(single, model.encode(x), atol=1e-3)
+    assert torch.equal(model.dense_maps(x), SlidingWindowTeacher(encoder, 32, 20)(x))
+    single = segmentor(encoder).dense_maps(x)
+    assert not torch.allclose(single, model.dense_maps(x), atol=1e-3)
 
 
 def test_kept_features_stand_in_for_images():
     model = segmentor(build_encoder("vit_nano_patch8_dinov3")).train()
     batch = [labelled(50, 70), labelled(33, 20, seed=1)]
     kept = [
-        {"features": model.encode(model.encoder_input(inputs["image"]))[0], "sem_seg": inputs["sem_seg"].byte()}
+        {"features": model.dense_maps(model.encoder_input(inputs["image"]))[0], "sem_seg": inputs["sem_seg"].byte()}
         for inputs in batch
     ]
     assert torch.equal(model(batch)["loss_sem_seg"], model(kept)["loss_sem_seg"])

@@ -45,7 +45,7 @@ class CityscapesPanopticPreparation(PanopticPreparation):
             *photos_and_labels(split, "_gtFine_instanceIds.png"),
             np.concatenate([label_table(ids, _INSTANCES), of_instances]),
             f"{GT_FINE}/cityscapes_panoptic_{split}",
-            _categories(),
+            categories(),
         )
 
     def prepared(self, root: Path, name: str) -> Path:
@@ -88,11 +88,12 @@ class _InstanceIds(PanopticLabels):
         return ids, segments
 
 
-def _categories() -> list[dict]:
-    categories, group = [], ""
+def categories() -> list[dict]:
+    """The classes in COCO's form."""
+    found, group = [], ""
     for number, name, colour in zip(EVALUATED, class_names.CITYSCAPES, _COLOURS):
         group = _GROUPS.get(number, group)
         thing = int(number >= _FIRST_THING)
         shown = {"supercategory": group, "color": list(colour)}
-        categories.append({"id": number, "name": name, "isthing": thing, **shown})
-    return categories
+        found.append({"id": number, "name": name, "isthing": thing, **shown})
+    return found

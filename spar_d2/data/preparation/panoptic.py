@@ -12,6 +12,7 @@ import numpy as np
 from spar_d2.data.preparation.common import Labels
 from spar_d2.data.preparation.folders import Files, FolderPreparation
 from spar_d2.files import replacing
+from spar_d2.panoptic_ids import as_colours, boxes
 
 
 class PanopticLabels(Labels):
@@ -81,19 +82,6 @@ class PanopticPreparation(FolderPreparation):
             temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
-def as_colours(ids: np.ndarray) -> np.ndarray:
-    """Ids of segments as colours.
-
-    Args:
-        ids: (H, W) integers, 0 to 2**24 - 1.
-
-    Returns:
-        (H, W, 3) uint8, with id = R + 256 G + 65536 B.
-    """
-    colours = np.ascontiguousarray(ids, "<u4").view(np.uint8).reshape(*ids.shape, 4)
-    return np.ascontiguousarray(colours[..., :3])
-
-
 def areas_and_boxes(values: np.ndarray) -> dict[int, dict[str, Any]]:
     """Where each value but 0 is.
 
@@ -103,24 +91,14 @@ def areas_and_boxes(values: np.ndarray) -> dict[int, dict[str, Any]]:
     Returns:
         By value, in ascending order, "area" in pixels and "bbox", its left, top, width and height.
     """
-    height, width = values.shape
     areas = np.bincount(values.ravel())
     areas[:1] = 0
     found = np.flatnonzero(areas)
     number = np.zeros(len(areas), dtype=np.intp)
     number[found] = np.arange(1, len(found) + 1)
-    numbers = number[values]
-    rows = np.zeros((len(found) + 1, height), dtype=bool)
-    columns = np.zeros((len(found) + 1, width), dtype=bool)
-    rows[numbers, np.arange(height)[:, None]] = True
-    columns[numbers, np.arange(width)] = True
-    (top, bottom), (left, right) = _ends(rows[1:]), _ends(columns[1:])
-    boxes = np.stack([left, top, right - left, bottom - top], axis=1).tolist()
+    left, top, right, bottom = boxes(number[values], len(found))[1:].T
+    places = np.stack([left, top, right - left, bottom - top], axis=1).tolist()
     return {
-        value: {"area": area, "bbox": box} for value, area, box in zip(found.tolist(), areas[found].tolist(), boxes)
+        value: {"area": area, "bbox": place}
+        for value, area, place in zip(found.tolist(), areas[found].tolist(), places)
     }
-
-
-def _ends(there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, m) bool to the first place of each row that is true and the one after the last, (n,) each."""
-    return there.argmax(axis=1), there.shape[1] - there[:, ::-1].argmax(axis=1)
