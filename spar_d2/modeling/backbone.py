@@ -34,7 +34,7 @@ class SPARViT(TextHooks, Backbone):
         pixel_mean, pixel_std: what the framework normalises with, in the order of its channels, for pixels in 0..255
             (``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``); it is undone, and the encoder's own applied. None: the input
             is in the encoder's normalisation, in RGB, already.
-        input_format: order of the framework's channels, "BGR" or "RGB" (``INPUT.FORMAT``).
+        input_format: order of the framework's channels, "BGR" or "RGB" (``INPUT.FORMAT``); needed with ``pixel_mean``.
         trainable: what is trained, see :func:`spar_d2.encoders.set_trainable`; None leaves the encoder as it is.
         precision, compile, checkpointing: see :meth:`spar_d2.encoders.DenseEncoder.accelerate`; None leaves all three.
         out_features: "dense", "clip_vis_dense" (the same map by FC-CLIP's name for it), or both.
@@ -49,7 +49,7 @@ class SPARViT(TextHooks, Backbone):
         encoder: DenseEncoder | EncoderSpec,
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
-        input_format: str = "BGR",
+        input_format: str | None = None,
         trainable: str | None = None,
         precision: str | None = None,
         compile: bool = False,
@@ -61,6 +61,9 @@ class SPARViT(TextHooks, Backbone):
         self.encoder = build(spec) if spec else encoder
         self.pixels = None
         if pixel_mean is not None:
+            if input_format is None:
+                # A wrong guess would swap colours, and nothing would say so.
+                raise ValueError('input_format must be "BGR" or "RGB" where pixel_mean is given (INPUT.FORMAT)')
             own = (self.encoder.pixel_mean, self.encoder.pixel_std)
             self.pixels = PixelConversion(pixel_mean, [1.0] * 3 if pixel_std is None else pixel_std, input_format, *own)
         if precision is not None:

@@ -112,10 +112,19 @@ def test_wrong_pixels_are_named(arguments, key):
         PixelConversion(*arguments, (0.5,) * 3, (0.5,) * 3)
 
 
+def test_the_order_of_channels_is_never_guessed(tiny_model):
+    with pytest.raises(ValueError, match=r"input_format.*INPUT\.FORMAT"):
+        SPARViT(EncoderSpec(*tiny_model), pixel_mean=[0, 0, 0])
+
+
 def test_explicit_arguments_are_those_of_the_config(cfg, tiny_model):
     by_config = build_backbone(cfg)
     explicit = SPARViT(
-        EncoderSpec(*tiny_model), pixel_mean=[103.53, 116.28, 123.675], trainable="last_blocks:2", precision="float32"
+        EncoderSpec(*tiny_model),
+        pixel_mean=[103.53, 116.28, 123.675],
+        input_format="BGR",
+        trainable="last_blocks:2",
+        precision="float32",
     )
     x = 100 * torch.randn(1, 3, 40, 50)
     assert torch.equal(by_config(x)["dense"], explicit(x)["dense"])

@@ -1,20 +1,21 @@
 """The backbones in Detectron2's own, unmodified configs: forward, and one training step, at an odd size."""
 
 import importlib.util
+import re
 import sys
+import textwrap
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from detectron2 import model_zoo
-from detectron2.config import LazyCall, get_cfg, instantiate
+from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from spar_d2.encoders import EncoderSpec
 from spar_d2.modeling.backbone import SPARViT
-from spar_d2.modeling.pyramid import SPARPyramid
 
 HEIGHT, WIDTH = SIZE = (203, 331)
 
@@ -163,25 +164,26 @@ class _Twice(torch.nn.Module):
         return self.model(records * 2)
 
 
-def vitdet(tiny_model):
-    """ViTDet as Detectron2 ships it, with nothing changed but its backbone."""
-    model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
-    net = LazyCall(SPARViT)(
-        encoder=LazyCall(EncoderSpec)(name=tiny_model[0], pretrained=tiny_model[1]),
-        pixel_mean="${model.pixel_mean}",
-        pixel_std="${model.pixel_std}",
-        input_format="${model.input_format}",
-        trainable="last_blocks:2",
-    )
-    model.backbone = LazyCall(SPARPyramid)(net=net, square_pad=384)
-    return model
+def documented_vitdet(tiny_model):
+    """ViTDet as Detectron2 ships it, changed by the lines of docs/frameworks.md, but with a tiny encoder."""
+    page = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text()
+    lines = re.search(r"^## ViTDet.*?\n\n((?:    .*\n)+)", page, re.MULTILINE).group(1)
+    config = model_zoo.get_config("common/models/mask_rcnn_vitdet.py")
+    config.optimizer = model_zoo.get_config("common/optim.py").AdamW
+    exec(textwrap.dedent(lines), {"model": config.model, "optimizer": config.optimizer})
+    backbone = config.model.backbone
+    backbone.net.encoder.name, backbone.net.encoder.pretrained = tiny_model
+    backbone.square_pad = 384
+    return config
 
 
 def test_vitdet(tiny_model):
     torch.manual_seed(0)
-    config = model_zoo.get_config("common/models/mask_rcnn_vitdet.py")
-    config.model = vitdet(tiny_model)
+    config = documented_vitdet(tiny_model)
     model = instantiate(config.model)
+    config.optimizer.params.model = model
+    rates = {group["lr"] for group in instantiate(config.optimizer).param_groups}
+    assert len(rates) > 1 and max(rates) == config.optimizer.lr
     assert model.backbone.padding_constraints == {"size_divisibility": 64, "square_size": 384}
     seen = []
     model.backbone.net.encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
