@@ -107,3 +107,11 @@ def golden_input(arrays: dict[str, np.ndarray], encoder) -> torch.Tensor:
     if "x" in arrays:
         return torch.from_numpy(arrays["x"])
     return torch.cat([normalised(image, encoder) for image in arrays["image_u8"]])
+
+
+def cells_of(plan, windows: torch.Tensor) -> torch.Tensor:
+    """(k,) window numbers to (k, window_cells ** 2) numbers of the mosaic cells that they cover, both in raster order."""
+    rows, columns = (plan.origins[windows] // plan.cell).unbind(1)
+    steps = torch.arange(plan.window_cells)
+    cells = (rows[:, None] + steps)[:, :, None] * plan.mosaic_size[1] + (columns[:, None] + steps)[:, None]
+    return cells.flatten(1)

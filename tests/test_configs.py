@@ -9,7 +9,7 @@ import timm
 
 from reference import ROOT
 from spar_d2.data.augmentation import build_augmentations
-from spar_d2.encoders.base import PRECISIONS
+from spar_d2.encoders.precision import PRECISIONS, resolve_precision
 from spar_d2.encoders.registry import describe_encoder
 from spar_d2.engine.setup import load_config
 from spar_d2.teacher.sliding import check_window
@@ -66,7 +66,7 @@ def test_sides_and_windows_fit_the_encoder(path):
     window, _, _ = check_window(encoder, teacher.WINDOW, teacher.STRIDE, teacher.BATCH_SIZE)
     # A smaller image would be padded to a window, and the teacher would see mostly padding.
     assert min(data.MIN_SHORT_SIDE, data.CROP_MIN_SIDE) >= window
-    assert cfg.MODEL.SPAR.PRECISION in PRECISIONS
+    assert resolve_precision(cfg.MODEL.SPAR.PRECISION, cfg.MODEL.DEVICE) in PRECISIONS
 
 
 def test_each_encoder_has_each_recipe():

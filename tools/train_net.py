@@ -14,6 +14,7 @@ from spar_d2.errors import readable_errors
 
 
 def main(args: argparse.Namespace):
+    from spar_d2.encoders import DenseEncoder
     from spar_d2.engine import lazy
     from spar_d2.engine.checkpoint import Checkpointer
     from spar_d2.engine.trainer import Trainer
@@ -29,6 +30,8 @@ def main(args: argparse.Namespace):
                     raise ValueError("nothing to evaluate on: DATASETS.TEST is empty")
                 model = Trainer.build_model(cfg)
                 Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+                for encoder in (part for part in model.modules() if isinstance(part, DenseEncoder)):
+                    encoder.freeze()
                 return Trainer.test(cfg, model)
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch.utils.data import DataLoader
 
 from spar_d2.data.photos import PhotoDataset
@@ -78,7 +79,12 @@ class PhotoLoader:
         """
         options = {"prefetch_factor": AHEAD, "persistent_workers": True} if self.workers else {}
         batches = DataLoader(
-            self.dataset, batch_sampler=self.sampler, num_workers=self.workers, collate_fn=as_it_is, **options
+            self.dataset,
+            batch_sampler=self.sampler,
+            num_workers=self.workers,
+            collate_fn=as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            **options,
         )
         for batch in batches:
             for record in batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ class PhotoDataset(Dataset):
         format: order of the channels, "RGB" or "BGR".
         seed: of the augmentation.
         frozen: augment a photo the same way every time, with any seed, instead of anew in every epoch.
+
+    Attributes:
+        look_up: what else belongs to an augmented image (3, H, W) uint8 in RGB, as entries of its dict; may be set
+            until images are read.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class PhotoDataset(Dataset):
         self.format = format
         self.seed = seed
         self.frozen = frozen
+        self.look_up: Callable[[torch.Tensor], dict] | None = None
         self._damaged: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -49,8 +54,8 @@ class PhotoDataset(Dataset):
         """The photo drawn, or the next that can be decoded.
 
         Returns:
-            Its dataset dict with "image", (3, H, W) uint8, augmented; "position", that of the draw; and "damaged", what
-            is wrong with each photo that was passed over, by its file's name.
+            Its dataset dict with "image", (3, H, W) uint8, augmented; "position", that of the draw; "damaged", what is
+            wrong with each photo that was passed over, by its file's name; and what ``look_up`` gives.
 
         Raises:
             RuntimeError: no photo at all can be decoded.
@@ -64,7 +69,8 @@ class PhotoDataset(Dataset):
             self.augmentations(sample)
         # (H, W, 3) -> (3, H, W)
         image = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))
-        return {**record, "image": image, "position": draw.position, "damaged": damaged}
+        found = self.look_up(image.flip(0) if self.format == "BGR" else image) if self.look_up else {}
+        return {**record, "image": image, "position": draw.position, "damaged": damaged, **found}
 
     def read(self, index: int) -> tuple[dict, np.ndarray, dict[str, str]]:
         """Dataset dict and pixels (H, W, 3) uint8 of a photo, or of the next that can be decoded, and what is wrong

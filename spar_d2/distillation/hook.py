@@ -13,9 +13,12 @@ from torch import nn
 
 from spar_d2.distillation.encoded import EncodedImage, match
 from spar_d2.distillation.loss import distillation_loss, mean_cosine, sampled_distillation_loss
+from spar_d2.distillation.readings import Readings
 from spar_d2.encoders import DenseEncoder, find_encoder
 from spar_d2.modeling.build import teacher_from_config
 from spar_d2.teacher import SampledTarget, SlidingWindowTeacher, TargetCache
+from spar_d2.teacher.cache import LookedUp, TargetLookUp
+from spar_d2.teacher.identity import image_identity
 
 LOSS_NAME = "loss_distill"
 AVERAGES = ("image", "cell")
@@ -28,7 +31,8 @@ class DistillationHook(HookBase):
     teacher encodes too. It works with any trainer of Detectron2's that calls ``model(data)`` and sums a loss dict, and
     takes itself off the model after training. To the trainer's storage it adds "distill/cosine" (mean cosine of the
     student's features and what the teacher says of them), "distill/images_per_second", "distill/windows_per_second" and
-    "distill/windows_encoded".
+    "distill/windows_encoded"; on a GPU those of several steps at once. Whether features are finite is then checked
+    once a step, after the backward pass.
 
     ``DistillationHook(cfg)`` builds the teacher from ``MODEL.SPAR`` and ``SPAR.TEACHER``.
 
@@ -74,6 +78,8 @@ class DistillationHook(HookBase):
         self._inputs: object = None
         self._encoded: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._readings = Readings()
+        self._looks_up: bool | None = None
         self._start_counting()
 
     @classmethod
@@ -113,23 +119,44 @@ class DistillationHook(HookBase):
         # Every process draws other windows; the same step of the same process always draws the same.
         self._generator.manual_seed((self.seed * 1_000_003 + self.trainer.iter) * 1_009 + comm.get_rank())
 
+    def after_backward(self) -> None:
+        # Before the weights are changed, and while the device has the backward pass to work on.
+        self._raise_if_not_finite()
+
     def after_step(self) -> None:
         if not self._images:
             return
-        seconds = time.perf_counter() - self._since
+        self._raise_if_not_finite()  # where the trainer calls no hooks after its backward pass
+        counts = {"images": self._images, "windows": self._windows, "encoded": self.windows_encoded}
+        known = {**counts, "seconds": time.perf_counter() - self._since}
+        iteration = self.trainer.iter
+        self._readings.add(iteration, known, {"cosine": torch.stack(self._cosines).sum()})
+        if self._readings.are_due(iteration, self.trainer.max_iter):
+            self._write_readings()
+
+    def _write_readings(self) -> None:
+        steps = self._readings.take()
         # float32 counts windows exactly up to 16 million; those of a whole run are more.
-        sums = torch.tensor([self._cosine, self._images, self._windows, self.windows_encoded], dtype=torch.float64)
+        names = ("cosine", "images", "windows", "encoded")
+        sums = torch.tensor([[numbers[name] for name in names] for _, numbers in steps], dtype=torch.float64)
         if comm.get_world_size() > 1:
             sums = sums.to(next(self.teacher.parameters()).device)
             torch.distributed.all_reduce(sums)
-        cosine, images, windows, encoded = sums.tolist()
         storage = get_event_storage()
-        storage.put_scalar("distill/cosine", cosine / images)
-        storage.put_scalar("distill/images_per_second", images / seconds)
-        storage.put_scalar("distill/windows_per_second", windows / seconds)
-        storage.put_scalar("distill/windows_encoded", encoded, smoothing_hint=False)
+        for (iteration, numbers), (cosine, images, windows, encoded) in zip(steps, sums.tolist()):
+            seconds = numbers["seconds"]
+            values = {
+                "distill/cosine": cosine / images,
+                "distill/images_per_second": images / seconds,
+                "distill/windows_per_second": windows / seconds,
+            }
+            storage.put_scalars(cur_iter=iteration, **values)
+            storage.put_scalar("distill/windows_encoded", encoded, smoothing_hint=False, cur_iter=iteration)
 
     def after_train(self) -> None:
+        # One of several processes may have failed, and then nobody answers.
+        if comm.get_world_size() == 1:
+            self._write_readings()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -138,7 +165,8 @@ class DistillationHook(HookBase):
     def _start_counting(self) -> None:
         self._encoded = []
         self._images = self._windows = 0
-        self._cosine = 0.0
+        self._cosines: list[torch.Tensor] = []
+        self._norms: list[tuple[str, EncodedImage, torch.Tensor]] = []
         self._since = time.perf_counter()
 
     def _remember_inputs(self, model: nn.Module, inputs: tuple) -> None:
@@ -164,24 +192,24 @@ class DistillationHook(HookBase):
         return {**losses, LOSS_NAME: self.weight * self._loss(match(encoded, given))}
 
     def _loss(self, encoded: list[EncodedImage]) -> torch.Tensor:
-        self._check_finite("the student's features", [one.features for one in encoded], encoded)
+        self._note_norms("the student's features", [one.features for one in encoded], encoded)
         targets = self._targets(encoded)
         losses = []
         for one, target in zip(encoded, targets):
             student = one.features[None]
             sampled = isinstance(target, SampledTarget)
             losses.append((sampled_distillation_loss if sampled else distillation_loss)(student, target))
-            self._cosine += mean_cosine(student, target)
+            self._cosines.append(mean_cosine(student, target))
         self._images += len(encoded)
         if self.average == "image":
             return torch.stack(losses).mean()
-        cells = torch.tensor([float(one.features[0].numel()) for one in encoded], device=losses[0].device)
-        total = cells.sum()
+        cells = [one.features[0].numel() for one in encoded]
+        total = losses[0].new_full((), sum(cells))
         if (processes := comm.get_world_size()) > 1:
             torch.distributed.all_reduce(total)
             # Gradients are averaged over processes.
             total = total / processes
-        return (torch.stack(losses) * cells).sum() / total
+        return sum(loss * number for loss, number in zip(losses, cells)) / total
 
     def _targets(self, encoded: list[EncodedImage]) -> list[torch.Tensor | SampledTarget]:
         """What the teacher says of each image: (1, D, h, w), or of a few windows only."""
@@ -190,13 +218,13 @@ class DistillationHook(HookBase):
         return [self._full_target(one) for one in encoded]
 
     def _sampled_targets(self, encoded: list[EncodedImage]) -> list[torch.Tensor | SampledTarget]:
-        found = [self.cache.read(one.image) if self.cache else None for one in encoded]
+        found = [self.cache.read(one.image, self._looked_up(one)) if self.cache else None for one in encoded]
         left = [one for one, target in zip(encoded, found) if target is None]
         if not left:
             return found
         shifts = torch.stack([self._shift(one) for one in left])
         samples = self.teacher.samples([one.image for one in left], self.windows_per_image, shifts)
-        self._check_finite("the teacher's features", [sample.weighted_sum for sample in samples], left)
+        self._note_norms("the teacher's features", [sample.weighted_sum for sample in samples], left)
         self._count_windows(sum(min(self.windows_per_image, self._planned(one)) for one in left))
         drawn = iter(samples)
         return [next(drawn) if target is None else target for target in found]
@@ -204,17 +232,27 @@ class DistillationHook(HookBase):
     def _full_target(self, one: EncodedImage) -> torch.Tensor:
         if self.cache is None:
             target = self.teacher.targets([one.image])[0]
-            self._check_finite("the teacher's features", [target], [one])
+            self._note_norms("the teacher's features", [target], [one])
             self._count_windows(self._planned(one))
             return target
         missed = self.cache.misses
         try:
-            target = self.cache.target(one.image)
+            target = self.cache.target(one.image, self._looked_up(one))
         except FloatingPointError as error:
             raise self._not_finite(str(error), one) from error
         if self.cache.misses > missed:
             self._count_windows(self._planned(one))
         return target
+
+    def _looked_up(self, one: EncodedImage) -> LookedUp | None:
+        """What was found of its target when the image was read, if the encoder was given just that image."""
+        found = one.records[0].get(TargetLookUp.NAME) if len(one.records) == 1 else None
+        if found is None or one.records[0]["image"].shape != one.image.shape:
+            return None
+        if self._looks_up is None:
+            # Once: a model may do more to images than to normalise them.
+            self._looks_up = image_identity(one.image, self.teacher.encoder) == found.key
+        return found if self._looks_up else None
 
     def _planned(self, one: EncodedImage) -> int:
         """Windows of an image, all of them."""
@@ -232,10 +270,18 @@ class DistillationHook(HookBase):
             generator = torch.Generator().manual_seed(self.seed * 1_000_000_007 + one.position)
         return torch.rand(2, generator=generator)
 
-    def _check_finite(self, what: str, tensors: list[torch.Tensor], encoded: list[EncodedImage]) -> None:
-        for tensor, one in zip(tensors, encoded):
-            if not tensor.isfinite().all():
-                raise self._not_finite(f"{what} are NaN or infinite", one)
+    def _note_norms(self, what: str, tensors: list[torch.Tensor], encoded: list[EncodedImage]) -> None:
+        """Remember lengths of tensors, which are finite where the tensors are; on a GPU they are looked at later."""
+        norms = torch._foreach_norm([tensor.detach() for tensor in tensors])
+        self._norms += [(what, one, norm) for one, norm in zip(encoded, norms)]
+        if not norms[0].is_cuda:
+            self._raise_if_not_finite()
+
+    def _raise_if_not_finite(self) -> None:
+        noted, self._norms = self._norms, []
+        if noted and not torch.stack([norm for _, _, norm in noted]).isfinite().all():
+            what, one, _ = next(note for note in noted if not note[2].isfinite())
+            raise self._not_finite(f"{what} are NaN or infinite", one)
 
     def _not_finite(self, what: str, one: EncodedImage) -> FloatingPointError:
         return FloatingPointError(

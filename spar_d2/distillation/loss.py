@@ -42,8 +42,10 @@ def sampled_distillation_loss(student: torch.Tensor, target: SampledTarget) -> t
 
 
 @torch.no_grad()
-def mean_cosine(student: torch.Tensor, target: torch.Tensor | SampledTarget) -> float:
+def mean_cosine(student: torch.Tensor, target: torch.Tensor | SampledTarget) -> torch.Tensor:
     """Mean cosine of student and target over all cells, -1..1; of sampled windows over the cells that they see.
+
+    It stays on the device, () float32, so that nobody waits for it.
 
     Args:
         student: (B, D, h, w).
@@ -53,8 +55,8 @@ def mean_cosine(student: torch.Tensor, target: torch.Tensor | SampledTarget) -> 
         # The sum has the direction of the mean.
         weight, target = target.weight[:, 0], target.weighted_sum
         cosine = F.cosine_similarity(student.float(), target, dim=1)
-        return ((weight * cosine).sum() / weight.sum()).item()
-    return F.cosine_similarity(student.float(), target.float(), dim=1).mean().item()
+        return (weight * cosine).sum() / weight.sum()
+    return F.cosine_similarity(student.float(), target.float(), dim=1).mean()
 
 
 def _check_shapes(student: torch.Tensor, target: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from spar_d2.encoders.compilation import FIXED_SHAPE, compiled
+from spar_d2.encoders.grids import RecentGrids
+from spar_d2.encoders.precision import PRECISIONS, cast_parameters
 
 
 class DenseEncoder(nn.Module, ABC):
@@ -52,6 +54,14 @@ class DenseEncoder(nn.Module, ABC):
     _precision: torch.dtype | None = None
     _compile: bool = False
     _checkpointing: bool = False
+    _fixed_shape: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Positions of the last few grids; see :meth:`_of_grid`.
+        self._grids = RecentGrids()
+        # Copies of frozen blocks in `_precision`, by their block; see :meth:`frozen_blocks_cast`.
+        self._cast_blocks: dict[nn.Module, nn.Module] = {}
 
     @property
     @abstractmethod
@@ -77,8 +87,8 @@ class DenseEncoder(nn.Module, ABC):
         """Choose how the encoder computes; weights and features stay in the type that they have.
 
         Args:
-            precision: "bfloat16" or "float16" runs matrix products in it (``torch.autocast``); "float32" leaves that
-                to the surroundings.
+            precision: "bfloat16" or "float16" runs matrix products in it (``torch.autocast``, which casts weights in
+                every pass; :meth:`freeze` casts them once); "float32" leaves that to the surroundings.
             compile: compile the blocks with ``torch.compile``, once for all sizes.
             checkpointing: in training, keep only the input of every block and compute the rest again for the gradient.
 
@@ -94,6 +104,43 @@ class DenseEncoder(nn.Module, ABC):
             )
         self._precision, self._compile, self._checkpointing = PRECISIONS[precision], compile, checkpointing
         return self
+
+    def freeze(self, fixed_shape: bool = False) -> DenseEncoder:
+        """Make this an encoder that is only used: it has no gradients, and no weight may change from now on.
+
+        With the precision "bfloat16" the weights themselves are cast to it, norms and residuals included: half the
+        memory, and nothing is cast in a pass. "float16" stays with autocast, as residuals may be too large for it.
+
+        Args:
+            fixed_shape: all inputs will have one shape, so that compiled code may be for that shape alone.
+
+        Returns:
+            The encoder itself.
+        """
+        self.requires_grad_(False).eval()
+        self._fixed_shape = fixed_shape
+        if self._precision is torch.bfloat16:
+            cast_parameters(self, torch.bfloat16)
+        return self
+
+    @property
+    def has_fixed_shape(self) -> bool:
+        """Whether compiled code is for inputs of one shape, which then must not change."""
+        return self._compile and self._fixed_shape
+
+    @contextlib.contextmanager
+    def frozen_blocks_cast(self) -> Iterator[None]:
+        """Within it, blocks that are not trained compute from bfloat16 copies of their weights, cast once.
+
+        For a training in which the weights of frozen blocks do not change. It does nothing in another precision.
+        """
+        if self._precision is torch.bfloat16:
+            frozen = [block for block in self.blocks if not any(p.requires_grad for p in block.parameters())]
+            self._cast_blocks = {block: cast_parameters(copy.deepcopy(block), torch.bfloat16) for block in frozen}
+        try:
+            yield
+        finally:
+            self._cast_blocks = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Dense features of the last layer, in the space of the text vectors where there are some, not normalised.
@@ -161,28 +208,50 @@ class DenseEncoder(nn.Module, ABC):
     ) -> Iterator[torch.Tensor]:
         """Apply ``step``, by default :meth:`_step`, with block after block and yield the tokens after each."""
         step = step or self._step
-        run = _compiled(step) if self._compile else step
+        was_cast = False
         for block in blocks:
-            if self._checkpointing and torch.is_grad_enabled() and _needs_gradient(block, tokens):
+            trained = torch.is_grad_enabled() and _needs_gradient(block, tokens)
+            run = compiled(step, self._use(trained)) if self._compile else step
+            if not trained and block in self._cast_blocks:
+                tokens, was_cast = self._run_cast(run, self._cast_blocks[block], tokens, context), True
+                yield tokens
+                continue
+            if was_cast:
+                tokens, was_cast = tokens.to(next(block.parameters()).dtype), False
+            if trained and self._checkpointing:
                 tokens = checkpoint(run, block, tokens, *context, use_reentrant=False)
             else:
-                tokens = run(block, tokens, *context)
+                with contextlib.nullcontext() if trained else torch.no_grad():
+                    tokens = run(block, tokens, *context)
             yield tokens
+
+    @staticmethod
+    def _run_cast(run: Callable, block: nn.Module, tokens: torch.Tensor, context: Sequence) -> torch.Tensor:
+        dtype = next(block.parameters()).dtype
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            return run(block, tokens.to(dtype), *(part.to(dtype) for part in context))
+
+    def _use(self, trained: bool) -> str:
+        """What compiled code is for; each use has code of its own."""
+        if trained:
+            return "trained"
+        if torch.is_grad_enabled():
+            return "frozen"
+        return FIXED_SHAPE if self.has_fixed_shape else "inference"
+
+    def _of_grid(self, grid: tuple[int, int], make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """What ``make`` gives for a grid (h, w), which depends on nothing else and has no gradient; kept for a few."""
+        return self._grids.get((*grid, self._precision), next(self.parameters()), make)
 
     def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager:
         if self._precision is None:
             return contextlib.nullcontext()
-        return torch.autocast(x.device.type, self._precision)
+        # Weights that were cast once are not to be cast to anything else.
+        return torch.autocast(x.device.type, self._precision, enabled=x.dtype != self._precision)
 
 
 def _needs_gradient(block: nn.Module, tokens: torch.Tensor) -> bool:
     return tokens.requires_grad or any(p.requires_grad for p in block.parameters())
-
-
-@functools.cache
-def _compiled(step: Callable) -> Callable:
-    # One function for all blocks of all encoders of a family: copies of an encoder share what was compiled.
-    return torch.compile(step, dynamic=True)
 
 
 def last(items: Iterator[torch.Tensor]) -> torch.Tensor:

@@ -88,8 +88,9 @@ class DINOtxtEncoder(DenseEncoder):
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         backbone = self.visual_model.backbone
         tokens, (height, width) = backbone.prepare_tokens_with_masks(x)
+        grid = (height, width)
         # Sines and cosines for the patches: (h * w, C / heads) each.
-        return tokens, (height, width), backbone.rope_embed(H=height, W=width)
+        return tokens, grid, self._of_grid(grid, lambda: tuple(backbone.rope_embed(H=height, W=width)))
 
     @staticmethod
     def _step(block: nn.Module, tokens: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:

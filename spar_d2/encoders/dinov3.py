@@ -10,8 +10,9 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.eva import Eva, checkpoint_filter_fn
+from timm.models.eva import Eva, EvaAttention, EvaBlock, checkpoint_filter_fn
 from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
@@ -54,9 +55,6 @@ class DINOv3Encoder(DenseEncoder):
         cfg = getattr(visual, "pretrained_cfg", {})
         self.pixel_mean = tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN))
         self.pixel_std = tuple(cfg.get("std", IMAGENET_DEFAULT_STD))
-        for block in self.blocks:
-            # timm's own attention needs memory for N x N where its environment variable turns this off.
-            block.attn.fused_attn = True
         self.eval()
 
     @property
@@ -75,12 +73,51 @@ class DINOv3Encoder(DenseEncoder):
         patches = visual.patch_embed.norm(patches.flatten(2).transpose(1, 2))
         prefix = [token for token in (visual.cls_token, visual.reg_token) if token is not None]
         tokens = torch.cat([*(token.to(patches.dtype).expand(len(x), -1, -1) for token in prefix), patches], dim=1)
-        # Rotations of the patches: (h * w, 2 * C / heads).
-        return visual.norm_pre(tokens), grid, (visual.rope.get_embed(shape=list(grid)),)
+        return visual.norm_pre(tokens), grid, self._of_grid(grid, lambda: self._rotations(grid))
+
+    def _rotations(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines (N, 1, 1, d) and sines (N, 1, 1, d / 2) for all tokens of a grid; the prefix is not rotated."""
+        dtype = self._precision or next(self.parameters()).dtype
+        sin, cos = self.visual.rope.get_embed(shape=list(grid)).chunk(2, dim=-1)
+        ahead = (0, 0, self.prefix_tokens, 0)
+        cos, sin = F.pad(cos, ahead, value=1.0), F.pad(sin[:, : sin.shape[1] // 2], ahead)
+        return cos[:, None, None].to(dtype), sin[:, None, None].to(dtype)
 
     @staticmethod
-    def _step(block: nn.Module, tokens: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        return block(tokens, rope=rope)
+    def _step(block: EvaBlock, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        tokens = _add_scaled(tokens, block.gamma_1, _attend(block.attn, block.norm1(tokens), cos, sin))
+        return _add_scaled(tokens, block.gamma_2, block.mlp(block.norm2(tokens)))
+
+
+def _attend(attn: EvaAttention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Self-attention with the weights of ``attn``, queries and keys rotated: (B, N, C) to (B, N, C)."""
+    batch, tokens, _ = x.shape
+    bias = None if attn.q_bias is None else torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+    # (B, N, 3C) -> (B, N, 3, heads, d)
+    qkv = F.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1))
+    rotated = _rotate(qkv[:, :, :2], cos.to(qkv.dtype), sin.to(qkv.dtype))
+    # (B, N, heads, d) -> (B, heads, N, d)
+    query, key, value = (part.transpose(1, 2) for part in (*rotated.unbind(2), qkv[:, :, 2]))
+    mixed = F.scaled_dot_product_attention(query, key, value)
+    return attn.proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of channels, of which one is in the first and one in the second half, in place of copies of halves.
+
+    Args:
+        x: (B, N, 2, heads, d).
+        cos, sin: (N, 1, 1, d) and (N, 1, 1, d / 2).
+    """
+    half = sin.shape[-1]
+    result = x * cos
+    result[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    result[..., half:].addcmul_(x[..., :half], sin)
+    return result
+
+
+def _add_scaled(tokens: torch.Tensor, scale: torch.Tensor | None, branch: torch.Tensor) -> torch.Tensor:
+    return tokens + branch if scale is None else torch.addcmul(tokens, branch, scale)
 
 
 def _check_model(visual: nn.Module) -> None:
@@ -92,9 +129,20 @@ def _check_model(visual: nn.Module) -> None:
         "a learnt position table": visual.pos_embed is not None,
         "no rotary positions": visual.rope is None,
         "rotations that differ between blocks": visual.rope_mixed,
+        "rotations other than DINOv3's": not getattr(visual.rope, "rotate_half", False),
+        "blocks other than DINOv3's": not all(_is_plain(block) for block in visual.blocks),
         "patches that are not square": len(set(visual.patch_embed.patch_size)) > 1,
     }
     refuse_parts("DINOv3Encoder", reasons)
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether a block is what :meth:`DINOv3Encoder._step` computes."""
+    if type(block) is not EvaBlock or type(attn := block.attn) is not EvaAttention or attn.qkv is None:
+        return False
+    inner = (attn.q_norm, attn.k_norm, attn.norm)
+    gated = getattr(attn, "gate", None) is not None
+    return not gated and not attn.qkv_bias_separate and all(isinstance(norm, nn.Identity) for norm in inner)
 
 
 @functools.cache

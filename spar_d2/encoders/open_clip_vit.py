@@ -18,7 +18,7 @@ from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
 from spar_d2.encoders.open_clip_models import build_image_tower, build_text, model_config, model_names
-from spar_d2.encoders.positions import resample_positions
+from spar_d2.encoders.positions import resample_positions, sampling_weights
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
 
 # The authors' code enlarges the requested grid by a tenth of a cell, against rounding down. Because the sampling
@@ -93,8 +93,9 @@ class OpenCLIPEncoder(DenseEncoder):
         visual = self.visual
         patches = visual.conv1(x)
         grid = (patches.shape[-2], patches.shape[-1])
-        table = visual.positional_embedding
-        positions = resample_positions(table[1:], visual.grid_size, grid, _GRID_MARGIN, self.reference_compat)
+        table, sizes = visual.positional_embedding, (visual.grid_size, grid, _GRID_MARGIN)
+        weights = functools.partial(self._of_grid, grid, lambda: sampling_weights(*sizes, x.device))
+        positions = resample_positions(table[1:], *sizes, self.reference_compat, weights)
         patches = patches.flatten(2).transpose(1, 2) + positions.to(patches.dtype)
         class_token = (visual.class_embedding + table[0]).to(patches.dtype).expand(len(x), 1, -1)
         return visual.ln_pre(torch.cat([class_token, patches], dim=1)), grid, ()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+
+Weights = tuple[torch.Tensor, torch.Tensor]
 
 
 def resample_positions(
@@ -12,6 +16,7 @@ def resample_positions(
     grid: tuple[int, int],
     margin: float = 0.0,
     raster_if_same_count: bool = False,
+    weights: Callable[[], Weights] | None = None,
 ) -> torch.Tensor:
     """Bring a table of position embeddings to another grid, bicubically and without antialiasing.
 
@@ -24,6 +29,7 @@ def resample_positions(
         grid: (h, w), the grid wanted.
         margin: cells by which the grid is taken to be larger than it is when sampling positions are computed.
         raster_if_same_count: return the table unchanged also where only the number of cells is equal.
+        weights: gives :func:`sampling_weights` of the same arguments where they are kept; default: computed.
 
     Returns:
         (h * w, C), in raster order; the table itself at the native grid.
@@ -33,14 +39,21 @@ def resample_positions(
         return table
     # As in the library's interpolation, sums are in float32 whatever the surroundings compute in.
     with torch.autocast(table.device.type, enabled=False):
-        rows, columns = (_weights(size, own, margin, table.device) for size, own in zip(grid, native))
+        rows, columns = weights() if weights else sampling_weights(native, grid, margin, table.device)
         image = table.float().reshape(*native, -1)
         resampled = torch.einsum("wj,hjc->hwc", columns, torch.einsum("hi,ijc->hjc", rows, image))
     return resampled.reshape(grid[0] * grid[1], -1).to(table.dtype)
 
 
-def _weights(size: int, native: int, margin: float, device: torch.device) -> torch.Tensor:
-    """(size, native): what each sample along one side takes from each cell, as the library's own interpolation says."""
+def sampling_weights(native: tuple[int, int], grid: tuple[int, int], margin: float, device: torch.device) -> Weights:
+    """What each sample takes from each cell, (h, native_h) for rows and (w, native_w) for columns, float32.
+
+    As the library's own interpolation says; arguments as for :func:`resample_positions`.
+    """
+    return tuple(_along_side(size, own, margin, device) for size, own in zip(grid, native))
+
+
+def _along_side(size: int, native: int, margin: float, device: torch.device) -> torch.Tensor:
     one_hot = torch.eye(native, device=device).reshape(1, native, native, 1)
     wanted = {"scale_factor": ((size + margin) / native, 1.0)} if margin else {"size": (size, 1)}
     return F.interpolate(one_hot, mode="bicubic", align_corners=False, **wanted)[0, :, :, 0].T

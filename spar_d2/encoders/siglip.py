@@ -18,7 +18,7 @@ from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
 from spar_d2.encoders.open_clip_models import build_image_tower, build_text, model_config, model_names
-from spar_d2.encoders.positions import resample_positions
+from spar_d2.encoders.positions import resample_positions, sampling_weights
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
 
 _MEAN = _STD = (0.5, 0.5, 0.5)
@@ -77,7 +77,9 @@ class SigLIPEncoder(DenseEncoder):
         trunk = self.visual.trunk
         patches = trunk.patch_embed.proj(x)
         grid = (patches.shape[-2], patches.shape[-1])
-        positions = resample_positions(trunk.pos_embed[0], trunk.patch_embed.grid_size, grid)
+        native = trunk.patch_embed.grid_size
+        weights = functools.partial(self._of_grid, grid, lambda: sampling_weights(native, grid, 0.0, x.device))
+        positions = resample_positions(trunk.pos_embed[0], native, grid, weights=weights)
         tokens = trunk.patch_embed.norm(patches.flatten(2).transpose(1, 2))
         return trunk.norm_pre(tokens + positions.to(tokens.dtype)), grid, ()
 

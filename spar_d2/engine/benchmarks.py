@@ -19,6 +19,7 @@ from spar_d2.engine.paper_table import Score
 from spar_d2.engine.progress import Progress
 from spar_d2.engine.protocol import config_for
 from spar_d2.files import replacing
+from spar_d2.modeling.build import precision_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def _identity(cfg: CfgNode, method: Method, content: str, read: Callable[[str], 
     own.defrost()
     own.merge_from_list(list(method.overrides))
     spar = own.MODEL.SPAR
+    spar.PRECISION = precision_from_config(own)
     # What changes no number.
     spar.TEXT_CACHE = own.MODEL.DEVICE = own.MODEL.WEIGHTS = ""
     own.SPAR.TEACHER.BATCH_SIZE = 0

@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import dataclass
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch.utils.data import DataLoader
@@ -20,7 +21,7 @@ from spar_d2.engine.data import build_photos
 from spar_d2.modeling.build import teacher_from_config
 from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
 from spar_d2.teacher import TargetCache
-from spar_d2.teacher.cache import RESERVE
+from spar_d2.teacher.cache import RESERVE, TargetLookUp
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,17 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
     cache = TargetCache(cfg.SPAR.TEACHER.CACHE_DIR, teacher_from_config(cfg))
     _check_writable(cache)
     check_room(photos, cache, stop=True)
+    photos.look_up = cache.look_up()
     filled, damage = Filled(), Damage(cfg.SPAR.DATA.MAX_DAMAGED)
     draws = [Draw(index, 0, index) for index in range(share, len(photos), shares)]
     # Read ahead, while the teacher encodes.
     records = DataLoader(
-        photos, sampler=draws, batch_size=None, collate_fn=as_it_is, num_workers=cfg.DATALOADER.NUM_WORKERS
+        photos,
+        sampler=draws,
+        batch_size=None,
+        collate_fn=as_it_is,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=torch.cuda.is_available(),
     )
     for record in tqdm(records, desc="teacher", unit="photo", disable=not show, dynamic_ncols=True):
         if record["damaged"]:
@@ -91,7 +98,7 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
         image = model.encoder_input(record["image"])[0]
         hits = cache.hits
         try:
-            cache.target(image)
+            cache.target(image, record[TargetLookUp.NAME])
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} for {record['file_name']}; nothing was kept of it") from error
         _check_writable(cache)

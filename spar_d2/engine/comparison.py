@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 from tqdm import tqdm
 
 from spar_d2.engine.checkpoint import Checkpointer
-from spar_d2.engine.data import ImageMapper
+from spar_d2.engine.data import ImageMapper, pinned
 from spar_d2.engine.progress import Progress
 from spar_d2.evaluation import SemanticEvaluator
 from spar_d2.modeling.augmented import SegmentorWithTTA
@@ -57,13 +57,14 @@ class Result:
 
 
 def build_method(cfg: CfgNode, method: Method) -> OpenVocabularySegmentor:
-    """The segmentor of a config under a method's overrides and weights, in eval mode."""
+    """The segmentor of a config under a method's overrides and weights, for inference alone: its encoder is frozen."""
     cfg = copy.deepcopy(cfg)
     cfg.defrost()
     cfg.merge_from_list(list(method.overrides))
     model = build_model(cfg).eval()
     if method.weights:
         Checkpointer(model).load(method.weights)
+    model.backbone.encoder.freeze()
     return model
 
 
@@ -109,7 +110,7 @@ def measure(
     done = len(result.seconds)
     mapper = ImageMapper(cfg, is_train=False)
     loader = build_detection_test_loader(dataset=records[done:], mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
-    bar = tqdm(loader, desc=f"{method.name}, {dataset}", unit="image", initial=done, total=len(records))
+    bar = tqdm(pinned(loader), desc=f"{method.name}, {dataset}", unit="image", initial=done, total=len(records))
     whole = True
     try:
         for index, inputs in enumerate(bar):
@@ -137,7 +138,7 @@ def measure(
 
 def _wait(model: OpenVocabularySegmentor) -> None:
     if model.pixel_mean.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(model.pixel_mean.device)
 
 
 def markdown_table(results: Sequence[Result], baseline: Result) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from detectron2.config import CfgNode
@@ -18,6 +18,7 @@ from detectron2.data import (
 )
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
+from torch.utils.data import DataLoader
 
 from spar_d2.data.augmentation import build_augmentations
 from spar_d2.data.datasets import register_photos
@@ -26,6 +27,7 @@ from spar_d2.data.panoptic import is_panoptic
 from spar_d2.data.panoptic_mapper import PanopticMapper
 from spar_d2.data.photos import PhotoDataset
 from spar_d2.data.sampler import DrawSampler
+from spar_d2.modeling.linear_probe import LinearProbe, check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -129,21 +131,28 @@ def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
     if len(kinds) != 1:
         what = "only one kind of data set: those named spar_..._panoptic_..., or others"
         raise ValueError(f"DATASETS.TRAIN must name at least one data set, and {what}; got {list(names)}")
-    mapper = None
-    if kinds == {True}:
+    panoptic = kinds == {True}
+    if panoptic:
         _check_classes(cfg, names)
-        mapper = PanopticMapper(cfg, True)
+    mapper = PanopticMapper(cfg, True) if panoptic else DatasetMapper(cfg, True)
+    if cfg.MODEL.SEM_SEG_HEAD.NAME == LinearProbe.__name__:
+        mapper = LabelCheck(cfg, mapper)
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        return build_detection_train_loader(cfg, mapper=mapper)
+        return build_detection_train_loader(cfg, mapper=mapper, pin_memory=torch.cuda.is_available())
     dataset = get_detection_dataset_dicts(
         names,
-        filter_empty=mapper is None and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        filter_empty=not panoptic and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
     sampler = RunSampler(len(dataset), cfg.SOLVER.IMS_PER_BATCH, seed)
     # Without a generator of its own, the loader takes a number from the one of the step in which it is first used.
     loader = build_detection_train_loader(
-        cfg, mapper=mapper, dataset=dataset, sampler=sampler, generator=sampler.generator
+        cfg,
+        mapper=mapper,
+        dataset=dataset,
+        sampler=sampler,
+        generator=sampler.generator,
+        pin_memory=torch.cuda.is_available(),
     )
     loader.run_sampler = sampler
     return loader
@@ -163,6 +172,32 @@ def _check_classes(cfg: CfgNode, names: Iterable[str]) -> None:
                     f"MODEL.{head}.NUM_CLASSES must be {count}, as {name!r} has so many {what}; "
                     f"got {cfg.MODEL[head].NUM_CLASSES}"
                 )
+
+
+class LabelCheck:
+    """A mapper whose labels are checked where they are read; a training on a GPU would have to wait to look at them.
+
+    Args:
+        cfg: says which labels there are (``MODEL.SEM_SEG_HEAD``).
+        mapper: gives "sem_seg" (H, W).
+    """
+
+    def __init__(self, cfg: CfgNode, mapper: Callable[[dict], dict]) -> None:
+        head = cfg.MODEL.SEM_SEG_HEAD
+        self._mapper, self._allowed = mapper, (head.NUM_CLASSES, head.IGNORE_VALUE)
+
+    def __call__(self, record: dict) -> dict:
+        """What the mapper gives; raises ``ValueError`` for labels that are no class, naming their file."""
+        mapped = self._mapper(record)
+        if "sem_seg" in mapped:
+            check_labels(mapped["sem_seg"], *self._allowed, str(record.get("sem_seg_file_name", "")))
+        return mapped
+
+
+def pinned(loader: DataLoader) -> DataLoader:
+    """A loader of Detectron2's, which then gives images in memory that a GPU, if there is one, copies by itself."""
+    loader.pin_memory = torch.cuda.is_available()
+    return loader
 
 
 class ImageMapper(DatasetMapper):

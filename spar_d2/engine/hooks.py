@@ -68,6 +68,20 @@ class StepSeed(HookBase):
         random.seed(int(words[1]))
 
 
+class AfterBackward(HookBase):
+    """Tells a run's own hooks that the backward pass is done, of which Detectron2 tells only those of its step.
+
+    Args:
+        run: has the hooks.
+    """
+
+    def __init__(self, run: TrainerBase) -> None:
+        self._run = weakref.proxy(run)
+
+    def after_backward(self) -> None:
+        self._run.after_backward()
+
+
 class DistillationPrinter(EventWriter):
     """Writes to the log what Detectron2's own line leaves out: how near the student is, and how fast it goes."""
 

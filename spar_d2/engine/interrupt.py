@@ -10,6 +10,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from spar_d2.distillation.readings import PERIOD
+
 logger = logging.getLogger(__name__)
 
 
@@ -19,6 +21,8 @@ class Interrupted(KeyboardInterrupt):
 
 class StopOnInterrupt(HookBase):
     """On Ctrl-C, finish the step, write a checkpoint, and stop; on a second one, stop at once.
+
+    Several processes ask each other every ``PERIOD`` steps whether to stop.
 
     Args:
         checkpointer: writes the checkpoint that ``--resume`` continues from.
@@ -46,11 +50,17 @@ class StopOnInterrupt(HookBase):
             self._previous = None
 
     def after_step(self) -> None:
-        # One process may have seen the signal a step before the others: stop together.
-        if not any(comm.all_gather(self.requested)):
+        if not self._is_requested_anywhere():
             return
         self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
         raise Interrupted(f"stopped after iteration {self.trainer.iter}; --resume goes on from there")
+
+    def _is_requested_anywhere(self) -> bool:
+        """Whether any process was asked to stop, so that all stop together."""
+        number = self.trainer.iter + 1
+        if comm.get_world_size() > 1 and number % PERIOD and number < self.trainer.max_iter:
+            return False
+        return any(comm.all_gather(self.requested))
 
     def _request(self, number: int, frame) -> None:
         if os.getpid() != self._process:
@@ -58,4 +68,5 @@ class StopOnInterrupt(HookBase):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        logger.warning("Stopping after this step; Ctrl-C again stops at once, without a checkpoint.")
+        when = "after this step" if comm.get_world_size() == 1 else f"within {PERIOD} steps"
+        logger.warning("Stopping %s; Ctrl-C again stops at once, without a checkpoint.", when)

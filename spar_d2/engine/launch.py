@@ -10,6 +10,8 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 
+from spar_d2.processes import wait_for_all
+
 
 def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Call ``main(args)`` in every process.
@@ -32,7 +34,7 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
         main(args)
-        comm.synchronize()
+        wait_for_all()
     finally:
         torch.distributed.destroy_process_group()
 

@@ -29,6 +29,7 @@ from spar_d2.engine.paper_table import Score
 from spar_d2.engine.probing import check_probing
 from spar_d2.engine.trainer import Trainer
 from spar_d2.files import replacing
+from spar_d2.modeling.build import precision_from_config
 from spar_d2.modeling.linear_probe import check_classes
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.visualization import draw_panels
@@ -220,6 +221,7 @@ def _identity(cfg: CfgNode) -> str:
     read = functools.cache(fingerprint)
     sources = (own.MODEL.WEIGHTS, spar.ENCODER, spar.PRETRAINED, spar.DINOV3_BACKBONE)
     weights = [read(source) for source in sources]
+    spar.PRECISION = precision_from_config(own)
     # What changes no weight.
     own.MODEL.WEIGHTS = own.MODEL.DEVICE = own.OUTPUT_DIR = spar.TEXT_CACHE = own.SPAR.PROBE.CACHE_DIR = ""
     own.DATALOADER.NUM_WORKERS = own.SOLVER.CHECKPOINT_PERIOD = own.SPAR.KEEP_CHECKPOINTS = 0

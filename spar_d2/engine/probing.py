@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList, MapDataset
@@ -21,11 +22,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from spar_d2.data.loader import as_it_is
-from spar_d2.engine.data import ImageMapper
+from spar_d2.engine.data import ImageMapper, LabelCheck
 from spar_d2.engine.feature_store import FILE, KEY, FeatureMapper, FeatureSource, FeatureStore, training_size
 from spar_d2.engine.interrupt import Interrupted
 from spar_d2.modeling.linear_probe import LinearProbe
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
+from spar_d2.processes import all_gather_when_done, wait_for_all
 from spar_d2.teacher.cache import RESERVE
 
 logger = logging.getLogger(__name__)
@@ -103,11 +105,12 @@ def feature_loader(cfg: CfgNode, model: nn.Module, loader: Iterable[list[dict]])
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     kept = build_detection_train_loader(
         keep_features(cfg, model, records, folder),
-        mapper=FeatureMapper(cfg),
+        mapper=LabelCheck(cfg, FeatureMapper(cfg)),
         sampler=loader.run_sampler,
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         aspect_ratio_grouping=False,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=torch.cuda.is_available(),
     )
     kept.run_sampler = loader.run_sampler
     return kept
@@ -135,12 +138,12 @@ def keep_features(cfg: CfgNode, model: ProbeSegmentor, records: Sequence[dict], 
     store = FeatureStore(folder, FeatureSource(model), reading)
     missing = [record for record in records if store.find(record["file_name"]) is None]
     # Every process has to have looked before the first one writes.
-    comm.synchronize()
+    wait_for_all()
     if missing:
         if comm.is_main_process():
             _check_room(cfg, store, missing, len(records))
         _encode(cfg, model, store, missing[comm.get_rank() :: comm.get_world_size()])
-        for index in comm.all_gather(store.index):
+        for index in all_gather_when_done(store.index):
             store.merge(index)
         if comm.is_main_process():
             store.write_index()
@@ -155,6 +158,7 @@ def _encode(cfg: CfgNode, model: ProbeSegmentor, store: FeatureStore, records: S
         batch_size=None,
         collate_fn=as_it_is,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=torch.cuda.is_available(),
     )
     bar = tqdm(images, desc="features", unit="image", dynamic_ncols=True, disable=not comm.is_main_process())
     try:

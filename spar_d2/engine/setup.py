@@ -113,7 +113,7 @@ def check_config(cfg: CfgNode) -> None:
 
 
 def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None:
-    """Freeze the config, make the output folder, set up logging and seeds, as all of Detectron2's tools do.
+    """Freeze the config, make the output folder, set up logging, seeds and ``SPAR.TF32``, as Detectron2's tools do.
 
     ``quiet`` leaves the console to progress bars: below a warning, logs go to the output folder's log.txt alone.
     """
@@ -129,6 +129,8 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None
         if quiet and getattr(handler, "stream", None) is sys.stdout:
             handler.setLevel(logging.WARNING)
     default_setup(cfg, args)
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        torch.set_float32_matmul_precision("high" if cfg.SPAR.TF32 else "highest")
 
 
 @contextlib.contextmanager

@@ -22,15 +22,15 @@ from torch import nn
 from spar_d2.data.loader import PhotoLoader
 from spar_d2.data.sampler import DrawSampler
 from spar_d2.distillation import DistillationHook
-from spar_d2.encoders import find_encoder
-from spar_d2.encoders.base import PRECISIONS
+from spar_d2.encoders import DenseEncoder, find_encoder
+from spar_d2.encoders.precision import PRECISIONS
 from spar_d2.engine import resumption
 from spar_d2.engine.averaging import WeightAverage
 from spar_d2.engine.caching import check_room
 from spar_d2.engine.checkpoint import Checkpointer, Checkpoints
 from spar_d2.engine.comparison import build_teacher_encode
-from spar_d2.engine.data import ImageMapper, RunSampler, build_labelled_loader, build_photo_loader
-from spar_d2.engine.hooks import DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
+from spar_d2.engine.data import ImageMapper, RunSampler, build_labelled_loader, build_photo_loader, pinned
+from spar_d2.engine.hooks import AfterBackward, DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.optimizer import build_optimizer, count_parameters
 from spar_d2.engine.pictures import FeaturePictures
@@ -41,7 +41,7 @@ from spar_d2.errors import short_tracebacks
 from spar_d2.evaluation import FeatureEvaluator, PanopticEvaluator, SemanticEvaluator
 from spar_d2.files import remove_leftovers, used_by_one
 from spar_d2.modeling.augmented import SegmentorWithTTA
-from spar_d2.modeling.build import encoder_spec
+from spar_d2.modeling.build import encoder_spec, precision_from_config
 from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,11 @@ class Trainer(DefaultTrainer):
         devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
         self._trainer = Step(model, loader, optimizer, cfg.SPAR.ACCUMULATION_STEPS, *_mixed_precision(cfg))
+        self._trainer.max_iter = self.max_iter
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.register_hooks(self.build_hooks())
+        self._trainer.register_hooks([AfterBackward(self)])
         self._check_cache()
         self._set_seed(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())
 
@@ -152,8 +154,10 @@ class Trainer(DefaultTrainer):
 
     def _check_cache(self) -> None:
         cache = self._distillation.cache if self._distillation else None
-        if cache and comm.is_main_process() and isinstance(self.data_loader, PhotoLoader):
-            check_room(self.data_loader.dataset, cache)
+        if cache and isinstance(self.data_loader, PhotoLoader):
+            if comm.is_main_process():
+                check_room(self.data_loader.dataset, cache)
+            self.data_loader.dataset.look_up = cache.look_up()
 
     def _set_seed(self, seed: int) -> None:
         self.seed = seed
@@ -174,6 +178,10 @@ class Trainer(DefaultTrainer):
         super().load_state_dict(state)
         self._set_seed(state.get("seed", self.seed))
 
+    def after_train(self) -> None:
+        self._trainer.write_last_readings()
+        super().after_train()
+
     def train(self):
         """Train from where it stands; a user's Ctrl-C ends it quietly, with a checkpoint."""
         logger.info("Output goes to %s", os.path.abspath(self.cfg.OUTPUT_DIR))
@@ -184,10 +192,19 @@ class Trainer(DefaultTrainer):
             with short_tracebacks("detectron2.engine.train_loop"), alone:
                 if self.start_iter < self.max_iter:
                     self.data_loader = feature_loader(self.cfg, self._module, self.data_loader)
-                return super().train()
+                with self._frozen_blocks_cast():
+                    return super().train()
         except Interrupted as stop:
             logger.info("Training %s", stop)
             return None
+
+    def _frozen_blocks_cast(self) -> contextlib.AbstractContextManager:
+        """While it trains, nothing changes what is frozen."""
+        encoders = [part for part in self._module.modules() if isinstance(part, DenseEncoder)]
+        stack = contextlib.ExitStack()
+        for encoder in encoders:
+            stack.enter_context(encoder.frozen_blocks_cast())
+        return stack
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -204,8 +221,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         if cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
-            return super().build_test_loader(cfg, dataset_name)
-        return build_detection_test_loader(cfg, dataset_name, mapper=ImageMapper(cfg, is_train=False))
+            return pinned(super().build_test_loader(cfg, dataset_name))
+        return pinned(build_detection_test_loader(cfg, dataset_name, mapper=ImageMapper(cfg, is_train=False)))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -292,7 +309,7 @@ def _check_sides(cfg: CfgNode, patch: int) -> None:
 
 def _mixed_precision(cfg: CfgNode) -> tuple[torch.dtype | None, bool]:
     """Precision of autocast over the whole model, if any, and whether gradients are scaled."""
-    own = PRECISIONS.get(cfg.MODEL.SPAR.PRECISION)
+    own = PRECISIONS[precision_from_config(cfg)]
     if not cfg.SOLVER.AMP.ENABLED:
         return None, own is torch.float16
     if own is None and cfg.MODEL.DEVICE == "cpu":

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from spar_d2.processes import gather_when_done
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +33,8 @@ class FeatureEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        self._sums = np.zeros(4)
+        # Of cosines, squared errors, squared deviations, and cells; on the device of the features.
+        self._sums = torch.zeros(4, dtype=torch.float64)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Add one batch; outputs have "features" (D, h, w).
@@ -57,9 +60,9 @@ class FeatureEvaluator(DatasetEvaluator):
                 F.cosine_similarity(features, target, dim=0).sum(),
                 (features - target).square().sum() / len(target),
                 spread / len(target),
-                torch.tensor(target[0].numel()),
+                spread.new_full((), target[0].numel()),
             ]
-            self._sums += [value.item() for value in sums]
+            self._sums = self._sums.to(spread.device) + torch.stack(sums)
 
     def evaluate(self) -> OrderedDict | None:
         """Scores over all cells of all images, as {"features": {...}}; None in all processes but the first.
@@ -68,10 +71,9 @@ class FeatureEvaluator(DatasetEvaluator):
             "cosine": mean cosine with the target, in percent. "mse": mean squared difference, which the distillation
             loss is. "unexplained": that, as a percentage of the targets' own variance within images.
         """
-        sums = self._sums
+        sums = self._sums.cpu().numpy()
         if self.distributed:
-            comm.synchronize()
-            gathered = comm.gather(sums)
+            gathered = gather_when_done(sums)
             if not comm.is_main_process():
                 return None
             sums = np.sum(gathered, axis=0)

@@ -18,6 +18,7 @@ from spar_d2.evaluation.panoptic_files import check_complete, compare_image, wri
 from spar_d2.evaluation.panoptic_json import GroundTruth, read_ground_truth
 from spar_d2.evaluation.panoptic_outputs import OutputForm
 from spar_d2.evaluation.panoptic_scores import PanopticCounts, score_table
+from spar_d2.processes import gather_when_done
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +128,7 @@ class PanopticEvaluator(DatasetEvaluator):
         """
         counted, dumped, strange = self._counted, self._dumped, self._strange
         if self.distributed:
-            comm.synchronize()
-            gathered = comm.gather((counted, dumped, strange))
+            gathered = gather_when_done((counted, dumped, strange))
             if not comm.is_main_process():
                 return None
             counted, dumped, strange = {}, {}, set()

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -16,7 +17,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from spar_d2.evaluation.confusion import boundary_confusion_matrix, confusion_matrix, segmentation_scores
+from spar_d2.evaluation.device_confusion import DeviceConfusion
 from spar_d2.files import replacing
+from spar_d2.processes import gather_when_done
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ class SemanticEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         shape = (len(self.names), len(self.names) + 1)
         self._confusion = np.zeros(shape, dtype=np.int64)
+        self._on_device: DeviceConfusion | None = None
         self._boundary = np.zeros(shape, dtype=np.int64) if self.boundary_iou else None
         self._dumped: list[dict] = []
 
@@ -87,17 +91,32 @@ class SemanticEvaluator(DatasetEvaluator):
             if labels.shape != truth.shape:
                 raise ValueError(
                     f"prediction and ground truth of {record.get('file_name', 'an image')} differ in size: "
-                    f"{labels.shape} and {truth.shape}"
+                    f"{tuple(labels.shape)} and {truth.shape}"
                 )
-            arguments = (labels, truth, len(self.names), self.ignore_label)
-            self._confusion += confusion_matrix(*arguments)
+            self._count(labels, truth)
             if self.boundary_iou:
+                arguments = (labels.cpu().numpy(), truth, len(self.names), self.ignore_label)
                 self._boundary += boundary_confusion_matrix(*arguments)
             if self.dump_predictions:
-                self._dumped += self._encode(labels, record.get("file_name", ""))
+                self._dumped += self._encode(labels.cpu().numpy(), record.get("file_name", ""))
+
+    def _count(self, labels: torch.Tensor, truth: np.ndarray) -> None:
+        """Count where the labels are: fewer bytes of truth go to a GPU than of labels would come from it."""
+        if not labels.is_cuda:
+            self._confusion += confusion_matrix(labels.numpy(), truth, len(self.names), self.ignore_label)
+            return
+        if self._on_device is None:
+            self._on_device = DeviceConfusion(len(self.names), self.ignore_label, labels.device)
+        self._on_device.add(labels, truth)
+
+    def _take_from_device(self) -> None:
+        if self._on_device is not None:
+            self._confusion += self._on_device.total()
+            self._on_device = None
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """What was counted so far, without dumped masks; :meth:`load_state_dict` goes on from it."""
+        self._take_from_device()
         return {"confusion": self._confusion} | ({"boundary": self._boundary} if self.boundary_iou else {})
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
@@ -110,10 +129,10 @@ class SemanticEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> OrderedDict | None:
         """Scores as {"sem_seg": {...}}, see :func:`segmentation_scores`; None in all processes but the first."""
+        self._take_from_device()
         confusion, boundary, dumped = self._confusion, self._boundary, self._dumped
         if self.distributed:
-            comm.synchronize()
-            gathered = comm.gather((confusion, boundary, dumped))
+            gathered = gather_when_done((confusion, boundary, dumped))
             if not comm.is_main_process():
                 return None
             confusions, boundaries, dumps = zip(*gathered)
@@ -150,17 +169,13 @@ class SemanticEvaluator(DatasetEvaluator):
             self._truth_files = {d["file_name"]: d["sem_seg_file_name"] for d in dicts if "sem_seg_file_name" in d}
         return self._truth_files.get(image)
 
-    def _labels(self, output: dict) -> np.ndarray:
-        """(H, W) integers."""
+    def _labels(self, output: dict) -> torch.Tensor:
+        """(H, W) integers, on their device."""
         if "sem_seg_labels" in output:
-            labels = output["sem_seg_labels"]
-        elif "sem_seg" in output:
-            labels = output["sem_seg"].argmax(dim=0)
-        else:
-            raise ValueError(
-                f'SemanticEvaluator needs "sem_seg_labels" or "sem_seg" in an output, got {sorted(output)}'
-            )
-        return labels.cpu().numpy()
+            return output["sem_seg_labels"]
+        if "sem_seg" in output:
+            return output["sem_seg"].argmax(dim=0)
+        raise ValueError(f'SemanticEvaluator needs "sem_seg_labels" or "sem_seg" in an output, got {sorted(output)}')
 
     def _encode(self, labels: np.ndarray, file_name: str) -> list[dict]:
         masks = []

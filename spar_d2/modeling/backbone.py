@@ -14,7 +14,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from spar_d2.encoders import DenseEncoder, EncoderSpec, set_trainable
 from spar_d2.encoders.registry import build
 from spar_d2.encoders.trainable import parameter_counts
-from spar_d2.modeling.build import encoder_spec
+from spar_d2.modeling.build import encoder_spec, precision_from_config
 from spar_d2.modeling.pixels import PixelConversion
 from spar_d2.modeling.text_hooks import TextHooks, TextSide
 
@@ -85,7 +85,7 @@ class SPARViT(TextHooks, Backbone):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
             "trainable": spar.TRAINABLE,
-            "precision": spar.PRECISION,
+            "precision": precision_from_config(cfg),
             "compile": spar.COMPILE,
             "checkpointing": spar.CHECKPOINTING,
             "out_features": spar.OUT_FEATURES or (DENSE,),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from spar_d2.encoders import EncoderSpec
-from spar_d2.encoders.base import PRECISIONS
+from spar_d2.encoders.precision import AUTO, PRECISIONS, resolve_precision
 from spar_d2.encoders.registry import build
 from spar_d2.teacher import SlidingWindowTeacher
 
@@ -23,6 +23,17 @@ def encoder_spec(cfg: CfgNode) -> EncoderSpec:
     )
 
 
+def precision_from_config(cfg: CfgNode) -> str:
+    """``MODEL.SPAR.PRECISION`` as it is on ``MODEL.DEVICE``, where "auto" is one of the others.
+
+    Raises:
+        ValueError: another precision.
+    """
+    precision = resolve_precision(cfg.MODEL.SPAR.PRECISION, cfg.MODEL.DEVICE)
+    _check_precision("MODEL.SPAR.PRECISION must be one of", precision)
+    return precision
+
+
 def teacher_from_config(cfg: CfgNode) -> SlidingWindowTeacher:
     """The teacher of ``SPAR.TEACHER``, with the pre-trained encoder of ``MODEL.SPAR``, on ``MODEL.DEVICE``.
 
@@ -30,11 +41,14 @@ def teacher_from_config(cfg: CfgNode) -> SlidingWindowTeacher:
         ValueError: a precision, window or stride that is not allowed; or as ``build_encoder``.
     """
     spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
-    precision = teacher.PRECISION or spar.PRECISION
+    precision = resolve_precision(teacher.PRECISION or spar.PRECISION, cfg.MODEL.DEVICE)
     if not teacher.PRECISION and cfg.SOLVER.AMP.ENABLED and precision == "float32":
         precision = "float16"  # as Detectron2's mixed precision is for the student
-    if precision not in PRECISIONS:
-        allowed = ", ".join(PRECISIONS)
-        raise ValueError(f'SPAR.TEACHER.PRECISION must be "" or one of {allowed}; got {precision!r}')
+    _check_precision('SPAR.TEACHER.PRECISION must be "" or one of', precision)
     encoder = build(encoder_spec(cfg)).accelerate(precision, spar.COMPILE).to(cfg.MODEL.DEVICE)
     return SlidingWindowTeacher(encoder, teacher.WINDOW, teacher.STRIDE, teacher.BATCH_SIZE)
+
+
+def _check_precision(must: str, precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"{must} {', '.join((*PRECISIONS, AUTO))}; got {precision!r}")

@@ -23,7 +23,8 @@ class DenseInference:
 
         Args:
             inference: "single_pass" or "sliding_window".
-            window, stride, window_batch: of the sliding window; window 0 is the encoder's native size.
+            window, stride, window_batch: of the sliding window; window 0 is the encoder's native size, window_batch 0
+                is chosen by it.
 
         Raises:
             ValueError: an argument that is not allowed.
@@ -45,7 +46,9 @@ class DenseInference:
     def _normalise(self, image: torch.Tensor) -> torch.Tensor:
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f'"image" must be (3, H, W), in the order of INPUT.FORMAT; got {tuple(image.shape)}')
-        return (image.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
+        # As they are, usually one byte a value: cast on the device, and without waiting where memory is pinned.
+        pixels = image.to(self.pixel_mean.device, non_blocking=True).to(self.pixel_mean.dtype)
+        return (pixels - self.pixel_mean) / self.pixel_std
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

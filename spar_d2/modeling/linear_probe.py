@@ -132,7 +132,8 @@ class LinearProbe(nn.Module):
             {"loss_sem_seg": ...}; zero where no pixel has a label.
 
         Raises:
-            ValueError: labels that are no class, or of another size.
+            ValueError: labels that are no class (looked for on a CPU only, see :func:`check_labels`), or of another
+                size.
         """
         for cells, numbers in zip(logits, labels):
             self._check_labels(cells, numbers)
@@ -156,12 +157,19 @@ class LinearProbe(nn.Module):
                 f"{self.stride} pixels, their image has {'x'.join(map(str, logits.shape[1:]))}: an image and its "
                 "labels must have one size"
             )
-        known = labels[labels != self.ignore_value]
-        if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.num_classes:
-            raise ValueError(
-                f"labels must be in 0..{self.num_classes - 1} (MODEL.SEM_SEG_HEAD.NUM_CLASSES {self.num_classes}) or "
-                f"{self.ignore_value} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE); got {int(known.min())}..{int(known.max())}"
-            )
+        if not labels.is_cuda:  # there, a GPU would have to be waited for; data mappers have looked before
+            check_labels(labels, self.num_classes, self.ignore_value)
+
+
+def check_labels(labels: torch.Tensor, num_classes: int, ignore_value: int, of: str = "") -> None:
+    """Raise ``ValueError`` where labels (H, W), on the CPU, are neither classes nor ignored; ``of`` names the file."""
+    known = labels[labels != ignore_value]
+    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < num_classes:
+        raise ValueError(
+            f"labels{f' of {of}' if of else ''} must be in 0..{num_classes - 1} (MODEL.SEM_SEG_HEAD.NUM_CLASSES "
+            f"{num_classes}) or {ignore_value} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE); "
+            f"got {int(known.min())}..{int(known.max())}"
+        )
 
 
 class _PixelLoss(torch.autograd.Function):

@@ -40,7 +40,8 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
             0 is none.
         output: "labels", "scores" or "features", see :meth:`forward`.
         inference: "single_pass" or "sliding_window".
-        window, stride, window_batch: of the sliding window; window 0 is the encoder's native size.
+        window, stride, window_batch: of the sliding window; window 0 is the encoder's native size, window_batch 0 is
+            chosen by it.
 
     Raises:
         ValueError: an argument that is not allowed.
@@ -62,7 +63,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         inference: str = "single_pass",
         window: int = 0,
         stride: int = 24,
-        window_batch: int = 32,
+        window_batch: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, SPARViT):

@@ -33,7 +33,8 @@ class ProbeSegmentor(DenseInference, SemanticSegmentor):
         pixel_mean, pixel_std: in the order of the input's channels, for 0..255.
         output: "labels" or "scores", see :meth:`forward`.
         inference: "single_pass" or "sliding_window", in training too.
-        window, stride, window_batch: of the sliding window; window 0 is the encoder's native size.
+        window, stride, window_batch: of the sliding window; window 0 is the encoder's native size, window_batch 0 is
+            chosen by it.
 
     Raises:
         ValueError: an argument that is not allowed.
@@ -51,7 +52,7 @@ class ProbeSegmentor(DenseInference, SemanticSegmentor):
         inference: str = "single_pass",
         window: int = 0,
         stride: int = 24,
-        window_batch: int = 32,
+        window_batch: int = 0,
     ) -> None:
         parts = (("BACKBONE", backbone, SPARViT), ("SEM_SEG_HEAD", sem_seg_head, LinearProbe))
         for key, part, kind in parts:
@@ -104,12 +105,13 @@ class ProbeSegmentor(DenseInference, SemanticSegmentor):
         if missing:
             raise ValueError(f'LinearProbe is trained on labels: {missing[0]} has no "sem_seg"')
         logits = self.sem_seg_head.classify(self._features(batched_inputs))
-        return self.sem_seg_head.losses(logits, [inputs["sem_seg"].to(self.device) for inputs in batched_inputs])
+        labels = [inputs["sem_seg"].to(self.device, non_blocking=True) for inputs in batched_inputs]
+        return self.sem_seg_head.losses(logits, labels)
 
     @torch.no_grad()
     def _segment(self, batched_inputs: list[dict]) -> list[dict]:
         logits = self.sem_seg_head.classify(self._features(batched_inputs))
-        classes = torch.arange(self.sem_seg_head.num_classes)
+        classes = torch.arange(self.sem_seg_head.num_classes, device=self.device)
         results = []
         for inputs, cells in zip(batched_inputs, logits):
             size = result_size(inputs)
@@ -124,7 +126,7 @@ class ProbeSegmentor(DenseInference, SemanticSegmentor):
     def _features(self, batched_inputs: list[dict]) -> list[torch.Tensor]:
         """(D, h, w) of each image."""
         if all("features" in inputs for inputs in batched_inputs):
-            return [inputs["features"].to(self.device).float() for inputs in batched_inputs]
+            return [inputs["features"].to(self.device, non_blocking=True).float() for inputs in batched_inputs]
         images = [self.encoder_input(inputs["image"]) for inputs in batched_inputs]
         together = len({image.shape for image in images}) == 1
         return [features for x in ([torch.cat(images)] if together else images) for features in self.dense_maps(x)]

@@ -13,7 +13,9 @@ from PIL import Image
 
 from spar_d2.data.images import read_rgb
 from spar_d2.encoders import DenseEncoder, EncoderSpec
+from spar_d2.encoders.precision import AUTO, resolve_precision
 from spar_d2.encoders.registry import build, check_has_text
+from spar_d2.modeling.pixels import PixelConversion
 from spar_d2.modeling.scores import segment_features
 from spar_d2.modeling.words import text_embeddings
 from spar_d2.text import TextEmbeddings, Vocabulary
@@ -64,6 +66,7 @@ def segment(
     logit_scale: float | None = None,
     prob_threshold: float = 0.0,
     area_threshold: float | None = None,
+    precision: str = AUTO,
 ) -> Segmentation:
     """Segment an image into the classes of a vocabulary, in a single pass at its own size.
 
@@ -79,6 +82,7 @@ def segment(
         device: "cpu", "cuda", ...
         logit_scale: see :func:`spar_d2.modeling.segment_features`; None is the encoder's own.
         prob_threshold, area_threshold: see there.
+        precision: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU that computes in it, else float32.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: as the functions named above; ValueError for an image that cannot
@@ -88,15 +92,16 @@ def segment(
     repo, backbone = os.fspath(dinov3_repo), os.fspath(dinov3_backbone)
     spec = EncoderSpec(os.fspath(encoder), os.fspath(pretrained), dinov3_repo=repo, dinov3_backbone=backbone)
     check_has_text(spec.name)
-    pixels = torch.tensor(_read(image), device=device).permute(2, 0, 1).float() / 255
+    precision = resolve_precision(precision, device)
+    pixels = torch.tensor(_read(image)).to(device).permute(2, 0, 1)
     # A file that was written anew is loaded anew.
     files = (spec.name, spec.pretrained, spec.dinov3_backbone)
     changed = tuple(os.stat(name).st_mtime_ns if os.path.isfile(name) else 0 for name in files)
-    model, embeddings = _load(spec, templates, device, changed)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (model.pixel_mean, model.pixel_std))
-    text, query_class = embeddings(vocabulary)
+    loaded = _load(spec, templates, device, precision, changed)
+    model = loaded.encoder
+    text, query_class = loaded.text(vocabulary)
     with torch.no_grad():
-        features = model(((pixels - mean) / std)[None])[0]
+        features = model(loaded.pixels(pixels[None].float()))[0]
     padded = (features.shape[1] * model.patch_size, features.shape[2] * model.patch_size)
     scale = model.logit_scale if logit_scale is None else logit_scale
     arguments = (features, text, query_class, pixels.shape[1:], padded, scale, prob_threshold, area_threshold)
@@ -114,8 +119,25 @@ def _read(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
+class _Loaded:
+    """A model on a device, and the vectors of the last vocabulary there."""
+
+    def __init__(self, encoder: DenseEncoder, embeddings: TextEmbeddings, device: str) -> None:
+        self.encoder = encoder
+        own = (encoder.pixel_mean, encoder.pixel_std)
+        self.pixels = PixelConversion((0, 0, 0), (1, 1, 1), "RGB", *own).to(device)
+        self._embeddings, self._device = embeddings, device
+        self._vocabulary: Vocabulary | None = None
+
+    def text(self, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors (Q, D) and classes (Q,)."""
+        if vocabulary != self._vocabulary:
+            self._text = tuple(tensor.to(self._device) for tensor in self._embeddings(vocabulary))
+            self._vocabulary = vocabulary
+        return self._text
+
+
 @functools.lru_cache(maxsize=1)
-def _load(
-    spec: EncoderSpec, templates: str, device: str, changed: tuple[int, ...]
-) -> tuple[DenseEncoder, TextEmbeddings]:
-    return build(spec).to(device), text_embeddings(spec, templates, "auto", device)
+def _load(spec: EncoderSpec, templates: str, device: str, precision: str, changed: tuple[int, ...]) -> _Loaded:
+    encoder = build(spec).to(device).accelerate(precision).freeze()
+    return _Loaded(encoder, text_embeddings(spec, templates, "auto", device), device)

@@ -6,13 +6,14 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from spar_d2.files import remove_leftovers, replacing
-from spar_d2.teacher.identity import image_identity, teacher_identity, tensor_identity
+from spar_d2.teacher.identity import image_identity, pixel_identity, teacher_identity, tensor_identity
 from spar_d2.teacher.sliding import SlidingWindowTeacher
 
 logger = logging.getLogger(__name__)
@@ -61,31 +62,40 @@ class TargetCache:
             self._stop_writing(str(error))
         remove_leftovers(self.folder)
 
-    def target(self, image: torch.Tensor) -> torch.Tensor:
+    def target(self, image: torch.Tensor, looked_up: LookedUp | None = None) -> torch.Tensor:
         """The target (1, D, h, w) float32 of an image (3, H, W), read, or else computed and kept.
+
+        Args:
+            image: as the encoder takes it.
+            looked_up: what :class:`TargetLookUp` found for it, if it was asked.
 
         Raises:
             FloatingPointError: the teacher gives NaN or infinite values.
         """
-        found = self.read(image)
+        found = self.read(image, looked_up)
+        if found is not None:
+            return found
         # By itself, so that its rounding does not depend on which images beside it were found.
-        return self.write(image, self.teacher.targets([image])[0]) if found is None else found
+        return self.write(image, self.teacher.targets([image])[0], looked_up)
 
     def path(self, image: torch.Tensor) -> Path:
         """Where the target of an image (3, H, W), as the encoder takes it, is kept."""
-        key = image_identity(image, self.teacher.encoder)
-        return self.folder / key[:2] / f"{key}.safetensors"
+        return _entry(self.folder, image_identity(image, self.teacher.encoder))
 
-    def read(self, image: torch.Tensor) -> torch.Tensor | None:
+    def look_up(self) -> TargetLookUp:
+        """What finds targets ahead of training, in the processes that read images."""
+        return TargetLookUp(self.folder, self.identity)
+
+    def read(self, image: torch.Tensor, looked_up: LookedUp | None = None) -> torch.Tensor | None:
         """The target (1, D, h, w) float32 on the image's device; None where it is not there, or damaged."""
-        target = self._load(self.path(image))
+        target = _load(self.path(image), self.identity) if looked_up is None else looked_up.target
         if target is None:
             self.misses += 1
             return None
         self.hits += 1
-        return target.to(image.device).float()
+        return target.to(image.device, non_blocking=True).float()
 
-    def write(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def write(self, image: torch.Tensor, target: torch.Tensor, looked_up: LookedUp | None = None) -> torch.Tensor:
         """Keep the target (1, D, h, w) of an image; returns what :meth:`read` will give.
 
         Raises:
@@ -97,7 +107,8 @@ class TargetCache:
         # What is too large for float16 is kept as it is.
         kept = half if half.isfinite().all() else target
         if self.writable:
-            self._store(self.path(image), kept.cpu().contiguous())
+            path = self.path(image) if looked_up is None else _entry(self.folder, looked_up.key)
+            self._store(path, kept.cpu().contiguous())
         return kept.float()
 
     def _store(self, path: Path, stored: torch.Tensor) -> None:
@@ -112,20 +123,57 @@ class TargetCache:
         except (OSError, SafetensorError) as error:
             self._stop_writing(str(error))
 
-    def _load(self, path: Path) -> torch.Tensor | None:
-        try:
-            with safe_open(path, "pt") as file:
-                metadata, target = file.metadata() or {}, file.get_tensor(_NAME)
-        except FileNotFoundError:
-            return None
-        except (OSError, SafetensorError) as error:
-            logger.warning("Cached target %s cannot be read and is computed again: %s", path, error)
-            return None
-        if metadata != {"teacher": self.identity, "checksum": tensor_identity(target)}:
-            logger.warning("Cached target %s is damaged and is computed again", path)
-            return None
-        return target
-
     def _stop_writing(self, reason: str) -> None:
         self.writable = False
         logger.warning("SPAR.TEACHER.CACHE_DIR: nothing more is written to %s: %s", self.folder, reason)
+
+
+class LookedUp(NamedTuple):
+    """What is known of an image's target before the image is used.
+
+    Attributes:
+        key: of the image in the cache.
+        target: (1, D, h, w) on the CPU, float16 where it fits; None where it is not there.
+    """
+
+    key: str
+    target: torch.Tensor | None
+
+
+class TargetLookUp:
+    """Finds targets by the pixels of images, where these are read, so that training does not wait for it.
+
+    Args:
+        folder: of a cache, those of one teacher.
+        identity: of the teacher.
+    """
+
+    # In dataset dicts.
+    NAME = "looked_up_target"
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self._folder, self._identity = folder, identity
+
+    def __call__(self, pixels: torch.Tensor) -> dict[str, LookedUp]:
+        """From pixels (3, H, W) uint8 in RGB to an entry of the image's dict."""
+        key = pixel_identity(pixels)
+        return {self.NAME: LookedUp(key, _load(_entry(self._folder, key), self._identity))}
+
+
+def _entry(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.safetensors"
+
+
+def _load(path: Path, identity: str) -> torch.Tensor | None:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, target = file.metadata() or {}, file.get_tensor(_NAME)
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as error:
+        logger.warning("Cached target %s cannot be read and is computed again: %s", path, error)
+        return None
+    if metadata != {"teacher": identity, "checksum": tensor_identity(target)}:
+        logger.warning("Cached target %s is damaged and is computed again", path)
+        return None
+    return target

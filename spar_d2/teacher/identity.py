@@ -44,8 +44,16 @@ def image_identity(image: torch.Tensor, encoder: DenseEncoder) -> str:
     mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
     steps = ((image.float() * std + mean) * (255 * _PIXEL_STEPS)).round()
     # Pixels in 0..255 take half the bytes to copy from a GPU and to digest.
-    steps = steps.to(torch.int16 if steps.abs().max() < 2**15 else torch.int64)
-    digest = hashlib.sha256(f"{steps.dtype} {tuple(image.shape)}".encode())
+    return _steps_identity(steps.to(torch.int16 if steps.abs().max() < 2**15 else torch.int64))
+
+
+def pixel_identity(pixels: torch.Tensor) -> str:
+    """What :func:`image_identity` gives for the normalised image, from its pixels (3, H, W) uint8 in RGB."""
+    return _steps_identity(pixels.to(torch.int16) * _PIXEL_STEPS)
+
+
+def _steps_identity(steps: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{steps.dtype} {tuple(steps.shape)}".encode())
     digest.update(_bytes(steps))
     return digest.hexdigest()[:32]
 

@@ -33,24 +33,24 @@ class SampledTarget:
 class SlidingWindowTeacher(nn.Module):
     """A frozen copy of an encoder that sees an image through a sliding window.
 
-    It computes in the encoder's own precision (:meth:`DenseEncoder.accelerate`), also within ``torch.autocast``.
+    It computes in the encoder's own precision (:meth:`DenseEncoder.accelerate`), also within ``torch.autocast``; in
+    "bfloat16" its weights are in bfloat16 too (:meth:`DenseEncoder.freeze`).
 
     Args:
         encoder: copied; later changes to it do not reach the teacher.
         window: side of the window in pixels, a multiple of the patch; None is the encoder's ``native_size``.
         stride: step in pixels, 1..window.
-        batch_size: windows encoded at once, of all images; bounds the memory.
+        batch_size: windows encoded at once, of all images; bounds the memory. 0 chooses by the tokens of a window and
+            the device.
 
     Raises:
         ValueError: a window or stride that the encoder cannot be used with.
     """
 
-    def __init__(
-        self, encoder: DenseEncoder, window: int | None = None, stride: int = 24, batch_size: int = 32
-    ) -> None:
+    def __init__(self, encoder: DenseEncoder, window: int | None = None, stride: int = 24, batch_size: int = 0) -> None:
         super().__init__()
         self.window, self.stride, self.batch_size = check_window(encoder, window, stride, batch_size)
-        self.encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
+        self.encoder = copy.deepcopy(encoder).freeze(fixed_shape=True)
         self.eval()
 
     def train(self, mode: bool = True) -> SlidingWindowTeacher:
@@ -127,7 +127,7 @@ class SlidingWindowTeacher(nn.Module):
 
 
 def sliding_window_features(
-    encoder: DenseEncoder, x: torch.Tensor, window: int | None = None, stride: int = 24, batch_size: int = 32
+    encoder: DenseEncoder, x: torch.Tensor, window: int | None = None, stride: int = 24, batch_size: int = 0
 ) -> torch.Tensor:
     """Features of all windows, refined, averaged where windows overlap, and brought back to the patch grid.
 
@@ -159,8 +159,10 @@ def check_window(encoder: DenseEncoder, window: int | None, stride: int, batch_s
         )
     if not 1 <= stride <= window:
         raise ValueError(f"stride (SPAR.TEACHER.STRIDE) must be in 1..{window} (the window), got {stride}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size (SPAR.TEACHER.BATCH_SIZE) must be at least 1, got {batch_size}")
+    if batch_size < 0:
+        raise ValueError(
+            f"batch_size (SPAR.TEACHER.BATCH_SIZE) must be at least 1, or 0 to choose by the window, got {batch_size}"
+        )
     return window, stride, batch_size
 
 

@@ -118,13 +118,45 @@ class WindowPlan:
             chosen.append(place.clamp(max=len(chances) - 1))
         return chosen[0] * len(self.starts[1]) + chosen[1]
 
-    def cells_of(self, windows: torch.Tensor) -> torch.Tensor:
-        """(k,) window numbers to (k, window_cells ** 2) numbers of the mosaic cells that they cover, both in raster
-        order."""
-        rows, columns = (self.origins.to(windows.device)[windows] // self.cell).unbind(1)
-        steps = torch.arange(self.window_cells, device=windows.device)
-        cells = (rows[:, None] + steps)[:, :, None] * self.mosaic_size[1] + (columns[:, None] + steps)[:, None]
-        return cells.flatten(1)
+    @cached_property
+    def shares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each window's patches add to the patches of the full target, along each side.
+
+        A window's features are refined to cells, laid where they lie, divided by how many windows see a cell, and
+        brought back to patches. All of this is linear, and a product of the same along rows and along columns. So the
+        full target is the sum over all windows of ``rows @ features @ columns.T`` for each channel, with the matrices
+        of the window's top and left.
+
+        Returns:
+            Rows (tops, h, w) and columns (lefts, h, w), float32: to h patches of the image from w of the window.
+        """
+        sides = zip(self.starts, self._counts_along_sides, (self.height, self.width))
+        return tuple(self._shares_along(*side) for side in sides)
+
+    def _shares_along(self, starts: torch.Tensor, seen: torch.Tensor, length: int) -> torch.Tensor:
+        refine = F.interpolate(
+            torch.eye(self.window // self.patch, dtype=torch.float64)[None],
+            size=self.window_cells,
+            mode="linear",
+            align_corners=False,
+        )[0].T
+        # A patch of the target is read between two cells (bilinear, align_corners=False).
+        patches = length // self.patch
+        middle = (torch.arange(patches, dtype=torch.float64) + 0.5) * (len(seen) / patches) - 0.5
+        before = middle.floor().long()
+        cells = torch.stack([before, (before + 1).clamp(max=len(seen) - 1)], dim=1)
+        weights = torch.stack([1 - (middle - before), middle - before], dim=1) / seen[cells]
+        # (starts, patches, 2): those cells as the window counts them, where it has them.
+        own = cells - (starts // self.cell)[:, None, None]
+        weights = weights * ((own >= 0) & (own < self.window_cells))
+        return (weights[..., None] * refine[own.clamp(0, self.window_cells - 1)]).sum(2).float()
+
+    @cached_property
+    def rows_reached(self) -> torch.Tensor:
+        """(tops, 2) int64, first row of the target's patches that windows of each top add to, and the row after the
+        last."""
+        reached = self.shares[0].any(2).int()
+        return torch.stack([reached.argmax(1), reached.shape[1] - reached.flip(1).argmax(1)], dim=1)
 
     @cached_property
     def counts(self) -> torch.Tensor:
