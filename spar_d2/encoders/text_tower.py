@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from spar_d2.encoders.precision import full_float32
+
 
 class TextTower(nn.Module):
     """Tokenizer and text encoder of one model.
@@ -25,11 +27,15 @@ class TextTower(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
-        """Encode texts to (n, D) float32, not normalised, on the device of the model."""
+        """Encode texts to (n, D) float32, not normalised, on the device of the model.
+
+        It computes in float32 also within ``torch.autocast``: vectors are kept on disk for others.
+        """
         device = next(self.model.parameters()).device
         vectors = []
         # Hidden where it is over in a moment.
-        with tqdm(total=len(texts), desc="encoding words", unit="text", disable=None, leave=False, delay=2) as bar:
+        bar = tqdm(total=len(texts), desc="encoding words", unit="text", disable=None, leave=False, delay=2)
+        with full_float32(device), bar:
             for start in range(0, len(texts), batch_size):
                 batch = list(texts[start : start + batch_size])
                 vectors.append(self.model.encode_text(self.tokenize(batch).to(device)).float())
