@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
 from spar_d2.encoders.weights import KEY, failed_download, fixed_random_weights, no_such_weights, read_state_dict
+from spar_d2.transfer import send
 
 _PREFIX = "visual."
 
@@ -52,6 +54,9 @@ class DINOv3Encoder(DenseEncoder):
         self.native_size = visual.patch_embed.grid_size[0] * self.patch_size
         self.width = self.embed_dim = visual.embed_dim
         self.prefix_tokens = visual.num_prefix_tokens
+        # timm makes grids on the CPU, and waits for a GPU to take them. So rotations are computed by a copy that stays on
+        # the CPU; it is in a tuple, as it is no part of the model.
+        self._rope = (copy.deepcopy(visual.rope),)
         cfg = getattr(visual, "pretrained_cfg", {})
         self.pixel_mean = tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN))
         self.pixel_std = tuple(cfg.get("std", IMAGENET_DEFAULT_STD))
@@ -77,11 +82,12 @@ class DINOv3Encoder(DenseEncoder):
 
     def _rotations(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines (N, 1, 1, d) and sines (N, 1, 1, d / 2) for all tokens of a grid; the prefix is not rotated."""
-        dtype = self._precision or next(self.parameters()).dtype
-        sin, cos = self.visual.rope.get_embed(shape=list(grid)).chunk(2, dim=-1)
+        weight = next(self.parameters())
+        sin, cos = self._rope[0].cpu().get_embed(shape=list(grid)).chunk(2, dim=-1)
         ahead = (0, 0, self.prefix_tokens, 0)
         cos, sin = F.pad(cos, ahead, value=1.0), F.pad(sin[:, : sin.shape[1] // 2], ahead)
-        return cos[:, None, None].to(dtype), sin[:, None, None].to(dtype)
+        parts = (part[:, None, None].to(self._precision or weight.dtype) for part in (cos, sin))
+        return tuple(send(part, weight.device) for part in parts)
 
     @staticmethod
     def _step(block: EvaBlock, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from spar_d2.transfer import send
+
 
 class DeviceConfusion:
     """Adds up confusion matrices on a device; only their sum is ever copied from it.
@@ -29,9 +31,7 @@ class DeviceConfusion:
         """
         # PyTorch has few operations for unsigned numbers of more than 8 bits; the copy is writable, as it wants.
         known = torch.from_numpy(truth.astype(np.uint8 if truth.dtype == np.uint8 else np.int64))
-        if prediction.is_cuda:
-            known = known.pin_memory()
-        known = known.to(prediction.device, non_blocking=True).long()
+        known = send(known, prediction.device).long()
         rows = self._numbered(known, known != self.ignore_label)
         pairs = rows * (self.classes + 1) + self._numbered(prediction.long())
         # Not by bincount, which waits for the largest number.

@@ -10,6 +10,7 @@ import torch
 from spar_d2.encoders import DenseEncoder
 from spar_d2.encoders.precision import full_float32
 from spar_d2.teacher.windows import WindowPlan
+from spar_d2.transfer import send
 
 # Tokens of the windows that are encoded at once: what keeps a GPU busy, or stays in a processor's cache.
 _TOKENS = {"cpu": 1 << 11, "other": 1 << 15}
@@ -57,7 +58,7 @@ def stitch(
         # Their features are not looked at.
         places = torch.cat([places, places[-1:].expand(-len(places) % batch_size, -1)])
     # Everything about the plans goes to the device at once.
-    places, *tensors = _send([places, *(tensor for part in parts for tensor in part.tensors)], device)
+    places, *tensors = _send_all([places, *(tensor for part in parts for tensor in part.tensors)], device)
     shares, weights = [tensors[i : i + 3] for i in range(0, len(tensors), 4)], tensors[3::4]
     places = places.long()
     views = _window_views(images, plans, next(encoder.parameters()).dtype)
@@ -150,11 +151,9 @@ def _window_views(images: Sequence[torch.Tensor], plans: Sequence[WindowPlan], d
     return canvas.unfold(2, window, 1).unfold(3, window, 1)
 
 
-def _send(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+def _send_all(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """CPU tensors as float32 on a device, by one copy that the CPU does not wait for."""
     # Whole numbers below 16 million, as all pixels' places are, stay what they are.
-    packed = torch.cat([tensor.flatten().float() for tensor in tensors])
-    if device.type == "cuda":
-        packed = packed.pin_memory()
-    parts = packed.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    packed = send(torch.cat([tensor.flatten().float() for tensor in tensors]), device)
+    parts = packed.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
