@@ -157,7 +157,8 @@ class Trainer(DefaultTrainer):
         if cache and isinstance(self.data_loader, PhotoLoader):
             if comm.is_main_process():
                 check_room(self.data_loader.dataset, cache)
-            self.data_loader.dataset.look_up = cache.look_up()
+            if isinstance(self._module, OpenVocabularySegmentor):  # it gives the encoder images as they were read
+                self.data_loader.dataset.look_up = cache.look_up()
 
     def _set_seed(self, seed: int) -> None:
         self.seed = seed

@@ -6,6 +6,7 @@ import torch
 from reference import reference_image
 from small_trainers import as_tensor, trainer_for
 from spar_d2.distillation import DistillationHook
+from spar_d2.teacher import cache as cache_module
 
 
 def test_by_cell_large_images_count_for_more(tiny_cfg):
@@ -117,3 +118,28 @@ def test_the_count_of_windows_goes_on_after_a_resume(tiny_cfg):
     first.windows_encoded = 12
     second.load_state_dict(first.state_dict())
     assert second.windows_encoded == 12
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_was_looked_up_is_used_only_for_the_image_that_was_encoded(changed, tiny_cfg, tmp_path, monkeypatch):
+    """A model that does more to images than to normalise them is not given the targets of others."""
+    tiny_cfg.SPAR.TEACHER.CACHE_DIR = str(tmp_path / "cache")
+    tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 2
+    hook = DistillationHook(tiny_cfg)
+    images = [as_tensor(reference_image(64, 96, index)) for index in range(2)]
+    trainer = trainer_for(tiny_cfg, [], hook)
+    for image in images:
+        hook.cache.target(trainer.model.encoder_input(image)[0])
+    look_up = hook.cache.look_up()
+    batch = [{"image": image, **look_up(image)} for image in images]
+    if changed:
+        batch = [{**record, "image": image.flip(2)} for record, image in zip(batch, images)]
+    hashed = []
+    original = cache_module.image_identity
+    monkeypatch.setattr(cache_module, "image_identity", lambda *given: hashed.append(1) or original(*given))
+    hook.cache.hits = hook.cache.misses = 0
+    trainer._data_loader_iter_obj = iter([batch] * 3)
+    trainer.train(0, 3)
+    assert (hook.cache.hits, hook.cache.misses) == ((0, 6) if changed else (6, 0))
+    # The training itself hashes pixels only where it must.
+    assert len(hashed) == (6 if changed else 0)

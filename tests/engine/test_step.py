@@ -90,3 +90,18 @@ def test_with_a_scaler_such_a_step_is_left_out():
         step.run_step()
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters()))
     assert step.scaler.get_scale() < factor
+
+
+def test_a_loss_that_is_not_finite_is_named_and_changes_nothing():
+    class Broken(Model):
+        def forward(self, inputs):
+            losses = super().forward(inputs)
+            return {**losses, "loss_b": losses["loss_b"] * float("inf")}
+
+    model = Broken()
+    before = [p.clone() for p in model.parameters()]
+    step = Step(model, [inputs(2)], torch.optim.AdamW(model.parameters(), lr=0.1))
+    step.iter = 7
+    with EventStorage(), pytest.raises(FloatingPointError, match=r"^loss_b of the losses.*iteration 7, for 0\.jpg"):
+        step.run_step()
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters()))

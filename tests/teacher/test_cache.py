@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import pickle
 import subprocess
 import sys
 
@@ -13,9 +14,11 @@ from torch import nn
 
 from reference import example_encoder, reference_encoder
 from spar_d2.encoders import FAMILIES
+from spar_d2.modeling.pixels import PixelConversion
 from spar_d2.teacher import SlidingWindowTeacher, TargetCache
 from spar_d2.teacher import cache as cache_module
-from spar_d2.teacher.identity import image_identity, teacher_identity
+from spar_d2.teacher.cache import TargetLookUp
+from spar_d2.teacher.identity import image_identity, pixel_identity, teacher_identity
 
 
 def make_teacher(family="open_clip ViT", **settings) -> SlidingWindowTeacher:
@@ -225,3 +228,35 @@ def test_two_runs_share_a_cache(tmp_path):
     for seed in range(12):
         image = torch.randn(3, 100, 120, generator=torch.Generator().manual_seed(seed))
         assert cache.read(image) is not None
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_an_image_is_the_same_by_its_bytes_and_as_the_encoder_takes_it(family):
+    encoder = example_encoder(family)
+    pixels = torch.randint(0, 256, (3, 33, 47), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
+    assert pixel_identity(pixels) == image_identity((pixels / 255 - mean) / std, encoder)
+    # As a backbone does it, from another framework's normalisation.
+    means, stds = (103.5, 116.3, 123.7), (57.4, 57.1, 58.4)
+    conversion = PixelConversion(means, stds, "BGR", encoder.pixel_mean, encoder.pixel_std)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (means, stds))
+    given = (pixels.flip(0) - mean) / std
+    assert pixel_identity(pixels) == image_identity(conversion(given[None])[0], encoder)
+    assert pixel_identity(pixels) != pixel_identity(pixels.flip(0))
+
+
+def test_targets_are_found_by_the_processes_that_read_images(tmp_path):
+    encoder = example_encoder("SigLIP")
+    cache = TargetCache(tmp_path, SlidingWindowTeacher(encoder))
+    pixels = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
+    image = (pixels / 255 - mean) / std
+    look_up = pickle.loads(pickle.dumps(cache.look_up()))
+    missing = look_up(pixels)[TargetLookUp.NAME]
+    assert missing.target is None
+    target = cache.target(image, missing)
+    found = look_up(pixels)[TargetLookUp.NAME]
+    assert torch.equal(found.target.float(), target)
+    assert torch.equal(cache.target(image, found), target)
+    assert torch.equal(cache.target(image), target), "under the same name either way"
+    assert (cache.hits, cache.misses) == (2, 1)
