@@ -10,13 +10,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "spar_d2"
 # A room uses only rooms on lower floors, and itself.
 FLOORS = [
-    {"errors", "files", "panoptic_ids"},
+    {"errors", "files", "panoptic_ids", "processes", "transfer"},
     {"encoders", "text", "data", "evaluation", "visualization", "config"},
     {"teacher"},
     {"modeling"},
     {"distillation"},
     {"engine", "benchmark"},
-    {"demo"},
+    {"demo", "gpu_check"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # They tell Detectron2 about all of it, and start scripts that know nothing of it.

@@ -17,7 +17,7 @@ from spar_d2.benchmark import encoders, postprocess, teacher
 from spar_d2.benchmark.measure import describe_machine
 from spar_d2.benchmark.tables import write_lines
 from spar_d2.encoders import build_encoder, describe_encoder
-from spar_d2.encoders.base import PRECISIONS
+from spar_d2.encoders.precision import PRECISIONS
 from spar_d2.encoders.registry import find_family
 from spar_d2.errors import readable_errors
 
@@ -63,6 +63,7 @@ def parse_args() -> argparse.Namespace:
     baseline = "windows that the straightforward way encodes at once (default: %(default)s)"
     add("--baseline-batch-size", type=int, default=8, metavar="N", help=baseline)
     add("--windows", type=int, metavar="N", help="encode only the first N of each image (default: all)")
+    add("--student", action="store_true", help="time a single pass over the same image, too, and the ratio")
     add_shared(command)
 
     command = commands.add_parser(
@@ -167,11 +168,13 @@ def run_teacher(args: argparse.Namespace) -> None:
         args.repeats,
         args.compile,
         args.dinov3_repo,
+        args.student,
     )
     measurements = {name: teacher.measure_teacher(name, *options) for name in args.encoders}
     settings = f"stride {args.stride}, batches of {args.batch_size} (straightforward: {args.baseline_batch_size})"
     total = len(measurements) * len(sizes) * len(args.precisions)
-    teacher.TABLE.show(f"{title(args)}; {settings}", measurements, total, args.output)
+    table = teacher.WITH_STUDENT if args.student else teacher.TABLE
+    table.show(f"{title(args)}; {settings}", measurements, total, args.output)
 
 
 def run_postprocess(args: argparse.Namespace) -> None:

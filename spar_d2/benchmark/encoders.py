@@ -15,8 +15,8 @@ from spar_d2.benchmark.measure import median_seconds, peak_bytes
 from spar_d2.benchmark.passes import Forward, random_image, result_if_it_fits, without_gradient
 from spar_d2.benchmark.tables import NO_LIBRARY, NO_PEAK, PEAK_NOTE, Table, number, ratio
 from spar_d2.encoders import DenseEncoder, DINOtxtEncoder, DINOv3Encoder, OpenCLIPEncoder, SigLIPEncoder, build_encoder
-from spar_d2.encoders.base import PRECISIONS
 from spar_d2.encoders.positions import resample_positions
+from spar_d2.encoders.precision import PRECISIONS
 
 
 @functools.singledispatch
@@ -133,16 +133,18 @@ def measure_encoder(
     repeats: int = 5,
     compile: bool = False,
     dinov3_repo: str = "",
+    limit: float | None = None,
 ) -> Iterator[Measurement]:
     """Measure single passes of one encoder with random weights, precision by precision, size by size.
 
     Args:
         name, dinov3_repo: as for :func:`spar_d2.encoders.build_encoder`, which also says what is raised.
         sizes: sides of the images in pixels.
-        precisions: of ``spar_d2.encoders.base.PRECISIONS``.
+        precisions: of ``spar_d2.encoders.precision.PRECISIONS``.
         device: where to measure.
         repeats: passes whose median is taken.
         compile: compile the encoder's blocks; the library's forward is always as it comes.
+        limit: seconds after which the passes of one size are not repeated; None is no limit.
 
     Raises:
         RuntimeError: moreover, where a pass of the encoder does not fit into memory.
@@ -152,20 +154,26 @@ def measure_encoder(
     grids = [encoder.grid(size, size) for size in sizes]
     flops = count_flops(encoder, [height * width for height, width in grids]) or [None] * len(sizes)
     for precision in precisions:
-        encoder.accelerate(precision, compile)
+        # As in inference, with weights in the precision.
+        ours = copy.deepcopy(encoder).accelerate(precision, compile).freeze()
         for size, (height, width), count in zip(sizes, grids, flops):
-            passes = _passes(encoder, size, precision)
+            passes = _passes(ours, encoder, size, precision)
             peaks = [peak_bytes(one, device) for one in passes]
-            seconds = median_seconds(passes, repeats, device)
+            seconds = median_seconds(passes, repeats, device, limit)
             (own, others), (peak, library_peak) = (*seconds, None)[:2], (*peaks, None)[:2]
             yield Measurement(name, precision, size, height * width, count, own, others, peak, library_peak)
 
 
-def _passes(encoder: DenseEncoder, size: int, precision: str) -> list[Callable[[], object]]:
-    """Our pass over an image and, where there is one that fits into memory, the library's; each was run once."""
+def _passes(frozen: DenseEncoder, encoder: DenseEncoder, size: int, precision: str) -> list[Callable[[], object]]:
+    """Our pass over an image and, where there is one that fits into memory, the library's; each was run once.
+
+    Args:
+        frozen: computes in the precision.
+        encoder: the same in float32, whose weights the library's pass uses.
+    """
     x = random_image(size, size, next(encoder.parameters()).device)
     forward = library_forward(encoder, encoder.grid(size, size))
-    ours, whole = without_gradient(encoder, x), encoder.to_whole_patches(x)
+    ours, whole = without_gradient(frozen, x), encoder.to_whole_patches(x)
     ours()
     library = None if forward is None else without_gradient(forward, whole, PRECISIONS[precision])
     return [ours, library] if library and result_if_it_fits(library) is not None else [ours]

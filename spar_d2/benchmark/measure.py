@@ -17,14 +17,19 @@ _PROCESS = Path("/proc/self")
 _RESET_PEAK = "5"
 
 
-def median_seconds(functions: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[float]:
+def median_seconds(
+    functions: Sequence[Callable[[], object]], repeats: int, device: torch.device, limit: float | None = None
+) -> list[float]:
     """Median time of one call of each function.
 
     The functions take turns, so that a machine that slows down or is busy for a while does so for all of them. On a GPU
-    a call ends when its work is done. Warm up before.
+    a call ends when its work is done. Warm up before. After ``limit`` seconds none is called again.
     """
     seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
+    began = time.perf_counter()
+    for number in range(repeats):
+        if number and limit is not None and time.perf_counter() - began > limit:
+            break
         for function, own in zip(functions, seconds):
             _wait_for(device)
             start = time.perf_counter()

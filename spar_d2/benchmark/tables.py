@@ -80,8 +80,8 @@ def number(value: float | None, unit: float = 1) -> str:
 
 
 def ratio(value: float | None, other: float | None) -> str:
-    """One value by another; "-" where one could not be had."""
-    return "-" if value is None or other is None else f"{value / other:.3f}"
+    """One value by another; "-" where one could not be had, or nothing is to be divided by."""
+    return "-" if value is None or not other else f"{value / other:.3f}"
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:

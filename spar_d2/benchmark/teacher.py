@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from spar_d2.benchmark.measure import median_seconds, peak_bytes
 from spar_d2.benchmark.passes import Forward, random_image, result_if_it_fits, without_gradient
 from spar_d2.benchmark.tables import NO_LIBRARY, NO_PEAK, PEAK_NOTE, Table, number, ratio
 from spar_d2.encoders import DenseEncoder, OpenCLIPEncoder, build_encoder
-from spar_d2.encoders.base import PRECISIONS, to_map
+from spar_d2.encoders.base import to_map
+from spar_d2.encoders.precision import PRECISIONS
 from spar_d2.teacher import SlidingWindowTeacher, WindowPlan
 
 
@@ -100,7 +102,8 @@ class Measurement:
     """The target of one image, or the share of its first windows in it.
 
     Ways to it are "ours", "straightforward", which is always in float32, and, where ours is not in float32, "autocast":
-    the straightforward way under ``torch.autocast``. The latter two may be missing.
+    the straightforward way under ``torch.autocast``. The latter two may be missing. "student" is a single pass over the
+    same image, where it was asked for.
 
     Attributes:
         encoder: name of the model.
@@ -129,6 +132,11 @@ class Measurement:
         """Windows per second."""
         return self.windows / self.seconds[way] if way in self.seconds else None
 
+    @property
+    def seconds_per_image(self) -> float:
+        """Of ours, for all windows."""
+        return self.planned / self.rate("ours")
+
 
 TABLE = Table(
     columns={
@@ -140,7 +148,7 @@ TABLE = Table(
         "straightforward windows/s": lambda m: number(m.rate("straightforward")),
         "ratio": lambda m: ratio(m.rate("ours"), m.rate("straightforward")),
         "autocast ratio": lambda m: ratio(m.rate("ours"), m.rate("autocast")),
-        "s per image": lambda m: number(m.planned / m.rate("ours")),
+        "s per image": lambda m: number(m.seconds_per_image),
         "peak MiB": lambda m: number(m.peaks["ours"], 2**20),
         "straightforward peak MiB": lambda m: number(m.peaks.get("straightforward"), 2**20),
         "difference": lambda m: "-" if m.difference is None else f"{m.difference:.1e}",
@@ -162,6 +170,15 @@ TABLE = Table(
         NO_PEAK: lambda m: None in m.peaks.values(),
     },
 )
+WITH_STUDENT = replace(
+    TABLE,
+    columns={
+        **TABLE.columns,
+        "student ms": lambda m: number(m.seconds["student"], 1e-3),
+        "teacher / student": lambda m: number(m.seconds_per_image / m.seconds["student"]),
+    },
+    always=(*TABLE.always, "student: a single pass of the same encoder in the same precision over the same image."),
+)
 
 
 def measure_teacher(
@@ -176,30 +193,35 @@ def measure_teacher(
     repeats: int = 5,
     compile: bool = False,
     dinov3_repo: str = "",
+    student: bool = False,
+    limit: float | None = None,
 ) -> Iterator[Measurement]:
     """Measure targets of single images by an encoder with random weights, precision by precision, size by size.
 
     Args:
         name, dinov3_repo: as for :func:`spar_d2.encoders.build_encoder`, which also says what is raised.
         sizes: (width, height) of the images in pixels.
-        precisions: of ``spar_d2.encoders.base.PRECISIONS``.
+        precisions: of ``spar_d2.encoders.precision.PRECISIONS``.
         device: where to measure.
         stride, batch_size: as for :class:`spar_d2.teacher.SlidingWindowTeacher`, which also says what is raised.
         baseline_batch_size: windows that the straightforward way encodes at once.
         windows: encode only the first of each image; None is all.
         repeats: runs whose median time is taken.
         compile: compile our encoder's blocks; the library's are always as they come.
+        student: measure a single pass over the image, too; :data:`WITH_STUDENT` shows it.
+        limit: seconds after which the targets of one size are not computed again; None is no limit.
 
     Raises:
         RuntimeError: moreover, where ours does not fit into memory.
     """
-    # The teacher has its own frozen copy. The library's weights stay trainable, as libraries give them: autocast then
-    # converts them once for all batches, not in each.
+    # The library's weights stay trainable, as libraries give them: autocast then converts them once for all batches, in
+    # place of once in each.
     encoder = build_encoder(name, dinov3_repo=dinov3_repo).to(device)
-    teacher = SlidingWindowTeacher(encoder, stride=stride, batch_size=batch_size)
-    forward = dense_forward(encoder, encoder.grid(teacher.window, teacher.window))
+    forward = None
     for precision in precisions:
-        teacher.encoder.accelerate(precision, compile)
+        # The teacher has its own frozen copy, in its precision.
+        teacher = SlidingWindowTeacher(encoder.accelerate(precision, compile), stride=stride, batch_size=batch_size)
+        forward = forward or dense_forward(encoder, encoder.grid(teacher.window, teacher.window))
         for width, height in sizes:
             x, planned = random_image(height, width, device), len(teacher.plan(height, width))
             count = min(windows or planned, planned)
@@ -208,9 +230,13 @@ def measure_teacher(
             for way, call in _straightforward_ways(teacher, forward, x, baseline_batch_size, count, precision).items():
                 if (result := result_if_it_fits(call)) is not None:
                     ways[way], results[way] = call, result
+            if student:
+                single = copy.deepcopy(encoder).accelerate(precision, compile).freeze()
+                ways["student"] = without_gradient(single, x)
+                ways["student"]()
             compared = _compare(results["ours"], results.get("straightforward"))
             peaks = {way: peak_bytes(call, device) for way, call in ways.items() if way != "autocast"}
-            seconds = dict(zip(ways, median_seconds(list(ways.values()), repeats, device)))
+            seconds = dict(zip(ways, median_seconds(list(ways.values()), repeats, device, limit)))
             yield Measurement(name, precision, width, height, planned, count, seconds, peaks, *compared)
 
 

@@ -49,12 +49,13 @@ class Evaluation:
         return f"| {size} | {times} | {1e3 * self.boundary:.1f} | {self.difference:.0e} |"
 
 
-def measure_evaluators(folder: Path, images: int) -> Iterator[Evaluation]:
+def measure_evaluators(folder: Path, images: int, device: torch.device | None = None) -> Iterator[Evaluation]:
     """Evaluate the same random label maps by ours and by Detectron2's, reading the ground truth each time.
 
     Args:
         folder: an empty one, for the ground truth.
         images: of each size; their median times are taken.
+        device: where the label maps are, as those of a model there; the CPU if not given.
     """
     for size, classes in CASES:
         name = f"spar_evaluator_speed_{size[0]}x{size[1]}"
@@ -73,7 +74,7 @@ def measure_evaluators(folder: Path, images: int) -> Iterator[Evaluation]:
                 SemSegEvaluator(name, distributed=False, sem_seg_loading_fn=_read),
                 SemanticEvaluator(name, distributed=False, boundary_iou=True),
             ]
-            times = [_time(evaluator, records, guesses) for evaluator in evaluators]
+            times = [_time(evaluator, records, guesses, device) for evaluator in evaluators]
             ours, theirs = (evaluator.evaluate()["sem_seg"] for evaluator in evaluators[:2])
         finally:
             DatasetCatalog.remove(name)
@@ -83,17 +84,26 @@ def measure_evaluators(folder: Path, images: int) -> Iterator[Evaluation]:
         yield Evaluation(size, classes, *times, difference)
 
 
-def _time(evaluator: DatasetEvaluator, records: list[dict], guesses: list[np.ndarray]) -> float:
+def _time(
+    evaluator: DatasetEvaluator, records: list[dict], guesses: list[np.ndarray], device: torch.device | None
+) -> float:
     evaluator.reset()
     seconds = []
     for record, guess in zip(records, guesses):
-        labels = torch.from_numpy(guess).long()
+        labels = torch.from_numpy(guess).long().to(device or "cpu")
         # Scores whose arg max is free of charge.
         output = {"sem_seg_labels": labels, "sem_seg": _Scores(labels)}
+        _wait(labels)
         started = time.perf_counter()
         evaluator.process([record], [output])
+        _wait(labels)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
+
+
+def _wait(labels: torch.Tensor) -> None:
+    if labels.is_cuda:
+        torch.cuda.synchronize(labels.device)
 
 
 class _Scores:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,31 +50,30 @@ class Loading:
 
 
 class _Times(HookBase):
-    """Seconds of each step and of its waiting for images; ends the training before it writes a student."""
+    """Seconds of each step; ends the training before it writes a student."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
         self.steps: list[float] = []
-        self.waiting: list[float] = []
 
     def before_step(self) -> None:
         self._started = time.perf_counter()
 
     def after_step(self) -> None:
         self.steps.append(time.perf_counter() - self._started)
-        self.waiting.append(self.trainer.storage.latest()["data_time"][0])
         self.left -= 1
         if not self.left:
             raise Interrupted("ended")
 
 
-def measure_loading(cfg: CfgNode, workers: int, steps: int) -> Loading:
+def measure_loading(cfg: CfgNode, workers: int, steps: int, hooks: Sequence[HookBase] = ()) -> Loading:
     """Load and train for some steps with a config; the first step, which warms up, is not counted.
 
     Args:
         cfg: of a distillation.
         workers: loading processes.
         steps: at least 2.
+        hooks: of the training, besides its own.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -93,11 +92,13 @@ def measure_loading(cfg: CfgNode, workers: int, steps: int) -> Loading:
     with tempfile.TemporaryDirectory() as folder:
         cfg.OUTPUT_DIR = folder
         trainer, times = Trainer(cfg), _Times(steps)
-        trainer.register_hooks([times])
+        trainer.register_hooks([*hooks, times])
         trainer.train()
+    # On a GPU the numbers of many steps are written at once, the last ones after training.
+    waiting = [value for value, _ in trainer.storage.history("data_time").values()]
     seconds = sum(times.steps[1:])
     images = (steps - 1) * cfg.SOLVER.IMS_PER_BATCH
-    return Loading(workers, cfg.SOLVER.IMS_PER_BATCH, alone, images / seconds, sum(times.waiting[1:]) / seconds)
+    return Loading(workers, cfg.SOLVER.IMS_PER_BATCH, alone, images / seconds, sum(waiting[1:]) / seconds)
 
 
 def draw_photos(folder: Path, count: int, size: tuple[int, int] = (2250, 1500)) -> Iterator[Path]:

@@ -18,7 +18,7 @@ class DeviceConfusion:
     """
 
     def __init__(self, classes: int, ignore_label: int, device: torch.device) -> None:
-        self.classes, self.ignore_label = classes, ignore_label
+        self.classes, self.ignore_label, self.device = classes, ignore_label, device
         # What is no class is class C, whose row is left out.
         self._counts = torch.zeros((classes + 1) ** 2, dtype=torch.int64, device=device)
 
@@ -31,7 +31,7 @@ class DeviceConfusion:
         """
         # PyTorch has few operations for unsigned numbers of more than 8 bits; the copy is writable, as it wants.
         known = torch.from_numpy(truth.astype(np.uint8 if truth.dtype == np.uint8 else np.int64))
-        known = send(known, prediction.device).long()
+        known = send(known, self.device).long()
         rows = self._numbered(known, known != self.ignore_label)
         pairs = rows * (self.classes + 1) + self._numbered(prediction.long())
         # Not by bincount, which waits for the largest number.

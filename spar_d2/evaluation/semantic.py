@@ -103,9 +103,10 @@ class SemanticEvaluator(DatasetEvaluator):
     def _count(self, labels: torch.Tensor, truth: np.ndarray) -> None:
         """Count where the labels are: fewer bytes of truth go to a GPU than of labels would come from it."""
         if not labels.is_cuda:
-            self._confusion += confusion_matrix(labels.numpy(), truth, len(self.names), self.ignore_label)
+            self._confusion += confusion_matrix(labels.cpu().numpy(), truth, len(self.names), self.ignore_label)
             return
-        if self._on_device is None:
+        if self._on_device is None or self._on_device.device != labels.device:
+            self._take_from_device()
             self._on_device = DeviceConfusion(len(self.names), self.ignore_label, labels.device)
         self._on_device.add(labels, truth)
 

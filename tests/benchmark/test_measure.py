@@ -59,6 +59,12 @@ def test_functions_take_turns():
     assert len(seconds) == 2 and min(seconds) > 0
 
 
+def test_after_the_limit_no_function_is_called_again():
+    calls = []
+    seconds = median_seconds([lambda: calls.append("ours"), lambda: calls.append("library")], 3, CPU, limit=0)
+    assert calls == ["ours", "library"] and len(seconds) == 2
+
+
 def test_machine_is_named():
     assert describe_machine(CPU).endswith(f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}")
     assert len(describe_machine(CPU).split(",")[0]) > 2 or not os.path.exists("/proc/cpuinfo")

@@ -42,7 +42,8 @@ def test_table_is_printed_and_written(benchmark, tmp_path, capsys):
 def test_teacher_table_is_printed_and_written(benchmark, tmp_path, capsys):
     output = tmp_path / "table.md"
     options = ["--encoders", TINY, "--sizes", "100x90", "40x70", "--precisions", "bfloat16", "--repeats", "1"]
-    benchmark("teacher", *options, "--windows", "4", "--stride", "20", "--device", "cpu", "--output", str(output))
+    options += ["--windows", "4", "--stride", "20", "--device", "cpu", "--output", str(output)]
+    benchmark("teacher", *options)
     text = output.read_text()
     assert text == capsys.readouterr().out
     title, _, head, _, *rows = text.splitlines()
@@ -52,6 +53,13 @@ def test_teacher_table_is_printed_and_written(benchmark, tmp_path, capsys):
     assert [row[:4] for row in found] == [[TINY, "bfloat16", "100x90", "4 of 9"], [TINY, "bfloat16", "40x70", "2"]]
     assert all(float(cell) > 0 for row in found for cell in row[4:9])
     assert rows[2] == "" and all(row.startswith("- ") for row in rows[3:])
+
+    benchmark("teacher", *options, "--student")
+    head, _, *rows = output.read_text().splitlines()[2:6]
+    assert head.endswith("| difference / std | student ms | teacher / student |")
+    for cells in (row.split("|")[1:-1] for row in rows):
+        seconds, milliseconds, ratio = (float(cells[place]) for place in (8, -2, -1))
+        assert ratio == pytest.approx(1e3 * seconds / milliseconds, rel=0.02) and ratio > 0
 
 
 @pytest.mark.parametrize(
