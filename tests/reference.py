@@ -110,7 +110,7 @@ def golden_input(arrays: dict[str, np.ndarray], encoder) -> torch.Tensor:
 
 
 def cells_of(plan, windows: torch.Tensor) -> torch.Tensor:
-    """(k,) window numbers to (k, window_cells ** 2) numbers of the mosaic cells that they cover, both in raster order."""
+    """(k,) window numbers to (k, window_cells ** 2) numbers of the mosaic cells they cover, both in raster order."""
     rows, columns = (plan.origins[windows] // plan.cell).unbind(1)
     steps = torch.arange(plan.window_cells)
     cells = (rows[:, None] + steps)[:, :, None] * plan.mosaic_size[1] + (columns[:, None] + steps)[:, None]

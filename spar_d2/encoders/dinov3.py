@@ -54,8 +54,8 @@ class DINOv3Encoder(DenseEncoder):
         self.native_size = visual.patch_embed.grid_size[0] * self.patch_size
         self.width = self.embed_dim = visual.embed_dim
         self.prefix_tokens = visual.num_prefix_tokens
-        # timm makes grids on the CPU, and waits for a GPU to take them. So rotations are computed by a copy that stays on
-        # the CPU; it is in a tuple, as it is no part of the model.
+        # timm makes grids on the CPU, and waits for a GPU to take them. So a copy that stays on the CPU computes
+        # rotations; it is in a tuple, as it is no part of the model.
         self._rope = (copy.deepcopy(visual.rope),)
         cfg = getattr(visual, "pretrained_cfg", {})
         self.pixel_mean = tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -41,38 +43,68 @@ class ScoreMap:
 
 
 @dataclass(frozen=True)
-class _Resampling:
-    """Bilinear resampling along one side (align_corners=False): each place lies between two source places."""
+class Resampling:
+    """Bilinear resampling along one side (align_corners=False): each place lies between two cells.
 
-    before: torch.Tensor
-    after: torch.Tensor
-    fraction: torch.Tensor
+    Attributes:
+        cells: of the grid along this side.
+        covered: pixels that they cover.
+        wanted: pixels asked for, counted from the first.
+        mirrored: whether the last of those comes first.
+        device: of the tensors, each (wanted,).
+    """
 
-    @classmethod
-    def along(cls, source: int, covered: float, wanted: int, device: torch.device, mirrored: bool) -> _Resampling:
-        """``source`` cells cover ``covered`` pixels, of which the first ``wanted`` are asked for."""
-        places = torch.arange(wanted, device=device, dtype=torch.float32)
-        if mirrored:
+    cells: int
+    covered: float
+    wanted: int
+    mirrored: bool
+    device: torch.device
+
+    @cached_property
+    def position(self) -> torch.Tensor:
+        """In cells, float32 in 0..cells - 1."""
+        places = torch.arange(self.wanted, device=self.device, dtype=torch.float32)
+        if self.mirrored:
             places = places.flip(0)
-        position = ((places + 0.5) * (source / covered) - 0.5).clamp(0, source - 1)
-        before = position.long()
-        return cls(before, (before + 1).clamp(max=source - 1), position - before)
+        return ((places + 0.5) * (self.cells / self.covered) - 0.5).clamp(0, self.cells - 1)
+
+    @cached_property
+    def before(self) -> torch.Tensor:
+        """The cell at or before the position, int64."""
+        return self.position.long()
+
+    @cached_property
+    def after(self) -> torch.Tensor:
+        """The one after it, int64; the last has none but itself."""
+        return (self.before + 1).clamp(max=self.cells - 1)
+
+    @cached_property
+    def fraction(self) -> torch.Tensor:
+        """Of the way from the one to the other, float32 in 0..1."""
+        return self.position - self.before
+
+    def around(self, part: slice) -> tuple[int, int]:
+        """First and last cell, and a few more, that the places of a part lie between; without asking the device."""
+        ends = [self.wanted - 1 - place if self.mirrored else place for place in (part.start, part.stop - 1)]
+        first, last = (math.floor((place + 0.5) * (self.cells / self.covered) - 0.5) for place in sorted(ends))
+        # Float32 positions differ a little from these: a cell more on each side.
+        return max(0, min(first - 1, self.cells - 1)), min(last + 2, self.cells - 1)
 
 
 @dataclass(frozen=True)
-class _Upsampling:
-    """A score map and where between its cells the rows and columns of the result lie."""
+class Upsampling:
+    """Scores (h, w, Q) and where between their cells the rows and columns of the result lie."""
 
     scores: torch.Tensor
-    down: _Resampling
-    across: _Resampling
+    down: Resampling
+    across: Resampling
 
     def block(self, rows: slice, columns: slice) -> torch.Tensor:
         """Scores (rows, columns, Q)."""
         down, across = self.down, self.across
         # (rows, w, Q), then (rows, columns, Q): queries last, so that every step moves whole runs of memory.
-        first, last = int(across.before[columns].min()), int(across.after[columns].max()) + 1
-        cells = self.scores[:, first:last]
+        first, last = across.around(columns)
+        cells = self.scores[:, first : last + 1]
         band = torch.lerp(cells[down.before[rows]], cells[down.after[rows]], down.fraction[rows, None, None])
         before, after = across.before[columns] - first, across.after[columns] - first
         return torch.lerp(band[:, before], band[:, after], across.fraction[columns, None])
@@ -92,8 +124,13 @@ class UpsampledScores:
     """Scores upsampled bilinearly and averaged over maps, computed a part at a time.
 
     Args:
-        maps: at least one, all of the same queries on one device.
+        maps: at least one, all of the same queries on one device; scores of other types are cast to float32.
         size: (H, W), the pixels wanted, counted from the top left.
+
+    Attributes:
+        maps: with float32 scores and a ``padded_size`` each.
+        grids: their scores, and the places between them.
+        size, device, queries: (H, W), where the scores are, and Q.
 
     Raises:
         ValueError: a size that is not positive, or a ``padded_size`` smaller than ``size``.
@@ -103,40 +140,44 @@ class UpsampledScores:
         height, width = size
         if min(size) < 1:
             raise ValueError(f"size must be at least 1x1, got {height}x{width}")
-        self._height, self._width = height, width
-        self._maps = []
+        self.size = (height, width)
+        self.maps: list[ScoreMap] = []
+        self.grids: list[Upsampling] = []
         for grid in maps:
-            scores, padded = grid.scores, grid.padded_size or size
+            scores, padded = grid.scores.float(), grid.padded_size or size
             if padded[0] < height or padded[1] < width:
                 raise ValueError(f"padded_size must be at least size {height}x{width}, got {tuple(padded)}")
-            down = _Resampling.along(scores.shape[0], padded[0], height, scores.device, mirrored=False)
-            across = _Resampling.along(scores.shape[1], padded[1], width, scores.device, grid.mirrored)
-            self._maps.append(_Upsampling(scores, down, across))
-        budget = _BAND_BYTES.get(scores.device.type, _BAND_BYTES["other"])
-        self._pixels_at_once = max(1, budget // (scores.shape[2] * scores.element_size()))
+            down = Resampling(scores.shape[0], padded[0], height, False, scores.device)
+            across = Resampling(scores.shape[1], padded[1], width, grid.mirrored, scores.device)
+            self.maps.append(ScoreMap(scores, padded, grid.mirrored))
+            self.grids.append(Upsampling(scores, down, across))
+        self.device, self.queries = scores.device, scores.shape[2]
+        budget = _BAND_BYTES.get(self.device.type, _BAND_BYTES["other"])
+        self._pixels_at_once = max(1, budget // (self.queries * scores.element_size()))
 
     def bands(self) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
         """Rows and columns of a part of the result and its scores (rows, columns, Q), from the top to the bottom.
 
         A part has all columns, unless a single row would be too large.
         """
-        height, width = max(1, self._pixels_at_once // self._width), min(self._width, self._pixels_at_once)
-        for top in range(0, self._height, height):
-            for left in range(0, self._width, width):
-                place = (
-                    slice(top, min(top + height, self._height)),
-                    slice(left, min(left + width, self._width)),
-                )
-                yield place, _mean(grid.block(*place) for grid in self._maps)
+        height, width = self.size
+        rows, columns = max(1, self._pixels_at_once // width), min(width, self._pixels_at_once)
+        for top in range(0, height, rows):
+            for left in range(0, width, columns):
+                place = slice(top, min(top + rows, height)), slice(left, min(left + columns, width))
+                yield place, _mean(grid.block(*place) for grid in self.grids)
 
     def pixels(self, chosen: torch.Tensor) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        """Pixels (y, x) chosen by a mask (H, W) bool, some at a time, and their scores (n, Q)."""
+        """Pixels (y, x) chosen by a mask (H, W) bool, some at a time, and their scores (n, Q).
+
+        The host waits for the device.
+        """
         # A list of all of them would be larger than the labels.
-        step = max(1, _LISTED_PIXELS // self._width)
-        for start in range(0, self._height, step):
+        step = max(1, _LISTED_PIXELS // self.size[1])
+        for start in range(0, self.size[0], step):
             for part in chosen[start : start + step].nonzero().split(self._pixels_at_once):
                 y, x = part[:, 0] + start, part[:, 1]
-                yield (y, x), _mean(grid.pixels(y, x) for grid in self._maps)
+                yield (y, x), _mean(grid.pixels(y, x) for grid in self.grids)
 
 
 def _mean(tensors: Iterator[torch.Tensor]) -> torch.Tensor:

@@ -189,7 +189,8 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         """What :meth:`forward` returns for an image, from its score maps."""
         _, query_class = self._text_vectors(inputs)
         if self.output == "scores":
-            return {"sem_seg": score_probabilities(maps, query_class, size, self.logit_scale)}
+            classes = len(inputs.get("vocabulary") or self.vocabulary)
+            return {"sem_seg": score_probabilities(maps, query_class, size, self.logit_scale, classes)}
         arguments = (maps, query_class, size, self.logit_scale, self.prob_threshold, self.area_threshold)
         return {"sem_seg_labels": segment_scores(*arguments)}
 

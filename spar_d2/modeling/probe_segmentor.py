@@ -120,7 +120,7 @@ class ProbeSegmentor(DenseInference, SemanticSegmentor):
             if self.output == "labels":
                 results.append({"sem_seg_labels": segment_scores(maps, classes, size)})
             else:
-                results.append({"sem_seg": score_probabilities(maps, classes, size, logit_scale=1.0)})
+                results.append({"sem_seg": score_probabilities(maps, classes, size, 1.0, len(classes))})
         return results
 
     def _features(self, batched_inputs: list[dict]) -> list[torch.Tensor]:
