@@ -24,8 +24,8 @@ from spar_d2.errors import readable_errors
 ENCODERS = ["ViT-B-16", "ViT-B-16-SigLIP2-512", "vit_base_patch16_dinov3"]
 DINOTXT = "dinov3_vitl16_dinotxt_tet1280d20h24l"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# A processor is a tenth slower with 32 than with 8.
-BATCH_SIZES = {"cpu": 8, "cuda": 128}
+# A processor is a tenth slower with 32 than with 8; 0 chooses by the window.
+BATCH_SIZES = {"cpu": 8, "cuda": 0}
 SAMPLED = Path(__file__).resolve().parents[1] / "configs" / "distill" / "openclip_vit_b_16_sampled.yaml"
 PHOTOS = 16
 
@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     sizes = ["1024x1024", "2048x1024"]
     add("--sizes", nargs="+", default=sizes, metavar="WxH", help="widths and heights in pixels (default: %(default)s)")
     add("--stride", type=int, default=24, metavar="N", help="pixels between windows (default: %(default)s)")
-    batch_size = f"{BATCH_SIZES['cuda']} on a GPU, {BATCH_SIZES['cpu']} on a CPU"
+    batch_size = f"chosen by the window on a GPU, {BATCH_SIZES['cpu']} on a CPU"
     add("--batch-size", type=int, metavar="N", help=f"windows that ours encodes at once (default: {batch_size})")
     baseline = "windows that the straightforward way encodes at once (default: %(default)s)"
     add("--baseline-batch-size", type=int, default=8, metavar="N", help=baseline)
@@ -150,10 +150,10 @@ def run_encoders(args: argparse.Namespace) -> None:
 
 
 def run_teacher(args: argparse.Namespace) -> None:
-    if args.batch_size is None:
-        args.batch_size = BATCH_SIZES[args.device]
     sizes = [read_size(text) for text in args.sizes]
     check_at_least_one(args, "repeats", "batch_size", "baseline_batch_size", "windows")
+    if args.batch_size is None:
+        args.batch_size = BATCH_SIZES[args.device]
     check_shared(args, args.encoders)
     for name in args.encoders:
         window = describe_encoder(name).native_size
@@ -171,7 +171,8 @@ def run_teacher(args: argparse.Namespace) -> None:
         args.student,
     )
     measurements = {name: teacher.measure_teacher(name, *options) for name in args.encoders}
-    settings = f"stride {args.stride}, batches of {args.batch_size} (straightforward: {args.baseline_batch_size})"
+    batches = args.batch_size or "a size chosen by the window"
+    settings = f"stride {args.stride}, batches of {batches} (straightforward: {args.baseline_batch_size})"
     total = len(measurements) * len(sizes) * len(args.precisions)
     table = teacher.WITH_STUDENT if args.student else teacher.TABLE
     table.show(f"{title(args)}; {settings}", measurements, total, args.output)
