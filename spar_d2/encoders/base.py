@@ -55,6 +55,7 @@ class DenseEncoder(nn.Module, ABC):
     _compile: bool = False
     _checkpointing: bool = False
     _fixed_shape: bool = False
+    _is_cast: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,12 +97,14 @@ class DenseEncoder(nn.Module, ABC):
             The encoder itself.
 
         Raises:
-            ValueError: another precision.
+            ValueError: another precision, or one that weights which :meth:`freeze` cast can no longer have.
         """
         if precision not in PRECISIONS:
             raise ValueError(
                 f"precision (MODEL.SPAR.PRECISION) must be one of {', '.join(PRECISIONS)}; got {precision!r}"
             )
+        if self._is_cast and PRECISIONS[precision] is not self._precision:
+            raise ValueError(f"precision must stay bfloat16, which freeze() cast the weights to; got {precision!r}")
         self._precision, self._compile, self._checkpointing = PRECISIONS[precision], compile, checkpointing
         return self
 
@@ -121,6 +124,7 @@ class DenseEncoder(nn.Module, ABC):
         self._fixed_shape = fixed_shape
         if self._precision is torch.bfloat16:
             cast_parameters(self, torch.bfloat16)
+            self._is_cast = True
         return self
 
     @property

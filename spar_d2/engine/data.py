@@ -27,6 +27,7 @@ from spar_d2.data.panoptic import is_panoptic
 from spar_d2.data.panoptic_mapper import PanopticMapper
 from spar_d2.data.photos import PhotoDataset
 from spar_d2.data.sampler import DrawSampler
+from spar_d2.encoders import describe_encoder
 from spar_d2.modeling.linear_probe import LinearProbe, check_labels
 
 logger = logging.getLogger(__name__)
@@ -183,15 +184,23 @@ class LabelCheck:
     """
 
     def __init__(self, cfg: CfgNode, mapper: Callable[[dict], dict]) -> None:
-        head = cfg.MODEL.SEM_SEG_HEAD
+        head, spar = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.SPAR
         self._mapper, self._allowed = mapper, (head.NUM_CLASSES, head.IGNORE_VALUE)
+        self._patch = describe_encoder(spar.ENCODER, spar.PRETRAINED).patch_size
 
     def __call__(self, record: dict) -> dict:
         """What the mapper gives; raises ``ValueError`` for labels that are no class, naming their file."""
         mapped = self._mapper(record)
-        if "sem_seg" in mapped:
+        # Labels of another size are the head's to complain of.
+        if "sem_seg" in mapped and self._is_of_one_size(mapped):
             check_labels(mapped["sem_seg"], *self._allowed, str(record.get("sem_seg_file_name", "")))
         return mapped
+
+    def _is_of_one_size(self, mapped: dict) -> bool:
+        size = tuple(mapped["sem_seg"].shape)
+        if "features" not in mapped:
+            return size == tuple(mapped["image"].shape[1:])
+        return tuple(-(-side // self._patch) for side in size) == tuple(mapped["features"].shape[1:])
 
 
 def pinned(loader: DataLoader) -> DataLoader:

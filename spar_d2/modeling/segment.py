@@ -13,7 +13,7 @@ from PIL import Image
 
 from spar_d2.data.images import read_rgb
 from spar_d2.encoders import DenseEncoder, EncoderSpec
-from spar_d2.encoders.precision import AUTO, resolve_precision
+from spar_d2.encoders.precision import AUTO, PRECISIONS, resolve_precision
 from spar_d2.encoders.registry import build, check_has_text
 from spar_d2.modeling.pixels import PixelConversion
 from spar_d2.modeling.scores import segment_features
@@ -92,6 +92,8 @@ def segment(
     repo, backbone = os.fspath(dinov3_repo), os.fspath(dinov3_backbone)
     spec = EncoderSpec(os.fspath(encoder), os.fspath(pretrained), dinov3_repo=repo, dinov3_backbone=backbone)
     check_has_text(spec.name)
+    if precision not in (*PRECISIONS, AUTO):
+        raise ValueError(f"precision must be one of {', '.join((*PRECISIONS, AUTO))}; got {precision!r}")
     precision = resolve_precision(precision, device)
     pixels = torch.tensor(_read(image)).to(device).permute(2, 0, 1)
     # A file that was written anew is loaded anew.
@@ -100,7 +102,8 @@ def segment(
     loaded = _load(spec, templates, device, precision, changed)
     model = loaded.encoder
     text, query_class = loaded.text(vocabulary)
-    with torch.no_grad():
+    # In the precision asked for, whatever surrounds the call.
+    with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
         features = model(loaded.pixels(pixels[None].float()))[0]
     padded = (features.shape[1] * model.patch_size, features.shape[2] * model.patch_size)
     scale = model.logit_scale if logit_scale is None else logit_scale

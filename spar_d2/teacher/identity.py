@@ -14,7 +14,7 @@ from spar_d2.teacher.sliding import SlidingWindowTeacher
 # Changes with the way that targets are computed.
 _ALGORITHM = 1
 # How an encoder computes, which moves its features by rounding alone, and what is no setting.
-_NO_MATTER = {"training", "_compile", "_checkpointing"}
+_NO_MATTER = {"training", "_compile", "_checkpointing", "_fixed_shape", "_is_cast"}
 # Those of the encoder itself, which may stand in its class or in the object.
 _ENCODER_SETTINGS = ("reference_compat", "_precision", "patch_size", "native_size", "pixel_mean", "pixel_std")
 _PIXEL_STEPS = 64

@@ -8,6 +8,7 @@ import functools
 import json
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -190,9 +191,14 @@ def test_ctrl_c_ends_the_part_and_keeps_what_is_done(tmp_path):
         _thread.interrupt_main()
 
     thread = threading.Thread(target=interrupt)
+    # Processes in the background of a shell begin with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread.start()
-    outcomes = Runner(tmp_path, "cpu", is_small=True).run(find(["features", "labels"]))
-    thread.join()
+    try:
+        outcomes = Runner(tmp_path, "cpu", is_small=True).run(find(["features", "labels"]))
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
     assert [(outcome.part.name, outcome.state) for outcome in outcomes] == [("features", "stopped")]
     assert not report.write_report(tmp_path, outcomes)
     assert "| features | stopped by Ctrl-C after 0 rows" in (tmp_path / "gpu_check.md").read_text()

@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pretended_cuda import PretendedCuda
 from reference import golden_names, load_golden
 from spar_d2.modeling import bands, class_probabilities, segment_features
 from spar_d2.modeling.bands import ScoreMap, UpsampledScores
-from spar_d2.modeling.scores import cosine_scores
+from spar_d2.modeling.scores import cosine_scores, score_probabilities, segment_scores
 
 
 def whole(low, size, padded=None):
@@ -144,3 +145,67 @@ def test_labels_are_int64_of_the_size_asked_for():
     assert labels.dtype == torch.int64
     assert labels.shape == (37, 51)
     assert np.isin(labels.numpy(), [0, 1]).all()
+
+
+def results(features, text, maps):
+    """What each function makes of the same image."""
+    classes, size = torch.arange(6), (30, 40)
+    return {
+        "cosine_scores": cosine_scores(features, text),
+        "segment_features": segment_features(features, text, classes, size, None, 40.0, 0.2, 0.05),
+        "segment_scores": segment_scores(maps, classes, size, 40.0, 0.2, 0.05),
+        "class_probabilities": class_probabilities(features, text, classes, size),
+        "score_probabilities": score_probabilities(maps, classes, size),
+    }
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_computed_in_float32_whatever_surrounds_it(autocast, given):
+    """Inside autocast what comes out outside, bit for bit; of half-precision numbers what comes of them in float32."""
+    features, text = torch.randn(16, 3, 4).to(given), F.normalize(torch.randn(6, 16), dim=1).to(given)
+    maps = [ScoreMap(torch.randn(3, 4, 6).to(given)), ScoreMap(torch.randn(2, 5, 6).to(given), mirrored=True)]
+    in_float32 = [ScoreMap(grid.scores.float(), None, grid.mirrored) for grid in maps]
+    expected = results(features.float(), text.float(), in_float32)
+    for inside in (False, True):
+        with torch.autocast("cpu", autocast, enabled=inside):
+            found = results(features, text, maps)
+        for name, values in expected.items():
+            assert found[name].dtype == values.dtype and torch.equal(found[name], values), (name, inside)
+
+
+def test_no_tf32_on_a_gpu():
+    """Products are in full float32 where a user switched TF32 on, which stays on."""
+    used = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.mm.default:
+                used.add(torch.get_float32_matmul_precision())
+            return function(*args, **(kwargs or {}))
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with PretendedCuda(), Watch():
+            cosine_scores(torch.randn(16, 3, 4, device="cuda"), torch.randn(6, 16, device="cuda"))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert used == {"highest"}
+
+
+@pytest.mark.parametrize("area_threshold", [None, 0.3])
+def test_classes_may_have_any_numbers(area_threshold):
+    features, text = torch.randn(16, 3, 4), F.normalize(torch.randn(6, 16), dim=1)
+    numbers = torch.tensor([0, 4_000_000, 17])
+    arguments = ((30, 40), None, 40.0, 0.1, area_threshold)
+    expected = segment_features(features, text, torch.arange(6) % 3, *arguments)
+    assert torch.equal(segment_features(features, text, numbers.repeat(2), *arguments), numbers[expected])
+
+
+def test_number_of_classes_can_be_given():
+    features, text, classes = torch.randn(16, 3, 4), F.normalize(torch.randn(6, 16), dim=1), torch.arange(6) // 2
+    probabilities = class_probabilities(features, text, classes, (30, 40), classes=5)
+    assert torch.equal(probabilities[:3], class_probabilities(features, text, classes, (30, 40)))
+    assert probabilities.shape[0] == 5 and not probabilities[3:].any()

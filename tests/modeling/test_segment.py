@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import spar_d2
@@ -113,3 +114,17 @@ def test_it_is_drawn_over_its_photo(tiny_model):
     assert np.array_equal(picture, draw_overlay(image, result.labels, ["cat", "dog"], class_colours(2)))
     with pytest.raises(ValueError, match="labels must be"):
         result.draw(image[:-1])
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16", "float16"])
+def test_what_surrounds_the_call_changes_no_label(tiny_model, precision):
+    arguments = (reference_image(64, 80), "sky; cat; dog; tree", *tiny_model, "simple")
+    expected = spar_d2.segment(*arguments, precision=precision).labels
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert np.array_equal(spar_d2.segment(*arguments, precision=precision).labels, expected)
+
+
+def test_a_wrong_precision_is_named_with_those_there_are(tiny_model):
+    with pytest.raises(ValueError, match=r"precision must be one of float32, .*, auto; got 'bf16'"):
+        spar_d2.segment(reference_image(16, 16), "cat", *tiny_model, precision="bf16")
