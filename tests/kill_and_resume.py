@@ -289,12 +289,13 @@ def damaged_entries(training: Training) -> list[str]:
     from spar_d2.engine.setup import load_config
     from spar_d2.modeling.build import teacher_from_config
     from spar_d2.teacher import TargetCache
+    from spar_d2.teacher.cache import load_target
 
     # In a cache of its own: making one removes temporary files, which are to be looked at first.
     with tempfile.TemporaryDirectory() as folder:
         cache = TargetCache(folder, teacher_from_config(load_config(CONFIG, training.overrides())))
     entries = training.cache.rglob("[!.]*.safetensors")
-    return [f"the cache entry {path} is damaged" for path in entries if cache._load(path) is None]
+    return [f"the cache entry {path} is damaged" for path in entries if load_target(path, cache.identity) is None]
 
 
 def _entries(training: Training) -> dict[str, dict[str, torch.Tensor]]:

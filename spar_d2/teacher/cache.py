@@ -88,7 +88,7 @@ class TargetCache:
 
     def read(self, image: torch.Tensor, looked_up: LookedUp | None = None) -> torch.Tensor | None:
         """The target (1, D, h, w) float32 on the image's device; None where it is not there, or damaged."""
-        target = _load(self.path(image), self.identity) if looked_up is None else looked_up.target
+        target = load_target(self.path(image), self.identity) if looked_up is None else looked_up.target
         if target is None:
             self.misses += 1
             return None
@@ -157,14 +157,15 @@ class TargetLookUp:
     def __call__(self, pixels: torch.Tensor) -> dict[str, LookedUp]:
         """From pixels (3, H, W) uint8 in RGB to an entry of the image's dict."""
         key = pixel_identity(pixels)
-        return {self.NAME: LookedUp(key, _load(_entry(self._folder, key), self._identity))}
+        return {self.NAME: LookedUp(key, load_target(_entry(self._folder, key), self._identity))}
 
 
 def _entry(folder: Path, key: str) -> Path:
     return folder / key[:2] / f"{key}.safetensors"
 
 
-def _load(path: Path, identity: str) -> torch.Tensor | None:
+def load_target(path: Path, identity: str) -> torch.Tensor | None:
+    """A target as it is stored, (1, D, h, w); None where it is not there, or damaged, which is logged."""
     try:
         with safe_open(path, "pt") as file:
             metadata, target = file.metadata() or {}, file.get_tensor(_NAME)
