@@ -7,7 +7,7 @@ between are loaded once for all its pixels, and scores are interpolated first do
 What bounds it is the number of instructions: with cells of 16 pixels about 10 for a pixel and a query, 17 with
 probabilities, so that an H100 needs at least 1.4 or 2.4 ms for 2048x2048 pixels and 1000 queries. Loads take a third of
 that: cells come from L2, which holds the two rows of cells that a row of tiles lies between, and for all rows of a tile
-but the first mostly from L1. The labels themselves, 34 MB, are 0.01 ms.
+but the first mostly from L1. The indices themselves, 34 MB, are 0.01 ms.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import triton.language as tl
 
 from spar_d2.modeling.bands import UpsampledScores
 
-# Of a tile. Cells of 16 pixels begin at multiples of 8, so that a row of a tile lies between two columns of cells.
+# Of a tile, in pixels. The middles of cells of 16 pixels are 8, 24, 40, ...: a row of a tile lies between two of them.
 TILE = (8, 8)
-# Queries are loaded four at a time, 16 bytes. Those that fill up the last four, or the last block, get a score that
-# never wins and has no probability.
-_TOGETHER = 4
-_NEVER = -1e30
-# Pixels x queries of a thread: more of them no longer fit into registers.
+# Queries that a thread loads at once.
+_TOGETHER = 2
+# Of a block, for each of its warps. A thread has 8 pixels and 2 queries; more do not fit into registers.
 _QUERIES_OF_WARP = 64
+# The score of what fills up the last two queries and the last block: it never wins, and has no probability.
+_NEVER = -1e30
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _column(upper, lower, fraction, cell, stride, known, NEVER: tl.constexpr):
     return high + fraction * (low - high)
 
 
-@triton.jit(do_not_specialize=["height", "width", "quads"])
+@triton.jit(do_not_specialize=["height", "width", "pairs"])
 def best_query_kernel(
     scores,  # float32, all maps one after the other, each (h, w, queries)
     above,  # (maps, height) int64, where in scores the row of cells at or above a row of pixels begins
@@ -55,7 +55,7 @@ def best_query_kernel(
     maps,
     height,
     width,
-    quads,  # queries, in fours
+    pairs,  # of queries
     scale,  # of the sum of all maps' scores, in powers of 2
     threshold,
     PROBABILITIES: tl.constexpr,  # whether weak is wanted
@@ -65,9 +65,9 @@ def best_query_kernel(
     ROWS: tl.constexpr,
     QUERIES: tl.constexpr,  # of a block
 ):
-    queries = quads * 4
+    queries = pairs * 2
     # Products may pass 2**31.
-    wide, stride = width.to(tl.int64), quads.to(tl.int64) * 4
+    wide, stride = width.to(tl.int64), pairs.to(tl.int64) * 2
     runs = tl.cdiv(width, PIXELS)
     x0 = tl.program_id(0) % runs * PIXELS
     y0 = tl.program_id(0) // runs * ROWS
@@ -96,8 +96,8 @@ def best_query_kernel(
                     row = number * height + y
                     fraction = tl.load(down + row)
                     # (1, QUERIES) pointers to the cells of column 0 above and below this row of pixels.
-                    upper = scores + tl.multiple_of(tl.load(above + row), 4) + query
-                    lower = scores + tl.multiple_of(tl.load(below + row), 4) + query
+                    upper = scores + tl.multiple_of(tl.load(above + row), 2) + query
+                    lower = scores + tl.multiple_of(tl.load(below + row), 2) + query
                     places = across + number * width
                     place = tl.load(places + x, mask=inside, other=0.0)
                     cell_before = place.to(tl.int32)

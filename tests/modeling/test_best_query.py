@@ -134,7 +134,7 @@ def compiled(capability, probabilities, again, several, cache):
     pointers |= {"allowed": "*i1", "old_best": "*i64", "old_weak": "*i1", "best": "*i64", "weak": "*i1"}
     constants = {"PROBABILITIES": probabilities, "AGAIN": again, "NEVER": kernel._NEVER, "QUERIES": 128}
     constants |= {"ROWS": kernel.TILE[0], "PIXELS": kernel.TILE[1]} | ({} if several else {"maps": 1})
-    numbers = dict.fromkeys(("maps", "height", "width", "quads"), "i32") | {"scale": "fp32", "threshold": "fp32"}
+    numbers = dict.fromkeys(("maps", "height", "width", "pairs"), "i32") | {"scale": "fp32", "threshold": "fp32"}
     types = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(
         kernel.best_query_kernel,
