@@ -22,8 +22,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Most tests are small, or wait for a process: several at once, on one thread each, end sooner.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 demo: $(READY)
 	$(BIN)/python -W ignore::FutureWarning tools/run_demo.py

@@ -46,6 +46,6 @@ setup(
     extras_require={
         # Reads the official labels of Pascal Context, which are MATLAB files.
         "datasets": ["scipy>=1.9"],
-        "test": ["pytest>=7.0", "ruff~=0.17.0", "scipy>=1.9"],
+        "test": ["pytest>=7.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "ruff~=0.17.0", "scipy>=1.9"],
     },
 )

@@ -126,7 +126,9 @@ def test_what_registers_can_be_imported_first():
     ]
     code = (
         "import importlib, os, sys\n"
-        "import torch, open_clip, timm\n"  # what takes time; none of it imports this package
+        # What takes time; none of it imports this package.
+        "import torch, open_clip, timm, torchvision.ops, fvcore.common.checkpoint, fvcore.transforms.transform\n"
+        "import omegaconf, hydra.errors, pycocotools.mask, matplotlib.pyplot, torch.utils.tensorboard, tabulate, cv2\n"
         f"for module in {modules!r}:\n"
         "    child = os.fork()\n"
         "    if child == 0:\n"

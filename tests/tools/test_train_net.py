@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from reference import ROOT
 from tool_modules import load_tool
@@ -106,14 +107,20 @@ def test_bad_input_gives_one_message_and_no_debris(wrong, message, tiny_model, p
     assert not output.exists()
 
 
-def test_missing_config_file_and_missing_gpu(tmp_path):
+def test_missing_config_file(tmp_path):
     done = run("--config-file", tmp_path / "none.yaml")
     assert done.returncode == 1
     assert done.stderr.startswith("error: --config-file: there is no file")
-    done = run("--config-file", CONFIG, "--eval-only", "MODEL.DEVICE", "cuda", "OUTPUT_DIR", tmp_path / "run")
-    assert done.returncode == 1
-    assert "nothing to evaluate on: DATASETS.TEST is empty" in done.stderr
-    import torch
 
+
+def test_missing_gpu(tmp_path, capsys):
+    from detectron2.engine import default_argument_parser
+
+    arguments = ["--config-file", CONFIG, "--eval-only", "MODEL.DEVICE", "cuda", "OUTPUT_DIR", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as exit_:
+        load_tool("train_net").main(default_argument_parser().parse_args(arguments))
+    assert exit_.value.code == 1
+    errors = capsys.readouterr().err
+    assert "nothing to evaluate on: DATASETS.TEST is empty" in errors
     if not torch.cuda.is_available():
-        assert "there is no GPU here: using the CPU" in done.stderr
+        assert "there is no GPU here: using the CPU" in errors
