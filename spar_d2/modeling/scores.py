@@ -111,6 +111,8 @@ def segment_scores(
             areas = _areas(best, len(query_class))
             kept = _large_enough(areas, query_class, area_threshold)
             best, weak = best_allowed_query(upsampled, logit_scale, prob_threshold, kept, best, weak, areas)
+            # Where all classes are removed and 0 has no query, all pixels are of class 0.
+            query_class = query_class * kept.any()
         # Several times as fast on a CPU as query_class[best].
         labels = query_class.index_select(0, best.flatten()).view_as(best)
         return labels.masked_fill_(weak, 0) if prob_threshold > 0 else labels
@@ -185,5 +187,8 @@ def score_probabilities(
 
 
 def _check_classes(query_class: torch.Tensor, text: torch.Tensor) -> None:
-    if len(query_class) != len(text):
+    if len(query_class) != len(text) or not len(text):
         raise ValueError(f"query_class must name the class of each of the {len(text)} queries, got {len(query_class)}")
+    # On a GPU the host would wait for it.
+    if query_class.device.type == "cpu" and query_class.min() < 0:
+        raise ValueError(f"query_class must be numbers of classes, 0 or more, got {query_class.min()}")

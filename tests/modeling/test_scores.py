@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from plain import segmentation
 from pretended_cuda import PretendedCuda
 from reference import golden_names, load_golden
 from spar_d2.modeling import bands, class_probabilities, segment_features
@@ -41,24 +42,6 @@ def test_segmentation_of_the_reference(name):
     assert different <= meta["pixels_with_top2_margin_below_1e_5"] + meta["pixels_within_1e_5_of_prob_thd"]
 
 
-def by_definition(features, text, query_class, size, padded_size, logit_scale, prob_threshold, area_threshold):
-    """The same with full maps, one operation after the other."""
-    low = torch.einsum("dhw,qd->qhw", F.normalize(features, dim=0), text)
-    full = F.interpolate(low[None], size=padded_size, mode="bilinear", align_corners=False)[0]
-    probabilities = (logit_scale * full[:, : size[0], : size[1]]).softmax(0)
-    classes = int(query_class.max()) + 1
-    best = torch.stack([probabilities[query_class == k].amax(0) for k in range(classes)])
-    if area_threshold is not None:
-        areas = torch.bincount(best.argmax(0).flatten(), minlength=classes)
-        areas[0] = 0
-        keep = areas > area_threshold * areas.sum()
-        keep[0] = True
-        best = best * keep[:, None, None]
-    labels = best.argmax(0)
-    labels[best.amax(0) < prob_threshold] = 0
-    return labels
-
-
 @pytest.mark.parametrize("band_bytes", [1, 5000, 1 << 30])
 @pytest.mark.parametrize("seed", range(8))
 def test_bands_give_the_labels_of_the_full_computation(seed, band_bytes, monkeypatch):
@@ -75,7 +58,7 @@ def test_bands_give_the_labels_of_the_full_computation(seed, band_bytes, monkeyp
     for prob_threshold in (0.0, 0.3):
         for area_threshold in (None, 0.0, 0.2, 0.9):
             arguments = (features, text, query_class, size, padded, 10.0, prob_threshold, area_threshold)
-            different = (segment_features(*arguments) != by_definition(*arguments)).float().mean()
+            different = (segment_features(*arguments) != segmentation(*arguments)).float().mean()
             assert different < 2e-3, (prob_threshold, area_threshold)
 
 
@@ -96,6 +79,12 @@ def test_fractional_padded_sizes():
     assert (whole(low, (30, 40), (30.001, 40.001)) - exact).abs().max() < 1e-3
 
 
+def test_where_every_class_is_removed_all_is_class_zero():
+    features, text = torch.eye(2)[..., None], torch.eye(2)
+    labels = segment_features(features, text, torch.tensor([3, 5]), (2, 4), area_threshold=0.5)
+    assert not labels.any()
+
+
 def test_class_zero_is_neither_counted_nor_removed():
     features = torch.tensor([[[1.0, 1, 1, 0]], [[0.0, 0, 0, 1]]])
     labels = segment_features(features, torch.eye(2), torch.arange(2), (1, 4), area_threshold=0.99)
@@ -107,6 +96,8 @@ def test_class_zero_is_neither_counted_nor_removed():
     [
         ({"features": torch.zeros(3, 2, 2)}, "features"),
         ({"query_class": torch.arange(3)}, "query_class"),
+        ({"query_class": torch.arange(2) - 1}, "query_class must be numbers of classes, 0 or more, got -1"),
+        ({"query_class": torch.arange(0), "text": torch.zeros(0, 2)}, "query_class"),
         ({"size": (0, 4)}, "size"),
         ({"size": (-1, 4)}, "size"),
         ({"padded_size": (3, 3)}, "padded_size"),
