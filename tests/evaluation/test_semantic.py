@@ -196,3 +196,9 @@ def test_two_processes_add_up(tmp_path):
     run_in_two_processes(_count_own_image, tmp_path)
     assert json.loads((tmp_path / "1.json").read_text()) is None
     assert json.loads((tmp_path / "0.json").read_text())["sem_seg"]["pACC"] == pytest.approx(100 * 7 / 8)
+
+
+def test_classes_of_one_name_have_scores_of_their_own():
+    scores = segmentation_scores(np.array([[4, 0, 0, 0], [0, 0, 2, 0], [0, 0, 1, 1]]), ["tree", "tree", "sky"])
+    assert {name for name in scores if name.startswith("IoU")} == {"IoU-tree (0)", "IoU-tree (1)", "IoU-sky"}
+    assert (scores["IoU-tree (0)"], scores["IoU-tree (1)"], scores["IoU-sky"]) == (100, 0, 25)
