@@ -91,7 +91,7 @@ def segment(
     """
     vocabulary = Vocabulary.of(vocabulary)
     _check_numbers(logit_scale=logit_scale or 0, prob_threshold=prob_threshold, area_threshold=area_threshold or 0)
-    _as_text(templates=templates)
+    templates = _as_text(templates=templates)["templates"]
     named = _as_text(pretrained=pretrained, dinov3_repo=dinov3_repo, dinov3_backbone=dinov3_backbone)
     spec = EncoderSpec(*_as_text(encoder=encoder).values(), **named)
     check_has_text(spec.name)
