@@ -1,8 +1,8 @@
 """Runs another framework's own, unmodified script in a Detectron2 that knows this package.
 
 The script runs as if it were started by itself: from its folder, where frameworks look for their configs and data
-sets, or, where it lies in a folder of tools, from where the user stands. Processes that it spawns import its main module
-anew. They find this module in its place, so that they know the package, and what ``--import`` names, too.
+sets, or, where it lies in a folder of tools, from where the user stands. Processes that it spawns import its main
+module anew. They find this module in its place, so that they know the package, and what ``--import`` names, too.
 """
 
 from __future__ import annotations

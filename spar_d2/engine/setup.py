@@ -23,6 +23,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+_OUT_CHANNELS = "MODEL.SPAR.OUT_CHANNELS"
+
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     """Detectron2's config with this project's keys, a yaml file and ``KEY VALUE`` overrides.
@@ -45,6 +47,9 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     try:
         _check_yaml(config_file)
         cfg.merge_from_file(config_file, allow_unsafe=False)
+        if _OUT_CHANNELS in overrides[::2]:
+            # One number or a list of them: yacs would not take one for the other.
+            cfg.MODEL.SPAR.OUT_CHANNELS = None
         cfg.merge_from_list(_whole_floats(cfg, overrides))
     except (KeyError, AssertionError, ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
         reason = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -128,3 +128,12 @@ def test_whole_numbers_are_taken_for_floats():
     cfg = load_config(config, ["SPAR.EMA_DECAY", "0", "SPAR.DATA.CROP_PROB", "1", "SOLVER.MAX_ITER", "7"])
     assert (cfg.SPAR.EMA_DECAY, cfg.SPAR.DATA.CROP_PROB, cfg.SOLVER.MAX_ITER) == (0.0, 1.0, 7)
     assert isinstance(cfg.SPAR.EMA_DECAY, float)
+
+
+@pytest.mark.parametrize(
+    ("configured", "given", "expected"), [("[8, 16]", "32", 32), ("8", "[16, 32]", [16, 32]), ("[8, 16]", "[32]", [32])]
+)
+def test_channels_may_be_given_as_a_number_or_a_list(tmp_path, configured, given, expected):
+    (tmp_path / "c.yaml").write_text(f"MODEL:\n  SPAR:\n    OUT_CHANNELS: {configured}\n")
+    cfg = load_config(str(tmp_path / "c.yaml"), ["MODEL.SPAR.OUT_CHANNELS", given])
+    assert cfg.MODEL.SPAR.OUT_CHANNELS == expected

@@ -15,7 +15,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
+from spar_d2.encoders import build_encoder
 from spar_d2.modeling.backbone import SPARViT
+from spar_d2.modeling.pyramid import SPARPyramid
 
 HEIGHT, WIDTH = SIZE = (203, 331)
 
@@ -97,6 +99,32 @@ def test_mask_rcnn(tiny_model):
         output = model.eval()([labelled_image(polygons=True)])[0]
     assert output["instances"].image_size == SIZE
     check_training_step(model, labelled_image(polygons=True), "loss_mask")
+
+
+TO_P7 = ["p3", "p4", "p5", "p6", "p7"]
+
+
+def test_retinanet(tiny_model):
+    torch.manual_seed(0)
+    cfg = zoo_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml", tiny_model)
+    cfg.MODEL.SPAR.OUT_FEATURES = TO_P7
+    model = build_model(cfg)
+    with torch.no_grad():
+        output = model.eval()([labelled_image()])[0]
+    assert output["instances"].image_size == SIZE
+    check_training_step(model, labelled_image(), "loss_box_reg")
+
+
+def test_fcos(tiny_model):
+    torch.manual_seed(0)
+    config = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py").model
+    net = SPARViT(build_encoder(*tiny_model), config.pixel_mean, config.pixel_std, "BGR", trainable="last_blocks:1")
+    config.backbone = SPARPyramid(net, TO_P7)
+    model = instantiate(config)
+    with torch.no_grad():
+        output = model.eval()([labelled_image()])[0]
+    assert output["instances"].image_size == SIZE
+    check_training_step(model, labelled_image(), "loss_fcos_loc")
 
 
 @pytest.mark.parametrize("backbone", ["SPARPyramid", "SPARViT"])
