@@ -191,14 +191,17 @@ def _distinct(lists: list[list[str]]) -> tuple[tuple[str, ...], ...]:
     classes = []
     for number, words in enumerate(lists):
         kept: dict[str, str] = {}
+        dropped = []
         for word in words:
             owner = owners.setdefault(_folded(word), number)
             if owner != number:
-                message = "The word %r of the class %r is dropped: the class %r has it."
-                logger.warning(message, word, words[0], lists[owner][0])
+                dropped.append((word, words[0], lists[owner][0]))
             elif _folded(word) in kept:
                 logger.warning("The word %r is in the class %r more than once; dropped.", word, words[0])
             else:
                 kept[_folded(word)] = word
+        # Where nothing is left, one warning says it all.
+        for word, own, other in dropped if kept else ():
+            logger.warning("The word %r of the class %r is dropped: the class %r has it.", word, own, other)
         classes.append(tuple(kept.values()))
     return tuple(classes)

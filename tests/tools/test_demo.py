@@ -99,7 +99,8 @@ def test_a_photo_into_a_new_folder(demo, photo, tmp_path, capsys):
     largest = record["classes"][0]
     assert f"  {largest['name']} {largest['area']:.1%}" in printed.out
     assert "1 photo, median" in printed.out
-    assert printed.err == "warning: The vocabulary has the class 'star' more than once; merged.\n"
+    reason = "has no word that is not of another class: it is never predicted."
+    assert printed.err == f"warning: Class 4 of the vocabulary, 'star', {reason}\n"
 
 
 def test_a_folder_with_what_is_no_photo(demo, photo_folder, tmp_path, capsys):
