@@ -50,11 +50,11 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Bring the framework's normalised input (PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT) to the encoder's own mean and
     # deviation in RGB. Set it to False only where those keys already are the encoder's.
     cfg.MODEL.SPAR.CONVERT_PIXELS = True
-    # What the backbone returns. SPARPyramid: any of "p2" to "p6" and "res2" to "res5" (strides 4 to 64), "dense" (the
+    # What the backbone returns. SPARPyramid: any of "p2" to "p7" and "res2" to "res5" (strides 4 to 128), "dense" (the
     # plain map) and "clip_vis_dense" (FC-CLIP's name for it); () is "p2" to "p6". SPARViT: the last two; () is "dense".
     cfg.MODEL.SPAR.OUT_FEATURES = ()
-    # Channels of the levels of SPARPyramid: one number for all, or a list with one for each level of OUT_FEATURES
-    # (MaskDINO wants them to grow with the stride); None is 256.
+    # Channels of the levels of SPARPyramid: one number for all (256 or [256]), or a list with one for each level of
+    # OUT_FEATURES (MaskDINO wants them to grow with the stride); None is 256.
     cfg.MODEL.SPAR.OUT_CHANNELS = None
 
     # Classes to segment: a built-in vocabulary ("voc21", "ade20k", ...), a file in UTF-8 with one class per line and

@@ -1,12 +1,16 @@
 """Runs another framework's own, unmodified script in a Detectron2 that knows this package.
 
-The script runs as if it were started by itself in its folder. Processes that it spawns import its main module anew;
-they find this module in its place, so that they know the package too.
+The script runs as if it were started by itself: from its folder, where frameworks look for their configs and data
+sets, or, where it lies in a folder of tools, from where the user stands. Processes that it spawns import its main
+module anew. They find this module in its place, so that they know the package, and what ``--import`` names, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
+import json
 import os
 import runpy
 import sys
@@ -16,10 +20,13 @@ from types import ModuleType
 
 import spar_d2  # noqa: F401  registers
 
-# Tells spawned processes what the main module is.
+# Tell spawned processes what the main module is, and what is imported before it from which folder.
 _SCRIPT_VARIABLE = "SPAR_D2_SCRIPT"
+_IMPORTS_VARIABLE = "SPAR_D2_IMPORTS"
 # What multiprocessing gives the main module's name in the processes that it spawns.
 _SPAWNED = "__mp_main__"
+# Folders of scripts that are started from elsewhere, as by Detectron2, detrex and ODISE.
+_FOLDERS_OF_TOOLS = ("tools", "tool", "scripts")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,7 +35,11 @@ def main(arguments: list[str] | None = None) -> None:
     script = Path(args.script).absolute()
     if not script.is_file():
         raise SystemExit(f"error: there is no script {args.script}")
-    if not args.stay:
+    os.environ[_IMPORTS_VARIABLE] = json.dumps([os.getcwd(), args.imports])
+    _import_modules()
+    if args.stay or script.parent.name in _FOLDERS_OF_TOOLS:
+        rest = [_found_from_here(script.parent, argument) for argument in rest]
+    else:
         rest = [_seen_from(script.parent, argument) for argument in rest]
         os.chdir(script.parent)
     sys.argv = [str(script), *rest]
@@ -48,22 +59,74 @@ def _parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own arguments, and those of the script, word by word."""
     parser = argparse.ArgumentParser(
         prog="python -m spar_d2",
-        usage="python -m spar_d2 [--stay] SCRIPT ARGS...",
-        description="Run a framework's own script (a train_net.py, a demo), unmodified, from its folder, with the "
-        "backbones, data sets and config keys of spar_d2 registered in Detectron2. Arguments that are paths (with a "
-        '"/" or a suffix) of something seen from here, but not from there, are made absolute, and told.',
+        usage="python -m spar_d2 [--stay] [--import MODULE] SCRIPT ARGS...",
+        description="Run a framework's own script (a train_net.py, a demo), unmodified, with the backbones, data sets "
+        "and config keys of spar_d2 registered in Detectron2. A script runs from its folder. Where that is called "
+        f"{' or '.join(_FOLDERS_OF_TOOLS)}, it runs from this folder, so that datasets/ and a relative OUTPUT_DIR are "
+        'here. Arguments that are paths (with a "/" or a suffix) of something that is not where the script runs, but '
+        "here, or for tools beside the script or one folder above, are made absolute, and told.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--stay", action="store_true", help="run it from this folder instead")
+    parser.add_argument("--stay", action="store_true", help="run it from this folder, wherever it lies")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import a module, by its name or as path/to/file.py, before the script runs, also in processes that it "
+        "spawns: one that registers your own data sets, for example; several times for several",
+    )
     parser.add_argument("script", metavar="SCRIPT", help="path to the script; its own arguments follow")
-    own = next((place for place, word in enumerate(arguments) if not word.startswith("-")), len(arguments) - 1) + 1
-    return parser.parse_args(arguments[:own]), list(arguments[own:])
+    own = 0
+    while own < len(arguments) and arguments[own].startswith("-"):
+        own += 2 if arguments[own] == "--import" else 1
+    return parser.parse_args(arguments[: own + 1]), list(arguments[own + 1 :])
+
+
+def _import_modules() -> None:
+    """Import what ``--import`` named, as seen from the folder in which it was named."""
+    folder, names = json.loads(os.environ.get(_IMPORTS_VARIABLE, '["", []]'))
+    if not names:
+        return
+    sys.path.insert(0, folder)
+    try:
+        for name in names:
+            if name.endswith(".py"):
+                _import_file(name, Path(folder, name))
+            else:
+                _import_named(name, folder)
+    finally:
+        sys.path.remove(folder)
+    # Last, for what they import later: the script's own modules come first.
+    if folder not in sys.path[1:]:
+        sys.path.append(folder)
+
+
+def _import_named(name: str, folder: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Others are the module's own.
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise SystemExit(f"error: --import: there is no module {name} in {folder} or where Python looks") from error
+
+
+def _import_file(name: str, path: Path) -> None:
+    if not path.is_file():
+        raise SystemExit(f"error: --import: there is no file {name}")
+    if path.stem in sys.modules:
+        raise SystemExit(f"error: --import: {name} has the name of a module that is imported already; rename it")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[path.stem])
 
 
 def _seen_from(folder: Path, argument: str) -> str:
     """An argument that names something here ("path", "--flag=path", "KEY=path"), to name it from another folder."""
     flag, equals, value = argument.rpartition("=")
-    is_path = "/" in value or Path(value).suffix
-    if not is_path or value.startswith("-") or os.path.isabs(value) or not os.path.exists(value):
+    if not _is_relative_path(value) or not os.path.exists(value):
         return argument
     if (folder / value).exists():
         if not os.path.samefile(folder / value, value):
@@ -73,5 +136,24 @@ def _seen_from(folder: Path, argument: str) -> str:
     return f"{flag}{equals}{os.path.abspath(value)}"
 
 
+def _found_from_here(folder: Path, argument: str) -> str:
+    """An argument that names nothing here but a file beside the script, or one folder above, to name it from here."""
+    flag, equals, value = argument.rpartition("=")
+    if not _is_relative_path(value) or os.path.exists(value):
+        return argument
+    # Files alone: folders may be those that the script is to write.
+    found = next((path / value for path in (folder, folder.parent) if (path / value).is_file()), None)
+    if found is None:
+        return argument
+    print(f"spar_d2: {value} is not here, {found} is taken", file=sys.stderr)
+    return f"{flag}{equals}{found}"
+
+
+def _is_relative_path(value: str) -> bool:
+    is_path = "/" in value or bool(Path(value).suffix)
+    return is_path and not value.startswith("-") and not os.path.isabs(value)
+
+
 if __name__ == _SPAWNED:
+    _import_modules()
     globals().update(runpy.run_path(os.environ[_SCRIPT_VARIABLE], run_name=_SPAWNED))

@@ -15,10 +15,14 @@ from types import ModuleType
 
 
 def register_all() -> None:
-    """Add config keys, model parts and data sets to Detectron2, now or when its modules are first imported."""
+    """Add config keys, model parts and data sets to Detectron2, now or when its modules are first imported.
+
+    One function of its own is replaced, see :mod:`spar_d2.numpy2`.
+    """
     when_imported("detectron2.config", _register_config)
     when_imported("detectron2.modeling", _register_modeling)
     when_imported("detectron2.data", _register_datasets)
+    when_imported("detectron2.evaluation.sem_seg_evaluation", _mend_evaluator)
 
 
 def _register_config() -> None:
@@ -41,6 +45,12 @@ def _register_datasets() -> None:
     register_scenes()
     register_benchmarks()
     register_panoptic()
+
+
+def _mend_evaluator() -> None:
+    from spar_d2.numpy2 import mend_evaluator
+
+    mend_evaluator()
 
 
 def when_imported(module: str, action: Callable[[], None]) -> None:

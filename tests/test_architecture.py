@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "spar_d2"
 # A room uses only rooms on lower floors, and itself.
 FLOORS = [
-    {"errors", "files", "panoptic_ids", "processes", "transfer"},
+    {"errors", "files", "numpy2", "panoptic_ids", "panoptic_numbers", "processes", "transfer"},
     {"encoders", "text", "data", "evaluation", "visualization", "config"},
     {"teacher"},
     {"modeling"},

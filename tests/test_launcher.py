@@ -105,6 +105,89 @@ def test_it_can_stay(framework, tmp_path):
     assert f"its_own_package none {tmp_path}" in result.stdout
 
 
+TOOL = """
+import os
+import sys
+from pathlib import Path
+
+import helper
+
+print("arguments", *sys.argv[1:])
+os.makedirs(sys.argv[2], exist_ok=True)
+print(helper.NAME, os.getcwd(), Path("datasets/a.txt").read_text(), Path(sys.argv[1]).read_text())
+"""
+
+
+@pytest.mark.parametrize("folder", ["tools", "scripts"])
+def test_tools_run_from_where_the_user_stands(tmp_path, folder):
+    """Data sets and outputs are here, though the clone has such folders, too; configs are the clone's."""
+    clone, here = tmp_path / "clone", tmp_path / "here"
+    (clone / folder).mkdir(parents=True)
+    (clone / folder / "train_net.py").write_text(TOOL)
+    (clone / folder / "helper.py").write_text("NAME = 'its_own_module'")
+    for place, content in ((clone, "theirs"), (here, "mine")):
+        (place / "datasets").mkdir(parents=True)
+        (place / "datasets/a.txt").write_text(content)
+    (clone / "configs").mkdir()
+    (clone / "configs/a.yaml").write_text("its_config")
+    (clone / "output").mkdir()
+    result = launch([str(clone / folder / "train_net.py"), "configs/a.yaml", "./output"], here)
+    assert result.stdout.splitlines() == [
+        f"arguments {clone}/configs/a.yaml ./output",
+        f"its_own_module {here} mine its_config",
+    ], result.stderr
+    assert f"configs/a.yaml is not here, {clone}/configs/a.yaml is taken" in result.stderr
+    assert (here / "output").is_dir()
+
+
+def test_modules_are_imported_first_and_in_spawned_processes(framework, tmp_path):
+    here = tmp_path / "here"
+    (here / "sets").mkdir(parents=True)
+    (here / "my_sets.py").write_text("print('my_sets', flush=True)\nVALUE = 'by name'")
+    (here / "sets/more_sets.py").write_text("print('more_sets', flush=True)\nVALUE = 'by path'")
+    script = framework / "spawns.py"
+    script.write_text(
+        "import multiprocessing, os, sys\nfrom framework import NAME\n\n"
+        "def tell(value):\n"
+        "    import my_sets\n"
+        "    print(NAME, value, my_sets.VALUE, sys.modules['more_sets'].VALUE, os.getcwd(), flush=True)\n\n"
+        "if __name__ == '__main__':\n"
+        "    tell('main')\n"
+        "    child = multiprocessing.get_context('spawn').Process(target=tell, args=('child',))\n"
+        "    child.start()\n"
+        "    child.join()\n"
+    )
+    result = launch(["--import", "my_sets", "--import=sets/more_sets.py", str(script)], here)
+    told = [f"its_own_package {who} by name by path {framework}" for who in ("main", "child")]
+    assert result.stdout.splitlines() == ["my_sets", "more_sets", told[0], "my_sets", "more_sets", told[1]], (
+        result.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--import", "no_such_sets"], "error: --import: there is no module no_such_sets"),
+        (["--import", "no_such.sets"], "error: --import: there is no module no_such.sets"),
+        (["--import", "none.py"], "error: --import: there is no file none.py"),
+        (["--import", "a/json.py"], "error: --import: a/json.py has the name of a module that is imported already"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(framework, tmp_path, arguments, message):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/json.py").touch()
+    result = launch([*arguments, str(framework / "demo.py")], tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(message)
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_errors_within_a_module_are_its_own(framework, tmp_path):
+    (tmp_path / "my_sets.py").write_text("import no_such_package")
+    result = launch(["--import", "my_sets", str(framework / "demo.py")], tmp_path)
+    assert "ModuleNotFoundError: No module named 'no_such_package'" in result.stderr
+
+
 def test_wrong_use(tmp_path):
     result = launch(["no_such.py"], tmp_path)
     assert result.returncode == 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Segment photos and videos into the classes that you name, and draw the result over them."""
+"""Segment photos and videos into the classes that you name, or that a panoptic model has, and draw the result."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.demo.demo import EXAMPLE, SHOWN, Demo
+from spar_d2.demo.demo import EXAMPLE, SHOWN
 from spar_d2.demo.inputs import find_inputs
 from spar_d2.demo.outputs import is_file_name, plan_outputs
+from spar_d2.demo.panoptic import build_demo
 from spar_d2.demo.run import run
+from spar_d2.engine.data import PANOPTIC_FPN
 from spar_d2.engine.setup import load_config
 from spar_d2.errors import readable_errors
 from spar_d2.text import Vocabulary
@@ -48,7 +50,12 @@ def parse_args() -> argparse.Namespace:
         help="a folder, or for a single input a file (default: %(default)s)",
     )
     add("--config-file", default=str(CONFIG), metavar="FILE", help="encoder and weights (default: %(default)s)")
-    add("--weights", default="", metavar="FILE", help="a distilled student, in place of the pre-trained weights")
+    add(
+        "--weights",
+        default="",
+        metavar="FILE",
+        help="a distilled student, in place of the pre-trained weights, or a panoptic model",
+    )
     add(
         "--show",
         nargs="+",
@@ -83,7 +90,7 @@ def main() -> None:
         targets = plan_outputs(sources, args.output, ending, args.masks, args.json)
         cfg = config(args)
         print(f"Loading {cfg.MODEL.SPAR.ENCODER} on {cfg.MODEL.DEVICE} ...", flush=True)
-        demo = Demo(cfg, args.show, args.weights, args.masks or args.json, args.alpha)
+        demo = build_demo(cfg, args.show, args.weights, args.masks or args.json, args.alpha)
         try:
             tally = run(demo, sources, targets)
         except KeyboardInterrupt:
@@ -103,10 +110,12 @@ def config(args: argparse.Namespace) -> CfgNode:
     if args.vocabulary:
         overrides += ["MODEL.SPAR.VOCABULARY", repr(args.vocabulary)]
     cfg = load_config(args.config_file, overrides)
-    if not (cfg.MODEL.SPAR.PRETRAINED or cfg.MODEL.WEIGHTS or args.weights):
-        logging.getLogger("spar_d2.demo").warning(
-            "The weights are random, so what is shown means nothing: set MODEL.SPAR.PRETRAINED or give --weights"
-        )
+    panoptic = cfg.MODEL.META_ARCHITECTURE == PANOPTIC_FPN
+    if panoptic and args.vocabulary:
+        raise ValueError(f"--vocabulary: a {PANOPTIC_FPN} has the classes that it was trained on; leave it out")
+    if not (cfg.MODEL.WEIGHTS or args.weights or (cfg.MODEL.SPAR.PRETRAINED and not panoptic)):
+        remedy = "give --weights" if panoptic else "set MODEL.SPAR.PRETRAINED or give --weights"
+        logging.getLogger("spar_d2.demo").warning("The weights are random, so what is shown means nothing: %s", remedy)
     return cfg
 
 

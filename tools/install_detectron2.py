@@ -3,7 +3,8 @@
 
 Detectron2 is on no package registry under its own name. Its git repository is the first choice and compiles the
 optional `_C` extension. Where that cannot be reached or built, this script takes the unmodified-but-renamed copy
-that the wheel of LabGym carries, gives it its own name back and installs it as an ordinary distribution.
+that the wheel of LabGym carries, gives it its own name back, changes one line for NumPy 2 and installs it as an
+ordinary distribution.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ GIT_URL = "https://github.com/facebookresearch/detectron2.git"
 GIT_COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"
 WHEEL = "LabGym==3.1.2"
 WHEEL_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
+# NumPy 2 takes `copy=False` for "never copy", and fails.
+MENDED = "detectron2/evaluation/sem_seg_evaluation.py"
+OLD_CODE, NEW_CODE = "Image.open(f), copy=copy, ", "Image.open(f), copy=copy or None, "
 FOLDER, OLD_PREFIX, NEW_PREFIX = "LabGym/detectron2/", "LabGym.detectron2", "detectron2"
 VERSION = "0.6+pure.python"
 REQUIREMENTS = (
@@ -35,7 +39,9 @@ Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/
 Source: https://github.com/facebookresearch/detectron2
 
 This is the pure-Python part of Detectron2 0.6, without the compiled extension detectron2._C, taken from the folder
-{FOLDER} of the wheel {WHEEL}. The import prefix {OLD_PREFIX} was replaced by {NEW_PREFIX}; nothing else was changed.
+{FOLDER} of the wheel {WHEEL}. The import prefix {OLD_PREFIX} was replaced by {NEW_PREFIX}, and in
+{MENDED} "{OLD_CODE.strip()}" by "{NEW_CODE.strip()}", which NumPy 2
+needs; nothing else was changed.
 """
 
 
@@ -141,7 +147,10 @@ def repack(source: Path, folder: Path) -> Path:
                 content = archive.read(name)
                 if name.endswith(".py"):
                     content = content.replace(OLD_PREFIX.encode(), NEW_PREFIX.encode())
-                files["detectron2/" + name[len(FOLDER) :]] = content
+                target = "detectron2/" + name[len(FOLDER) :]
+                if target == MENDED:
+                    content = content.replace(OLD_CODE.encode(), NEW_CODE.encode())
+                files[target] = content
     info = f"detectron2-{VERSION}.dist-info"
     metadata = ["Metadata-Version: 2.1", "Name: detectron2", f"Version: {VERSION}", "License: Apache-2.0"]
     metadata += ["Summary: Detectron2 without its compiled extension", "Home-page: " + GIT_URL.removesuffix(".git")]
@@ -153,11 +162,11 @@ def repack(source: Path, folder: Path) -> Path:
     files[f"{info}/NOTICE"] = NOTICE.encode()
     record = [f"{name},sha256={_record_hash(content)},{len(content)}" for name, content in files.items()]
     files[f"{info}/RECORD"] = ("\n".join([*record, f"{info}/RECORD,,"]) + "\n").encode()
-    target = folder / f"detectron2-{VERSION}-py3-none-any.whl"
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+    packed = folder / f"detectron2-{VERSION}-py3-none-any.whl"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
-    return target
+    return packed
 
 
 def _record_hash(content: bytes) -> str:

@@ -123,6 +123,15 @@ def is_panoptic(name: str) -> bool:
     return name in panoptic_datasets()
 
 
+def has_panoptic_masks(name: str) -> bool:
+    """Whether the records of a data set have panoptic masks: one of these, or one of ``register_coco_panoptic``."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    metadata = MetadataCatalog.get(name) if name in DatasetCatalog else None
+    # Sets of `register_coco_panoptic_separated` have polygons and labels of stuff in their records instead.
+    return is_panoptic(name) or bool(metadata and metadata.get("panoptic_root") and not metadata.get("sem_seg_root"))
+
+
 def register_panoptic() -> None:
     """Register ``spar_{coco,cityscapes,ade20k}_panoptic_{train,val}`` and ``spar_scenes_panoptic_{train,tune,val}``."""
     from detectron2.data import DatasetCatalog, MetadataCatalog

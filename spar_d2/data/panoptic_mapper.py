@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import detection_utils
+from detectron2.data import MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from spar_d2.data.datasets import IGNORE_LABEL
-from spar_d2.data.panoptic import read_segment_ids
+from spar_d2.data.panoptic import is_panoptic, read_segment_ids
 from spar_d2.panoptic_ids import boxes, places, runs
+from spar_d2.panoptic_numbers import SeparateNumbers, separate_numbers
 
 # Class of things in "sem_seg", where stuff counts from 1 on.
 _THINGS = 0
@@ -29,6 +30,7 @@ class PanopticMapper:
         augmentations: Detectron2's, for images and masks.
         image_format: order of the image's channels, "BGR" or "RGB" (``INPUT.FORMAT``).
         ignore_label: in "sem_seg", for pixels that belong to no segment.
+        numbers: PanopticFPN's numbers for the classes of the data sets; None where records have them already.
     """
 
     @configurable
@@ -39,18 +41,22 @@ class PanopticMapper:
         augmentations: Sequence[T.Augmentation | T.Transform],
         image_format: str = "BGR",
         ignore_label: int = IGNORE_LABEL,
+        numbers: SeparateNumbers | None = None,
     ) -> None:
         self.is_train = is_train
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
         self.ignore_label = ignore_label
+        self.numbers = numbers
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         augmentations = detection_utils.build_augmentation(cfg, is_train)
         if cfg.INPUT.CROP.ENABLED and is_train:
             augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
-        return {"is_train": is_train, "augmentations": augmentations, "image_format": cfg.INPUT.FORMAT}
+        numbers = _numbers(cfg.DATASETS.TRAIN) if is_train else None
+        form = {"image_format": cfg.INPUT.FORMAT, "numbers": numbers}
+        return {"is_train": is_train, "augmentations": augmentations, **form}
 
     def __call__(self, record: dict) -> dict:
         """A dataset dict, see :func:`~spar_d2.data.panoptic.load_panoptic`, with what it names.
@@ -73,8 +79,10 @@ class PanopticMapper:
             raise ValueError(f"the image {record['file_name']} cannot be read: {error}") from error
         detection_utils.check_image_size(result, image)
         if self.is_train:
-            segments = record["segments_info"]
-            image, owners = self._augment(image, _read(record)[1], len(segments))
+            segments = [self._renumbered(segment) for segment in record["segments_info"]]
+            # Records of Detectron2's own data sets have no size.
+            size = {"height": result["height"], "width": result["width"]}
+            image, owners = self._augment(image, _read({**record, **size})[1], len(segments))
             result["instances"] = _instances(segments, owners)
             result["sem_seg"] = torch.from_numpy(self._stuff(segments)[owners])
         else:
@@ -95,11 +103,26 @@ class PanopticMapper:
         high = transforms.apply_segmentation((owners // 256).astype(np.uint8))
         return augmented.image, low + high * np.uint16(256)
 
+    def _renumbered(self, segment: dict) -> dict:
+        if self.numbers is None:
+            return segment
+        numbers = self.numbers.things if segment["isthing"] else self.numbers.stuff
+        crowd = segment.get("iscrowd", 0)
+        return {**segment, "category_id": numbers[segment["category_id"]], "iscrowd": crowd}
+
     def _stuff(self, segments: list[dict]) -> np.ndarray:
         """Class in "sem_seg" of the segment at every place."""
         classes = np.full(_PLACES, self.ignore_label, dtype=np.int64)
         classes[1 : len(segments) + 1] = [_THINGS if one["isthing"] else one["category_id"] for one in segments]
         return classes
+
+
+def _numbers(names: Sequence[str]) -> SeparateNumbers | None:
+    """Those of all data sets; None where they are ours, whose records have them."""
+    found = [separate_numbers(name, MetadataCatalog.get(name).as_dict()) for name in names if not is_panoptic(name)]
+    if found and (len(found) < len(names) or any(one != found[0] for one in found)):
+        raise ValueError(f"DATASETS.TRAIN: panoptic data sets must have the same numbers of classes, got {list(names)}")
+    return found[0] if found else None
 
 
 def read_segments(record: dict) -> np.ndarray:

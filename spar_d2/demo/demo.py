@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -44,12 +45,14 @@ class Seen:
         features: (D, h, w), on the CPU; None if they are not asked for.
         covered: (H, W) of the photo's pixels that the features' grid covers, at least the photo.
         seconds: that the model took.
+        segments: (H, W) numbers of segments, which are outlined; None where classes are.
     """
 
     labels: np.ndarray | None
     features: torch.Tensor | None
     covered: tuple[int, int]
-    seconds: float
+    seconds: float = 0.0
+    segments: np.ndarray | None = None
 
 
 class Demo:
@@ -70,9 +73,7 @@ class Demo:
     def __init__(
         self, cfg: CfgNode, shown: Sequence[str], weights: str = "", labels: bool = False, alpha: float = 0.55
     ) -> None:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be in 0..1, got {alpha}")
-        self.cfg, self.shown, self.alpha = cfg, tuple(shown), alpha
+        self._set_look(cfg, shown, alpha)
         self.needs_labels = labels or "overlay" in shown
         if self.needs_labels and not (cfg.MODEL.SPAR.VOCABULARY or cfg.DATASETS.TEST):
             raise ValueError(f"no classes to look for; name them, for example {EXAMPLE}")
@@ -88,6 +89,16 @@ class Demo:
         if self.needs_labels:
             # So that the first photo takes no longer than the others.
             self.model.embeddings(self.vocabulary)
+
+    def _set_look(self, cfg: CfgNode, shown: Sequence[str], alpha: float) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in 0..1, got {alpha}")
+        self.cfg, self.shown, self.alpha = cfg, tuple(shown), alpha
+
+    @property
+    def words(self) -> list[list[str]]:
+        """Words of every class, or its name where the model does not look for words."""
+        return [list(words) for words in self.vocabulary.classes] if self.vocabulary else [[n] for n in self.names]
 
     def _class_colours(self) -> list[tuple[int, int, int]]:
         """Those of the data set where the classes are, or else ours."""
@@ -110,19 +121,22 @@ class Demo:
         height, width = image.shape[:2]
         x = self._input(image)
         started = time.perf_counter()
-        labels = features = None
         try:
-            if self.needs_labels:
-                output = self._segmentor([{"image": x, "height": height, "width": width}])[0]
-                labels = output["sem_seg_labels"].cpu().numpy()
-            if "pca" in self.shown:
-                features = self.model.encode(x).float().cpu()
+            seen = self._run(x, (height, width))
         except torch.cuda.OutOfMemoryError as error:
             size = f"{x.shape[2]}x{x.shape[1]}"
             remedy = "--opts INPUT.MIN_SIZE_TEST 672 makes images smaller"
             raise ValueError(f"the GPU has too little memory for an image of {size} pixels; {remedy}") from error
-        seconds = time.perf_counter() - started
-        return Seen(labels, features, self._covered(features, x, (height, width)), seconds)
+        return dataclasses.replace(seen, seconds=time.perf_counter() - started)
+
+    def _run(self, x: torch.Tensor, size: tuple[int, int]) -> Seen:
+        labels = features = None
+        if self.needs_labels:
+            output = self._segmentor([{"image": x, "height": size[0], "width": size[1]}])[0]
+            labels = output["sem_seg_labels"].cpu().numpy()
+        if "pca" in self.shown:
+            features = self.model.encode(x).float().cpu()
+        return Seen(labels, features, self._covered(features, x, size))
 
     def _input(self, image: np.ndarray) -> torch.Tensor:
         """(3, H, W) uint8 in the config's order of channels, resized as in Detectron2's tests."""
@@ -156,7 +170,7 @@ class Demo:
             for f in self.find(labels)
         ]
         height, width = labels.shape
-        return {"width": width, "height": height, "classes": classes, "vocabulary": self.vocabulary.classes}
+        return {"width": width, "height": height, "classes": classes, "vocabulary": self.words}
 
     def draw(
         self, image: np.ndarray, seen: Seen, colouring: Colouring | None = None, listed: Sequence[int] | None = None
@@ -179,7 +193,8 @@ class Demo:
         if "overlay" not in self.shown:
             return parts[0]
         legend = listed is None or len(listed) > 0
-        return draw_overlay(image, seen.labels, self.names, self.colours, self.alpha, legend, listed, parts)
+        look = (self.names, self.colours, self.alpha, legend, listed, parts, seen.segments)
+        return draw_overlay(image, seen.labels, *look)
 
     @staticmethod
     def _enlarged(colours: np.ndarray, covered: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

@@ -171,5 +171,5 @@ def _record(demo: Demo, size: tuple[int, int], rate: float, areas: list[np.ndarr
         "frames_per_second": rate,
         "classes": classes,
         "areas_by_frame": frames,
-        "vocabulary": demo.vocabulary.classes,
+        "vocabulary": demo.words,
     }

@@ -23,15 +23,19 @@ from torch.utils.data import DataLoader
 from spar_d2.data.augmentation import build_augmentations
 from spar_d2.data.datasets import register_photos
 from spar_d2.data.loader import PhotoLoader
-from spar_d2.data.panoptic import is_panoptic
+from spar_d2.data.panoptic import has_panoptic_masks
 from spar_d2.data.panoptic_mapper import PanopticMapper
 from spar_d2.data.photos import PhotoDataset
 from spar_d2.data.sampler import DrawSampler
 from spar_d2.encoders import describe_encoder
 from spar_d2.modeling.linear_probe import LinearProbe, check_labels
+from spar_d2.panoptic_numbers import separate_numbers
 
 logger = logging.getLogger(__name__)
 
+PANOPTIC_FPN = "PanopticFPN"
+# What these models of Detectron2's are trained on, without which they end in an assertion or a missing key.
+_LABELS = {PANOPTIC_FPN: ("annotations", "sem_seg_file_name"), "SemanticSegmentor": ("sem_seg_file_name",)}
 _AUGMENTATION = (
     "SCALE_BOX",
     "SCALE_RANGE",
@@ -119,20 +123,22 @@ class RunSampler(TrainingSampler):
 
 
 def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
-    """Detectron2's loader of ``DATASETS.TRAIN``; panoptic data sets of this package get their own mapper.
+    """Detectron2's loader of ``DATASETS.TRAIN``; data sets with panoptic masks get a mapper of ours.
 
     With Detectron2's default sampler the loader has an attribute "run_sampler", a :class:`RunSampler`.
 
     Raises:
-        ValueError: no data set, or panoptic ones beside others.
+        ValueError: no data set, panoptic ones beside others, or one without what the model is trained on.
         FileNotFoundError: the files of one are not there.
     """
     names = cfg.DATASETS.TRAIN
-    kinds = {is_panoptic(name) for name in names}
+    kinds = {has_panoptic_masks(name) for name in names}
     if len(kinds) != 1:
-        what = "only one kind of data set: those named spar_..._panoptic_..., or others"
+        what = "only one kind of data set: those with panoptic masks, or others"
         raise ValueError(f"DATASETS.TRAIN must name at least one data set, and {what}; got {list(names)}")
     panoptic = kinds == {True}
+    for name in names:
+        check_panoptic(name)
     if panoptic:
         _check_classes(cfg, names)
     mapper = PanopticMapper(cfg, True) if panoptic else DatasetMapper(cfg, True)
@@ -140,11 +146,13 @@ def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
         mapper = LabelCheck(cfg, mapper)
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         return build_detection_train_loader(cfg, mapper=mapper, pin_memory=torch.cuda.is_available())
-    dataset = get_detection_dataset_dicts(
+    dataset = _load(
         names,
         filter_empty=not panoptic and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
+    if not panoptic:
+        _check_records(cfg, dataset[0])
     sampler = RunSampler(len(dataset), cfg.SOLVER.IMS_PER_BATCH, seed)
     # Without a generator of its own, the loader takes a number from the one of the step in which it is first used.
     loader = build_detection_train_loader(
@@ -159,13 +167,38 @@ def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
     return loader
 
 
+def check_panoptic(name: str) -> None:
+    """Raise ``ValueError`` for a data set with panoptic masks whose metadata do not say what its categories are."""
+    if has_panoptic_masks(name):
+        separate_numbers(name, MetadataCatalog.get(name).as_dict())
+
+
+def _load(names: Iterable[str], **options: object) -> list[dict]:
+    """As Detectron2's function, which gives no reason for files that are missing but their names."""
+    try:
+        return get_detection_dataset_dicts(names, **options)
+    except AssertionError as error:
+        raise ValueError(f"DATASETS.TRAIN: {', '.join(names)} cannot be loaded, is it there? {error}") from error
+
+
+def _check_records(cfg: CfgNode, record: dict) -> None:
+    """Raise ``ValueError`` where a model's labels are in no record."""
+    model = cfg.MODEL.META_ARCHITECTURE
+    missing = [key for key in _LABELS.get(model, ()) if key not in record]
+    if missing:
+        raise ValueError(
+            f"DATASETS.TRAIN: {model} is trained on {' and '.join(_LABELS[model])}, and {list(cfg.DATASETS.TRAIN)} has "
+            f"no {' and no '.join(missing)} in its records; it has {', '.join(sorted(record))}"
+        )
+
+
 def _check_classes(cfg: CfgNode, names: Iterable[str]) -> None:
     """Raise ``ValueError`` where a PanopticFPN has not the classes of its panoptic data sets."""
-    if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
+    if cfg.MODEL.META_ARCHITECTURE != PANOPTIC_FPN:
         return
     for name in names:
-        metadata = MetadataCatalog.get(name)
-        counts = {"ROI_HEADS": len(metadata.thing_classes), "SEM_SEG_HEAD": len(metadata.stuff_classes)}
+        numbers = separate_numbers(name, MetadataCatalog.get(name).as_dict())
+        counts = {"ROI_HEADS": len(numbers.things), "SEM_SEG_HEAD": 1 + len(numbers.stuff)}
         for head, count in counts.items():
             if cfg.MODEL[head].NUM_CLASSES != count:
                 what = "things" if head == "ROI_HEADS" else "kinds of stuff, with one for all things"

@@ -7,10 +7,12 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 import yaml
@@ -21,6 +23,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+_OUT_CHANNELS = "MODEL.SPAR.OUT_CHANNELS"
+
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     """Detectron2's config with this project's keys, a yaml file and ``KEY VALUE`` overrides.
@@ -29,8 +33,8 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
 
     Raises:
         FileNotFoundError: no such config file.
-        ValueError: no yaml, an unknown key, a value of another type, a name that is not registered, or an output folder
-            that cannot be written to.
+        ValueError: no yaml, or yaml that runs code or has a ``_BASE_`` that is no local file, an unknown key, a value
+            of another type, a name that is not registered, or an output folder that cannot be written to.
     """
     cfg = get_cfg()
     flags = [word for word in overrides[::2] if word.startswith("--")]
@@ -41,7 +45,11 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"--config-file: there is no file {config_file}")
     try:
-        cfg.merge_from_file(config_file)
+        _check_yaml(config_file)
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+        if _OUT_CHANNELS in overrides[::2]:
+            # One number or a list of them: yacs would not take one for the other.
+            cfg.MODEL.SPAR.OUT_CHANNELS = None
         cfg.merge_from_list(_whole_floats(cfg, overrides))
     except (KeyError, AssertionError, ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
         reason = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -54,6 +62,32 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         print(f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but there is no GPU here: using the CPU.", file=sys.stderr)
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+class _LocalConfig(CfgNode):
+    """Reads a config and all that its ``_BASE_`` names from local files alone."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> IO[str]:
+        # Detectron2 would fetch "https://", "s3://", "detectron2://" and the like.
+        if "://" in filename:
+            raise ValueError(f"_BASE_: {filename} is refused, only local files are read; save it and name the file")
+        return open(filename, encoding="utf-8")
+
+
+def _check_yaml(config_file: str) -> None:
+    """Raise ``ValueError`` for yaml that Detectron2 would run as code, or fetch, or never finish reading."""
+    try:
+        _LocalConfig.load_yaml_with_base(config_file, allow_unsafe=False)
+    except yaml.constructor.ConstructorError as error:
+        tag = re.search(r"'tag:yaml\.org,2002:(python/[^']*)'", str(error.problem))
+        if tag is None:
+            raise
+        place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}"
+        refusal = f"!!{tag[1]} ({place}) is refused, as reading it would run code; write the value itself"
+        raise ValueError(refusal) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply, or its _BASE_ leads back to itself") from error
 
 
 def _whole_floats(cfg: CfgNode, overrides: list) -> list:

@@ -29,7 +29,15 @@ from spar_d2.engine.averaging import WeightAverage
 from spar_d2.engine.caching import check_room
 from spar_d2.engine.checkpoint import Checkpointer, Checkpoints
 from spar_d2.engine.comparison import build_teacher_encode
-from spar_d2.engine.data import ImageMapper, RunSampler, build_labelled_loader, build_photo_loader, pinned
+from spar_d2.engine.data import (
+    PANOPTIC_FPN,
+    ImageMapper,
+    RunSampler,
+    build_labelled_loader,
+    build_photo_loader,
+    check_panoptic,
+    pinned,
+)
 from spar_d2.engine.hooks import AfterBackward, DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.optimizer import build_optimizer, count_parameters
@@ -221,6 +229,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        check_panoptic(dataset_name)
         if cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
             return pinned(super().build_test_loader(cfg, dataset_name))
         return pinned(build_detection_test_loader(cfg, dataset_name, mapper=ImageMapper(cfg, is_train=False)))
@@ -236,7 +245,8 @@ class Trainer(DefaultTrainer):
             "dump_predictions": cfg.SPAR.TEST.DUMP_PREDICTIONS,
         }
         if kind.endswith("panoptic_seg"):
-            return PanopticEvaluator(dataset_name, **output)
+            separate = cfg.MODEL.META_ARCHITECTURE == PANOPTIC_FPN
+            return PanopticEvaluator(dataset_name, separate=separate, **output)
         if kind != "sem_seg":
             supported = 'supported are "sem_seg" and those that end in "panoptic_seg"'
             raise ValueError(f"DATASETS.TEST: {dataset_name!r} is of evaluator type {kind!r}, {supported}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import cv2
 import numpy as np
 
@@ -87,11 +89,14 @@ def segmentation_scores(
     Returns:
         ``mIoU`` and ``mACC`` over the classes present in the ground truth (Detectron2's rule); ``mIoU-all`` over all
         classes that are present or predicted; ``fwIoU``, weighted by frequency; ``pACC``, share of right pixels;
-        ``IoU-name`` and ``ACC-name`` for every class, nan where it is not in the ground truth. With ``boundary`` also
+        ``IoU-name`` and ``ACC-name`` for every class, nan where it is not in the ground truth; a name that several
+        classes have is followed by the number of each, as in "IoU-tree (4)". With ``boundary`` also
         ``BoundaryIoU-name`` and ``min(IoU, B-Iou)-name``. All but ``mIoU-all`` are Detectron2's numbers, those of
         boundaries for less than 16 classes.
     """
     right, true, iou = _overlap(confusion)
+    uses = Counter(names)
+    names = [name if uses[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]
     with np.errstate(divide="ignore", invalid="ignore"):
         accuracy = right / true
         present = true > 0

@@ -18,6 +18,7 @@ from spar_d2.evaluation.panoptic_files import check_complete, compare_image, wri
 from spar_d2.evaluation.panoptic_json import GroundTruth, read_ground_truth
 from spar_d2.evaluation.panoptic_outputs import OutputForm
 from spar_d2.evaluation.panoptic_scores import PanopticCounts, score_table
+from spar_d2.panoptic_numbers import STUFF, THINGS, separate_numbers
 from spar_d2.processes import gather_when_done
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 _GROUPS = {"All": "", "Things": "_th", "Stuff": "_st"}
 _SCORES = ("pq", "sq", "rq")
 _KEYS = ("panoptic_json", "panoptic_root")
-_THINGS, _STUFF = "thing_dataset_id_to_contiguous_id", "stuff_dataset_id_to_contiguous_id"
 _DUMP = "panoptic_seg_predictions"
 
 
@@ -44,6 +44,8 @@ class PanopticEvaluator(DatasetEvaluator):
             ``dump_predictions``, the predictions in COCO's form ("panoptic_seg_predictions.json" and a folder of PNGs).
         distributed: put together the counts of all processes; the first returns the scores.
         dump_predictions: see ``output_dir``.
+        separate: the predictions number things from 0 and stuff from 1 on, as PanopticFPN's do, whatever the contiguous
+            categories of the data set are.
 
     Raises:
         ValueError: predictions are to be written but not where.
@@ -55,6 +57,7 @@ class PanopticEvaluator(DatasetEvaluator):
         output_dir: str | os.PathLike | None = None,
         distributed: bool = True,
         dump_predictions: bool = False,
+        separate: bool = False,
     ) -> None:
         if dump_predictions and not output_dir:
             raise ValueError("dump_predictions needs an output_dir to write to")
@@ -62,6 +65,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self.output_dir = Path(output_dir) if output_dir else None
         self.distributed = distributed
         self.dump_predictions = dump_predictions
+        self.separate = separate
         self._dataset: tuple[GroundTruth, OutputForm] | None = None
         self.reset()
 
@@ -160,7 +164,7 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def _load(self) -> tuple[GroundTruth, OutputForm]:
         if self._dataset is None:
-            self._dataset = _load_dataset(self.dataset_name)
+            self._dataset = _load_dataset(self.dataset_name, self.separate)
         return self._dataset
 
     def _count(self, truth: GroundTruth, image_id: int | str, ids: np.ndarray, categories: dict[int, int]) -> None:
@@ -177,22 +181,25 @@ class PanopticEvaluator(DatasetEvaluator):
         return {"image_id": image_id, "file_name": file_name, "segments_info": segments}
 
 
-def _load_dataset(name: str) -> tuple[GroundTruth, OutputForm]:
+def _load_dataset(name: str, separate: bool) -> tuple[GroundTruth, OutputForm]:
     if not _is_there(name) and name in DatasetCatalog:
         DatasetCatalog.get(name)
     metadata = MetadataCatalog.get(name)
     missing = [key for key in _KEYS if not metadata.get(key)]
-    if missing or not (metadata.get(_THINGS) or metadata.get(_STUFF)):
-        missing = missing or [f"{_THINGS} or {_STUFF}"]
+    if missing or not (metadata.get(THINGS) or metadata.get(STUFF)):
+        missing = missing or [f"{THINGS} or {STUFF}"]
         raise ValueError(f"the data set {name!r} has no {' and no '.join(missing)} in its metadata")
     truth = read_ground_truth(*(PathManager.get_local_path(str(metadata.get(key))) for key in _KEYS))
-    things, stuff = ({ours: theirs for theirs, ours in (metadata.get(key) or {}).items()} for key in (_THINGS, _STUFF))
+    if separate:
+        numbers = separate_numbers(name, metadata.as_dict())
+        return truth, OutputForm(numbers.own_things, numbers.own_stuff)
+    things, stuff = ({ours: theirs for theirs, ours in (metadata.get(key) or {}).items()} for key in (THINGS, STUFF))
     return truth, OutputForm(things, stuff, metadata.get("label_divisor"))
 
 
 def _is_there(name: str) -> bool:
     metadata = MetadataCatalog.get(name)
-    return all(metadata.get(key) for key in (*_KEYS, _THINGS, _STUFF)) and PathManager.isfile(metadata.panoptic_json)
+    return all(metadata.get(key) for key in (*_KEYS, THINGS, STUFF)) and PathManager.isfile(metadata.panoptic_json)
 
 
 def _total(truth: GroundTruth, counted: Iterable[np.ndarray]) -> PanopticCounts:

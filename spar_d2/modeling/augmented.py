@@ -24,7 +24,7 @@ class SegmentorWithTTA(nn.Module):
         tta_mapper: makes the views of an input; default: Detectron2's.
 
     Raises:
-        ValueError: a model that is no :class:`OpenVocabularySegmentor`, or one that returns features.
+        ValueError: a model that is no :class:`OpenVocabularySegmentor`, or one that returns features, or no sizes.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module, tta_mapper: Callable[[dict], list[dict]] | None = None) -> None:
@@ -37,6 +37,11 @@ class SegmentorWithTTA(nn.Module):
         if segmentor.output == "features":
             raise ValueError(
                 'TEST.AUG.ENABLED: there is no average of features, MODEL.SPAR.OUTPUT must not be "features"'
+            )
+        sizes = cfg.TEST.AUG.MIN_SIZES
+        if tta_mapper is None and (not sizes or any(size < 1 for size in sizes)):
+            raise ValueError(
+                f"TEST.AUG.MIN_SIZES must have at least one short side in pixels, such as (400, 500), got {sizes}"
             )
         self.model = segmentor
         self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper

@@ -103,7 +103,8 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         """Change the classes, at once; the vectors of words that are new are computed when first needed.
 
         Args:
-            vocabulary: as :meth:`spar_d2.text.Vocabulary.of` takes it; None for none.
+            vocabulary: as :meth:`spar_d2.text.Vocabulary.of` takes it; None for none. Labels are the numbers of its
+                classes, of which none is left out or merged.
         """
         self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
 

@@ -20,11 +20,11 @@ from spar_d2.modeling.text_hooks import TextHooks
 logger = logging.getLogger(__name__)
 
 # Names of the levels, by the logarithm of their stride.
-LEVELS = {f"p{k}": k for k in range(2, 7)} | {f"res{k}": k for k in range(2, 6)}
+LEVELS = {f"p{k}": k for k in range(2, 8)} | {f"res{k}": k for k in range(2, 6)}
 DEFAULT_OUT_FEATURES = ("p2", "p3", "p4", "p5", "p6")
 _DEFAULT_CHANNELS = 256
-# Detectron2's FPN, too, takes every second cell of the level before for this one, where channels are the same.
-_TOP = 6
+# Detectron2's FPN, too, takes every second cell of the level before for "p6", where channels are the same.
+_SUBSAMPLED = (7, 6)
 # Strides of dense maps that levels are made from; maps of other patches are resampled to the last.
 _BASES = (4, 8, 16)
 # What Detectron2's pyramid makes of a map; coarser levels start from a map that is pooled before.
@@ -33,21 +33,22 @@ _LEAST_SCALE = 0.5
 
 @BACKBONE_REGISTRY.register()
 class SPARPyramid(TextHooks, Backbone):
-    """Levels of strides 4 to 64 on the dense map, by Detectron2's simple feature pyramid (ViTDet, arXiv:2203.16527).
+    """Levels of strides 4 to 128 on the dense map, by Detectron2's simple feature pyramid (ViTDet, arXiv:2203.16527).
 
-    Every level is a stage of that pyramid for its stride; "p6" is every second cell of "p5", unless it has other
-    channels. For patches of 4 and 8 pixels, coarse levels start from the pooled dense map; for other patches than 4, 8
-    and 16, all start from the dense map resampled to a stride of 16. "p4" and "res4" are the same level. Images are
-    padded inside, at the right and bottom, to a multiple of the coarsest stride; a level covers ceil(H / stride) x
-    ceil(W / stride) cells. At multiples of ``size_divisibility``, which frameworks pad to, neighbouring levels differ
-    by exactly 2 in height and width.
+    Every level is a stage of that pyramid for its stride; "p6" is every second cell of "p5", and "p7" of "p6", unless
+    they have other channels. For patches of 4 and 8 pixels, coarse levels start from the pooled dense map; for other
+    patches than 4, 8 and 16, all start from the dense map resampled to a stride of 16. "p4" and "res4" are the same
+    level. Images are padded inside, at the right and bottom, to a multiple of the coarsest stride; a level covers
+    ceil(H / stride) x ceil(W / stride) cells. At multiples of ``size_divisibility``, which frameworks pad to,
+    neighbouring levels differ by exactly 2 in height and width.
 
     Args:
         net: the plain backbone.
-        out_features: any of "p2" ... "p6", "res2" ... "res5", "dense" (the plain map at the stride of the patch) and
+        out_features: any of "p2" ... "p7", "res2" ... "res5", "dense" (the plain map at the stride of the patch) and
             "clip_vis_dense" (FC-CLIP's name for the map that levels are made from, which is the plain one for patches
             of 4, 8 and 16), in the order in which they are returned.
-        out_channels: channels of every level, or of each level of ``out_features`` in their order.
+        out_channels: channels of every level, one number or a list of one, or of each level of ``out_features`` in
+            their order.
         square_pad: side of the square in pixels that frameworks which know of it pad images to; 0 for none.
         norm: of the stages, as in Detectron2's pyramid; "LN" is one of a type that optimizers know for a norm.
 
@@ -72,8 +73,11 @@ class SPARPyramid(TextHooks, Backbone):
         patch = net.encoder.patch_size
         self._base = patch if patch in _BASES else _BASES[-1]
         channels = _channels_by_level(names, out_channels)
-        self._subsampled = _TOP in channels and channels.setdefault(_TOP - 1, channels[_TOP]) == channels[_TOP]
-        for level in sorted(channels.keys() - ({_TOP} if self._subsampled else set())):
+        self._subsampled = set()
+        for level in _SUBSAMPLED:
+            if level in channels and channels.setdefault(level - 1, channels[level]) == channels[level]:
+                self._subsampled.add(level)
+        for level in sorted(channels.keys() - self._subsampled):
             self.add_module(f"simfp_{level}", self._stage(2**level, channels[level], norm))
         strides = {name: 2**level for name, level in LEVELS.items()} | {DENSE: patch, CLIP_DENSE: self._base}
         width = net.encoder.embed_dim
@@ -130,7 +134,7 @@ class SPARPyramid(TextHooks, Backbone):
 
     def _level(self, level: int, base: torch.Tensor, known: dict[int, torch.Tensor]) -> torch.Tensor:
         if level not in known:
-            if level == _TOP and self._subsampled:
+            if level in self._subsampled:
                 known[level] = self._level(level - 1, base, known)[..., ::2, ::2]
             else:
                 known[level] = self.get_submodule(f"simfp_{level}")(base)
@@ -174,7 +178,9 @@ def _channels_by_level(names: list[str], channels: int | Sequence[int]) -> dict[
     named = [name for name in names if name in LEVELS]
     if not isinstance(channels, (int, Sequence)) or isinstance(channels, (bool, str)):
         raise ValueError(f"{key} must be one number, or one for each level; got {channels!r}")
-    each = [channels] * len(named) if isinstance(channels, int) else list(channels)
+    each = [channels] if isinstance(channels, int) else list(channels)
+    if len(each) == 1:
+        each *= len(named)
     if len(each) != len(named):
         levels = ", ".join(named) or "none"
         raise ValueError(f"{key} must be one number, or one for each level ({levels}); got {channels}")

@@ -60,7 +60,7 @@ def segment_features(
     Cosine scores are upsampled bilinearly; the probability of a class is the largest of its queries' in a softmax over
     all queries of ``logit_scale * score``. With ``area_threshold``, a class k >= 1 is removed unless it covers more
     than that share of the pixels that classes >= 1 cover. Pixels whose best remaining class is less probable than
-    ``prob_threshold`` become class 0.
+    ``prob_threshold``, or which have none, become class 0.
 
     Args:
         features: (D, h, w), of any length.
@@ -111,8 +111,8 @@ def segment_scores(
             areas = _areas(best, len(query_class))
             kept = _large_enough(areas, query_class, area_threshold)
             best, weak = best_allowed_query(upsampled, logit_scale, prob_threshold, kept, best, weak, areas)
-            # Where all classes are removed and 0 has no query, all pixels are of class 0.
-            query_class = query_class * kept.any()
+            # Queries that are not allowed are left where none is, as class 0 may have no query.
+            query_class = query_class.masked_fill(~kept, 0)
         # Several times as fast on a CPU as query_class[best].
         labels = query_class.index_select(0, best.flatten()).view_as(best)
         return labels.masked_fill_(weak, 0) if prob_threshold > 0 else labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Segmentation:
     Attributes:
         labels: (H, W) int64, index into ``names``.
         names: name of every class.
-        areas: share of the image, 0..1, for every class that was found, by name.
+        areas: share of the image, 0..1, for every class that was found, by name; no two of them have the same one.
     """
 
     labels: np.ndarray
@@ -89,11 +90,14 @@ def segment(
             be read or has another form.
     """
     vocabulary = Vocabulary.of(vocabulary)
-    repo, backbone = os.fspath(dinov3_repo), os.fspath(dinov3_backbone)
-    spec = EncoderSpec(os.fspath(encoder), os.fspath(pretrained), dinov3_repo=repo, dinov3_backbone=backbone)
+    _check_numbers(logit_scale=logit_scale or 0, prob_threshold=prob_threshold, area_threshold=area_threshold or 0)
+    templates = _as_text(templates=templates)["templates"]
+    named = _as_text(pretrained=pretrained, dinov3_repo=dinov3_repo, dinov3_backbone=dinov3_backbone)
+    spec = EncoderSpec(*_as_text(encoder=encoder).values(), **named)
     check_has_text(spec.name)
     if precision not in (*PRECISIONS, AUTO):
         raise ValueError(f"precision must be one of {', '.join((*PRECISIONS, AUTO))}; got {precision!r}")
+    device = _device(device)
     precision = resolve_precision(precision, device)
     pixels = torch.tensor(_read(image)).to(device).permute(2, 0, 1)
     # A file that was written anew is loaded anew.
@@ -114,7 +118,31 @@ def segment(
     return Segmentation(labels, vocabulary.names, found)
 
 
+def _check_numbers(**values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def _as_text(**values: object) -> dict[str, str]:
+    for name, value in values.items():
+        if not isinstance(value, (str, os.PathLike)):
+            raise ValueError(f"{name} must be a name or a path, got {value!r}")
+    return {name: os.fspath(value) for name, value in values.items()}
+
+
+def _device(name: str | torch.device) -> str:
+    try:
+        return str(torch.device(name))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'device must be "cpu", "cuda", ...; got {name!r}') from error
+
+
 def _read(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
+    if not isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)):
+        raise ValueError(
+            f"image must be a file, a PIL image or an array (H, W, 3) uint8 RGB, got {type(image).__name__}"
+        )
     pixels = np.asarray(image) if isinstance(image, np.ndarray) else read_rgb(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
         raise ValueError(f"image must be (H, W, 3) uint8 RGB, got {pixels.dtype} {pixels.shape}")

@@ -20,43 +20,46 @@ _WITH_BACKGROUND = ("voc21", "context60", "coco_object")
 class Vocabulary:
     """An ordered list of classes, each with a name and with words to look for.
 
-    Words are compared without regard to case (text encoders read them so), to the number of blanks in them, or to how
-    Unicode spells them. No word is in two classes, and every class keeps its first word.
+    Classes are never merged and never left out, as their numbers may be those of a data set. Words are compared without
+    regard to case (text encoders read them so), to the number of blanks in them, or to how Unicode spells them. No word
+    is in two classes: it belongs to the first class that begins with it, or else to the first that has it. A class of
+    which no word is left stays as a class without queries, which is never predicted.
 
     Args:
-        classes: for every class its synonyms, or a single word. Surrounding blanks are removed, empty words and
-            classes left out. Dropped with a warning are a word that repeats within its class, and a synonym that is
-            the first word of another class or a synonym of an earlier one. A class with the first word of an earlier
-            one is merged into it, with a warning.
-        names: names of the classes, one for each; default: the first word of each.
+        classes: for every class its synonyms, or a single word. Surrounding blanks are removed, and empty words left
+            out. Words that repeat or belong to another class are dropped, with a warning; another warning names classes
+            without queries.
+        names: names of the classes, one for each; default: the first word that a class keeps or, where it keeps none,
+            its first word, or "". Names of classes with queries are different from each other.
 
     Attributes:
-        classes: words of every class.
+        classes: words of every class; empty where it has no queries.
 
     Raises:
-        ValueError: no class is left, or there are more or fewer names than classes, or two are the same.
+        ValueError: no class has a word, an entry is no text, or there are more or fewer names than classes, or two are
+            the same.
     """
 
     def __init__(self, classes: Iterable[str | Sequence[str]], *, names: Sequence[str] | None = None) -> None:
-        lists = [_clean([words] if isinstance(words, str) else words) for words in classes]
+        lists = [_clean(words) for words in _iterated(classes)]
         if names is not None:
             _check_names(names, len(lists))
-        kept: dict[str, str] = {}
-        merged: dict[str, list[str]] = {}
-        for number, words in enumerate(lists):
-            if not words:
-                continue
-            first = _folded(words[0])
-            if first in merged:
-                logger.warning("The vocabulary has the class %r more than once; merged.", words[0])
-                merged[first] += words[1:]
-            else:
-                merged[first] = words
-                kept[first] = words[0] if names is None else names[number]
-        if not merged:
+        if not any(lists):
             raise ValueError("the vocabulary is empty: it must have at least one class with one word")
-        self.classes: tuple[tuple[str, ...], ...] = _distinct(merged)
-        self._names = tuple(kept.values())
+        self.classes: tuple[tuple[str, ...], ...] = _distinct(lists)
+        if names is None:
+            names = [(kept or words or [""])[0] for kept, words in zip(self.classes, lists)]
+        self._names = tuple(names)
+        self._warn_of_classes_without_words()
+
+    def _warn_of_classes_without_words(self) -> None:
+        for number, (words, name) in enumerate(zip(self.classes, self._names)):
+            if not words:
+                logger.warning(
+                    "Class %d of the vocabulary, %r, has no word that is not of another class: it is never predicted.",
+                    number,
+                    name,
+                )
 
     @staticmethod
     def built_in() -> list[str]:
@@ -70,7 +73,7 @@ class Vocabulary:
         Args:
             source: one of :meth:`built_in`; or path of a UTF-8 file with one class per line and synonyms separated by
                 ", "; or inline text with ";" or new lines between classes and "," between synonyms
-                ("cat, kitten; dog; sky").
+                ("cat, kitten; dog; sky"). Blank lines, and nothing between two ";", are no classes.
 
         Raises:
             FileNotFoundError: ``source`` looks like a path (ends in ".txt", or begins with "/", "./" or "../") and is
@@ -89,7 +92,7 @@ class Vocabulary:
             hint = f"; did you mean the built-in {near[0]!r}?" if near else ""
             logger.warning("The vocabulary is the one class %r, which every pixel gets%s", source, hint)
         try:
-            return cls(part.split(",") for part in re.split("[;\n]", source))
+            return cls(_not_blank(part.split(",") for part in re.split("[;\n]", source)))
         except ValueError as error:
             raise ValueError(f"{error}; got {source!r}") from error
 
@@ -102,7 +105,7 @@ class Vocabulary:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> Vocabulary:
-        """From a UTF-8 file: one class per line, synonyms separated by ", ". Raises as :meth:`load`."""
+        """From a UTF-8 file: one class per line, none in blank ones, synonyms separated by ", ". Raises as `load`."""
         classes = _read(path)
         try:
             return cls(classes)
@@ -145,7 +148,11 @@ def _read(path: str | os.PathLike) -> list[list[str]]:
         raise FileNotFoundError(f"there is no vocabulary file {path}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"the vocabulary file {path} is not UTF-8: {error}") from error
-    return [line.split(", ") for line in lines]
+    return _not_blank(line.split(", ") for line in lines)
+
+
+def _not_blank(classes: Iterable[list[str]]) -> list[list[str]]:
+    return [words for words in classes if any(word.strip() for word in words)]
 
 
 def _check_names(names: Sequence[str], count: int) -> None:
@@ -155,9 +162,19 @@ def _check_names(names: Sequence[str], count: int) -> None:
         raise ValueError(f"names must be different from each other, got {list(names)}")
 
 
-def _clean(words: Iterable[str]) -> list[str]:
-    words = (unicodedata.normalize("NFC", word).strip() for word in words)
-    return [word for word in words if word]
+def _iterated(classes: object) -> list:
+    if isinstance(classes, (str, bytes)) or not isinstance(classes, Iterable):
+        raise ValueError(f"the vocabulary must be a list of classes, each a word or a list of words; got {classes!r}")
+    return list(classes)
+
+
+def _clean(words: str | Iterable[str]) -> list[str]:
+    """The words of one class, without blanks around them, and without empty ones."""
+    listed = [words] if isinstance(words, str) else list(words) if isinstance(words, Iterable) else [words]
+    if not all(isinstance(word, str) for word in listed):
+        raise ValueError(f"a class of the vocabulary must be a word or a list of words, got {words!r}")
+    cleaned = (unicodedata.normalize("NFC", word).strip() for word in listed)
+    return [word for word in cleaned if word]
 
 
 def _folded(word: str) -> str:
@@ -165,19 +182,26 @@ def _folded(word: str) -> str:
     return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", word).casefold()).split())
 
 
-def _distinct(merged: dict[str, list[str]]) -> tuple[tuple[str, ...], ...]:
-    """The words of every class, by its folded first word, less those that another class has."""
-    owners = {first: words[0] for first, words in merged.items()}
+def _distinct(lists: list[list[str]]) -> tuple[tuple[str, ...], ...]:
+    """The words of every class, less those that another class has."""
+    owners: dict[str, int] = {}
+    for number, words in enumerate(lists):
+        if words:
+            owners.setdefault(_folded(words[0]), number)
     classes = []
-    for words in merged.values():
-        kept = words[:1]
-        for word in words[1:]:
-            owner = owners.setdefault(_folded(word), words[0])
-            if owner != words[0]:
-                logger.warning("The word %r of the class %r is dropped: the class %r has it.", word, words[0], owner)
-            elif _folded(word) in map(_folded, kept):
+    for number, words in enumerate(lists):
+        kept: dict[str, str] = {}
+        dropped = []
+        for word in words:
+            owner = owners.setdefault(_folded(word), number)
+            if owner != number:
+                dropped.append((word, words[0], lists[owner][0]))
+            elif _folded(word) in kept:
                 logger.warning("The word %r is in the class %r more than once; dropped.", word, words[0])
             else:
-                kept.append(word)
-        classes.append(tuple(kept))
+                kept[_folded(word)] = word
+        # Where nothing is left, one warning says it all.
+        for word, own, other in dropped if kept else ():
+            logger.warning("The word %r of the class %r is dropped: the class %r has it.", word, own, other)
+        classes.append(tuple(kept.values()))
     return tuple(classes)

@@ -34,6 +34,7 @@ def draw_overlay(
     legend: bool = True,
     listed: Sequence[int] | None = None,
     beside: Sequence[np.ndarray] = (),
+    segments: np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw a segmentation over its photo.
 
@@ -46,6 +47,7 @@ def draw_overlay(
         legend: add one, below the picture or beside it.
         listed: numbers of the classes in the legend; default: those found, by area.
         beside: more pictures (H, w, 3) uint8, put to the right, any w.
+        segments: (H, W) numbers of parts that are outlined; default: ``labels``.
 
     Returns:
         (H', W', 3) uint8 RGB; without a legend and other pictures of the size of the photo.
@@ -58,7 +60,8 @@ def draw_overlay(
     found = [int(number) for number in np.argsort(-areas, kind="stable") if areas[number]]
     pixels = font_pixels(*labels.shape)
     letters = Letters([names[number] for number in found if areas[number] >= pixels**2], pixels)
-    picture = _blend(image, labels, np.asarray(colours, dtype=np.uint8), alpha, letters.pixels)
+    colours, parts = np.asarray(colours, dtype=np.uint8), labels if segments is None else segments
+    picture = _blend(image, colours[labels], parts, alpha, letters.pixels)
     for number in found:
         if names[number].strip().lower() == _BACKGROUND:
             # What is nothing in particular stays as it is.
@@ -102,12 +105,12 @@ def _check(
         raise ValueError(f"pictures beside must be {image.shape[0]} high, got {[o.shape for o in beside]}")
 
 
-def _blend(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, alpha: float, pixels: float) -> np.ndarray:
-    """The photo under the colours of its classes, with outlines."""
-    picture = cv2.addWeighted(image, 1 - alpha, colours[labels], alpha, 0)
-    edges = np.zeros(labels.shape, dtype=np.uint8)
-    edges[1:] |= labels[1:] != labels[:-1]
-    edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+def _blend(image: np.ndarray, colours: np.ndarray, parts: np.ndarray, alpha: float, pixels: float) -> np.ndarray:
+    """The photo under the colours (H, W, 3) of its classes, with outlines of its parts (H, W)."""
+    picture = cv2.addWeighted(image, 1 - alpha, colours, alpha, 0)
+    edges = np.zeros(parts.shape, dtype=np.uint8)
+    edges[1:] |= parts[1:] != parts[:-1]
+    edges[:, 1:] |= parts[:, 1:] != parts[:, :-1]
     width = max(1, round(pixels / 14))
     outlined = cv2.dilate(edges, np.ones((width, width), dtype=np.uint8)).astype(bool)
     if alpha and outlined.mean() <= _MOST_OUTLINES:

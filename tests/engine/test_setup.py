@@ -1,4 +1,5 @@
 import os
+import urllib.request
 
 import pytest
 
@@ -14,6 +15,56 @@ def test_files_that_are_no_config(tmp_path, content):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"c\.yaml with its overrides cannot be read as a config"):
         load_config(str(tmp_path / "c.yaml"), [])
+
+
+UNSAFE = "OUTPUT_DIR: !!python/object/apply:os.system ['touch {}/ran']\n"
+
+
+@pytest.mark.parametrize("base", ["", "_BASE_: b.yaml\n", "_BASE_: [plain.yaml, b.yaml]\n", "_BASE_: below/c.yaml\n"])
+def test_yaml_that_runs_code_is_refused(tmp_path, base):
+    (tmp_path / "plain.yaml").write_text("SEED: 3\n")
+    (tmp_path / "b.yaml").write_text(UNSAFE.format(tmp_path))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below/c.yaml").write_text("_BASE_: ../b.yaml\n")
+    (tmp_path / "c.yaml").write_text(base or UNSAFE.format(tmp_path))
+    with pytest.raises(ValueError, match=r"!!python/object/apply:os\.system \(.*yaml, line 1\) is refused"):
+        load_config(str(tmp_path / "c.yaml"), [])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("tag", ["python/name:os.system", "python/module:os", "python/object/new:os.system []"])
+def test_other_tags_of_python_are_refused(tmp_path, tag):
+    (tmp_path / "c.yaml").write_text(f"SEED: 3\nOUTPUT_DIR: !!{tag}\n")
+    with pytest.raises(ValueError, match=rf"!!{tag.split()[0]} \(.*, line 2\) is refused"):
+        load_config(str(tmp_path / "c.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["http://localhost:9/a.yaml", "https://localhost:9/a.yaml", "ftp://localhost:9/a.yaml", "detectron2://a.yaml"],
+)
+@pytest.mark.parametrize("form", ["_BASE_: {}\n", "_BASE_: ['b.yaml', '{}']\n"])
+def test_bases_are_never_fetched(tmp_path, monkeypatch, base, form):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda *_: pytest.fail("it was fetched"))
+    (tmp_path / "b.yaml").write_text("SEED: 3\n")
+    (tmp_path / "c.yaml").write_text(form.format(base))
+    with pytest.raises(ValueError, match=f"_BASE_: {base} is refused, only local files are read"):
+        load_config("c.yaml", [])
+
+
+def test_a_base_that_leads_back_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("_BASE_: d.yaml\n")
+    (tmp_path / "d.yaml").write_text("_BASE_: c.yaml\n")
+    with pytest.raises(ValueError, match="_BASE_ leads back to itself"):
+        load_config(str(tmp_path / "c.yaml"), [])
+
+
+def test_bases_are_inherited(tmp_path):
+    (tmp_path / "a.yaml").write_text("SEED: 3\nVERSION: 2\nSOLVER:\n  MAX_ITER: 7\n")
+    (tmp_path / "c.yaml").write_text("_BASE_: a.yaml\nSEED: 4\n")
+    cfg = load_config(str(tmp_path / "c.yaml"), [])
+    assert (cfg.SEED, cfg.SOLVER.MAX_ITER) == (4, 7)
 
 
 def test_no_config_and_a_missing_one(tmp_path):
@@ -77,3 +128,12 @@ def test_whole_numbers_are_taken_for_floats():
     cfg = load_config(config, ["SPAR.EMA_DECAY", "0", "SPAR.DATA.CROP_PROB", "1", "SOLVER.MAX_ITER", "7"])
     assert (cfg.SPAR.EMA_DECAY, cfg.SPAR.DATA.CROP_PROB, cfg.SOLVER.MAX_ITER) == (0.0, 1.0, 7)
     assert isinstance(cfg.SPAR.EMA_DECAY, float)
+
+
+@pytest.mark.parametrize(
+    ("configured", "given", "expected"), [("[8, 16]", "32", 32), ("8", "[16, 32]", [16, 32]), ("[8, 16]", "[32]", [32])]
+)
+def test_channels_may_be_given_as_a_number_or_a_list(tmp_path, configured, given, expected):
+    (tmp_path / "c.yaml").write_text(f"MODEL:\n  SPAR:\n    OUT_CHANNELS: {configured}\n")
+    cfg = load_config(str(tmp_path / "c.yaml"), ["MODEL.SPAR.OUT_CHANNELS", given])
+    assert cfg.MODEL.SPAR.OUT_CHANNELS == expected

@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
+import spar_d2
 from processes import run_in_two_processes
 from spar_d2.evaluation import SemanticEvaluator, confusion_matrix, segmentation_scores
 
@@ -196,3 +201,36 @@ def test_two_processes_add_up(tmp_path):
     run_in_two_processes(_count_own_image, tmp_path)
     assert json.loads((tmp_path / "1.json").read_text()) is None
     assert json.loads((tmp_path / "0.json").read_text())["sem_seg"]["pACC"] == pytest.approx(100 * 7 / 8)
+
+
+def test_classes_of_one_name_have_scores_of_their_own():
+    scores = segmentation_scores(np.array([[4, 0, 0, 0], [0, 0, 2, 0], [0, 0, 1, 1]]), ["tree", "tree", "sky"])
+    assert {name for name in scores if name.startswith("IoU")} == {"IoU-tree (0)", "IoU-tree (1)", "IoU-sky"}
+    assert (scores["IoU-tree (0)"], scores["IoU-tree (1)"], scores["IoU-sky"]) == (100, 0, 25)
+
+
+@pytest.mark.parametrize("first", ["import spar_d2, detectron2.evaluation", "import detectron2.evaluation, spar_d2"])
+def test_detectron2s_own_evaluator_reads_labels_with_any_numpy(first, tmp_path):
+    """Whatever is imported first, its own, others' that inherit from it, and its function."""
+    Image.fromarray(np.array([[0, 1], [1, 255]], dtype=np.uint8)).save(tmp_path / "a.png")
+    code = f"""
+{first}
+import numpy as np, torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import SemSegEvaluator
+from detectron2.evaluation.sem_seg_evaluation import load_image_into_numpy_array
+class Theirs(SemSegEvaluator):
+    pass
+DatasetCatalog.register("a", lambda: [dict(file_name="a", sem_seg_file_name="a.png")])
+MetadataCatalog.get("a").set(stuff_classes=["x", "y"], ignore_label=255)
+for kind in (SemSegEvaluator, Theirs):
+    evaluator = kind("a", distributed=False)
+    evaluator.reset()
+    evaluator.process([dict(file_name="a")], [dict(sem_seg=torch.eye(2)[:, :, None].expand(2, 2, 2))])
+    print(round(evaluator.evaluate()["sem_seg"]["pACC"], 6))
+print(load_image_into_numpy_array("a.png").tolist(), load_image_into_numpy_array("a.png", True, float).dtype)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(spar_d2.__file__).parents[1])}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.stdout.splitlines() == ["66.666667", "66.666667", "[[0, 1], [1, 255]] float64"], done.stderr

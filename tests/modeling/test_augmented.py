@@ -81,3 +81,10 @@ def test_what_cannot_be_augmented_is_named(cfg):
     cfg.MODEL.SPAR.OUTPUT = "features"
     with pytest.raises(ValueError, match=r"TEST\.AUG\.ENABLED: there is no average"):
         SegmentorWithTTA(cfg, build_model(cfg).eval())
+
+
+@pytest.mark.parametrize("sizes", [(), (400, 0), (-1,)])
+def test_sizes_that_are_none_are_named(cfg, sizes):
+    cfg.TEST.AUG.MIN_SIZES = sizes
+    with pytest.raises(ValueError, match=r"TEST\.AUG\.MIN_SIZES must have at least one short side in pixels"):
+        SegmentorWithTTA(cfg, build_model(cfg).eval())

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from safetensors.torch import load_file
 
@@ -187,3 +188,43 @@ def test_vectors_of_words_stay_on_disk(tiny_cfg, tmp_path, monkeypatch):
         model = build_model(tiny_cfg).eval()
         model([record])
     assert [file] == list((tmp_path / "words").iterdir())
+
+
+@pytest.fixture
+def repeated_classes():
+    """A data set whose classes are two words, one of them twice, and one without a name."""
+    name = "test_classes_that_repeat"
+    MetadataCatalog.get(name).set(stuff_classes=["cat", "", "dog", "Cat ", "sky"])
+    yield name
+    MetadataCatalog.pop(name)
+
+
+@pytest.mark.parametrize("given", ["metadata", "set", "of the image"])
+def test_labels_are_the_numbers_of_the_data_set(tiny_cfg, model, repeated_classes, given):
+    record = {"image": torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8)}
+    model.set_vocabulary(["cat", "dog", "sky"])
+    labels = model([record])[0]["sem_seg_labels"]
+    assert len(labels.unique()) == 3
+    classes = MetadataCatalog.get(repeated_classes).stuff_classes
+    if given == "metadata":
+        tiny_cfg.DATASETS.TEST, tiny_cfg.MODEL.SPAR.VOCABULARY = (repeated_classes,), ""
+        model = build_model(tiny_cfg).eval()
+    elif given == "set":
+        model.set_vocabulary(classes)
+    else:
+        record["vocabulary"] = classes
+    assert torch.equal(model([record])[0]["sem_seg_labels"], torch.tensor([0, 2, 4])[labels])
+    model.area_threshold = 0.01
+    assert set(model([record])[0]["sem_seg_labels"].unique().tolist()) <= {0, 2, 4}
+    model.output = "scores"
+    scores = model([record])[0]["sem_seg"]
+    assert scores.shape[0] == 5
+    assert scores[[1, 3]].count_nonzero() == 0
+    assert torch.equal(scores.argmax(0), torch.tensor([0, 2, 4])[labels])
+
+
+def test_where_every_class_is_removed_pixels_are_of_class_0_even_if_it_has_no_word(model):
+    record = {"image": torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8)}
+    model.set_vocabulary(["", "cat", "dog"])
+    model.area_threshold = 1.0
+    assert (model([record])[0]["sem_seg_labels"] == 0).all()

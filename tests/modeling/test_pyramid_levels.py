@@ -18,7 +18,7 @@ from spar_d2.modeling.backbone import SPARViT
 from spar_d2.modeling.pyramid import SPARPyramid
 
 SIZES = [(203, 331), (1, 1), (64, 64), (65, 33), (31, 200)]
-STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
+STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 
 def model_file(folder, patch):
@@ -55,6 +55,21 @@ def test_levels_have_their_strides_at_any_size(patch, tmp_path):
 
 
 @pytest.mark.parametrize("patch", [8, 14, 16])
+def test_p7_has_a_stride_of_128(patch, tmp_path):
+    file = model_file(tmp_path, patch)
+    backbone = pyramid(file, OUT_FEATURES=["p3", "p4", "p5", "p6", "p7"])
+    assert backbone.output_shape()["p7"].stride == backbone.size_divisibility == 128
+    own = pyramid(file, OUT_FEATURES=["p6", "p7"], OUT_CHANNELS=[8, 16])
+    for height, width in SIZES:
+        x = torch.randn(1, 3, height, width)
+        with torch.no_grad():
+            levels, others = backbone(x), own(x)
+        side = math.ceil(height / 128), math.ceil(width / 128)
+        assert torch.equal(levels["p7"], levels["p6"][:, :, ::2, ::2][..., : side[0], : side[1]])
+        assert others["p7"].shape == (1, 16, *side)
+
+
+@pytest.mark.parametrize("patch", [8, 14, 16])
 def test_neighbouring_levels_differ_by_exactly_two_where_frameworks_pad(patch, tmp_path):
     backbone = pyramid(model_file(tmp_path, patch))
     with torch.no_grad():
@@ -71,6 +86,10 @@ def test_neighbouring_levels_differ_by_exactly_two_where_frameworks_pad(patch, t
         (["res2", "res3", "res4", "res5"], [8, 16, 24, 32]),
         (["p3", "p5"], [8, 16]),
         (["p6"], 8),
+        (["p7"], 8),
+        (["p3", "p4", "p5", "p6", "p7"], [8]),
+        (["p7", "p5", "p6"], [8, 16, 8]),
+        (["p6", "p7"], [8, 16]),
         (["p2", "p3", "p4", "p5", "p6"], [8, 8, 16, 16, 24]),
         (["p2"], 8),
         (["clip_vis_dense", "res4", "p4", "dense"], [16, 16]),
@@ -81,7 +100,7 @@ def test_any_subset_in_any_order(names, channels, tmp_path):
     backbone = pyramid(model_file(tmp_path, 16), OUT_FEATURES=names, OUT_CHANNELS=channels)
     shapes = backbone.output_shape()
     levels = [name for name in names if name in STRIDES]
-    expected = dict(zip(levels, channels if isinstance(channels, list) else [channels] * len(levels)))
+    expected = dict(zip(levels, channels * 9 if isinstance(channels, list) else [channels] * 9))
     width = backbone.net.encoder.embed_dim
     for size in SIZES:
         features = backbone(torch.randn(1, 3, *size))

@@ -128,3 +128,46 @@ def test_what_surrounds_the_call_changes_no_label(tiny_model, precision):
 def test_a_wrong_precision_is_named_with_those_there_are(tiny_model):
     with pytest.raises(ValueError, match=r"precision must be one of float32, .*, auto; got 'bf16'"):
         spar_d2.segment(reference_image(16, 16), "cat", *tiny_model, precision="bf16")
+
+
+def test_classes_of_one_name_keep_their_numbers_and_are_told_apart(tiny_model):
+    pixels = reference_image(48, 64)
+    result = spar_d2.segment(pixels, ["tree", "tree", "", ["TREE", "wood"], "sky"], *tiny_model, templates="simple")
+    plain = spar_d2.segment(pixels, ["tree", "wood", "sky"], *tiny_model, templates="simple")
+    assert result.names == ["tree", "tree", "", "wood", "sky"]
+    assert np.array_equal(result.labels, np.array([0, 3, 4])[plain.labels])
+    assert result.areas == plain.areas
+    assert result.draw(pixels).ndim == 3
+    # The name of class 0 may be empty: its pixels are those of no other.
+    rest = spar_d2.segment(pixels, ["", "tree", "sky"], *tiny_model, templates="simple", area_threshold=1.0)
+    assert rest.areas == {"": 1.0}
+    assert rest.draw(pixels).ndim == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"image": None}, "image must be a file, a PIL image or an array .* got NoneType"),
+        ({"image": 3}, "image must be"),
+        ({"image": [[0]]}, "image must be .* got list"),
+        ({"image": torch.zeros(8, 8, 3)}, "image must be .* got Tensor"),
+        ({"image": b"a.jpg"}, "image must be .* got bytes"),
+        ({"vocabulary": None}, "vocabulary must be a list of classes"),
+        ({"vocabulary": [1]}, "must be a word or a list of words, got 1"),
+        ({"encoder": None}, "encoder must be a name or a path, got None"),
+        ({"pretrained": None}, "pretrained must be a name or a path"),
+        ({"templates": 3}, "templates must be a name or a path"),
+        ({"device": 3.5}, "device must be"),
+        ({"device": "gpu"}, "device must be"),
+        ({"prob_threshold": "0.5"}, "prob_threshold must be a number, got '0.5'"),
+        ({"prob_threshold": None}, "prob_threshold must be a number"),
+        ({"logit_scale": "x"}, "logit_scale must be a number"),
+        ({"area_threshold": [0.1]}, "area_threshold must be a number"),
+        ({"precision": None}, "precision must be one of"),
+    ],
+)
+def test_arguments_of_wrong_types_are_named(tiny_model, wrong, message):
+    encoder, pretrained = tiny_model
+    arguments = {"image": reference_image(8, 8), "vocabulary": "cat; dog", "encoder": encoder, "pretrained": pretrained}
+    with pytest.raises(ValueError, match=message):
+        spar_d2.segment(**{**arguments, **wrong})

@@ -12,10 +12,13 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
+from detectron2.projects import deeplab, point_rend
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
+from spar_d2.encoders import build_encoder
 from spar_d2.modeling.backbone import SPARViT
+from spar_d2.modeling.pyramid import SPARPyramid
 
 HEIGHT, WIDTH = SIZE = (203, 331)
 
@@ -99,6 +102,32 @@ def test_mask_rcnn(tiny_model):
     check_training_step(model, labelled_image(polygons=True), "loss_mask")
 
 
+TO_P7 = ["p3", "p4", "p5", "p6", "p7"]
+
+
+def test_retinanet(tiny_model):
+    torch.manual_seed(0)
+    cfg = zoo_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml", tiny_model)
+    cfg.MODEL.SPAR.OUT_FEATURES = TO_P7
+    model = build_model(cfg)
+    with torch.no_grad():
+        output = model.eval()([labelled_image()])[0]
+    assert output["instances"].image_size == SIZE
+    check_training_step(model, labelled_image(), "loss_box_reg")
+
+
+def test_fcos(tiny_model):
+    torch.manual_seed(0)
+    config = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py").model
+    net = SPARViT(build_encoder(*tiny_model), config.pixel_mean, config.pixel_std, "BGR", trainable="last_blocks:1")
+    config.backbone = SPARPyramid(net, TO_P7)
+    model = instantiate(config)
+    with torch.no_grad():
+        output = model.eval()([labelled_image()])[0]
+    assert output["instances"].image_size == SIZE
+    check_training_step(model, labelled_image(), "loss_fcos_loc")
+
+
 @pytest.mark.parametrize("backbone", ["SPARPyramid", "SPARViT"])
 def test_semantic_segmentor(tiny_model, backbone):
     torch.manual_seed(0)
@@ -124,13 +153,14 @@ def panoptic_deeplab(monkeypatch):
     return importlib.import_module("detectron2.projects.panoptic_deeplab")
 
 
-def test_panoptic_deeplab(tiny_model, panoptic_deeplab):
+@pytest.mark.parametrize("features", [["res2", "res3", "res5"], ["res2", "res3", "res4"]], ids=["res5", "res4"])
+def test_panoptic_deeplab(tiny_model, panoptic_deeplab, features):
     torch.manual_seed(0)
     cfg = get_cfg()
     panoptic_deeplab.add_panoptic_deeplab_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "PanopticDeepLab"
     cfg.MODEL.SEM_SEG_HEAD.NAME = "PanopticDeepLabSemSegHead"
-    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = cfg.MODEL.INS_EMBED_HEAD.IN_FEATURES = ["res2", "res3", "res5"]
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = cfg.MODEL.INS_EMBED_HEAD.IN_FEATURES = features
     cfg.MODEL.SEM_SEG_HEAD.PROJECT_FEATURES = cfg.MODEL.INS_EMBED_HEAD.PROJECT_FEATURES = ["res2", "res3"]
     cfg.MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS = cfg.MODEL.INS_EMBED_HEAD.PROJECT_CHANNELS = [32, 64]
     cfg.MODEL.SEM_SEG_HEAD.ASPP_CHANNELS = cfg.MODEL.INS_EMBED_HEAD.ASPP_CHANNELS = 32
@@ -143,7 +173,7 @@ def test_panoptic_deeplab(tiny_model, panoptic_deeplab):
     cfg.DATASETS.TRAIN = ("cityscapes_fine_panoptic_train",)
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "SPARPyramid", "", "cpu"
     cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED = tiny_model
-    cfg.MODEL.SPAR.OUT_FEATURES, cfg.MODEL.SPAR.OUT_CHANNELS = ["res2", "res3", "res5"], [32, 64, 128]
+    cfg.MODEL.SPAR.OUT_FEATURES = features
     model = build_model(cfg)
     with torch.no_grad():
         output = model.eval()([deeplab_image()])[0]
@@ -162,6 +192,48 @@ class _Twice(torch.nn.Module):
 
     def forward(self, records):
         return self.model(records * 2)
+
+
+def test_pointrend(tiny_model):
+    """Both of Detectron2's projects for it: masks of instances, and semantic segmentation."""
+    torch.manual_seed(0)
+    cfg = zoo_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", tiny_model)
+    point_rend.add_pointrend_config(cfg)
+    cfg.MODEL.ROI_MASK_HEAD.NAME, cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = "PointRendMaskHead", ""
+    cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON = cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES = True
+    model = build_model(cfg)
+    with torch.no_grad():
+        output = model.eval()([labelled_image()])[0]
+    assert output["instances"].image_size == SIZE
+    check_training_step(model, labelled_image(), "loss_mask_point")
+
+
+def test_pointrend_for_semantic_segmentation(tiny_model):
+    torch.manual_seed(0)
+    cfg = zoo_config("", tiny_model)
+    point_rend.add_pointrend_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NAME = "SemanticSegmentor", "PointRendSemSegHead"
+    cfg.MODEL.POINT_HEAD.NUM_CLASSES = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 54
+    model = build_model(cfg)
+    with torch.no_grad():
+        output = model.eval()([labelled_image()])[0]
+    assert output["sem_seg"].shape == (54, *SIZE)
+    check_training_step(model, labelled_image(), "loss_sem_seg_point")
+
+
+def test_deeplab_v3_plus(tiny_model):
+    torch.manual_seed(0)
+    cfg = zoo_config("", tiny_model)
+    deeplab.add_deeplab_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NAME = "SemanticSegmentor", "DeepLabV3PlusHead"
+    cfg.MODEL.SPAR.OUT_FEATURES = cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res4"]
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NORM = 54, "BN"
+    cfg.INPUT.CROP.ENABLED = False
+    model = build_model(cfg)
+    with torch.no_grad():
+        output = model.eval()([labelled_image()])[0]
+    assert output["sem_seg"].shape == (54, *SIZE)
+    check_training_step(_Twice(model), labelled_image(), "loss_sem_seg")
 
 
 def documented_vitdet(tiny_model):

@@ -42,11 +42,43 @@ def test_files_may_have_blank_lines_accents_and_a_byte_order_mark(tmp_path):
     assert Vocabulary.load(str(path)).classes == (("été", "summer"), ("犬",), ("wood",))
 
 
-def test_duplicates_are_merged_with_a_warning(caplog):
+@pytest.mark.parametrize(
+    ("classes", "words", "names"),
+    [
+        (["tree", "sky", "tree"], [("tree",), ("sky",), ()], ["tree", "sky", "tree"]),
+        (["tree", "", "  ", "sky"], [("tree",), (), (), ("sky",)], ["tree", "", "", "sky"]),
+        (["", "cat"], [(), ("cat",)], ["", "cat"]),
+        (["Hot dog", "hot  DOG", "e\u0301te", "\u00c9TE"], [("Hot dog",), (), ("\u00e9te",), ()], None),
+        ([["cat", "cat", "puss"], "dog", ["cat", "kitten"]], [("cat", "puss"), ("dog",), ("kitten",)], None),
+        ([["cat", "dog"], ["cat", "dog"], "dog"], [("cat",), (), ("dog",)], ["cat", "cat", "dog"]),
+        ([["cat", "pet"], [" ", "pet"], ["cat", "pet", "dog"]], [("cat",), ("pet",), ("dog",)], ["cat", "pet", "dog"]),
+    ],
+)
+def test_every_class_keeps_its_number(classes, words, names, caplog):
     with caplog.at_level(logging.WARNING):
-        vocabulary = Vocabulary([["cat", "cat", "puss"], ["dog"], ["cat", "kitten"]])
-    assert vocabulary.classes == (("cat", "puss", "kitten"), ("dog",))
-    assert "'cat' more than once" in caplog.text
+        vocabulary = Vocabulary(classes)
+    assert vocabulary.classes == tuple(words)
+    assert len(vocabulary) == len(vocabulary.names) == len(classes)
+    assert names is None or vocabulary.names == names
+    assert vocabulary.query_class == [number for number, own in enumerate(words) for _ in own]
+    silent = [number for number, own in enumerate(words) if not own]
+    warned = [record.args[0] for record in caplog.records if "is never predicted" in record.getMessage()]
+    assert warned == silent
+    of_queries = [name for name, own in zip(vocabulary.names, words) if own]
+    assert len(set(of_queries)) == len(of_queries)
+
+
+def test_a_file_and_text_keep_classes_that_repeat(tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\n\ndog\ncat, kitten\ndog\n")
+    for vocabulary in (Vocabulary.from_file(tmp_path / "classes.txt"), Vocabulary.load("cat;;dog; ,;cat, kitten;dog")):
+        assert vocabulary.classes == (("cat",), ("dog",), ("kitten",), ())
+        assert vocabulary.names == ["cat", "dog", "kitten", "dog"]
+
+
+@pytest.mark.parametrize("classes", [None, 3, [None], ["cat", 3], [["cat", None]], b"cat", [b"cat"]])
+def test_what_is_no_text(classes):
+    with pytest.raises(ValueError, match=r"must be a (word or a )?list of (words|classes)"):
+        Vocabulary.of(classes)
 
 
 def test_a_synonym_that_another_class_has_is_dropped_with_a_warning(caplog):
@@ -63,7 +95,7 @@ def test_a_synonym_that_another_class_has_is_dropped_with_a_warning(caplog):
 def test_words_are_compared_by_what_they_say_and_kept_as_they_are_written(caplog):
     with caplog.at_level(logging.WARNING):
         vocabulary = Vocabulary([["Hot  Dog", "hot dog", "HOT\tDOG"], ["e\u0301te\u0301"], ["\u00c9T\u00c9", "Sommer"]])
-    assert vocabulary.classes == (("Hot  Dog",), ("\u00e9t\u00e9", "Sommer"))
+    assert vocabulary.classes == (("Hot  Dog",), ("\u00e9t\u00e9",), ("Sommer",))
     assert len(caplog.records) == 3
 
 
@@ -75,9 +107,9 @@ def test_classes_of_different_words_have_no_warnings(caplog):
 
 def test_names_need_not_be_words():
     vocabulary = Vocabulary([["sky", "wall"], [" "], "cat"], names=["background", "nothing", "pet"])
-    assert vocabulary.names == ["background", "pet"]
+    assert vocabulary.names == ["background", "nothing", "pet"]
     assert vocabulary.queries == ["sky", "wall", "cat"]
-    assert vocabulary.query_class == [0, 0, 1]
+    assert vocabulary.query_class == [0, 0, 2]
     unnamed = Vocabulary(vocabulary.classes)
     assert vocabulary != unnamed
     assert vocabulary == Vocabulary(vocabulary.classes, names=vocabulary.names)

@@ -7,10 +7,16 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
 from PIL import Image
 
 import spar_d2
 from reference import ROOT, reference_image
+from spar_d2.demo.demo import Seen
+from spar_d2.demo.panoptic import PanopticDemo
+from spar_d2.engine.setup import load_config
 from spar_d2.visualization import class_colours
 from tool_modules import load_tool
 
@@ -76,7 +82,7 @@ def test_a_photo_into_a_new_folder(demo, photo, tmp_path, capsys):
 
     record = json.loads((output / "photo.json").read_text(encoding="utf-8"))
     assert (record["width"], record["height"]) == (103, 71)
-    assert record["vocabulary"] == [["grass", "meadow"], ["circle"], ["star"], ["été"]]
+    assert record["vocabulary"] == [["grass", "meadow"], ["circle"], ["star"], ["été"], []]
     pixels = {entry["number"]: entry["pixels"] for entry in record["classes"]}
     assert pixels == {k: int((expected.labels == k).sum()) for k in np.unique(expected.labels)}
     assert list(pixels.values()) == sorted(pixels.values(), reverse=True)
@@ -93,7 +99,8 @@ def test_a_photo_into_a_new_folder(demo, photo, tmp_path, capsys):
     largest = record["classes"][0]
     assert f"  {largest['name']} {largest['area']:.1%}" in printed.out
     assert "1 photo, median" in printed.out
-    assert printed.err == "warning: The vocabulary has the class 'star' more than once; merged.\n"
+    reason = "has no word that is not of another class: it is never predicted."
+    assert printed.err == f"warning: Class 4 of the vocabulary, 'star', {reason}\n"
 
 
 def test_a_folder_with_what_is_no_photo(demo, photo_folder, tmp_path, capsys):
@@ -318,3 +325,64 @@ def test_nothing_that_can_be_read_is_a_failure(demo, tmp_path, capsys):
         (tmp_path / name).write_bytes(b"no photo")
     assert demo("--input", "a.jpg", "b.jpg", "--vocabulary", WORDS) == 1
     assert "skipped 2: a.jpg, b.jpg" in capsys.readouterr().out
+
+
+PANOPTIC = ROOT / "configs" / "demo" / "panoptic.yaml"
+
+
+@pytest.fixture
+def panoptic_model(tmp_path):
+    """A checkpoint of a PanopticFPN with random heads."""
+    model = build_model(load_config(str(PANOPTIC), ["MODEL.DEVICE", "cpu"]))
+    torch.save({"model": model.state_dict()}, tmp_path / "panoptic.pth")
+    return tmp_path / "panoptic.pth"
+
+
+def test_panoptic_models_are_drawn(demo, photo, video, panoptic_model, tmp_path, capsys):
+    arguments = ["--weights", panoptic_model, "--masks", "--json", "--output", tmp_path / "out"]
+    loose = ["MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT", 1, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    loose += ["MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH", 0.0]
+    assert demo("--input", photo, video, *arguments, "--opts", *loose, config=PANOPTIC) == 0
+    metadata = MetadataCatalog.get("spar_scenes_panoptic_val")
+    names = ["background", *metadata.stuff_classes[1:], *metadata.thing_classes]
+    colours = [*metadata.stuff_colors[1:], *metadata.thing_colors]
+    record = json.loads((tmp_path / "out/photo.json").read_text())
+    assert record["vocabulary"] == [[name] for name in names]
+    mask = np.asarray(Image.open(tmp_path / "out/photo_mask.png"))
+    assert mask.shape == (71, 103)
+    assert {one["number"] for one in record["classes"]} == set(np.unique(mask).tolist())
+    for one in record["classes"]:
+        assert one["name"] == names[one["number"]]
+        assert one["pixels"] == (mask == one["number"]).sum()
+        assert one["number"] == 0 or one["colour"] == colours[one["number"] - 1]
+    assert any(one["number"] for one in record["classes"])
+    assert np.asarray(Image.open(tmp_path / "out/photo.png")).shape[2] == 3
+    assert (tmp_path / "out/clip.mp4").is_file()
+    assert "random" not in capsys.readouterr().err
+
+
+def test_segments_of_one_class_are_outlined(panoptic_model):
+    cfg = load_config(str(PANOPTIC), ["MODEL.DEVICE", "cpu"])
+    demo = PanopticDemo(cfg, ["overlay"], str(panoptic_model))
+    image, labels = np.full((60, 90, 3), 100, dtype=np.uint8), np.full((60, 90), 7)
+    halves = np.repeat([[1] * 45 + [2] * 45], 60, axis=0)
+    plain = demo.draw(image, Seen(labels, None, (60, 90)), listed=())
+    outlined = demo.draw(image, Seen(labels, None, (60, 90), segments=halves), listed=())
+    columns = np.flatnonzero((plain != outlined).any(axis=(0, 2)))
+    assert set(columns) <= {43, 44, 45, 46} and len(columns)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vocabulary", "cat; dog"], "--vocabulary: a PanopticFPN has the classes that it was trained on"),
+        (["--show", "overlay", "pca"], "--show must be overlay for PanopticFPN"),
+        (["--opts", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "must be OpenVocabularySegmentor or PanopticFPN"),
+        (["--opts", "DATASETS.TEST", "()", "DATASETS.TRAIN", "()"], "DATASETS.TEST or DATASETS.TRAIN must name"),
+    ],
+)
+def test_what_panoptic_models_cannot_show(demo, photo, capfd, arguments, message):
+    assert demo("--input", photo, *arguments, config=PANOPTIC) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert any(line.startswith("error: ") and message in line for line in lines)
+    assert not any("Traceback" in line for line in lines)

@@ -5,12 +5,24 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from reference import ROOT
 from tool_modules import load_tool
 
 TOOL = ROOT / "tools" / "install_detectron2.py"
+
+# The function of Detectron2 0.6 that does not work with NumPy 2, in its own words where they matter.
+READS_PIXELS = """
+import numpy as np
+from PIL import Image
+
+def load(filename, copy=False, dtype=None):
+    with open(filename, "rb") as f:
+        return np.array(Image.open(f), copy=copy, dtype=dtype)
+"""
 
 
 @pytest.fixture
@@ -25,6 +37,7 @@ def wheel(tmp_path):
         archive.writestr("LabGym/detectron2/__init__.py", "from LabGym.detectron2.a import X\n__version__ = '0.6'\n")
         archive.writestr("LabGym/detectron2/a.py", "X = 1\n")
         archive.writestr("LabGym/detectron2/model_zoo/configs/c.yaml", "A: 1\n")
+        archive.writestr("LabGym/detectron2/evaluation/sem_seg_evaluation.py", READS_PIXELS)
         archive.writestr("LabGym/other.py", "raise SystemExit\n")
         archive.writestr("labgym-3.1.2.dist-info/METADATA", "Name: LabGym\n")
     return path
@@ -60,3 +73,15 @@ def test_another_file_under_the_wheels_name_is_refused(installer, wheel, capsys)
 def test_a_missing_wheel_file_is_named(installer, tmp_path, capsys):
     assert not installer.install_from_wheel(tmp_path / "none.whl")
     assert "there is no file" in capsys.readouterr().out
+
+
+def test_its_evaluator_reads_labels_with_any_numpy(installer, wheel, tmp_path):
+    with zipfile.ZipFile(installer.repack(wheel, tmp_path)) as archive:
+        names = {}
+        exec(archive.read("detectron2/evaluation/sem_seg_evaluation.py"), names)
+        notice = archive.read(f"detectron2-{installer.VERSION}.dist-info/NOTICE").decode()
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    for copy in (False, True):
+        assert np.array_equal(names["load"](tmp_path / "a.png", copy=copy, dtype=int), labels)
+    assert "copy=copy or None" in notice
