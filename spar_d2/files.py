@@ -18,8 +18,8 @@ try:
 except ImportError:  # no such locks on Windows
     fcntl = None
 
-# ".student.RANDOM.tmp.safetensors"
-_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp(\.|$)")
+# ".student.RANDOM.tmp.safetensors"; earlier versions had the process before a shorter random part.
+_TEMPORARY = re.compile(r"\..*(\.[0-9a-f]{16}|-[0-9a-f]{8})\.tmp(\.|$)")
 # Of the name that is replaced; file systems allow 255 bytes, and the random part needs some.
 _LONGEST_STEM, _LONGEST_SUFFIX = 128, 32
 # Where locks are not supported, a temporary file that is older has no writer any more.

@@ -11,7 +11,6 @@ from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
     DatasetFromList,
-    DatasetMapper,
     MetadataCatalog,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -27,11 +26,14 @@ from spar_d2.data.panoptic import is_panoptic
 from spar_d2.data.panoptic_mapper import PanopticMapper
 from spar_d2.data.photos import PhotoDataset
 from spar_d2.data.sampler import DrawSampler
+from spar_d2.data.semantic_mapper import SemanticMapper
 from spar_d2.encoders import describe_encoder
 from spar_d2.modeling.linear_probe import LinearProbe, check_labels
 
 logger = logging.getLogger(__name__)
 
+# Those of Detectron2 that train MODEL.SEM_SEG_HEAD on labels, and end in an assertion where one is no class.
+_LABELLED_ARCHITECTURES = ("SemanticSegmentor", "PanopticFPN")
 _AUGMENTATION = (
     "SCALE_BOX",
     "SCALE_RANGE",
@@ -135,8 +137,10 @@ def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
     panoptic = kinds == {True}
     if panoptic:
         _check_classes(cfg, names)
-    mapper = PanopticMapper(cfg, True) if panoptic else DatasetMapper(cfg, True)
-    if cfg.MODEL.SEM_SEG_HEAD.NAME == LinearProbe.__name__:
+    mapper = PanopticMapper(cfg, True) if panoptic else SemanticMapper(cfg, True)
+    if cfg.MODEL.SEM_SEG_HEAD.NAME == LinearProbe.__name__ or (
+        not panoptic and cfg.MODEL.META_ARCHITECTURE in _LABELLED_ARCHITECTURES
+    ):
         mapper = LabelCheck(cfg, mapper)
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         return build_detection_train_loader(cfg, mapper=mapper, pin_memory=torch.cuda.is_available())
@@ -207,10 +211,3 @@ def pinned(loader: DataLoader) -> DataLoader:
     """A loader of Detectron2's, which then gives images in memory that a GPU, if there is one, copies by itself."""
     loader.pin_memory = torch.cuda.is_available()
     return loader
-
-
-class ImageMapper(DatasetMapper):
-    """Detectron2's mapper for testing, without the true labels: the evaluator reads them, at their own size."""
-
-    def __call__(self, dataset_dict: dict) -> dict:
-        return super().__call__({key: value for key, value in dataset_dict.items() if key != "sem_seg_file_name"})

@@ -21,6 +21,7 @@ from torch import nn
 
 from spar_d2.data.loader import PhotoLoader
 from spar_d2.data.sampler import DrawSampler
+from spar_d2.data.semantic_mapper import ImageMapper
 from spar_d2.distillation import DistillationHook
 from spar_d2.encoders import DenseEncoder, find_encoder
 from spar_d2.encoders.precision import PRECISIONS
@@ -29,7 +30,7 @@ from spar_d2.engine.averaging import WeightAverage
 from spar_d2.engine.caching import check_room
 from spar_d2.engine.checkpoint import Checkpointer, Checkpoints
 from spar_d2.engine.comparison import build_teacher_encode
-from spar_d2.engine.data import ImageMapper, RunSampler, build_labelled_loader, build_photo_loader, pinned
+from spar_d2.engine.data import RunSampler, build_labelled_loader, build_photo_loader, pinned
 from spar_d2.engine.hooks import AfterBackward, DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.optimizer import build_optimizer, count_parameters

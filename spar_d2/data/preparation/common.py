@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from spar_d2.data.benchmarks import LABELLED_SETS
-from spar_d2.data.images import DAMAGE
+from spar_d2.image_files import DAMAGE, open_image
 
 IGNORED = 255
 PARTS = {"val": "validation", "train": "training"}
@@ -87,7 +86,7 @@ def read_pixels(path: Path) -> tuple[str, np.ndarray]:
         ValueError: it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.mode, np.asarray(image)
     except DAMAGE as error:
         raise ValueError(f"the label image {path} cannot be read: {error}") from error
