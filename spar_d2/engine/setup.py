@@ -20,6 +20,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from spar_d2.errors import make_logs_printable
+
 # What setting up a run writes to its output folder.
 _SETUP_FILES = ("log.txt*", "config.yaml", ".lock")
 
@@ -127,6 +129,7 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank),
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="spar_d2", abbrev_name="spar_d2"),
     ]
+    make_logs_printable(*loggers)
     for handler in (handler for logger in loggers for handler in logger.handlers):
         if quiet and getattr(handler, "stream", None) is sys.stdout:
             handler.setLevel(logging.WARNING)

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from spar_d2.errors import readable_errors
+from spar_d2.errors import printable, readable_errors
 from spar_d2.evaluation.panoptic_files import compare_folders, write_json
 from spar_d2.evaluation.panoptic_json import read_ground_truth, read_predictions
 from spar_d2.evaluation.panoptic_scores import score_table
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder, predictions = read_predictions(args.pred_json, args.pred_dir)
         scores = compare_folders(truth, folder, predictions, args.workers).scores(truth.things)
         write_json(scores, args.output)
-        print(score_table(scores, truth.names))
+        print(printable(score_table(scores, truth.names)))
 
 
 def _parse_args(arguments: list[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -224,7 +224,14 @@ class Preparation(ABC):
         return root / "spar_labels" / self.name
 
     def prepared(self, root: Path, name: str) -> Path:
-        """The prepared label file of an image, given the image's name."""
+        """The prepared label file of an image, given the image's name.
+
+        Raises:
+            ValueError: the name leads out of the folder.
+        """
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
+            raise ValueError(f"{self.name}: the name {name!r} of an image leads out of its folder; correct the list")
         return self.folder(root) / f"{name}.png"
 
     def index(self, root: Path) -> Path | None:
