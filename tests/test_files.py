@@ -1,12 +1,17 @@
 import multiprocessing
 import os
-import re
+import stat
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from spar_d2 import files
 from spar_d2.files import remove_leftovers, replacing, used_by_one
 
 
@@ -60,23 +65,92 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_pa
     process.kill()
     process.join()
     (left,) = path.parent.iterdir()
-    foreign = left.with_name(".file.elsewhere-1-00000000.tmp.txt")
-    foreign.touch()
     for name in ("plain.txt", ".hidden", ".tmp"):
         (tmp_path / name).touch()
     assert remove_leftovers(tmp_path) == [str(left)]
-    os.utime(foreign, (0, 0))
-    assert remove_leftovers(tmp_path) == [str(foreign)], "a day later nobody writes to it"
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".hidden", ".tmp", "plain.txt"]
 
 
-def test_a_process_with_the_number_of_the_killed_one_removes_what_that_left(tmp_path):
-    with replacing(tmp_path / "file.txt") as own:
+def test_a_file_that_is_written_stays_whatever_its_writer_is_called(tmp_path, monkeypatch):
+    """In another container, a writer may have any number, also one that no process has here."""
+    with replacing(tmp_path / "file.txt") as temporary:
         assert remove_leftovers(tmp_path) == []
-    left = tmp_path / re.sub(r"-[0-9a-f]{8}\.tmp", "-00000000.tmp", own.name)
+        assert temporary.exists()
+        # Writers that put a file of their own in its place.
+        temporary.unlink()
+        temporary.write_text("new")
+    assert (tmp_path / "file.txt").read_text() == "new"
+
+
+def test_without_locks_young_files_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    left = tmp_path / f".file.{'0' * 16}.tmp.txt"
     left.touch()
-    os.utime(left, (time.time() - 3600,) * 2)
-    assert remove_leftovers(tmp_path) == [str(left)]
+    assert remove_leftovers(tmp_path) == []
+    os.utime(left, (0, 0))
+    assert remove_leftovers(tmp_path) == [str(left)], "a day later nobody writes to it"
+
+
+@pytest.mark.parametrize("name", ["n" * 250 + ".txt", "ü" * 125 + ".txt", "x." + "s" * 253, "." + "h" * 254])
+def test_names_may_be_as_long_as_the_file_system_allows(tmp_path, name):
+    with replacing(tmp_path / name) as temporary:
+        temporary.write_text("content")
+    assert (tmp_path / name).read_text() == "content"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_its_target_is_replaced(tmp_path, there):
+    target, link = tmp_path / "real" / "target.txt", tmp_path / "link.txt"
+    if there:
+        target.parent.mkdir()
+        target.write_text("old")
+    link.symlink_to("real/target.txt")
+    with replacing(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink() and target.read_text() == "new"
+    assert len(list(target.parent.iterdir())) == 1
+
+
+def test_a_pipe_is_written_through(tmp_path):
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(pipe.read_text)
+        with replacing(pipe) as temporary:
+            assert temporary.suffix == ".txt"
+            temporary.write_text("content")
+        assert reader.result() == "content"
+    assert pipe.is_fifo()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_devices_and_open_files_are_written_through(tmp_path):
+    """As a user without rights to it would not see: /dev/null of a whole machine must never be replaced."""
+    with replacing("/dev/null") as temporary:
+        assert temporary.parent != Path("/dev")
+        temporary.write_text("content")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    code = (
+        "from spar_d2.files import replacing\nprint('before', flush=True)\n"
+        "with replacing('/dev/stdout') as file:\n    file.write_text('content')"
+    )
+    with open(tmp_path / "output", "ab") as output:
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=output)
+    assert (tmp_path / "output").read_text() == "before\ncontent"
+    assert Path("/dev/stdout").is_symlink()
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder"), replacing(tmp_path):
+        pass
+
+
+def test_an_earlier_file_keeps_who_may_read_it(tmp_path):
+    (tmp_path / "secret").touch(0o600)
+    with replacing(tmp_path / "secret") as temporary:
+        temporary.write_text("content")
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):

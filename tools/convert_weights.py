@@ -16,6 +16,7 @@ import os
 from spar_d2.encoders import EncoderSpec
 from spar_d2.encoders.convert import check_suffix, convert_weights, write_weights
 from spar_d2.errors import readable_errors
+from spar_d2.files import check_not_read
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,6 +43,7 @@ def main() -> None:
         if not os.path.isfile(args.input):
             raise FileNotFoundError(f"--input: there is no file {args.input!r}")
         check_suffix(args.output, args.to)
+        check_not_read(args.output, {"--input": args.input, "--text": args.text or None})
         tensors = convert_weights(spec, args.to, args.text)
         write_weights(tensors, args.output)
     print(f"Wrote {len(tensors)} tensors to {args.output}.")

@@ -19,7 +19,7 @@ from spar_d2.demo.panoptic import build_demo
 from spar_d2.demo.run import run
 from spar_d2.engine.data import PANOPTIC_FPN
 from spar_d2.engine.setup import load_config
-from spar_d2.errors import readable_errors
+from spar_d2.errors import printable, readable_errors
 from spar_d2.text import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,7 @@ def main() -> None:
             tally = run(demo, sources, targets)
         except KeyboardInterrupt:
             raise SystemExit(f"\nstopped; what was finished is in {args.output}") from None
-        print(tally)
+        print(printable(str(tally)))
     if not tally.done:
         raise SystemExit(1)
 
@@ -123,7 +123,7 @@ class BesideBars(logging.Handler):
     """Prints records on stderr without tearing a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+        tqdm.write(f"{record.levelname.lower()}: {printable(record.getMessage())}", file=sys.stderr)
 
 
 def show_warnings() -> None:

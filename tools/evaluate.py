@@ -17,7 +17,7 @@ from spar_d2.engine.benchmarks import evaluate_methods
 from spar_d2.engine.comparison import Method
 from spar_d2.engine.paper_table import paper_table, summary
 from spar_d2.engine.setup import load_config, prepare
-from spar_d2.errors import readable_errors
+from spar_d2.errors import printable, readable_errors
 from spar_d2.files import replacing, used_by_one
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     for name, text in written.items():
         with replacing(args.output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    print(f"\n{table}\n\nWritten to {' and '.join(str(args.output / name) for name in written)}.")
+    print(f"\n{printable(table)}\n\nWritten to {' and '.join(str(args.output / name) for name in written)}.")
 
 
 def overrides(args: argparse.Namespace) -> list[str]:

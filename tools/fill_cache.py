@@ -16,7 +16,7 @@ import spar_d2  # noqa: F401  registers
 from spar_d2.engine.caching import check_caching, fill_cache
 from spar_d2.engine.launch import check_launch
 from spar_d2.engine.setup import load_config
-from spar_d2.errors import readable_errors
+from spar_d2.errors import make_logs_printable, readable_errors
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,7 +52,7 @@ def main() -> None:
 
 def work(number: int, args: argparse.Namespace) -> None:
     """One process."""
-    setup_logger(name="spar_d2", distributed_rank=number)
+    make_logs_printable(setup_logger(name="spar_d2", distributed_rank=number))
     with readable_errors():
         cfg = load_config(args.config_file, args.opts)
         if cfg.MODEL.DEVICE == "cuda":

@@ -23,7 +23,7 @@ from spar_d2.engine.probe_rows import (
     train_probe,
 )
 from spar_d2.engine.setup import clean_start, load_config, prepare
-from spar_d2.errors import readable_errors
+from spar_d2.errors import printable, readable_errors
 from spar_d2.files import replacing, used_by_one
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "linear_probe.yaml"
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     for name, text in written.items():
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    print(f"\n{table}\n\nTable, picture and probes are in {folder}.")
+    print(f"\n{printable(table)}\n\nTable, picture and probes are in {folder}.")
 
 
 if __name__ == "__main__":

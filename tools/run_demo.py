@@ -41,11 +41,11 @@ def main() -> None:
     with readable_errors():
         cfg = load_config(args.config_file, ["OUTPUT_DIR", str(args.output), "SEED", args.seed, *args.opts])
         student = args.output / STUDENT_FILE
-        student.unlink(missing_ok=True)
+        earlier = version(student)
         prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)
         print(f"Distilling {cfg.SOLVER.MAX_ITER} steps (log: {args.output}/log.txt) ...")
         Trainer(cfg).train()
-        if not student.is_file():
+        if version(student) == earlier:
             raise SystemExit("stopped before the student was finished")
         results = [measure(cfg, VAL, method) for method in methods(cfg, student)]
         table = markdown_table(results, baseline=results[2])
@@ -55,6 +55,11 @@ def main() -> None:
     print(f"\n{table}\n")
     print(f"{len(DatasetCatalog.get(VAL))} scenes, {torch.get_num_threads()} threads, {cfg.MODEL.DEVICE};", end=" ")
     print(f"pictures, table and student are in {args.output}; {time.time() - started:.0f} s in all.")
+
+
+def version(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew; None where there is none."""
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.is_file() else None
 
 
 def methods(cfg: CfgNode, student: Path) -> list[Method]:

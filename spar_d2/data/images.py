@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-import struct
-import zlib
 
 import numpy as np
 from PIL import Image, ImageOps
 
-# What Pillow raises on damaged files, depending on the format and on where the damage is.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+from spar_d2.image_files import DAMAGE, open_image, reason
 
 
 def read_rgb(source: str | os.PathLike | Image.Image) -> np.ndarray:
@@ -71,12 +68,10 @@ def read_photo(record: dict) -> np.ndarray:
 
 def _decode(file: str | os.PathLike | io.BytesIO, name: str | os.PathLike) -> np.ndarray:
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             return _to_rgb(image)
     except DAMAGE as error:
-        # Pillow names the object it read from, which for a photo in a tar file says nothing.
-        reason = "it is no image" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ValueError(f"image: {name} cannot be read: {reason}") from error
+        raise ValueError(f"image: {name} cannot be read: {reason(error)}") from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

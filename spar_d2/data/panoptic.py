@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from spar_d2.data import scenes
 from spar_d2.data.datasets import IGNORE_LABEL, SCENE_SPLITS, SEGMENTS_ENDING, load_scenes, scenes_root
-from spar_d2.data.images import DAMAGE
 from spar_d2.data.preparation import ade20k_panoptic, cityscapes_panoptic
 from spar_d2.data.preparation.common import datasets_root
 from spar_d2.data.preparation.panoptic import areas_and_boxes
 from spar_d2.files import replacing
+from spar_d2.image_files import DAMAGE, open_image, read_labels
 from spar_d2.panoptic_ids import ids_in
 
 # Detectron2's number of instances that a class may have in an image, where a segment's number tells its class.
@@ -259,8 +258,7 @@ def _prepare_scenes(split: str, root: Path) -> None:
 
 def _scene_segments(masks: Path, labels: str) -> list[dict]:
     numbers = read_segment_ids(masks)
-    with Image.open(labels) as file:
-        classes = np.asarray(file)
+    classes = read_labels(labels)
     class_of = dict(zip(numbers.ravel().tolist(), classes.ravel().tolist()))
     return [
         {"id": number, "category_id": class_of[number] + 1, "iscrowd": 0, **place}
@@ -276,7 +274,7 @@ def read_segment_ids(path: str | os.PathLike) -> np.ndarray:
         ValueError: it cannot be read, or is no RGB picture.
     """
     try:
-        with Image.open(path) as file:
+        with open_image(path, ["PNG"]) as file:
             mode = file.mode
             ids = ids_in(file) if mode == "RGB" else None
     except FileNotFoundError as error:

@@ -13,6 +13,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 from spar_d2.data.datasets import IGNORE_LABEL
 from spar_d2.data.panoptic import is_panoptic, read_segment_ids
+from spar_d2.image_files import check_image_file
 from spar_d2.panoptic_ids import boxes, places, runs
 from spar_d2.panoptic_numbers import SeparateNumbers, separate_numbers
 
@@ -71,10 +72,9 @@ class PanopticMapper:
             ValueError: the image is damaged, or has not the size that the dict says, or see :func:`read_segments`.
         """
         result = {key: value for key, value in record.items() if key not in ("pan_seg_file_name", "segments_info")}
+        check_image_file(record["file_name"])
         try:
             image = detection_utils.read_image(record["file_name"], format=self.image_format)
-        except FileNotFoundError:
-            raise
         except OSError as error:
             raise ValueError(f"the image {record['file_name']} cannot be read: {error}") from error
         detection_utils.check_image_size(result, image)

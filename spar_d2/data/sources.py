@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import posixpath
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 KEY = "SPAR.DATA.IMAGES"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 TAR = ".tar"
+_LONGEST_HEADER = 1 << 20
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
@@ -91,6 +93,8 @@ def _files(path: str, name: str, line: str = "") -> list[_File]:
     if lower.endswith(EXTENSIONS):
         return [_File(path, name, os.path.realpath(path))]
     if _is_tar(path):
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{KEY}: {path} is no file{line}")
         _check_readable(path)
         return [_File(path, os.path.basename(path), os.path.realpath(path))]
     if lower.endswith(COMPRESSED):
@@ -142,7 +146,7 @@ def _files_in_folder(folder: str) -> list[_File]:
                 continue
             if _is_folder(entry):
                 (waiting.appendleft if link else waiting.append)((entry.path, f"{name}/"))
-            elif entry.name.lower().endswith((*EXTENSIONS, TAR)):
+            elif entry.name.lower().endswith((*EXTENSIONS, TAR)) and _is_file(entry):
                 target = os.path.realpath(entry.path) if link else os.path.join(real, entry.name)
                 (linked if link else files).append(_File(entry.path, name, target))
             elif entry.name.lower().endswith(COMPRESSED):
@@ -152,6 +156,14 @@ def _files_in_folder(folder: str) -> list[_File]:
         logger.warning("%s: left out %d compressed tar files, unpack them to use them: %s", KEY, len(compressed), shown)
     unique = {file.real: file for file in reversed(files + linked)}
     return sorted(unique.values(), key=lambda file: file.name)
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    """Whether it is a file: reading a pipe might never end. A link to nothing is found when it is read."""
+    try:
+        return stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
+        return True
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -167,14 +179,22 @@ def _tar_records(file: _File) -> list[dict]:
     members, damage = {}, ""
     try:
         length = os.path.getsize(file.path)
-        with tarfile.open(file.path, "r:", encoding="utf-8") as tar:
+        with (
+            open(file.path, "rb", buffering=0) as raw,
+            tarfile.open(fileobj=_Headers(raw), mode="r:", encoding="utf-8") as tar,
+        ):
             for member in tar:
-                if member.offset_data + member.size > length:
+                if member.size < 0:  # the next one would lie before it
+                    damage = "a member has a negative size"
+                    break
+                if not member.issparse() and member.offset_data + member.size > length:
                     damage = "it ends within a member"
                 elif _is_photo(member):
                     members[posixpath.normpath(member.name)] = member.offset_data, member.size
             if not damage and _has_data(tar):
                 damage = "a header in it cannot be read"
+    except RecursionError:
+        damage = "its headers are nested"
     except (tarfile.TarError, OSError, ValueError) as error:
         damage = str(error)
     if damage:
@@ -191,9 +211,19 @@ def _tar_records(file: _File) -> list[dict]:
     ]
 
 
+class _Headers(io.BufferedReader):
+    """Of a tar file only headers are read, and a hostile one says that it is gigabytes long."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header in it is {size} bytes long")
+        return super().read(size)
+
+
 def _is_photo(member: tarfile.TarInfo) -> bool:
     """Whether a member of a tar file is a photo, stored as it is (the pieces of a sparse file lie apart)."""
-    if not member.isreg() or member.issparse() or not member.name.lower().endswith(EXTENSIONS):
+    is_plain = member.isreg() and not member.issparse() and "\0" not in member.name
+    if not is_plain or not member.name.lower().endswith(EXTENSIONS):
         return False
     return not any(part.startswith(".") and part not in (".", "..") for part in member.name.split("/"))
 

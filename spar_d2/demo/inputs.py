@@ -73,9 +73,16 @@ def _matches(word: str) -> list[str]:
     if not glob.has_magic(word):
         raise FileNotFoundError(f"{FLAG}: there is no file or folder {word}")
     known = (*EXTENSIONS, *VIDEOS, TAR)
-    found = sorted(glob.glob(word, recursive=True))
-    found = [path for path in found if os.path.isdir(path) or path.lower().endswith(known)]
-    # "**" gives the files of its folders, too.
+    # Not by the module glob, whose "**" enters links, also those to a folder above.
+    start = Path(word).anchor
+    pattern = f"{word}/*" if word.endswith("**") else word
+    paths = sorted(Path(start).glob(os.path.relpath(pattern, start or None)))
+    found = [str(path) for path in paths if path.is_dir() or path.name.lower().endswith(known)]
+    found = [
+        path
+        for path in found
+        if not any(part.startswith(".") and part not in Path(word).parts for part in Path(path).parts)
+    ]
     files = [path for path in found if not os.path.isdir(path)]
     if not found:
         raise FileNotFoundError(f"{FLAG}: no photo, video or folder matches {word}")

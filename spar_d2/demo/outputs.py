@@ -19,6 +19,8 @@ FLAG = "--output"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO = ".mp4"
 _QUALITY = 92
+# Bytes; file systems allow 255 with endings and numbers.
+_LONGEST_NAME = 200
 # Masks of more classes than a palette holds are 16-bit pictures.
 PALETTE_SIZE = 256
 
@@ -73,7 +75,7 @@ def plan_outputs(
     else:
         targets, taken = [], set()
         for source in sources:
-            stem = Path(output) / stem_of(source.name)
+            stem = _shortened(Path(output) / stem_of(source.name))
             suffix = VIDEO if source.is_video else PICTURES[0]
             number = 1
             while True:
@@ -91,6 +93,11 @@ def plan_outputs(
     for target in targets:
         _check_places(target, inputs)
     return targets
+
+
+def _shortened(stem: Path) -> Path:
+    """A name that leaves room for endings and numbers within what file systems allow."""
+    return stem.with_name(os.fsencode(stem.name)[:_LONGEST_NAME].decode(errors="ignore"))
 
 
 def _target(picture: Path, stem: Path, is_video: bool, masks: bool, records: bool) -> Target:

@@ -14,6 +14,7 @@ from spar_d2.demo.demo import Demo
 from spar_d2.demo.inputs import Source
 from spar_d2.demo.outputs import Target, write_mask, write_picture, write_record
 from spar_d2.demo.video import segment_video
+from spar_d2.errors import printable
 from spar_d2.visualization.legend import percent
 
 # Named in a line; the picture and the JSON file have all.
@@ -75,7 +76,7 @@ def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target]) -> Tal
         except (ValueError, FileNotFoundError) as error:
             if not many:
                 raise
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
             tally.skipped.append(source.name)
     return tally
 
@@ -106,7 +107,7 @@ def _video(demo: Demo, source: Source, target: Target, tally: Tally) -> None:
 
 def _say(line: str) -> None:
     # Beside a bar that may stand on the same screen.
-    tqdm.write(line, file=sys.stdout)
+    tqdm.write(printable(line), file=sys.stdout)
 
 
 def _say_classes(found: Iterable[tuple[str, float]]) -> None:

@@ -14,8 +14,9 @@ from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.modeling import build_model
 from tqdm import tqdm
 
+from spar_d2.data.semantic_mapper import ImageMapper
 from spar_d2.engine.checkpoint import Checkpointer
-from spar_d2.engine.data import ImageMapper, pinned
+from spar_d2.engine.data import pinned
 from spar_d2.engine.progress import Progress
 from spar_d2.evaluation import SemanticEvaluator
 from spar_d2.modeling.augmented import SegmentorWithTTA

@@ -11,7 +11,6 @@ from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
     DatasetFromList,
-    DatasetMapper,
     MetadataCatalog,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -27,6 +26,7 @@ from spar_d2.data.panoptic import has_panoptic_masks
 from spar_d2.data.panoptic_mapper import PanopticMapper
 from spar_d2.data.photos import PhotoDataset
 from spar_d2.data.sampler import DrawSampler
+from spar_d2.data.semantic_mapper import SemanticMapper
 from spar_d2.encoders import describe_encoder
 from spar_d2.modeling.linear_probe import LinearProbe, check_labels
 from spar_d2.panoptic_numbers import separate_numbers
@@ -34,7 +34,8 @@ from spar_d2.panoptic_numbers import separate_numbers
 logger = logging.getLogger(__name__)
 
 PANOPTIC_FPN = "PanopticFPN"
-# What these models of Detectron2's are trained on, without which they end in an assertion or a missing key.
+# What these models of Detectron2's are trained on; without it, or with labels that are no class, they end in an
+# assertion or a missing key.
 _LABELS = {PANOPTIC_FPN: ("annotations", "sem_seg_file_name"), "SemanticSegmentor": ("sem_seg_file_name",)}
 _AUGMENTATION = (
     "SCALE_BOX",
@@ -141,8 +142,8 @@ def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
         check_panoptic(name)
     if panoptic:
         _check_classes(cfg, names)
-    mapper = PanopticMapper(cfg, True) if panoptic else DatasetMapper(cfg, True)
-    if cfg.MODEL.SEM_SEG_HEAD.NAME == LinearProbe.__name__:
+    mapper = PanopticMapper(cfg, True) if panoptic else SemanticMapper(cfg, True)
+    if cfg.MODEL.SEM_SEG_HEAD.NAME == LinearProbe.__name__ or (not panoptic and cfg.MODEL.META_ARCHITECTURE in _LABELS):
         mapper = LabelCheck(cfg, mapper)
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         return build_detection_train_loader(cfg, mapper=mapper, pin_memory=torch.cuda.is_available())
@@ -240,10 +241,3 @@ def pinned(loader: DataLoader) -> DataLoader:
     """A loader of Detectron2's, which then gives images in memory that a GPU, if there is one, copies by itself."""
     loader.pin_memory = torch.cuda.is_available()
     return loader
-
-
-class ImageMapper(DatasetMapper):
-    """Detectron2's mapper for testing, without the true labels: the evaluator reads them, at their own size."""
-
-    def __call__(self, dataset_dict: dict) -> dict:
-        return super().__call__({key: value for key, value in dataset_dict.items() if key != "sem_seg_file_name"})

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import build_augmentation, read_image
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.data.transforms import ResizeShortestEdge
 from safetensors import SafetensorError, safe_open
 
+from spar_d2.data.semantic_mapper import transformed_labels
 from spar_d2.files import replacing
+from spar_d2.image_files import read_labels
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.teacher import TargetCache
 from spar_d2.teacher.identity import tensor_identity
@@ -139,9 +141,14 @@ class FeatureMapper:
         self._resize = training_size(cfg)
 
     def __call__(self, record: Mapping) -> dict:
-        """The record with "features" (D, h, w) float16 and "sem_seg" (H, W) uint8; raises as :func:`read_features`."""
-        labels = read_image(record["sem_seg_file_name"], "L")[..., 0]
-        labels = self._resize.get_transform(labels).apply_segmentation(labels)
+        """The record with "features" (D, h, w) float16 and "sem_seg" (H, W), uint8 or where they are larger int64.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no label map that can be read.
+            RuntimeError: as :func:`read_features`.
+        """
+        labels = read_labels(record["sem_seg_file_name"])
+        labels = transformed_labels(self._resize.get_transform(labels), labels)
         loaded = {"features": read_features(record[FILE]), "sem_seg": torch.from_numpy(np.array(labels))}
         return {**record, **loaded}
 

@@ -21,7 +21,7 @@ from spar_d2.engine.hooks import PatientWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.optimizer import count_parameters
 from spar_d2.engine.step import Step
-from spar_d2.errors import short_tracebacks
+from spar_d2.errors import make_logs_printable, short_tracebacks
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ def load_lazy_config(config_file: str, overrides: list[str]) -> DictConfig:
 def run(args: argparse.Namespace) -> dict | None:
     """Train, or with ``args.eval_only`` test, as Detectron2's flags say; returns the scores of that test."""
     cfg = load_lazy_config(args.config_file, args.opts)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="spar_d2", abbrev_name="spar_d2")
+    logger = setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="spar_d2", abbrev_name="spar_d2")
+    make_logs_printable(logger)
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     logger.info("Parameters:\n%s", count_parameters(model))

@@ -14,21 +14,22 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.detection_utils import read_image
 from detectron2.utils.env import seed_all_rng
 
+from spar_d2.data.images import read_rgb
+from spar_d2.data.semantic_mapper import ImageMapper
 from spar_d2.encoders.trainable import parameter_counts
 from spar_d2.encoders.weights import fingerprint
 from spar_d2.engine.benchmarks import evaluate_methods
 from spar_d2.engine.checkpoint import LAST
 from spar_d2.engine.comparison import Method, Result, build_method, markdown_table
-from spar_d2.engine.data import ImageMapper
 from spar_d2.engine.feature_store import stamp
 from spar_d2.engine.interrupt import Interrupted
 from spar_d2.engine.paper_table import Score
 from spar_d2.engine.probing import check_probing
 from spar_d2.engine.trainer import Trainer
 from spar_d2.files import replacing
+from spar_d2.image_files import read_labels
 from spar_d2.modeling.build import precision_from_config
 from spar_d2.modeling.linear_probe import check_classes
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
@@ -202,8 +203,8 @@ def draw_probes(cfg: CfgNode, probes: Mapping[str, Probe], path: Path, count: in
     records = every[:: -(-len(every) // count)]
     mapper = ImageMapper(cfg, is_train=False)
     columns = [
-        [read_image(record["file_name"], "RGB") for record in records],
-        [palette[read_image(record["sem_seg_file_name"], "L")[..., 0]] for record in records],
+        [read_rgb(record["file_name"]) for record in records],
+        [palette[read_labels(record["sem_seg_file_name"])] for record in records],
     ]
     for probe in probes.values():
         model = build_method(cfg, probe.method)

@@ -16,15 +16,16 @@ from detectron2.data import build_detection_train_loader, get_detection_dataset_
 from detectron2.data.common import DatasetFromList, MapDataset
 from detectron2.data.transforms import Augmentation
 from detectron2.utils import comm
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from spar_d2.data.loader import as_it_is
-from spar_d2.engine.data import ImageMapper, LabelCheck
+from spar_d2.data.semantic_mapper import ImageMapper
+from spar_d2.engine.data import LabelCheck
 from spar_d2.engine.feature_store import FILE, KEY, FeatureMapper, FeatureSource, FeatureStore, training_size
 from spar_d2.engine.interrupt import Interrupted
+from spar_d2.image_files import open_image
 from spar_d2.modeling.linear_probe import LinearProbe
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.processes import all_gather_when_done, wait_for_all
@@ -188,7 +189,7 @@ def _check_room(cfg: CfgNode, store: FeatureStore, missing: Sequence[dict], tota
 
 
 def _bytes(record: dict, resize: Augmentation, store: FeatureStore) -> int:
-    with Image.open(record["file_name"]) as header:
+    with open_image(record["file_name"]) as header:
         width, height = header.size
     transform = resize.get_transform(np.broadcast_to(np.uint8(0), (height, width)))
     size = (getattr(transform, "new_h", height), getattr(transform, "new_w", width))

@@ -8,7 +8,6 @@ import difflib
 import logging
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,11 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from spar_d2.errors import make_logs_printable
+
 _OUT_CHANNELS = "MODEL.SPAR.OUT_CHANNELS"
+# What setting up a run writes to its output folder.
+_SETUP_FILES = ("log.txt*", "config.yaml", ".lock")
 
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
@@ -159,6 +162,7 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank),
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="spar_d2", abbrev_name="spar_d2"),
     ]
+    make_logs_printable(*loggers)
     for handler in (handler for logger in loggers for handler in logger.handlers):
         if quiet and getattr(handler, "stream", None) is sys.stdout:
             handler.setLevel(logging.WARNING)
@@ -169,15 +173,37 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None
 
 @contextlib.contextmanager
 def clean_start(output_dir: str) -> Iterator[None]:
-    """While a run is being set up: where that fails, folders made for its output are removed again."""
-    path = os.path.abspath(output_dir)
-    new = ""
-    while path and not os.path.exists(path):
-        path, new = os.path.dirname(path), path
+    """While a run is being set up: where that fails, what it made for its output is removed again.
+
+    These are the folders that did not exist, as long as nobody else has put anything into them, and the log and config
+    in ``output_dir``.
+    """
+    made = _make_folders(Path(output_dir).absolute()) if comm.is_main_process() else []
     try:
         yield
     except Exception:
-        if new and comm.is_main_process():
+        if made:
             logging.shutdown()
-            shutil.rmtree(new, ignore_errors=True)
+            _remove_setup(made)
         raise
+
+
+def _make_folders(path: Path) -> list[Path]:
+    """Make a folder and those above it; returns the ones that were not there, innermost first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    made = []
+    for folder in reversed(missing):
+        # Another run may make it at this moment: then it is not ours.
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            made.insert(0, folder)
+    return made if made and made[0] == path else []
+
+
+def _remove_setup(made: list[Path]) -> None:
+    for name in _SETUP_FILES:
+        for file in made[0].glob(name):
+            file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty: somebody else uses it
+        for folder in made:
+            folder.rmdir()

@@ -21,6 +21,7 @@ from torch import nn
 
 from spar_d2.data.loader import PhotoLoader
 from spar_d2.data.sampler import DrawSampler
+from spar_d2.data.semantic_mapper import ImageMapper
 from spar_d2.distillation import DistillationHook
 from spar_d2.encoders import DenseEncoder, find_encoder
 from spar_d2.encoders.precision import PRECISIONS
@@ -31,7 +32,6 @@ from spar_d2.engine.checkpoint import Checkpointer, Checkpoints
 from spar_d2.engine.comparison import build_teacher_encode
 from spar_d2.engine.data import (
     PANOPTIC_FPN,
-    ImageMapper,
     RunSampler,
     build_labelled_loader,
     build_photo_loader,

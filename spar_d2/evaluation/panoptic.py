@@ -6,10 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
-from spar_d2.errors import readable_errors
+from spar_d2.errors import printable, readable_errors
 from spar_d2.evaluation.panoptic_files import compare_folders, write_json
 from spar_d2.evaluation.panoptic_json import read_ground_truth, read_predictions
 from spar_d2.evaluation.panoptic_scores import score_table
+from spar_d2.files import check_not_read
 
 
 def __getattr__(name: str):
@@ -29,11 +30,15 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--workers must be at least 1, got {args.workers}")
         if args.output.is_dir():
             raise ValueError(f"--output must be a file, {args.output} is a folder")
+        read = {"--gt-json": args.gt_json, "--pred-json": args.pred_json}
+        folders = {"--gt-dir": args.gt_dir, "--pred-dir": args.pred_dir}
+        named = {flag: folder or path.with_suffix("") for (flag, folder), path in zip(folders.items(), read.values())}
+        check_not_read(args.output, {**read, **named})
         truth = read_ground_truth(args.gt_json, args.gt_dir)
         folder, predictions = read_predictions(args.pred_json, args.pred_dir)
         scores = compare_folders(truth, folder, predictions, args.workers).scores(truth.things)
         write_json(scores, args.output)
-        print(score_table(scores, truth.names))
+        print(printable(score_table(scores, truth.names)))
 
 
 def _parse_args(arguments: list[str] | None) -> argparse.Namespace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,18 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from spar_d2.evaluation.confusion import boundary_confusion_matrix, confusion_matrix, segmentation_scores
 from spar_d2.evaluation.device_confusion import DeviceConfusion
 from spar_d2.files import replacing
+from spar_d2.image_files import read_labels
 from spar_d2.processes import gather_when_done
 
 logger = logging.getLogger(__name__)
 
+# Of values or classes in a warning.
+_MOST_LISTED = 8
 _SUMMARY = ("mIoU", "mIoU-all", "fwIoU", "mACC", "pACC")
 
 
@@ -79,6 +81,8 @@ class SemanticEvaluator(DatasetEvaluator):
         self._on_device: DeviceConfusion | None = None
         self._boundary = np.zeros(shape, dtype=np.int64) if self.boundary_iou else None
         self._dumped: list[dict] = []
+        # Pixels of labels that are neither a class nor ignored.
+        self._strange: Counter[int] = Counter()
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Count one batch.
@@ -94,6 +98,7 @@ class SemanticEvaluator(DatasetEvaluator):
                     f"{tuple(labels.shape)} and {truth.shape}"
                 )
             self._count(labels, truth)
+            self._note_strange(truth)
             if self.boundary_iou:
                 arguments = (labels.cpu().numpy(), truth, len(self.names), self.ignore_label)
                 self._boundary += boundary_confusion_matrix(*arguments)
@@ -110,6 +115,12 @@ class SemanticEvaluator(DatasetEvaluator):
             self._on_device = DeviceConfusion(len(self.names), self.ignore_label, labels.device)
         self._on_device.add(labels, truth)
 
+    def _note_strange(self, truth: np.ndarray) -> None:
+        """Remember labels that are neither a class nor ignored, which are left out of all counts."""
+        strange = ((truth >= len(self.names)) | (truth < 0)) & (truth != self.ignore_label)
+        if strange.any():
+            self._strange.update(dict(zip(*(part.tolist() for part in np.unique(truth[strange], return_counts=True)))))
+
     def _take_from_device(self) -> None:
         if self._on_device is not None:
             self._confusion += self._on_device.total()
@@ -118,28 +129,32 @@ class SemanticEvaluator(DatasetEvaluator):
     def state_dict(self) -> dict[str, np.ndarray]:
         """What was counted so far, without dumped masks; :meth:`load_state_dict` goes on from it."""
         self._take_from_device()
-        return {"confusion": self._confusion} | ({"boundary": self._boundary} if self.boundary_iou else {})
+        counts = {"confusion": self._confusion, "strange": np.array(sorted(self._strange.items())).reshape(-1, 2)}
+        return counts | ({"boundary": self._boundary} if self.boundary_iou else {})
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Go on from what :meth:`state_dict` gave. Raises ``ValueError`` for counts of other classes."""
-        own = self.state_dict()
-        if {name: counts.shape for name, counts in own.items()} != {name: state[name].shape for name in state}:
+        own, given = ({k: v for k, v in counts.items() if k != "strange"} for counts in (self.state_dict(), state))
+        if {name: counts.shape for name, counts in own.items()} != {name: given[name].shape for name in given}:
             raise ValueError(f"these counts are not of the {len(self.names)} classes of {self.dataset_name!r}")
         for name, counts in own.items():
-            counts[:] = state[name]
+            counts[:] = given[name]
+        self._strange = Counter(dict(state.get("strange", np.zeros((0, 2), int)).tolist()))
 
     def evaluate(self) -> OrderedDict | None:
         """Scores as {"sem_seg": {...}}, see :func:`segmentation_scores`; None in all processes but the first."""
         self._take_from_device()
-        confusion, boundary, dumped = self._confusion, self._boundary, self._dumped
+        confusion, boundary, dumped, strange = self._confusion, self._boundary, self._dumped, self._strange
         if self.distributed:
-            gathered = gather_when_done((confusion, boundary, dumped))
+            gathered = gather_when_done((confusion, boundary, dumped, strange))
             if not comm.is_main_process():
                 return None
-            confusions, boundaries, dumps = zip(*gathered)
+            confusions, boundaries, dumps, stranges = zip(*gathered)
             confusion = np.sum(confusions, axis=0)
             boundary = np.sum(boundaries, axis=0) if self.boundary_iou else None
             dumped = [mask for part in dumps for mask in part]
+            strange = sum(stranges, Counter())
+        self._warn(strange, confusion)
         scores = segmentation_scores(confusion, self.names, boundary)
         if self.output_dir:
             _write_json(scores, self.output_dir / "sem_seg_scores.json")
@@ -149,6 +164,24 @@ class SemanticEvaluator(DatasetEvaluator):
         logger.info("%s: %s", self.dataset_name, summary)
         return OrderedDict(sem_seg=scores)
 
+    def _warn(self, strange: Counter[int], confusion: np.ndarray) -> None:
+        if strange:
+            listed = ", ".join(f"{value} in {pixels}" for value, pixels in sorted(strange.items())[:_MOST_LISTED])
+            logger.warning(
+                "%s: %d values in its label maps are neither a class (0..%d) nor ignored (%d), and their pixels are "
+                "left out: %s%s pixels. Where the numbers begin at 1, subtract 1 from the label maps; a value that has "
+                "no meaning can be the ignore_label in the metadata of the data set",
+                self.dataset_name, len(strange), len(self.names) - 1, self.ignore_label,
+                listed, ", ..." if len(strange) > _MOST_LISTED else "",
+            )  # fmt: skip
+        absent = [name for name, row in zip(self.names, confusion) if not row.any()]
+        if absent:
+            more = ", ..." if len(absent) > _MOST_LISTED else ""
+            logger.warning(
+                "%s: no pixel is of %d of the %d classes (%s%s): they have no IoU, and are left out of the mIoU",
+                self.dataset_name, len(absent), len(self.names), ", ".join(absent[:_MOST_LISTED]), more,
+            )  # fmt: skip
+
     def _truth(self, record: dict) -> np.ndarray:
         file = record.get("sem_seg_file_name") or self._truth_file(record.get("file_name"))
         if file is None:
@@ -156,11 +189,7 @@ class SemanticEvaluator(DatasetEvaluator):
             if "sem_seg" in record:
                 return np.asarray(record["sem_seg"])
             raise ValueError(f"{self.dataset_name} has no ground truth for the image {record.get('file_name')}")
-        with Image.open(file) as image:
-            labels = np.asarray(image)
-        if labels.ndim != 2:
-            raise ValueError(f"the ground truth {file} must have one number per pixel, its shape is {labels.shape}")
-        return labels
+        return read_labels(file)
 
     def _truth_file(self, image: str | None) -> str | None:
         """What the data set has for an image: mappers drop the name of the label file in testing."""

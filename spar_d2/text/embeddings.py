@@ -54,8 +54,7 @@ class TextEmbeddings:
         self.build_tower = build_tower
         self.identity = identity
         self.templates = tuple(templates)
-        folder = default_cache_dir() if cache_dir == "auto" else cache_dir
-        self.cache_dir = Path(folder).expanduser() if folder else None
+        self.cache_dir = _usable(cache_dir)
         self._memory: dict[str, torch.Tensor] = {}
 
     def __call__(self, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,6 +92,19 @@ class TextEmbeddings:
         # (Q * templates, D) -> (Q, templates, D)
         vectors = F.normalize(tower.encode(sentences).float(), dim=-1).unflatten(0, (len(words), -1))
         return F.normalize(vectors.mean(1), dim=-1).cpu()
+
+
+def _usable(folder: str | os.PathLike | None) -> Path | None:
+    """The folder for entries; None, with a warning, where it may not be entered or nobody's home is known."""
+    if not folder:
+        return None
+    try:
+        path = default_cache_dir() if folder == "auto" else Path(folder).expanduser()
+        (path / "entry").is_file()
+    except (OSError, RuntimeError) as error:
+        logger.warning("Text vectors are not kept between runs: %s (MODEL.SPAR.TEXT_CACHE, SPAR_CACHE)", error)
+        return None
+    return path
 
 
 def _read(file: Path, words: int) -> torch.Tensor | None:

@@ -198,3 +198,14 @@ def test_relabel_is_a_table():
     for wrong in (-1, 1, 5, 1000):
         with pytest.raises(ValueError, match=f"no labels of this data set: {wrong}$"):
             relabel(np.array([[wrong, 3]]), table)
+
+
+@pytest.mark.parametrize("wrong", ["../../outside", "/tmp/outside", "a/../../../outside", "..\\\\..\\\\outside"])
+def test_names_that_lead_out_of_the_folder_are_refused(root, wrong):
+    tree("voc21", root)
+    (names,) = root.rglob("ImageSets/Segmentation/val.txt")
+    names.write_text(f"{names.read_text()}\n{wrong}\n")
+    before = sorted(root.parent.rglob("*"))
+    with pytest.raises(ValueError, match="voc21: the name .* of an image leads out of its folder"):
+        prepare("voc21")
+    assert sorted(root.parent.rglob("*")) == before

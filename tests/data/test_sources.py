@@ -302,3 +302,53 @@ def test_a_folder_of_another_user(photo_folder):
     code = AS_ANOTHER_USER.format(folder=str(photo_folder))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith(f"SPAR.DATA.IMAGES: {photo_folder} cannot be read"), done.stderr
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, sparse: bool = False) -> bytes:
+    """A member's header, of whatever size it claims."""
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    content = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    content[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    if sparse:  # one piece of 512 bytes of a file of 10 GB
+        content[386:398], content[398:410] = b"00000000000\0", b"00000001000\0"
+        content[483:495] = tarfile.itn(10 << 30, 12, tarfile.GNU_FORMAT)
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content)
+    return bytes(content)
+
+
+def whole(name: str) -> bytes:
+    content = jpeg()
+    return header(name, len(content)) + content + bytes(-len(content) % 512)
+
+
+LONG_NAME = header("././@LongLink", 6, tarfile.GNUTYPE_LONGNAME) + b"x.jpg\0".ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("between", "message", "after"),
+    [
+        (header("n.jpg", -1024), "negative size", False),
+        (header("n.jpg", -512), "negative size", False),
+        (LONG_NAME * 3000, "nested", False),
+        (header("././@LongLink", 8 << 30, tarfile.GNUTYPE_LONGNAME), "8589934592 bytes long", False),
+        (header("pax", 8 << 30, tarfile.XHDTYPE), "8589934592 bytes long", False),
+        (header("s.jpg", 512, tarfile.GNUTYPE_SPARSE, sparse=True) + bytes(512), "", True),
+    ],
+    ids=["back", "same place", "nested names", "long name", "long pax header", "sparse"],
+)
+def test_hostile_tar_files_end(tmp_path, caplog, between, message, after):
+    path = tmp_path / "x.tar"
+    path.write_bytes(whole("a.jpg") + between + whole("b.jpg") + bytes(1024))
+    assert names(path) == ["x.tar/a.jpg"] + ["x.tar/b.jpg"] * after
+    assert message in caplog.text and bool(message) == bool(caplog.text)
+
+
+def test_members_with_impossible_names_are_left_out(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("a.jpg", "b.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = len(jpeg()), {"path": "x\0y.jpg"} if name == "b.jpg" else {}
+            tar.addfile(member, io.BytesIO(jpeg()))
+    assert names(tmp_path / "x.tar") == ["x.tar/a.jpg"]

@@ -5,7 +5,7 @@ import pytest
 
 from reference import ROOT
 from spar_d2.engine.launch import check_launch
-from spar_d2.engine.setup import load_config
+from spar_d2.engine.setup import clean_start, load_config
 
 CONFIG = str(ROOT / "configs" / "demo" / "distill.yaml")
 
@@ -137,3 +137,38 @@ def test_channels_may_be_given_as_a_number_or_a_list(tmp_path, configured, given
     (tmp_path / "c.yaml").write_text(f"MODEL:\n  SPAR:\n    OUT_CHANNELS: {configured}\n")
     cfg = load_config(str(tmp_path / "c.yaml"), ["MODEL.SPAR.OUT_CHANNELS", given])
     assert cfg.MODEL.SPAR.OUT_CHANNELS == expected
+
+
+def fail_in(folder, action=lambda: None):
+    with pytest.raises(KeyError), clean_start(str(folder)):
+        (folder / "log.txt").touch()
+        (folder / "config.yaml").touch()
+        action()
+        raise KeyError
+
+
+def test_a_failed_start_removes_the_folders_it_made(tmp_path):
+    fail_in(tmp_path / "sweep" / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_start_removes_nothing_of_another_run(tmp_path):
+    """Two runs begin side by side in a new folder, and one of them fails when the other has finished."""
+    other = tmp_path / "sweep" / "b"
+
+    def finish() -> None:
+        with clean_start(str(other)):
+            (other / "student.safetensors").touch()
+
+    fail_in(tmp_path / "sweep" / "a", finish)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["sweep/b/student.safetensors"]
+    assert not (tmp_path / "sweep" / "a").exists()
+    # Nor where it has the same folder.
+    fail_in(other)
+    assert (other / "student.safetensors").exists() and (other / "log.txt").exists()
+
+
+def test_a_failed_start_keeps_what_it_did_not_make(tmp_path):
+    folder = tmp_path / "run"
+    fail_in(folder, lambda: (folder / "notes.md").touch())
+    assert [p.name for p in folder.iterdir()] == ["notes.md"]

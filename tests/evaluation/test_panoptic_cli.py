@@ -313,3 +313,19 @@ def test_an_error_stops_all_threads(files):
     with pytest.raises(ValueError, match=r"1\.png cannot be read"):
         compare_folders(many, folder, found, 2)
     assert len(read) < 4000
+
+
+@pytest.mark.parametrize("name", ["gt.json", "pred.json", "gt/one.png", "pred/sub/1.png", "link.json"])
+def test_the_output_overwrites_no_input(files, capsys, name):
+    (files / "link.json").symlink_to("gt.json")
+    before = (files / name).read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(files, output=files / name))
+    assert stopped.value.code == 1
+    assert "--output must not overwrite" in capsys.readouterr().err
+    assert (files / name).read_bytes() == before
+
+
+def test_the_output_may_lie_beside_what_is_read(files):
+    main(arguments(files, output=files / "gt" / "result.json"))
+    assert (files / "gt" / "result.json").is_file()

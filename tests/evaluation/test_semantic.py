@@ -234,3 +234,30 @@ print(load_image_into_numpy_array("a.png").tolist(), load_image_into_numpy_array
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.stdout.splitlines() == ["66.666667", "66.666667", "[[0, 1], [1, 255]] float64"], done.stderr
+
+
+def test_labels_that_are_neither_a_class_nor_ignored_are_told_once(dataset, caplog):
+    evaluator = SemanticEvaluator(dataset, False)
+    truth = np.full((4, 5), 255)
+    truth[0], truth[1, 0], truth[2] = 7, 5, 0
+    for _ in range(2):
+        evaluator.process([{"file_name": "x", "sem_seg": truth}], [{"sem_seg_labels": torch.zeros(4, 5).long()}])
+    # What was counted goes on with the rest.
+    again = SemanticEvaluator(dataset, False)
+    again.load_state_dict(evaluator.state_dict())
+    scores = again.evaluate()["sem_seg"]
+    assert scores["pACC"] == 100
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("neither a class (0..4) nor ignored (255)" in text for text in told) == 1
+    assert "5 in 2, 7 in 10 pixels" in next(text for text in told if "neither" in text)
+    (absent,) = (text for text in told if "have no IoU" in text)
+    assert f"{dataset}: no pixel is of 4 of the 5 classes" in absent
+
+
+def test_right_labels_say_nothing(dataset, caplog):
+    evaluator = SemanticEvaluator(dataset, False)
+    truth = np.arange(20).reshape(4, 5) % 5
+    truth[0, 0] = 255
+    evaluator.process([{"file_name": "x", "sem_seg": truth}], [{"sem_seg_labels": torch.from_numpy(truth)}])
+    evaluator.evaluate()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

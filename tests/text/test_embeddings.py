@@ -1,6 +1,10 @@
 import functools
 import gc
+import logging
+import multiprocessing
+import os
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +135,41 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, caplog):
     text, _ = TextEmbeddings(CountingTower, "m", ["a {}"], tmp_path / "file" / "folder")(Vocabulary(["cat"]))
     assert text.shape == (1, 3)
     assert "could not be stored" in caplog.text
+
+
+def use_cache_as_somebody_without_rights(folder: str) -> None:
+    """In a process of its own, which gives up its rights."""
+    os.setgid(65534)
+    os.setuid(65534)
+    os.environ["HOME"] = f"{folder}/home"
+    os.environ.pop("SPAR_CACHE", None)
+    messages = []
+    logging.getLogger("spar_d2").addHandler(handler := logging.Handler())
+    handler.emit = lambda record: messages.append(record.getMessage())
+    text, _ = TextEmbeddings(CountingTower, "m", ["a {}"], "auto")(Vocabulary(["cat", "dog"]))
+    assert text.shape == (2, 3)
+    assert len(messages) == 1 and "Permission denied" in messages[0] and "TEXT_CACHE" in messages[0], messages
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give up its rights")
+def test_a_home_that_may_not_be_entered_is_no_error(tmp_path):
+    (tmp_path / "home").mkdir(mode=0o700)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    process = multiprocessing.get_context("fork").Process(
+        target=use_cache_as_somebody_without_rights, args=(str(tmp_path),)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_a_user_without_a_home_is_no_error(monkeypatch, caplog):
+    def unknown(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SPAR_CACHE", raising=False)
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    text, _ = TextEmbeddings(CountingTower, "m", ["a {}"], "auto")(Vocabulary(["cat"]))
+    assert text.shape == (1, 3)
+    assert caplog.text.count("Text vectors are not kept between runs") == 1

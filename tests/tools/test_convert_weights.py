@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -41,3 +43,11 @@ def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, tiny_model, argume
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.glob("out*"))
+
+
+def test_the_input_is_never_overwritten(monkeypatch, capsys, tmp_path, tiny_model):
+    before = Path(tiny_model[1]).read_bytes()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--encoder", tiny_model[0], "--input", tiny_model[1], "--output", tiny_model[1])
+    assert "--output must not overwrite" in capsys.readouterr().err
+    assert Path(tiny_model[1]).read_bytes() == before

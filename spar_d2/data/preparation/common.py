@@ -6,14 +6,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from spar_d2.data.benchmarks import LABELLED_SETS
-from spar_d2.data.images import DAMAGE
+from spar_d2.image_files import DAMAGE, open_image
 
 IGNORED = 255
 PARTS = {"val": "validation", "train": "training"}
@@ -87,7 +86,7 @@ def read_pixels(path: Path) -> tuple[str, np.ndarray]:
         ValueError: it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.mode, np.asarray(image)
     except DAMAGE as error:
         raise ValueError(f"the label image {path} cannot be read: {error}") from error
@@ -225,7 +224,14 @@ class Preparation(ABC):
         return root / "spar_labels" / self.name
 
     def prepared(self, root: Path, name: str) -> Path:
-        """The prepared label file of an image, given the image's name."""
+        """The prepared label file of an image, given the image's name.
+
+        Raises:
+            ValueError: the name leads out of the folder.
+        """
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
+            raise ValueError(f"{self.name}: the name {name!r} of an image leads out of its folder; correct the list")
         return self.folder(root) / f"{name}.png"
 
     def index(self, root: Path) -> Path | None:

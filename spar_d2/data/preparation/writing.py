@@ -12,10 +12,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from spar_d2.data.images import DAMAGE
 from spar_d2.data.preparation.common import Labels, Preparation, datasets_root
 from spar_d2.data.preparation.registry import find_preparation
 from spar_d2.files import remove_leftovers, replacing
+from spar_d2.image_files import DAMAGE, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _write_all(name: str, tasks: list[_Task], labels: Labels | None, workers: in
 def _write(task: _Task, labels: Labels) -> Any:
     prepared, entry = labels.convert(task.name)
     try:
-        with Image.open(task.image) as header:
+        with open_image(task.image) as header:
             size = header.size[::-1]
     except DAMAGE as error:
         raise ValueError(f"the image {task.image} cannot be read: {error}") from error

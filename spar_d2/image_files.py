@@ -1,0 +1,95 @@
+"""Opening image files of others, and reading label maps. Needs no Detectron2."""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import IO
+
+import numpy as np
+from PIL import Image
+
+# What Pillow raises on damaged files, depending on the format and on where the damage is.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# Pillow knows more, some of which other programs read (Ghostscript: EPS) or few people use.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF", "PPM", "TGA")
+# Those that keep numbers as they are: writers of GIF number a palette anew.
+LABEL_FORMATS = ("PNG", "TIFF", "BMP", "PPM")
+# Names the largest image that is opened, in pixels.
+LIMIT_VARIABLE = "SPAR_MAX_PIXELS"
+_LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+_LARGEST_LABEL = 2**16 - 1
+
+
+def open_image(file: str | os.PathLike | IO[bytes], formats: Sequence[str] = FORMATS) -> Image.Image:
+    """Open an image file of one of the formats; its pixels are read later.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it has more pixels than are allowed.
+        OSError, SyntaxError, ...: of :data:`DAMAGE`, where it is no image or its header is damaged.
+    """
+    try:
+        return Image.open(file, formats=_known(tuple(formats)))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{error}; {LIMIT_VARIABLE} in the environment names a higher limit, in pixels") from error
+
+
+@functools.cache
+def _known(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that this Pillow has."""
+    Image.init()
+    if os.environ.get(LIMIT_VARIABLE):
+        # Pillow warns at this number of pixels, and stops at twice as many.
+        Image.MAX_IMAGE_PIXELS = -(-int(os.environ[LIMIT_VARIABLE]) // 2)
+    return tuple(name for name in formats if name in Image.OPEN)
+
+
+def check_image_file(path: str | os.PathLike) -> None:
+    """Raise what :func:`open_image` raises, as ``ValueError`` or ``FileNotFoundError``, if a file is no image."""
+    try:
+        open_image(path).close()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"image: there is no file {path}") from error
+    except DAMAGE as error:
+        raise ValueError(f"image: {path} cannot be read: {reason(error)}") from error
+
+
+def read_labels(path: str | os.PathLike) -> np.ndarray:
+    """Read a label map as its numbers stand in the file: those of a palette are not turned into colors.
+
+    Args:
+        path: a PNG, TIFF, BMP or PGM file with one number for each pixel: gray of 8 or 16 bits, or a palette.
+
+    Returns:
+        (H, W) uint8, or uint16 where numbers are larger.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, or has not one number of 0 to 65535 for each pixel.
+    """
+    try:
+        with open_image(path, LABEL_FORMATS) as image:
+            mode, labels = image.mode, np.asarray(image)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"label map: there is no file {path}") from error
+    except DAMAGE as error:
+        allowed = f"it must be {', '.join(LABEL_FORMATS[:-1])} or {LABEL_FORMATS[-1]}"
+        raise ValueError(f"label map: {path} cannot be read: {reason(error)}; {allowed}") from error
+    if mode not in _LABEL_MODES:
+        raise ValueError(
+            f"label map: {path} must have one number per pixel (gray, or a palette), its mode is {mode}; convert "
+            "its colors to numbers of classes"
+        )
+    largest = int(labels.max())
+    if labels.min() < 0 or largest > _LARGEST_LABEL:
+        raise ValueError(f"label map: {path} must have numbers of 0 to {_LARGEST_LABEL}, it has {largest}")
+    return labels.astype(np.uint8 if largest < 256 else np.uint16, copy=False)
+
+
+def reason(error: BaseException) -> str:
+    """What is wrong with a file, from one of :data:`DAMAGE`: Pillow names the object it read from, not the file."""
+    return "it is no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
