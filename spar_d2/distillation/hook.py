@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
@@ -105,6 +106,12 @@ class DistillationHook(HookBase):
     def before_train(self) -> None:
         model = self.trainer.model
         encoder = find_encoder(model)
+        trained = (name for name, parameter in encoder.named_parameters() if parameter.requires_grad)
+        if all(re.match(encoder.unused, name) for name in trained):
+            raise ValueError(
+                "MODEL.SPAR.TRAINABLE leaves nothing of the encoder to train, so the teacher would run for nothing: "
+                'set it to what the student is to learn with ("last_blocks:2", "all"), or SPAR.DISTILL.ENABLED to False'
+            )
         if isinstance(model, nn.parallel.DistributedDataParallel):
             # Inside it, so that the loss is part of what it sees the model return.
             model = model.module

@@ -10,6 +10,7 @@ import torch
 
 from spar_d2.encoders.origin import Origin, add_origin
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, Tensors, build, build_text, find_family
+from spar_d2.encoders.settling import guesses, origin_of, settled
 from spar_d2.encoders.weights import OPTIONAL_KEYS, read_state_dict, write_safetensors
 from spar_d2.files import replacing
 
@@ -72,6 +73,16 @@ def _text_weights(spec: EncoderSpec, text: str, image: set[str]) -> dict[str, to
             )
         spec = dataclasses.replace(spec, pretrained=text, pretrained_part="")
     return dict(build_text(spec).model.state_dict())
+
+
+def known_origin(spec: EncoderSpec) -> Origin | None:
+    """Where the weights of a file are from, as far as the file, the spec or the model's name says it for sure.
+
+    What is only a guess, as tags of the model differ in it, is left out: it would be taken for certain.
+    """
+    family = find_family(spec.name)
+    origin, guessed = origin_of(settled(spec, family)), guesses(spec, family)
+    return dataclasses.replace(origin, **dict.fromkeys(guessed))
 
 
 def write_weights(tensors: dict[str, torch.Tensor], path: str | os.PathLike, origin: Origin | None = None) -> None:

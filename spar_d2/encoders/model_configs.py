@@ -112,15 +112,12 @@ def _read_file(path: str) -> tuple[dict, dict]:
         _check(config)
         if not isinstance(preprocess, dict):
             raise ValueError(f"preprocess_cfg must be a JSON object, got {preprocess!r}")
-        checks = (("mean", float("-inf")), ("std", 0.0))
-        shown = {
-            key: check_triple(preprocess[key], f"preprocess_cfg.{key}", least)
-            for key, least in checks
-            if key in preprocess
-        }
+        least = {"mean": float("-inf"), "std": 0.0}
+        said = {key: preprocess[key] for key in least if key in preprocess}
+        statistics = {key: check_triple(value, f"preprocess_cfg.{key}", least[key]) for key, value in said.items()}
     except ValueError as error:
         raise ValueError(f"{_KEY}: {path} is no open_clip model config: {error}") from error
-    return config, shown
+    return config, statistics
 
 
 def _check(config: Mapping) -> None:

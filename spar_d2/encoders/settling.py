@@ -34,14 +34,15 @@ def settled(spec: EncoderSpec, family: EncoderFamily) -> EncoderSpec:
         raise ValueError(
             f"{_KEYS['quick_gelu']} is for open_clip's ViTs alone, {spec.name} has no choice: leave it out"
         )
-    origin = None if spec.pretrained in family.tags(spec.name) else read_origin(spec.pretrained)
+    tags = family.tags(spec.name)
+    origin = None if spec.pretrained in tags else read_origin(spec.pretrained)
     taken = {}
     for name in FIELDS:
         said = getattr(origin, name, None) if getattr(usual, name) is not None else None
         options = (given[name], said, getattr(usual, name))
         taken[name] = next((option for option in options if option is not None), None)
-    if origin is None and os.path.isfile(spec.pretrained):
-        _warn(spec, family, tuple(name for name in FIELDS if given[name] is None))
+    if unsaid := guesses(spec, family):
+        _warn(spec, family, unsaid)
     return dataclasses.replace(spec, **taken)
 
 
@@ -62,29 +63,33 @@ def _checked(spec: EncoderSpec) -> dict:
     return {name: None if value is None else check(value, _KEYS[name]) for (name, value), check in pairs}
 
 
+def guesses(spec: EncoderSpec, family: EncoderFamily) -> tuple[str, ...]:
+    """Names out of ``FIELDS`` that neither the spec nor its weight file says, and that tags of the model differ in."""
+    tags = family.tags(spec.name)
+    if spec.pretrained in tags or not os.path.isfile(spec.pretrained):
+        return ()
+    origin, usual = read_origin(spec.pretrained), family.conventions(spec)
+    unsaid = [name for name in FIELDS if getattr(spec, name) is None and getattr(origin, name, None) is None]
+    others = [family.conventions(dataclasses.replace(spec, pretrained=tag)) for tag in tags]
+    return tuple(name for name in unsaid if any(getattr(o, name) != getattr(usual, name) for o in others))
+
+
 @functools.lru_cache(maxsize=256)
 def _warn(spec: EncoderSpec, family: EncoderFamily, names: tuple[str, ...]) -> None:
-    """Where tags of a model differ in what is named, a file that says nothing of itself may be of any."""
-    tags = family.tags(spec.name)
-    usual = family.conventions(spec)
+    tags, usual = family.tags(spec.name), family.conventions(spec)
     others: dict[str, list[str]] = {}
     for tag in tags:
         expected = family.conventions(dataclasses.replace(spec, pretrained=tag))
-        differs = [
-            f"{name} {getattr(expected, name)}" for name in names if getattr(expected, name) != getattr(usual, name)
-        ]
-        if differs:
+        if differs := [f"{n} {getattr(expected, n)}" for n in names if getattr(expected, n) != getattr(usual, n)]:
             others.setdefault(", ".join(differs), []).append(tag)
-    if not others:
-        return
-    file = Path(spec.pretrained).name
-    hints = [tag for tag in tags if tag.lower() in file.lower()]
+    hints = [tag for tag in tags if tag.lower() in Path(spec.pretrained).name.lower()]
     logger.warning(
-        "%s does not say what images it expects, and weights of %s differ: taken is %s; %s%s. Set %s where it is wrong",
+        "%s does not say what images and activation it was trained with, and weights of %s differ: taken is %s; %s%s. "
+        "Set %s where that is wrong",
         spec.pretrained,
         spec.name,
-        ", ".join(f"{name} {getattr(usual, name)}" for name in names if getattr(usual, name) is not None),
+        ", ".join(f"{name} {getattr(usual, name)}" for name in names),
         "; ".join(f"{', '.join(named)} would be {expected}" for expected, named in others.items()),
         f". Its name suggests {', '.join(hints)}" if hints else "",
-        ", ".join(f"MODEL.SPAR.{name.upper()}" for name in names if getattr(usual, name) is not None),
+        ", ".join(f"MODEL.SPAR.{name.upper()}" for name in names),
     )

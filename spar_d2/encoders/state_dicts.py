@@ -14,7 +14,7 @@ from spar_d2.encoders.messages import KEY
 logger = logging.getLogger(__name__)
 
 PART_KEY = "MODEL.SPAR.PRETRAINED_PART"
-# What trainers put around a state dict. Those of the first line are in one file with nothing that could be meant instead.
+# What trainers put around a state dict; the plain ones go without saying.
 _PLAIN = ("state_dict", "model", "model_state_dict", "model_state", "module")
 _PARTS = (*_PLAIN, "state_dict_ema", "ema_state_dict", "model_ema", "ema", "teacher", "student")
 # Where this project's checkpoints keep the moving averages of weights.
@@ -96,7 +96,7 @@ def _unwrapped(content: Mapping, path: str | os.PathLike, key: str, part: str) -
     outer: list[Mapping] = []
     while True:
         if any(content is other for other in outer):
-            raise RuntimeError(f"{key}: {path} is damaged: its dictionary {name!r} holds itself")
+            raise RuntimeError(f"{key}: {path} is damaged: one of its dictionaries holds itself")
         outer.append(content)
         found = {name: content[name] for name in _PARTS if isinstance(content.get(name), Mapping) and content[name]}
         if part and isinstance(content.get(part), Mapping):

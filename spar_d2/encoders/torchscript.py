@@ -45,7 +45,8 @@ def read_script(archive: zipfile.ZipFile) -> dict[str, torch.Tensor]:
     write files. So only the attributes of the modules are read here, by their names, whatever classes they are of.
 
     Raises:
-        pickle.UnpicklingError, KeyError, ValueError, RuntimeError: it holds more than modules and tensors, or is damaged.
+        pickle.UnpicklingError, KeyError, ValueError, RuntimeError: it is damaged, or holds more than modules and
+            tensors.
     """
     model = _Reader(archive, root_of(archive)).load()
     if not isinstance(model, _Module):
