@@ -101,7 +101,7 @@ def _unwrapped(content: Mapping, path: str | os.PathLike, key: str, part: str) -
         found = {name: content[name] for name in _PARTS if isinstance(content.get(name), Mapping) and content[name]}
         if part and isinstance(content.get(part), Mapping):
             found, part = {part: content[part]}, ""
-        if not found:
+        if not found or (part and len(found) > 1):
             break
         if len(found) > 1:
             raise RuntimeError(
