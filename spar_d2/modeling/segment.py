@@ -67,6 +67,10 @@ def segment(
     prob_threshold: float = 0.0,
     area_threshold: float | None = None,
     precision: str = AUTO,
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
+    quick_gelu: bool | None = None,
+    pretrained_part: str = "",
 ) -> Segmentation:
     """Segment an image into the classes of a vocabulary, in a single pass at its own size.
 
@@ -77,7 +81,8 @@ def segment(
         image: a file, a PIL image, or (H, W, 3) uint8 RGB.
         vocabulary: ready, a list of names, inline text ("cat, kitten; dog; sky"), a built-in name or a file; see
             :meth:`spar_d2.text.Vocabulary.of`.
-        encoder, pretrained, dinov3_repo, dinov3_backbone: see :func:`spar_d2.encoders.build_encoder`.
+        encoder, pretrained, dinov3_repo, dinov3_backbone, pixel_mean, pixel_std, quick_gelu, pretrained_part: see
+            :func:`spar_d2.encoders.build_encoder`.
         templates: see :func:`spar_d2.text.load_templates`.
         device: "cpu", "cuda", ...
         logit_scale: see :func:`spar_d2.modeling.segment_features`; None is the encoder's own.
@@ -90,7 +95,16 @@ def segment(
     """
     vocabulary = Vocabulary.of(vocabulary)
     repo, backbone = os.fspath(dinov3_repo), os.fspath(dinov3_backbone)
-    spec = EncoderSpec(os.fspath(encoder), os.fspath(pretrained), dinov3_repo=repo, dinov3_backbone=backbone)
+    spec = EncoderSpec(
+        os.fspath(encoder),
+        os.fspath(pretrained),
+        dinov3_repo=repo,
+        dinov3_backbone=backbone,
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
+        quick_gelu=quick_gelu,
+        pretrained_part=pretrained_part,
+    )
     check_has_text(spec.name)
     if precision not in (*PRECISIONS, AUTO):
         raise ValueError(f"precision must be one of {', '.join((*PRECISIONS, AUTO))}; got {precision!r}")
