@@ -26,6 +26,15 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.MODEL.SPAR.ENCODER = "ViT-B-16"
     # Its weights: a tag of its library's ("laion2b_s34b_b88k"), a file, or "" for random ones (the same every time).
     cfg.MODEL.SPAR.PRETRAINED = ""
+    # Which weights to take of a file with several, by their name in it ("ema", "teacher"); "" takes the only ones.
+    cfg.MODEL.SPAR.PRETRAINED_PART = ""
+    # Mean and deviation of pixels in 0..1 (red, green, blue) that the weights were trained with, "[0.5, 0.5, 0.5]", and
+    # whether their activation is QuickGELU (open_clip's ViTs alone). None is what the weight file says of itself, or
+    # else what the tag, the JSON config or the model's name does. Not to be mixed up with MODEL.PIXEL_MEAN and
+    # PIXEL_STD, which are what the framework normalises with, and are undone.
+    cfg.MODEL.SPAR.PIXEL_MEAN = None
+    cfg.MODEL.SPAR.PIXEL_STD = None
+    cfg.MODEL.SPAR.QUICK_GELU = None
     # For DINOv3.txt: folder with a clone of the dinov3 repository. Code in it is run.
     cfg.MODEL.SPAR.DINOV3_REPO = ""
     # For DINOv3.txt: weights of the backbone, where PRETRAINED has only the vision head and the text encoder.
@@ -140,8 +149,8 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Parts that the images of a step (SOLVER.IMS_PER_BATCH) are taken in, one after another: the same step, less
     # memory.
     cfg.SPAR.ACCUMULATION_STEPS = 1
-    # Share of the old value in a moving average of the student's weights ("0.999"), which is then what is evaluated and
-    # written as the student; 0 keeps none.
+    # Share of the old value in a moving average of the student's weights ("0.999"), which is then what is evaluated,
+    # written as the student, and taken of a checkpoint wherever it is used but to resume its run; 0 keeps none.
     cfg.SPAR.EMA_DECAY = 0.0
     # Checkpoints kept, the latest; 0 keeps all.
     cfg.SPAR.KEEP_CHECKPOINTS = 0

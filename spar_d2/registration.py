@@ -35,6 +35,9 @@ def _register_config() -> None:
 
 def _register_modeling() -> None:
     from spar_d2.modeling import backbone, linear_probe, open_vocab, probe_segmentor, pyramid  # noqa: F401  registers
+    from spar_d2.modeling.encoder_state import teach_detectron2
+
+    teach_detectron2()
 
 
 def _register_datasets() -> None:

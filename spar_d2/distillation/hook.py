@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
@@ -22,6 +23,10 @@ from spar_d2.teacher.identity import image_identity
 
 LOSS_NAME = "loss_distill"
 AVERAGES = ("image", "cell")
+NOTHING_TRAINED = (
+    "MODEL.SPAR.TRAINABLE leaves nothing of the encoder to train, so the teacher would run for nothing: "
+    'set it to what the student is to learn with ("last_blocks:2", "all"), or SPAR.DISTILL.ENABLED to False'
+)
 
 
 class DistillationHook(HookBase):
@@ -32,7 +37,7 @@ class DistillationHook(HookBase):
     takes itself off the model after training. To the trainer's storage it adds "distill/cosine" (mean cosine of the
     student's features and what the teacher says of them), "distill/images_per_second", "distill/windows_per_second" and
     "distill/windows_encoded"; on a GPU those of several steps at once. Whether features are finite is then checked
-    once a step, after the backward pass.
+    once a step, after the backward pass. An encoder of which nothing is trained is refused before the first step.
 
     ``DistillationHook(cfg)`` builds the teacher from ``MODEL.SPAR`` and ``SPAR.TEACHER``.
 
@@ -105,6 +110,9 @@ class DistillationHook(HookBase):
     def before_train(self) -> None:
         model = self.trainer.model
         encoder = find_encoder(model)
+        trained = (name for name, parameter in encoder.named_parameters() if parameter.requires_grad)
+        if all(re.match(encoder.unused, name) for name in trained):
+            raise ValueError(NOTHING_TRAINED)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             # Inside it, so that the loss is part of what it sees the model return.
             model = model.module

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spar_d2.encoders.compilation import FIXED_SHAPE, compiled
 from spar_d2.encoders.grids import RecentGrids
+from spar_d2.encoders.origin import Origin
 from spar_d2.encoders.precision import PRECISIONS, cast_parameters
 
 
@@ -37,6 +38,7 @@ class DenseEncoder(nn.Module, ABC):
         unused: regular expression over the names of parameters of the library's model that dense features do not
             pass through; they are never trained.
         prefix_tokens: tokens before those of the patches.
+        origin: where its weights are from, as it travels with them in files; None where that is not known.
     """
 
     patch_size: int
@@ -50,6 +52,7 @@ class DenseEncoder(nn.Module, ABC):
     parts: Mapping[str, str]
     unused: str = r"(?!)"
     prefix_tokens: int = 0
+    origin: Origin | None = None
 
     _precision: torch.dtype | None = None
     _compile: bool = False

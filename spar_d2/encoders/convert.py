@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from spar_d2.encoders.origin import Origin, add_origin
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, Tensors, build, build_text, find_family
+from spar_d2.encoders.settling import guesses, origin_of, settled
 from spar_d2.encoders.weights import OPTIONAL_KEYS, read_state_dict, write_safetensors
 from spar_d2.files import replacing
 
@@ -62,29 +64,42 @@ def convert_weights(spec: EncoderSpec, to: str = "", text: str = "") -> dict[str
 
 
 def _text_weights(spec: EncoderSpec, text: str, image: set[str]) -> dict[str, torch.Tensor]:
-    there = find_family(spec.name).from_file(read_state_dict(spec.pretrained))
+    there = find_family(spec.name).from_file(read_state_dict(spec.pretrained, part=spec.pretrained_part))
     if not there.keys() - image - OPTIONAL_KEYS:
         if not text:
             raise ValueError(
                 f"{spec.pretrained} has no text tower: name a tag or a file that has it with --text (that of the "
                 f"pre-trained {spec.name})"
             )
-        spec = dataclasses.replace(spec, pretrained=text)
+        spec = dataclasses.replace(spec, pretrained=text, pretrained_part="")
     return dict(build_text(spec).model.state_dict())
 
 
-def write_weights(tensors: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+def known_origin(spec: EncoderSpec) -> Origin | None:
+    """Where the weights of a file are from, as far as the file, the spec or the model's name says it for sure.
+
+    What is only a guess, as tags of the model differ in it, is left out: it would be taken for certain.
+    """
+    family = find_family(spec.name)
+    origin, guessed = origin_of(settled(spec, family)), guesses(spec, family)
+    return dataclasses.replace(origin, **dict.fromkeys(guessed))
+
+
+def write_weights(tensors: dict[str, torch.Tensor], path: str | os.PathLike, origin: Origin | None = None) -> None:
     """Write a weight file that either is complete or is not there: safetensors, or ``torch.save``'s for .pt and .pth.
+
+    Where the weights are from (``origin``) is written beside them.
 
     Raises:
         ValueError: another suffix.
     """
     check_suffix(path)
     if Path(path).suffix == ".safetensors":
-        write_safetensors(tensors, path)
+        write_safetensors(tensors, path, origin)
         return
     with replacing(path) as temporary:
         torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        add_origin(temporary, origin)
 
 
 def check_suffix(path: str | os.PathLike, to: str = "") -> None:

@@ -17,9 +17,11 @@ from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, to_map
 from spar_d2.encoders.fit import check_fit
-from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
+from spar_d2.encoders.messages import KEY, first_line
+from spar_d2.encoders.origin import Conventions
+from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
 from spar_d2.encoders.text_tower import TextTower
-from spar_d2.encoders.weights import KEY, first_line, fixed_random_weights, read_state_dict
+from spar_d2.encoders.weights import fixed_random_weights, read_state_dict
 
 TOKENS = ("backbone", "head")
 _NAMES = ("dinov3_vitl16_dinotxt_tet1280d20h24l",)
@@ -168,7 +170,7 @@ def _create(spec: EncoderSpec, part: str) -> tuple[nn.Module, object]:
 
 
 def _read_weights(spec: EncoderSpec, part: str) -> dict[str, torch.Tensor]:
-    tensors = read_state_dict(spec.pretrained)
+    tensors = read_state_dict(spec.pretrained, part=spec.pretrained_part)
     if part == "visual" and spec.dinov3_backbone:
         backbone = read_state_dict(spec.dinov3_backbone, "MODEL.SPAR.DINOV3_BACKBONE")
         tensors.update({f"{_BACKBONE}{name.removeprefix(_BACKBONE)}": tensor for name, tensor in backbone.items()})
@@ -198,7 +200,9 @@ FAMILY = EncoderFamily(
     name="DINOv3.txt",
     claims=lambda name: re.fullmatch(r"dinov3_\w*dinotxt\w*", name) is not None,
     names=lambda: list(_NAMES),
-    describe=lambda spec: EncoderInfo(FAMILY.name, _NATIVE_SIZE, _PATCH, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    sizes=lambda spec: (_NATIVE_SIZE, _PATCH),
+    conventions=lambda spec: Conventions(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    tags=lambda name: [],
     build=_build,
     build_text=_build_text,
     example=lambda: None,

@@ -18,8 +18,10 @@ from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
 from spar_d2.encoders.fit import check_fit
-from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
-from spar_d2.encoders.weights import KEY, failed_download, fixed_random_weights, no_such_weights, read_state_dict
+from spar_d2.encoders.messages import KEY
+from spar_d2.encoders.origin import Conventions
+from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
+from spar_d2.encoders.weights import failed_download, fixed_random_weights, no_such_weights, read_state_dict
 from spar_d2.transfer import send
 
 _PREFIX = "visual."
@@ -156,17 +158,22 @@ def _names() -> list[str]:
     return timm.list_models("vit_*_dinov3*")
 
 
+@functools.cache
 def _tags(name: str) -> list[str]:
     return [full.split(".", 1)[1] for full in timm.list_pretrained(f"{name}.*")]
 
 
-def _describe(spec: EncoderSpec) -> EncoderInfo:
-    cfg = timm.get_pretrained_cfg(_full_name(spec)) or timm.get_pretrained_cfg(spec.name)
+def _sizes(spec: EncoderSpec) -> tuple[int, int]:
     with torch.device("meta"):
         embed = timm.create_model(spec.name, num_classes=0).patch_embed
     patch = embed.patch_size[0]
+    return embed.grid_size[0] * patch, patch
+
+
+def _conventions(spec: EncoderSpec) -> Conventions:
+    cfg = timm.get_pretrained_cfg(_full_name(spec)) or timm.get_pretrained_cfg(spec.name)
     mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if cfg is None else (cfg.mean, cfg.std)
-    return EncoderInfo(FAMILY.name, embed.grid_size[0] * patch, patch, tuple(mean), tuple(std))
+    return Conventions(tuple(mean), tuple(std))
 
 
 def _full_name(spec: EncoderSpec) -> str:
@@ -191,7 +198,7 @@ def _build(spec: EncoderSpec) -> DenseEncoder:
 def _load(encoder: DINOv3Encoder, spec: EncoderSpec) -> None:
     if not Path(spec.pretrained).is_file():
         raise no_such_weights(spec.name, spec.pretrained, _tags(spec.name))
-    tensors = _from_file(read_state_dict(spec.pretrained))
+    tensors = _from_file(read_state_dict(spec.pretrained, part=spec.pretrained_part))
     if f"{_PREFIX}storage_tokens" in tensors:
         tensors = _from_meta(tensors, encoder.visual, spec)
     own = encoder.state_dict()
@@ -231,7 +238,9 @@ FAMILY = EncoderFamily(
     name="DINOv3",
     claims=lambda name: name in _names(),
     names=_names,
-    describe=_describe,
+    sizes=_sizes,
+    conventions=_conventions,
+    tags=_tags,
     build=_build,
     build_text=None,
     example=_example,

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from spar_d2.encoders.messages import KEY
 from spar_d2.encoders.registry import nearest_family
-from spar_d2.encoders.weights import KEY
 
 _SHOWN = 3
 _BLOCK = re.compile(r"\b(?:res)?blocks\.(\d+)\.")
@@ -34,10 +34,12 @@ def check_fit(
 
     Raises:
         RuntimeError: needed keys are missing, keys are unknown to the model, or shapes differ; names a few of each, and
-            the family that the weights look like.
+            the family that the weights look like. Or as :func:`check_values`.
     """
     missing = sorted(set(needed) - set(tensors))
     unexpected = sorted(set(tensors) - set(own if known is None else known))
+    # A text tower of another library's counts its positions itself; older versions of it kept them in files.
+    unexpected = [name for name in unexpected if not name.endswith(".position_ids")]
     shapes = [
         f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own
@@ -53,6 +55,38 @@ def check_fit(
             f"{key}: {source} does not fit the model: {'; '.join(problems)}. {describe_weights(tensors)} "
             "Choose the weights' own model in MODEL.SPAR.ENCODER, or other weights"
         )
+    check_values(own, tensors, source, key)
+
+
+def check_values(
+    own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str, key: str = KEY
+) -> None:
+    """Check that ``tensors`` are numbers such as a model's ``own``: plain, of its kind, and finite.
+
+    Raises:
+        RuntimeError: some are not; names one, and what it is.
+    """
+    for name, tensor in tensors.items():
+        if name in own and tensor.shape == own[name].shape and (wrong := _what_is_wrong(own[name], tensor)):
+            raise RuntimeError(f"{key}: {name} in {source} {wrong}; take a file with the weights as they were trained")
+
+
+def _what_is_wrong(own: torch.Tensor, tensor: torch.Tensor) -> str:
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype})"
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return f"is sparse or nested ({tensor.layout})"
+    if tensor.is_meta:
+        return "has a shape but no values"
+    if not own.is_floating_point():
+        kinds = [(t.is_floating_point(), t.is_complex(), t.dtype is torch.bool) for t in (own, tensor)]
+        return "" if kinds[0] == kinds[1] else f"is {tensor.dtype} where the model has {own.dtype}"
+    # Numbers of 8 bits mean something only with the scales that they were divided by.
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        return f"is {tensor.dtype} where the model has {own.dtype}"
+    if tensor.numel() and not all(end.isfinite() for end in torch.aminmax(tensor.detach())):
+        return "has values that are NaN or infinite"
+    return ""
 
 
 def describe_weights(tensors: Mapping[str, torch.Tensor]) -> str:

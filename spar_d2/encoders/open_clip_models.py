@@ -1,11 +1,11 @@
-"""Builds open_clip models by name or config file, for the families whose weights open_clip keeps."""
+"""Builds open_clip models with weights, for the families whose weights open_clip keeps."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from spar_d2.encoders.fit import check_fit
+from spar_d2.encoders.messages import KEY, first_line
+from spar_d2.encoders.model_configs import known_name, tags_of
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, find_family
 from spar_d2.encoders.text_tower import TextTower
 from spar_d2.encoders.weights import (
-    KEY,
     OPTIONAL_KEYS,
     failed_download,
-    first_line,
     fixed_random_weights,
     no_such_weights,
     read_state_dict,
@@ -44,7 +44,11 @@ def build_text(spec: EncoderSpec) -> TextTower:
     model = _create(spec, find_family(spec.name), part="text")
     model.visual = nn.Identity()
     # Weights of a text tower are also wanted where there are no texts and no way to its tokenizer.
-    return TextTower(model, lambda texts: _tokenizer(_known_name(spec.name))(texts))
+    return TextTower(model, functools.partial(_tokenize, known_name(spec.name)))
+
+
+def _tokenize(name: str, texts: list[str]) -> torch.Tensor:
+    return _tokenizer(name)(texts)
 
 
 @functools.cache
@@ -58,32 +62,19 @@ def _tokenizer(name: str) -> Callable[[list[str]], torch.Tensor]:
         ) from error
 
 
-def model_config(name: str) -> dict | None:
-    """The open_clip config of a model name or of a config file (*.json); None for an unknown name."""
-    if name.endswith(".json"):
-        return _read_config_file(name)
-    # With a schema ("hf-hub:...") open_clip would go looking for the model elsewhere, only to learn what it is.
-    return None if ":" in name else open_clip.get_model_config(name)
-
-
-def model_names(wanted: Callable[[dict | None], bool]) -> list[str]:
-    """The models of open_clip whose config is ``wanted``, well-known ones first."""
-    names = [name for name in open_clip.list_models() if wanted(open_clip.get_model_config(name))]
-    return sorted(names, key=lambda name: (not name.startswith("ViT"), name))
-
-
 def _create(spec: EncoderSpec, family: EncoderFamily, part: str) -> nn.Module:
     """An open_clip model in which ``part``, "visual" or "text", has its weights."""
-    name, pretrained = _known_name(spec.name), spec.pretrained
-    tags = open_clip.list_pretrained_tags_by_model(name)
+    name, pretrained = known_name(spec.name), spec.pretrained
+    activation = {} if spec.quick_gelu is None else {"quick_gelu": spec.quick_gelu}
+    tags = tags_of(name)
     if pretrained in tags:
-        return _download(name, pretrained)
+        return _download(name, pretrained, activation)
     if not pretrained:
-        return _create_random(name, part)
+        return _create_random(name, part, activation)
     if not Path(pretrained).is_file():
         raise no_such_weights(name, pretrained, tags)
-    tensors = family.from_file(read_state_dict(pretrained))
-    model = _create_random(name, part)
+    tensors = family.from_file(read_state_dict(pretrained, part=spec.pretrained_part))
+    model = _create_random(name, part, activation)
     own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("visual.") == (part == "visual")}
     if part == "text" and not (own.keys() - OPTIONAL_KEYS) & tensors.keys():
         raise RuntimeError(
@@ -96,8 +87,8 @@ def _create(spec: EncoderSpec, family: EncoderFamily, part: str) -> nn.Module:
     return model
 
 
-def _create_random(name: str, part: str) -> nn.Module:
-    options = {"text_cfg": _SMALL_TEXT} if part == "visual" else {}
+def _create_random(name: str, part: str, activation: dict) -> nn.Module:
+    options = {**activation, **({"text_cfg": _SMALL_TEXT} if part == "visual" else {})}
     with _without_open_clip_warnings(), fixed_random_weights():
         try:
             return open_clip.create_model(name, load_weights=False, pretrained_text=False, **options)
@@ -118,39 +109,14 @@ def _keys(name: str) -> list[str] | None:
     return list(model.state_dict())
 
 
-def _download(name: str, tag: str) -> nn.Module:
+def _download(name: str, tag: str, activation: dict) -> nn.Module:
     try:
-        return open_clip.create_model(name, pretrained=tag)
+        with warnings.catch_warnings():
+            # It compares the tag with the model's config, not with the activation that it is told to take.
+            warnings.filterwarnings("ignore", message="QuickGELU mismatch")
+            return open_clip.create_model(name, pretrained=tag, **activation)
     except Exception as error:  # whatever the hub's client raises: network, disk, access
         raise failed_download(name, tag, error) from error
-
-
-def _known_name(name: str) -> str:
-    """A name that open_clip knows the model by; that of a config file is the file's."""
-    if not name.endswith(".json"):
-        return name
-    config = _read_config_file(name)
-    known = open_clip.get_model_config(stem := Path(name).stem)
-    if known is None:
-        open_clip.add_model_config(Path(name))
-    elif known != config:
-        raise ValueError(
-            f"MODEL.SPAR.ENCODER: open_clip has another model of the name {stem!r}; give the file {name} another name"
-        )
-    return stem
-
-
-def _read_config_file(path: str) -> dict:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"MODEL.SPAR.ENCODER: there is no model config file {path}")
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"MODEL.SPAR.ENCODER: {path} is no valid JSON: {error}") from error
-    wanted = ("embed_dim", "vision_cfg", "text_cfg")
-    if not isinstance(config, dict) or any(key not in config for key in wanted):
-        raise ValueError(f"MODEL.SPAR.ENCODER: {path} is no open_clip model config, it must have {', '.join(wanted)}")
-    return config
 
 
 @contextlib.contextmanager

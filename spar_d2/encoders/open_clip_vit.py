@@ -17,9 +17,10 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
-from spar_d2.encoders.open_clip_models import build_image_tower, build_text, model_config, model_names
+from spar_d2.encoders.model_configs import conventions, model_config, model_names, side_of, tags_of
+from spar_d2.encoders.open_clip_models import build_image_tower, build_text
 from spar_d2.encoders.positions import resample_positions, sampling_weights
-from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
+from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
 
 # The authors' code enlarges the requested grid by a tenth of a cell, against rounding down. Because the sampling
 # positions use the given factor, this also shifts them slightly; students are trained with it, so it stays.
@@ -153,12 +154,10 @@ def _names() -> list[str]:
     return model_names(_is_plain_vit)
 
 
-def _describe(spec: EncoderSpec) -> EncoderInfo:
+def _sizes(spec: EncoderSpec) -> tuple[int, int]:
     vision = model_config(spec.name)["vision_cfg"]
-    patch, size = vision.get("patch_size", 16), vision.get("image_size", 224)
-    weights = open_clip.get_pretrained_cfg(spec.name, spec.pretrained) or {}
-    mean, std = weights.get("mean", OPENAI_DATASET_MEAN), weights.get("std", OPENAI_DATASET_STD)
-    return EncoderInfo(FAMILY.name, size // patch * patch, patch, tuple(mean), tuple(std))
+    patch, size = (side_of(vision.get(key, usual)) for key, usual in (("patch_size", 16), ("image_size", 224)))
+    return size // patch * patch, patch
 
 
 def _build(spec: EncoderSpec) -> DenseEncoder:
@@ -182,7 +181,9 @@ FAMILY = EncoderFamily(
     name="open_clip ViT",
     claims=lambda name: _is_plain_vit(model_config(name)),
     names=_names,
-    describe=_describe,
+    sizes=_sizes,
+    conventions=lambda spec: conventions(spec.name, spec.pretrained, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
+    tags=tags_of,
     build=_build,
     build_text=build_text,
     example=_example,

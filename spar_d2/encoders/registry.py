@@ -6,12 +6,14 @@ Adding a family is one file that builds it and one ``register_family`` call; eve
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from spar_d2.encoders.base import DenseEncoder
+from spar_d2.encoders.origin import Conventions, Triple
+from spar_d2.encoders.settling import origin_of, settled
 from spar_d2.encoders.text_tower import TextTower
 
 Tensors = Mapping[str, torch.Tensor]
@@ -27,11 +29,21 @@ class EncoderSpec:
     dinov3_repo: str = ""
     dinov3_backbone: str = ""
     dinov3_tokens: str = "backbone"
+    pixel_mean: Triple | None = None
+    pixel_std: Triple | None = None
+    quick_gelu: bool | None = None
+    pretrained_part: str = ""
+
+    def __post_init__(self) -> None:
+        # Lists of a config are no keys of dictionaries.
+        for name in ("pixel_mean", "pixel_std"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
 
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What is known of a model by its name alone.
+    """What is known of a model without building its weights.
 
     Attributes:
         family: name of its family.
@@ -39,14 +51,16 @@ class EncoderInfo:
         patch_size: side of a patch in pixels.
         pixel_mean, pixel_std: three floats each, RGB, for pixels in 0..1.
         logit_scale: factor on the cosines with the words that the method uses.
+        quick_gelu: whether its activation is QuickGELU; None where its family has no choice.
     """
 
     family: str
     native_size: int
     patch_size: int
-    pixel_mean: tuple[float, float, float]
-    pixel_std: tuple[float, float, float]
+    pixel_mean: Triple
+    pixel_std: Triple
     logit_scale: float = DenseEncoder.logit_scale
+    quick_gelu: bool | None = None
 
 
 def _as_they_are(tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -61,7 +75,9 @@ class EncoderFamily:
         name: short name of the family.
         claims: whether a model name, or a path to a model config, is of this family.
         names: all model names of this family that can be typed.
-        describe: what is known without building the weights.
+        sizes: native size and patch size of a model, without building the weights.
+        conventions: what a model expects by its tag, or else by its name.
+        tags: of a model's weights.
         build: the dense encoder.
         build_text: the text tower that belongs to it; None where the family has none.
         example: a tiny encoder with random weights, for tests; None where it needs what is not here.
@@ -74,7 +90,9 @@ class EncoderFamily:
     name: str
     claims: Callable[[str], bool]
     names: Callable[[], list[str]]
-    describe: Callable[[EncoderSpec], EncoderInfo]
+    sizes: Callable[[EncoderSpec], tuple[int, int]]
+    conventions: Callable[[EncoderSpec], Conventions]
+    tags: Callable[[str], list[str]]
     build: Callable[[EncoderSpec], DenseEncoder]
     build_text: Callable[[EncoderSpec], TextTower] | None
     example: Callable[[], DenseEncoder | None]
@@ -137,6 +155,10 @@ def build_encoder(
     dinov3_repo: str = "",
     dinov3_backbone: str = "",
     dinov3_tokens: str = "backbone",
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
+    quick_gelu: bool | None = None,
+    pretrained_part: str = "",
 ) -> DenseEncoder:
     """Build a dense image encoder.
 
@@ -150,6 +172,10 @@ def build_encoder(
         dinov3_backbone: for DINOv3.txt, weights of the backbone where ``pretrained`` holds only the rest.
         dinov3_tokens: for DINOv3.txt, "backbone" (patch tokens of the backbone, as the authors of SPAR) or "head"
             (those of the vision head on top of it).
+        pixel_mean, pixel_std: three floats each, RGB, for pixels in 0..1, that the weights were trained with; None is
+            what the weight file says of itself, or else what the tag or the model does.
+        quick_gelu: whether the activation is QuickGELU; None as for those. Of open_clip's ViTs alone.
+        pretrained_part: which weights to take of a file with several ("ema", "teacher", ...).
 
     Returns:
         The encoder on the CPU, in eval mode, with all parameters trainable.
@@ -159,17 +185,26 @@ def build_encoder(
         FileNotFoundError: a file or folder that is not there.
         RuntimeError: a damaged file, weights of another model, or a download that failed.
     """
-    return build(EncoderSpec(name, pretrained, reference_compat, dinov3_repo, dinov3_backbone, dinov3_tokens))
+    compat = (reference_compat, dinov3_repo, dinov3_backbone, dinov3_tokens)
+    return build(EncoderSpec(name, pretrained, *compat, pixel_mean, pixel_std, quick_gelu, pretrained_part))
 
 
 def build(spec: EncoderSpec) -> DenseEncoder:
     """:func:`build_encoder` of a spec."""
-    return find_family(spec.name).build(spec).eval()
+    family = find_family(spec.name)
+    spec = settled(spec, family)
+    encoder = family.build(spec).eval()
+    encoder.pixel_mean, encoder.pixel_std = spec.pixel_mean, spec.pixel_std
+    encoder.origin = origin_of(spec)
+    return encoder
 
 
 def describe_encoder(name: str, pretrained: str = "") -> EncoderInfo:
     """What is known of a model without building its weights; arguments and errors as for :func:`build_encoder`."""
-    return find_family(name).describe(EncoderSpec(name, pretrained))
+    family = find_family(name)
+    spec = settled(EncoderSpec(name, pretrained), family)
+    sizes = family.sizes(spec)
+    return EncoderInfo(family.name, *sizes, spec.pixel_mean, spec.pixel_std, quick_gelu=spec.quick_gelu)
 
 
 def build_text_tower(name: str, pretrained: str = "", dinov3_repo: str = "") -> TextTower:
@@ -184,7 +219,8 @@ def build_text_tower(name: str, pretrained: str = "", dinov3_repo: str = "") -> 
 def build_text(spec: EncoderSpec) -> TextTower:
     """:func:`build_text_tower` of a spec."""
     check_has_text(spec.name)
-    return find_family(spec.name).build_text(spec)
+    family = find_family(spec.name)
+    return family.build_text(settled(spec, family))
 
 
 def check_has_text(name: str) -> None:

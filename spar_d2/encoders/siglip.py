@@ -17,9 +17,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
-from spar_d2.encoders.open_clip_models import build_image_tower, build_text, model_config, model_names
+from spar_d2.encoders.model_configs import conventions, model_config, model_names, tags_of
+from spar_d2.encoders.open_clip_models import build_image_tower, build_text
+from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.positions import resample_positions, sampling_weights
-from spar_d2.encoders.registry import EncoderFamily, EncoderInfo, EncoderSpec, register_family
+from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
 
 _MEAN = _STD = (0.5, 0.5, 0.5)
 _TRUNK = "visual.trunk."
@@ -124,12 +126,21 @@ def _names() -> list[str]:
     return model_names(_is_siglip)
 
 
-def _describe(spec: EncoderSpec) -> EncoderInfo:
+def _sizes(spec: EncoderSpec) -> tuple[int, int]:
     name = model_config(spec.name)["vision_cfg"]["timm_model_name"]
-    with torch.device("meta"):
-        trunk = timm.create_model(name, num_classes=0)
-    patch = trunk.patch_embed.patch_size[0]
-    return EncoderInfo(FAMILY.name, trunk.patch_embed.grid_size[0] * patch, patch, _MEAN, _STD)
+    try:
+        with torch.device("meta"):
+            embed = timm.create_model(name, num_classes=0).patch_embed
+    except Exception as error:  # whatever timm raises for a name in a config file
+        raise ValueError(f"MODEL.SPAR.ENCODER: timm cannot build {name!r} of {spec.name} ({error})") from error
+    patch = embed.patch_size[0]
+    return embed.grid_size[0] * patch, patch
+
+
+def _conventions(spec: EncoderSpec) -> Conventions:
+    said = conventions(spec.name, spec.pretrained, _MEAN, _STD)
+    # timm's trunks have their own activation in any case.
+    return Conventions(said.pixel_mean, said.pixel_std)
 
 
 def _build(spec: EncoderSpec) -> DenseEncoder:
@@ -164,7 +175,9 @@ FAMILY = EncoderFamily(
     name="SigLIP",
     claims=lambda name: _is_siglip(model_config(name)),
     names=_names,
-    describe=_describe,
+    sizes=_sizes,
+    conventions=_conventions,
+    tags=tags_of,
     build=_build,
     build_text=build_text,
     example=_example,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,17 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine.hooks import PeriodicCheckpointer
 
-from spar_d2.encoders import DenseEncoder, EncoderSpec, find_encoder
+from spar_d2.encoders import DenseEncoder, EncoderSpec
 from spar_d2.encoders.convert import as_format
-from spar_d2.encoders.fit import check_fit
-from spar_d2.encoders.registry import build_text, find_family, nearest_family
-from spar_d2.encoders.weights import read_checkpoint, take_state_dict, write_safetensors
+from spar_d2.encoders.origin import Origin, add_origin
+from spar_d2.encoders.registry import build_text, find_family
+from spar_d2.encoders.settling import origin_of, settled
+from spar_d2.encoders.weights import write_safetensors
 from spar_d2.files import replacing
+from spar_d2.modeling.encoder_state import KEY, read_for_model
 
 logger = logging.getLogger(__name__)
 
-KEY = "MODEL.WEIGHTS"
 # Names the checkpoint that --resume goes on from.
 LAST = "last_checkpoint"
 
@@ -35,8 +35,11 @@ class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, made safe.
 
     Checkpoints are written under a temporary name and renamed, and read without running code from them. Besides its
-    own, it loads files of encoder weights (``*.safetensors``, such as a student's) into the model's encoder.
+    own, it loads files of encoder weights (``*.safetensors``, such as a student's) into the model's encoder. Of a
+    checkpoint with moving averages (``SPAR.EMA_DECAY``) it takes those, unless it goes on with that run.
     """
+
+    _resumes = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write model, checkpointables and ``kwargs`` to ``name``.pth in the output folder.
@@ -52,6 +55,7 @@ class Checkpointer(DetectionCheckpointer):
         try:
             with replacing(path) as temporary:
                 torch.save({"model": self.model.state_dict(), **states, **kwargs}, temporary)
+                add_origin(temporary, self._origin())
             self.tag_last_checkpoint(os.path.basename(path))
         except (OSError, RuntimeError) as error:
             free = shutil.disk_usage(self.save_dir).free / 2**30
@@ -59,6 +63,11 @@ class Checkpointer(DetectionCheckpointer):
                 f"the checkpoint {path} could not be written, {free:.2f} GiB are free there: {error}. Earlier "
                 "checkpoints are as they were; --resume goes on from the last"
             ) from error
+
+    def _origin(self) -> Origin | None:
+        """Where the weights of the model's encoder are from, if it has one."""
+        origins = [part.origin for part in self.model.modules() if isinstance(part, DenseEncoder)]
+        return origins[0] if len(origins) == 1 else None
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, LAST)) as temporary:
@@ -81,6 +90,8 @@ class Checkpointer(DetectionCheckpointer):
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=resume)
         last = self.get_checkpoint_file()
+        # Without anything else to restore it only is used, as after --eval-only.
+        self._resumes = bool(self.checkpointables)
         try:
             return super().resume_or_load(path, resume=True)
         except (FileNotFoundError, RuntimeError) as error:
@@ -90,37 +101,13 @@ class Checkpointer(DetectionCheckpointer):
                 f"cannot be loaded ({error}). To go on from another, write its name into that file; there are: "
                 f"{', '.join(whole) or 'none'}"
             ) from error
+        finally:
+            self._resumes = False
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
             raise ValueError(f"{KEY}: {filename} is a pickle, which can run code; use .pth or .safetensors weights")
-        content = read_checkpoint(filename, KEY)
-        model = content["model"] if isinstance(content.get("model"), Mapping) else content
-        state = {name.removeprefix("module."): tensor for name, tensor in model.items()}
-        own = self.model.state_dict()
-        if not any(name in own for name in state):
-            return {"model": self._encoder_weights(content, filename)}
-        # Detectron2 itself only warns of what is missing or has another shape.
-        for prefix in (f"{name}." for name, part in self.model.named_modules() if isinstance(part, DenseEncoder)):
-            needed = {name: tensor for name, tensor in own.items() if name.startswith(prefix)}
-            check_fit(needed, {name: t for name, t in state.items() if name.startswith(prefix)}, needed, filename, KEY)
-        return {**(content if model is not content else {}), "model": state}
-
-    def _encoder_weights(self, content: Mapping, filename: str) -> dict[str, torch.Tensor]:
-        """Weights for the model's encoder under the model's own keys; those of a text tower are left out."""
-        encoder = find_encoder(self.model)
-        own = encoder.state_dict()
-        tensors = take_state_dict(content, filename, KEY)
-        family = nearest_family(tensors)
-        tensors = tensors if family is None else family.from_file(tensors)
-        roots = {key.split(".")[0] for key in own}
-        inside = {k: v for k, v in tensors.items() if k.split(".")[0] in roots}
-        tensors = inside or tensors
-        check_fit(own, tensors, own, filename, KEY)
-        prefix = next(name for name, module in self.model.named_modules() if module is encoder)
-        state = self.model.state_dict()
-        # The model's other weights stay as they are, so that nothing is reported as missing.
-        return {**state, **{f"{prefix}.{key}": tensor for key, tensor in tensors.items()}}
+        return read_for_model(self.model, filename, averages=not self._resumes)
 
 
 class Checkpoints(PeriodicCheckpointer):
@@ -185,7 +172,7 @@ def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.Path
 
     ``open_clip.create_model(name, pretrained=path)``, or for a model of timm's
     ``timm.create_model(name, checkpoint_path=path)``, loads the file, as do ``MODEL.SPAR.PRETRAINED`` and
-    ``MODEL.WEIGHTS`` here.
+    ``MODEL.WEIGHTS`` here. Where the student is from, and what it expects, is in the file's metadata.
 
     Args:
         encoder: the student.
@@ -193,6 +180,7 @@ def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.Path
         path: ``*.safetensors`` to write.
     """
     family = find_family(spec.name)
+    origin = encoder.origin or origin_of(settled(spec, family))
     tensors: dict[str, torch.Tensor] = {}
     try:
         if family.build_text:
@@ -200,5 +188,5 @@ def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.Path
     except (RuntimeError, ValueError, OSError) as error:  # hours of training must not be lost over the text
         logger.warning("The student is written without a text tower: %s", error)
     tensors.update(encoder.state_dict())
-    write_safetensors(as_format(tensors, family, family.file_format), path)
+    write_safetensors(as_format(tensors, family, family.file_format), path, origin)
     logger.info("Wrote the student to %s", path)

@@ -220,7 +220,7 @@ class LabelCheck:
     def __init__(self, cfg: CfgNode, mapper: Callable[[dict], dict]) -> None:
         head, spar = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.SPAR
         self._mapper, self._allowed = mapper, (head.NUM_CLASSES, head.IGNORE_VALUE)
-        self._patch = describe_encoder(spar.ENCODER, spar.PRETRAINED).patch_size
+        self._patch = describe_encoder(spar.ENCODER).patch_size
 
     def __call__(self, record: dict) -> dict:
         """What the mapper gives; raises ``ValueError`` for labels that are no class, naming their file."""

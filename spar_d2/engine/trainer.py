@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -23,7 +24,9 @@ from spar_d2.data.loader import PhotoLoader
 from spar_d2.data.sampler import DrawSampler
 from spar_d2.data.semantic_mapper import ImageMapper
 from spar_d2.distillation import DistillationHook
+from spar_d2.distillation.hook import NOTHING_TRAINED
 from spar_d2.encoders import DenseEncoder, find_encoder
+from spar_d2.encoders.origin import Origin
 from spar_d2.encoders.precision import PRECISIONS
 from spar_d2.engine import resumption
 from spar_d2.engine.averaging import WeightAverage
@@ -104,6 +107,10 @@ class Trainer(DefaultTrainer):
         if distil and not cfg.MODEL.SPAR.PRETRAINED:
             logger.warning("MODEL.SPAR.PRETRAINED is empty: the teacher has random weights, which teach nothing of use")
         self._distillation = DistillationHook(cfg) if distil else None
+        if self._distillation:
+            encoder, teacher = find_encoder(self._module), self._distillation.teacher
+            origin = encoder.origin or Origin()
+            encoder.origin = dataclasses.replace(origin, window=teacher.window, stride=teacher.stride)
         average = WeightAverage(self._module, cfg.SPAR.EMA_DECAY) if cfg.SPAR.EMA_DECAY else None
         applied = average.applied if average else contextlib.nullcontext
 
@@ -302,6 +309,8 @@ def _check(cfg: CfgNode) -> None:
             'SPAR.DISTILL.AVERAGE "cell" needs the images of a step together: SPAR.ACCUMULATION_STEPS must be 1, '
             f"got {spar.ACCUMULATION_STEPS}"
         )
+    if spar.DISTILL.ENABLED and cfg.MODEL.SPAR.TRAINABLE.strip() == "none":
+        raise ValueError(NOTHING_TRAINED)
     if spar.DISTILL.ENABLED and spar.TEACHER.CACHE_DIR and not spar.DATA.FROZEN:
         raise ValueError(
             "SPAR.TEACHER.CACHE_DIR needs SPAR.DATA.FROZEN True: images that are augmented anew in every epoch are "

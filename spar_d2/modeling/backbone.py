@@ -16,7 +16,7 @@ from spar_d2.encoders.registry import build
 from spar_d2.encoders.trainable import parameter_counts
 from spar_d2.modeling.build import encoder_spec, precision_from_config
 from spar_d2.modeling.pixels import PixelConversion
-from spar_d2.modeling.text_hooks import TextHooks, TextSide
+from spar_d2.modeling.text_hooks import WIDTH_KEY, TextHooks, TextSide
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ class SPARViT(TextHooks, Backbone):
         trainable: what is trained, see :func:`spar_d2.encoders.set_trainable`; None leaves the encoder as it is.
         precision, compile, checkpointing: see :meth:`spar_d2.encoders.DenseEncoder.accelerate`; None leaves all three.
         out_features: "dense", "clip_vis_dense" (the same map by FC-CLIP's name for it), or both.
+        text_width: channels of the vectors of words that the framework expects (``MODEL.FC_CLIP.EMBED_DIM``); None for
+            any.
 
     Raises:
         ValueError: an argument that is not allowed; or as :func:`spar_d2.encoders.build_encoder`.
@@ -55,10 +57,14 @@ class SPARViT(TextHooks, Backbone):
         compile: bool = False,
         checkpointing: bool = False,
         out_features: Sequence[str] = (DENSE,),
+        text_width: int | None = None,
     ) -> None:
         super().__init__()
         spec = encoder if isinstance(encoder, EncoderSpec) else None
         self.encoder = build(spec) if spec else encoder
+        if text_width not in (None, self.encoder.embed_dim):
+            name = spec.name if spec else type(self.encoder).__name__
+            raise ValueError(f"{WIDTH_KEY} must be {self.encoder.embed_dim}, as {name} has it; got {text_width}")
         self.pixels = None
         if pixel_mean is not None:
             if input_format is None:
@@ -79,6 +85,7 @@ class SPARViT(TextHooks, Backbone):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
         spar = cfg.MODEL.SPAR
+        fc_clip = CLIP_DENSE in spar.OUT_FEATURES and "EMBED_DIM" in cfg.MODEL.get("FC_CLIP", {})
         return {
             "encoder": encoder_spec(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN if spar.CONVERT_PIXELS else None,
@@ -89,6 +96,7 @@ class SPARViT(TextHooks, Backbone):
             "compile": spar.COMPILE,
             "checkpointing": spar.CHECKPOINTING,
             "out_features": spar.OUT_FEATURES or (DENSE,),
+            "text_width": cfg.MODEL.FC_CLIP.EMBED_DIM if fc_clip else None,
         }
 
     @property

@@ -20,6 +20,10 @@ def encoder_spec(cfg: CfgNode) -> EncoderSpec:
         dinov3_repo=spar.DINOV3_REPO,
         dinov3_backbone=spar.DINOV3_BACKBONE,
         dinov3_tokens=spar.DINOV3_TOKENS,
+        pixel_mean=spar.PIXEL_MEAN,
+        pixel_std=spar.PIXEL_STD,
+        quick_gelu=spar.QUICK_GELU,
+        pretrained_part=spar.PRETRAINED_PART,
     )
 
 

@@ -68,6 +68,10 @@ def segment(
     prob_threshold: float = 0.0,
     area_threshold: float | None = None,
     precision: str = AUTO,
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
+    quick_gelu: bool | None = None,
+    pretrained_part: str = "",
 ) -> Segmentation:
     """Segment an image into the classes of a vocabulary, in a single pass at its own size.
 
@@ -78,7 +82,8 @@ def segment(
         image: a file, a PIL image, or (H, W, 3) uint8 RGB.
         vocabulary: ready, a list of names, inline text ("cat, kitten; dog; sky"), a built-in name or a file; see
             :meth:`spar_d2.text.Vocabulary.of`.
-        encoder, pretrained, dinov3_repo, dinov3_backbone: see :func:`spar_d2.encoders.build_encoder`.
+        encoder, pretrained, dinov3_repo, dinov3_backbone, pixel_mean, pixel_std, quick_gelu, pretrained_part: see
+            :func:`spar_d2.encoders.build_encoder`.
         templates: see :func:`spar_d2.text.load_templates`.
         device: "cpu", "cuda", ...
         logit_scale: see :func:`spar_d2.modeling.segment_features`; None is the encoder's own.
@@ -93,7 +98,9 @@ def segment(
     _check_numbers(logit_scale=logit_scale or 0, prob_threshold=prob_threshold, area_threshold=area_threshold or 0)
     templates = _as_text(templates=templates)["templates"]
     named = _as_text(pretrained=pretrained, dinov3_repo=dinov3_repo, dinov3_backbone=dinov3_backbone)
-    spec = EncoderSpec(*_as_text(encoder=encoder).values(), **named)
+    expected = {"pixel_mean": pixel_mean, "pixel_std": pixel_std, "quick_gelu": quick_gelu}
+    named |= _as_text(pretrained_part=pretrained_part)
+    spec = EncoderSpec(*_as_text(encoder=encoder).values(), **named, **expected)
     check_has_text(spec.name)
     if precision not in (*PRECISIONS, AUTO):
         raise ValueError(f"precision must be one of {', '.join((*PRECISIONS, AUTO))}; got {precision!r}")

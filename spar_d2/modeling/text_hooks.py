@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import torch
 
 from spar_d2.encoders import DenseEncoder, EncoderSpec, TextTower
-from spar_d2.encoders.registry import build_text
+from spar_d2.encoders.registry import build_text, check_has_text
 
 # FC-CLIP pools masks over "clip_vis_dense" for models with this word in their name, and refuses models whose names have
 # none of the words that it knows.
 _POOLED_LIKE = "convnext"
+# FC-CLIP's own key for the width of the vectors.
+WIDTH_KEY = "MODEL.FC_CLIP.EMBED_DIM"
+_UNKNOWN = (
+    "this backbone was given an encoder, not what to build it from, so its text tower is not known: "
+    "give it an EncoderSpec"
+)
 
 
 class TextSide:
@@ -41,13 +46,39 @@ class TextSide:
             ValueError: the encoder has no text side, or it is not known which.
         """
         if self.spec is None:
-            raise ValueError(
-                "this backbone was given an encoder, not what to build it from, so its text tower is not known: "
-                "give it an EncoderSpec"
-            )
+            raise ValueError(_UNKNOWN)
         if self._tower is None:
             self._tower = build_text(self.spec)
         return self._tower
+
+    @property
+    def missing(self) -> str:
+        """Why there is no text tower; "" where there is one. Builds none."""
+        if self.spec is None:
+            return _UNKNOWN
+        try:
+            check_has_text(self.spec.name)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def __getstate__(self) -> dict:
+        # It is built again where it is asked for; those of other libraries cannot all be pickled.
+        return {**vars(self), "_tower": None}
+
+
+class _ClipModel:
+    """What FC-CLIP reads of a CLIP model; the text tower is only built when it does."""
+
+    def __init__(self, text_side: TextSide) -> None:
+        self._text_side = text_side
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        encoder = self._text_side.encoder
+        learnt = getattr(self._text_side.tower().model, "logit_scale", None)
+        scale = torch.tensor(math.log(encoder.logit_scale)) if learnt is None else learnt.detach()
+        return scale.float().to(next(encoder.parameters()).device)
 
 
 class TextHooks:
@@ -65,13 +96,21 @@ class TextHooks:
         """Name of the model, with the word by which FC-CLIP pools masks over dense features."""
         return f"{self.text_side.name} (masks pooled as for {_POOLED_LIKE})"
 
-    @property
-    def clip_model(self) -> SimpleNamespace:
-        """Has ``logit_scale``, a number as a tensor: the logarithm of the factor on cosines that the model learnt."""
-        encoder = self.text_side.encoder
-        learnt = getattr(self.text_side.tower().model, "logit_scale", None)
-        scale = torch.tensor(math.log(encoder.logit_scale)) if learnt is None else learnt.detach()
-        return SimpleNamespace(logit_scale=scale.float().to(next(encoder.parameters()).device))
+    def __getattr__(self, name: str):
+        # No property: what one raises, a module would replace by words of its own.
+        if name == "clip_model" and "text_side" in vars(self):
+            return self._clip_model()
+        return super().__getattr__(name)
+
+    def _clip_model(self) -> _ClipModel:
+        """Has ``logit_scale``, a number as a tensor: the logarithm of the factor on cosines that the model learnt.
+
+        Raises:
+            AttributeError: the encoder has no text side.
+        """
+        if missing := self.text_side.missing:
+            raise AttributeError(missing)
+        return _ClipModel(self.text_side)
 
     def get_text_classifier(self, text_list: Sequence[str], device: torch.device | str) -> torch.Tensor:
         """Vectors of texts, which are read as they are: sentences around words are the caller's business.
@@ -99,7 +138,16 @@ class TextHooks:
 
         Returns:
             (B, Q, D).
+
+        Raises:
+            ValueError: other channels than the encoder's.
         """
+        channels = x.shape[-1] if masks is None else x.shape[1]
+        if channels != self.dim_latent:
+            raise ValueError(
+                f"pooled features must have the {self.dim_latent} channels of {self.text_side.name}, got {channels}; "
+                f"{WIDTH_KEY} must be {self.dim_latent}"
+            )
         if masks is None:
             return x
         inside = (masks > 0).to(x)

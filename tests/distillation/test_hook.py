@@ -10,10 +10,10 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from processes import run_in_two_processes
-from reference import SHARED, example_encoder, reference_image
+from reference import ROOT, SHARED, example_encoder, reference_image
 from small_trainers import as_tensor, trainer_for
 from spar_d2.distillation import DistillationHook
-from spar_d2.encoders import FAMILIES
+from spar_d2.encoders import FAMILIES, find_encoder
 from spar_d2.teacher import SlidingWindowTeacher
 
 # Losses of the authors' recipe on the reference model: before the first step, and after each.
@@ -40,6 +40,18 @@ def test_images_of_several_sizes_each_count_once(tiny_cfg):
     together = trainer_for(tiny_cfg, images, DistillationHook(tiny_cfg))
     together.train(0, 1)
     assert together.losses[0] == pytest.approx(sum(alone) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_an_encoder_that_is_wholly_frozen_needs_no_teacher(tiny_cfg, unused):
+    if unused:
+        tiny_cfg.MODEL.SPAR.ENCODER, tiny_cfg.MODEL.SPAR.PRETRAINED = str(ROOT / "configs/demo/tiny_pooled.json"), ""
+    trainer = trainer_for(tiny_cfg, [as_tensor(reference_image(64, 64))], DistillationHook(tiny_cfg))
+    encoder = find_encoder(trainer.model).requires_grad_(False)
+    if unused:  # by dense features
+        encoder.visual.trunk.attn_pool.latent.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TRAINABLE leaves nothing of the encoder to train"):
+        trainer.train(0, 1)
 
 
 def test_sampled_windows_lower_the_full_loss(tiny_cfg):

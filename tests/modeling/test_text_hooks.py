@@ -1,12 +1,16 @@
 """What FC-CLIP asks of a backbone, beside open_clip's own answers."""
 
+import copy
 import math
+import pickle
+import warnings
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.modeling import build_backbone
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone, build_model
 
 from spar_d2.encoders import EncoderSpec
 from spar_d2.modeling.backbone import SPARViT
@@ -73,3 +77,48 @@ def test_without_text_side():
     with pytest.raises(ValueError, match="EncoderSpec"):
         SPARViT(backbone.encoder).get_text_classifier(TEXTS, "cpu")
     assert math.isfinite(backbone.dim_latent)
+    for one in (backbone, SPARViT(backbone.encoder)):
+        # Inspectors ask for what is not there; who asks for it in earnest reads why.
+        assert not hasattr(one, "clip_model")
+        with pytest.raises(AttributeError, match="no text side|EncoderSpec"):
+            one.clip_model  # noqa: B018
+
+
+def test_asking_whether_there_is_a_clip_model_builds_no_text_tower(backbone):
+    assert hasattr(backbone, "clip_model")
+    assert backbone.text_side._tower is None
+
+
+@pytest.mark.parametrize("spec", [EncoderSpec("vit_nano_patch8_dinov3"), None])
+def test_a_backbone_can_be_traced(spec, tiny_model):
+    backbone = SPARViT(spec or EncoderSpec(*tiny_model)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(backbone, x, strict=False)
+        torch.testing.assert_close(traced(x)["dense"], backbone(x)["dense"])
+
+
+def test_a_segmentor_with_its_text_side_can_be_pickled_and_copied(tiny_cfg):
+    tiny_cfg.MODEL.SPAR.VOCABULARY = "cat; dog"
+    model = build_model(tiny_cfg).eval()
+    record = [{"image": torch.zeros(3, 40, 50, dtype=torch.uint8), "height": 40, "width": 50}]
+    model.backbone.get_text_classifier(TEXTS, "cpu")
+    with torch.no_grad():
+        expected = model(record)
+        for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert str(again(record)) == str(expected)
+            assert again.backbone.text_side.encoder is again.backbone.encoder
+            assert again.backbone.get_text_classifier(TEXTS, "cpu").shape == (3, 64)
+
+
+@pytest.mark.parametrize("name", ["SPARViT", "SPARPyramid"])
+def test_fc_clips_width_must_be_the_encoders(tiny_cfg, name):
+    tiny_cfg.MODEL.BACKBONE.NAME = name
+    tiny_cfg.MODEL.SPAR.OUT_FEATURES = ["clip_vis_dense"]
+    tiny_cfg.MODEL.FC_CLIP = CfgNode({"EMBED_DIM": 768})
+    with pytest.raises(ValueError, match=r"MODEL\.FC_CLIP\.EMBED_DIM must be 64.*got 768"):
+        build_backbone(tiny_cfg)
+    tiny_cfg.MODEL.FC_CLIP.EMBED_DIM = 64
+    with pytest.raises(ValueError, match=r"64 channels of .*got 768; MODEL\.FC_CLIP\.EMBED_DIM must be 64"):
+        build_backbone(tiny_cfg).visual_prediction_forward(torch.zeros(1, 5, 768))
