@@ -23,10 +23,6 @@ from spar_d2.teacher.identity import image_identity
 
 LOSS_NAME = "loss_distill"
 AVERAGES = ("image", "cell")
-NOTHING_TRAINED = (
-    "MODEL.SPAR.TRAINABLE leaves nothing of the encoder to train, so the teacher would run for nothing: "
-    'set it to what the student is to learn with ("last_blocks:2", "all"), or SPAR.DISTILL.ENABLED to False'
-)
 
 
 class DistillationHook(HookBase):
@@ -112,7 +108,10 @@ class DistillationHook(HookBase):
         encoder = find_encoder(model)
         trained = (name for name, parameter in encoder.named_parameters() if parameter.requires_grad)
         if all(re.match(encoder.unused, name) for name in trained):
-            raise ValueError(NOTHING_TRAINED)
+            raise ValueError(
+                "MODEL.SPAR.TRAINABLE leaves nothing of the encoder to train, so the teacher would run for nothing: "
+                'set it to what the student is to learn with ("last_blocks:2", "all"), or SPAR.DISTILL.ENABLED to False'
+            )
         if isinstance(model, nn.parallel.DistributedDataParallel):
             # Inside it, so that the loss is part of what it sees the model return.
             model = model.module

@@ -60,8 +60,8 @@ def write_safetensors(
     tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, origin: Origin | None = None
 ) -> None:
     """Write tensors, and where they are from, to a safetensors file that either is complete or is not there."""
-    # "format" is what other libraries look for.
-    metadata = {"format": "pt", ENTRY: origin.text()} if origin else None
+    # A single entry: safetensors writes several in any order, and equal runs would give different files.
+    metadata = {ENTRY: origin.text()} if origin else None
     with replacing(path) as temporary:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, temporary, metadata)

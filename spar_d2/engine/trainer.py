@@ -24,7 +24,6 @@ from spar_d2.data.loader import PhotoLoader
 from spar_d2.data.sampler import DrawSampler
 from spar_d2.data.semantic_mapper import ImageMapper
 from spar_d2.distillation import DistillationHook
-from spar_d2.distillation.hook import NOTHING_TRAINED
 from spar_d2.encoders import DenseEncoder, find_encoder
 from spar_d2.encoders.origin import Origin
 from spar_d2.encoders.precision import PRECISIONS
@@ -309,8 +308,6 @@ def _check(cfg: CfgNode) -> None:
             'SPAR.DISTILL.AVERAGE "cell" needs the images of a step together: SPAR.ACCUMULATION_STEPS must be 1, '
             f"got {spar.ACCUMULATION_STEPS}"
         )
-    if spar.DISTILL.ENABLED and cfg.MODEL.SPAR.TRAINABLE.strip() == "none":
-        raise ValueError(NOTHING_TRAINED)
     if spar.DISTILL.ENABLED and spar.TEACHER.CACHE_DIR and not spar.DATA.FROZEN:
         raise ValueError(
             "SPAR.TEACHER.CACHE_DIR needs SPAR.DATA.FROZEN True: images that are augmented anew in every epoch are "

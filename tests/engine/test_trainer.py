@@ -38,12 +38,6 @@ def test_the_student_survives_an_evaluation_that_fails(cfg, monkeypatch):
     assert os.path.exists(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
 
 
-def test_distilling_into_nothing_is_refused_before_anything_is_built(cfg):
-    cfg.MODEL.SPAR.TRAINABLE = "none"
-    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TRAINABLE leaves nothing of the encoder to train"):
-        Trainer(cfg)
-
-
 class PressCtrlC(HookBase):
     """Sends the signal of Ctrl-C in the middle of a step."""
 
