@@ -38,10 +38,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises:
         IsADirectoryError: ``path`` is a folder.
+        OSError: it is a disk.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file to write")
+    if path.is_block_device():
+        raise OSError(f"{path} is a disk; name a file to write")
     if path.exists() and (not path.is_file() or path.parent in _OPEN_FILES):
         with _written_through(path) as temporary:
             yield temporary

@@ -10,6 +10,9 @@ from PIL import Image, ImageOps
 
 from spar_d2.image_files import DAMAGE, open_image, reason
 
+# Of an image in a tar file, which is read as a whole; a hole in a file may pretend to be of any size.
+_MOST_BYTES = 2**30
+
 
 def read_rgb(source: str | os.PathLike | Image.Image) -> np.ndarray:
     """Read an image upright.
@@ -55,6 +58,8 @@ def read_photo(record: dict) -> np.ndarray:
         return read_rgb(name)
     if not os.path.isfile(record["tar"]):
         raise FileNotFoundError(f"image: there is no file {record['tar']}, which should hold {name}")
+    if record["size"] > _MOST_BYTES:
+        raise ValueError(f"image: {name} cannot be read: it has {record['size']} bytes, at most {_MOST_BYTES} are read")
     try:
         with open(record["tar"], "rb") as tar:
             tar.seek(record["offset"])

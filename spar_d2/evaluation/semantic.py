@@ -23,6 +23,7 @@ from spar_d2.processes import gather_when_done
 
 logger = logging.getLogger(__name__)
 
+_WARNED: set[tuple] = set()
 # Of values or classes in a warning.
 _MOST_LISTED = 8
 _SUMMARY = ("mIoU", "mIoU-all", "fwIoU", "mACC", "pACC")
@@ -165,6 +166,11 @@ class SemanticEvaluator(DatasetEvaluator):
         return OrderedDict(sem_seg=scores)
 
     def _warn(self, strange: Counter[int], confusion: np.ndarray) -> None:
+        """Once for a data set and what is found, however often it is evaluated."""
+        found = (self.dataset_name, tuple(sorted(strange.items())), tuple(confusion.any(1).tolist()))
+        if found in _WARNED:
+            return
+        _WARNED.add(found)
         if strange:
             listed = ", ".join(f"{value} in {pixels}" for value, pixels in sorted(strange.items())[:_MOST_LISTED])
             logger.warning(

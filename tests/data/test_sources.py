@@ -345,6 +345,17 @@ def test_hostile_tar_files_end(tmp_path, caplog, between, message, after):
     assert message in caplog.text and bool(message) == bool(caplog.text)
 
 
+def test_a_photo_that_is_a_hole_in_a_file_is_not_read(tmp_path):
+    path = tmp_path / "x.tar"
+    with open(path, "wb") as file:
+        file.write(whole("a.jpg") + header("b.jpg", 8 << 30))
+        file.truncate(file.tell() + (8 << 30))
+    first, second = find_photos(str(path))
+    assert read_photo(first).shape == (20, 30, 3)
+    with pytest.raises(ValueError, match=r"b\.jpg cannot be read: it has 8589934592 bytes, at most"):
+        read_photo(second)
+
+
 def test_members_with_impossible_names_are_left_out(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         for name in ("a.jpg", "b.jpg"):
