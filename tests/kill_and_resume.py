@@ -14,7 +14,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,10 +25,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from processes import start_tool
 from reference import ROOT, TINY_CONFIG, fill_with_reference, reference_image
 
 CONFIG = str(ROOT / "configs" / "distill" / "Base-distill.yaml")
-STEPS, PERIOD, KEPT = 30, 2, 2
+STEPS, PERIOD, KEPT = 20, 2, 2
 # Of the files that `spar_d2.files.replacing` writes to.
 TEMPORARY = re.compile(r"\..*\.tmp(\.|$)")
 # What the name of a temporary file begins with, by what is written.
@@ -108,16 +108,11 @@ class Process:
     def __init__(self, training: Training) -> None:
         self.training = training
         self.log = training.output.with_name(f"{training.output.name}.log")
-        tool = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "train_net.py"), "--resume"]
-        with open(self.log, "wb") as log:
-            self._process = subprocess.Popen(
-                [*tool, "--config-file", CONFIG, *training.overrides()],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # One thread, so that sums are always taken in the same order.
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
+        arguments = ["--resume", "--config-file", CONFIG, *training.overrides()]
+        self.log.write_bytes(b"")
+        # One thread, so that sums are always taken in the same order.
+        tool, environment = ROOT / "tools" / "train_net.py", {"OMP_NUM_THREADS": "1"}
+        self._process = start_tool(tool, arguments, self.log, environment)
         atexit.register(self.kill)
 
     def begin(self) -> int | None:
@@ -126,7 +121,7 @@ class Process:
         return int(found[1]) if found else None
 
     def running(self) -> bool:
-        return self._process.poll() is None
+        return self._process.is_alive()
 
     def wait_for_training(self, limit: float = 120) -> None:
         deadline = time.monotonic() + limit
@@ -138,7 +133,7 @@ class Process:
         if not self.running():
             return False
         os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._process.join()
         return True
 
     def end(self, limit: float = 300) -> None:
@@ -147,8 +142,9 @@ class Process:
         Raises:
             RuntimeError: it failed.
         """
-        if self._process.wait(limit):
-            raise RuntimeError(f"the training failed with {self._process.returncode}:\n{self.log.read_text()[-3000:]}")
+        self._process.join(limit)
+        if self._process.exitcode != 0:
+            raise RuntimeError(f"the training failed with {self._process.exitcode}:\n{self.log.read_text()[-3000:]}")
 
 
 @dataclass
@@ -345,7 +341,7 @@ def shortened(lines: list[str], most: int = 10) -> str:
     return "\n".join(lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else []))
 
 
-def make_world(folder: Path, photos: int = 40) -> Path:
+def make_world(folder: Path, photos: int = 28) -> Path:
     """The tiny CLIP as files, and photos of different sizes; more than are drawn before the middle of the training."""
     import open_clip
 

@@ -1,24 +1,66 @@
-"""Running a function in two processes that talk to each other, as in distributed training."""
+"""Functions and tools in processes of their own, which begin with everything imported."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
+import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
+# Processes are forked from one that has imported these, which takes seconds, and has started no threads.
+multiprocessing.set_forkserver_preload(["open_clip", "timm", "spar_d2.engine.trainer"])
+
+
+def start_tool(tool: Path, arguments: Sequence[object], log: Path, environment: Mapping[str, str]) -> BaseProcess:
+    """Start a script as from a command line, in a process group of its own; what it prints goes to ``log``."""
+    given = (str(tool), [str(word) for word in arguments], str(log), {**os.environ, **environment})
+    process = multiprocessing.get_context("forkserver").Process(target=_run_tool, args=given)
+    process.start()
+    return process
+
+
+def run_tool(tool: Path, arguments: Sequence[object], log: Path, environment: Mapping[str, str] | None = None) -> int:
+    """As :func:`start_tool`, to its end; returns its exit code."""
+    process = start_tool(tool, arguments, log, environment or {})
+    process.join(300)
+    return process.exitcode
+
+
+def _run_tool(tool: str, arguments: list[str], log: str, environment: dict) -> None:
+    os.setsid()
+    # What a script from a command line begins with; its loading workers should not import all of it anew.
+    multiprocessing.set_start_method("fork", force=True)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    warnings.simplefilter("ignore")
+    sys.argv = [tool, *arguments]
+    sys.path.insert(0, os.path.dirname(tool))
+    runpy.run_path(tool, run_name="__main__")
+
 
 def run_in_two_processes(function: Callable, folder: Path, *args) -> None:
     """Call ``function(rank, folder, *args)`` in two processes of one gloo group; ``folder`` is for their files."""
-    torch.multiprocessing.spawn(_work, (function, folder, *args), nprocs=2)
+    arguments = (dict(os.environ), torch.get_num_threads(), function, folder, *args)
+    torch.multiprocessing.start_processes(_work, arguments, nprocs=2, start_method="forkserver")
 
 
-def _work(rank: int, function: Callable, folder: Path, *args) -> None:
+def _work(rank: int, environment: dict, threads: int, function: Callable, folder: Path, *args) -> None:
     import torch.distributed as dist
     from detectron2.utils import comm
 
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     comm.create_local_process_group(2)
     function(rank, folder, *args)

@@ -26,7 +26,7 @@ from spar_d2.errors import make_logs_printable
 
 _OUT_CHANNELS = "MODEL.SPAR.OUT_CHANNELS"
 # What setting up a run writes to its output folder.
-_SETUP_FILES = ("log.txt*", "config.yaml", ".lock")
+_SETUP_FILES = ("log.txt*", "config.yaml", ".lock", "metrics.json", "events.out.tfevents.*")
 
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from processes import start_tool
 from reference import example_encoder, reference_encoder
 from spar_d2.encoders import FAMILIES
 from spar_d2.modeling.pixels import PixelConversion
@@ -213,14 +214,13 @@ print(sum(cache.target(image).isfinite().all().item() for _ in range(2) for imag
 
 
 def test_two_runs_share_a_cache(tmp_path):
-    tests = os.path.dirname(os.path.dirname(__file__))
-    code = SHARED.format(folder=str(tmp_path / "cache"))
-    start = [sys.executable, "-W", "ignore", "-c", code]
-    runs = [subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tests) for _ in "ab"]
-    for run in runs:
-        output, errors = run.communicate(timeout=120)
-        assert output.split() == ["24", "24"], errors
-        assert "again" not in errors
+    code = tmp_path / "code.py"
+    code.write_text(SHARED.format(folder=str(tmp_path / "cache")))
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    for run in [start_tool(code, [], log, {}) for log in logs]:
+        run.join(120)
+    for log in logs:
+        assert log.read_text().split() == ["24", "24"]
     cache = TargetCache(tmp_path / "cache", make_teacher())
     files = [path for path in cache.folder.rglob("*") if path.is_file()]
     assert len(files) == 12

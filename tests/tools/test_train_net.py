@@ -9,7 +9,10 @@ import time
 import pytest
 import torch
 
+from label_trees import tree
+from processes import run_tool, start_tool
 from reference import ROOT
+from spar_d2.data.preparation import prepare
 from tool_modules import load_tool
 
 TOOL = str(ROOT / "tools" / "train_net.py")
@@ -38,38 +41,41 @@ def test_help_names_the_flags():
 
 
 def test_stops_at_ctrl_c_resumes_and_evaluates(tiny_model, photo_folder, tmp_path):
-    output = tmp_path / "run"
+    output, log = tmp_path / "run", tmp_path / "log"
     arguments = arguments_for(tiny_model, photo_folder, output)
     # Long enough to be interrupted in the middle; the whole process group gets the signal, as from a terminal.
-    command = [sys.executable, "-W", "ignore", TOOL, *map(str, arguments), "SOLVER.MAX_ITER", "100000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    process = start_tool(TOOL, [*arguments, "SOLVER.MAX_ITER", "100000"], log, {})
     deadline = time.time() + 200
     metrics = output / "metrics.json"
     while not (metrics.is_file() and metrics.stat().st_size) and time.time() < deadline:
-        assert process.poll() is None, process.stdout.read()
+        assert process.is_alive(), log.read_text()
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
-    text, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, text
+    process.join(100)
+    text = log.read_text()
+    assert process.exitcode == 0, text
     assert "Traceback" not in text
     assert "--resume goes on" in text
     stopped = int((output / "last_checkpoint").read_text().removeprefix("model_").removesuffix(".pth"))
 
-    done = run("--resume", *arguments, "SOLVER.MAX_ITER", stopped + 3)
-    assert done.returncode == 0, done.stderr
-    assert f"Starting training from iteration {stopped + 1}" in done.stdout + done.stderr
+    code = run_tool(TOOL, ["--resume", *arguments, "SOLVER.MAX_ITER", stopped + 3], log)
+    assert code == 0, log.read_text()
+    assert f"Starting training from iteration {stopped + 1}" in log.read_text()
     student = output / "student.safetensors"
     assert student.is_file()
 
-    environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path / "datasets")}
-    done = run(
-        "--eval-only", *arguments, "MODEL.WEIGHTS", student, "MODEL.SPAR.TEMPLATES", "simple",
-        "DATASETS.TEST", "('spar_scenes_tune',)", env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "mIoU" in done.stdout + done.stderr
+    datasets = tmp_path / "datasets"
+    tree("voc21", datasets)
+    prepare("voc21", datasets, partial=True)
+    tested = ["MODEL.SPAR.TEMPLATES", "simple", "DATASETS.TEST", "('voc21',)"]
+    code = run_tool(
+        TOOL,
+        ["--eval-only", *arguments, "MODEL.WEIGHTS", student, *tested],
+        log,
+        {"DETECTRON2_DATASETS": str(datasets)},
+    )
+    assert code == 0, log.read_text()
+    assert "mIoU" in log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -108,9 +114,8 @@ def test_bad_input_gives_one_message_and_no_debris(wrong, message, tiny_model, p
 
 
 def test_missing_config_file(tmp_path):
-    done = run("--config-file", tmp_path / "none.yaml")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: --config-file: there is no file")
+    assert run_tool(TOOL, ["--config-file", tmp_path / "none.yaml"], tmp_path / "log") == 1
+    assert (tmp_path / "log").read_text().startswith("error: --config-file: there is no file")
 
 
 def test_missing_gpu(tmp_path, capsys):
