@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 import tempfile
 import time
@@ -18,94 +20,116 @@ try:
 except ImportError:  # no such locks on Windows
     fcntl = None
 
-# ".student.RANDOM.tmp.safetensors"; earlier versions had the process before a shorter random part.
-_TEMPORARY = re.compile(r"\..*(\.[0-9a-f]{16}|-[0-9a-f]{8})\.tmp(\.|$)")
-# Of the name that is replaced; file systems allow 255 bytes, and the random part needs some.
-_LONGEST_STEM, _LONGEST_SUFFIX = 128, 32
-# Where locks are not supported, a temporary file that is older has no writer any more.
+# A temporary name says who writes to it: ".student.HOST-PID-RANDOM.tmp.safetensors".
+_TEMPORARY = re.compile(r"\..*\.(?P<host>[^.]*)-\d+-[0-9a-f]{8}\.tmp(\.|$)")
 _STALE_SECONDS = 24 * 3600
-# Names there stand for what the process has open, which must be written through even where it is a file.
-_OPEN_FILES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
+# Of a name, in bytes; and of a suffix that may still be one of a format.
+_LONGEST_NAME, _LONGEST_SUFFIX = 255, 32
+_MOST_LINKS = 40
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; it takes the place of ``path`` when the block ends well.
+    """A temporary name to write to; what is there takes the place of ``path`` when the block ends well.
 
     The folder is made if needed. When the block fails, nothing is left and ``path`` is as it was. Several processes may
-    write the same ``path`` at once: one of them wins. A symbolic link stays, and the file that it points to is
-    replaced. A device or a pipe stays, too: what was written to the temporary name is then copied into it.
+    write the same ``path`` at once: one of them wins. A symbolic link stays, and what it leads to is replaced. Devices
+    and named pipes are written to, not replaced.
 
     Raises:
-        IsADirectoryError: ``path`` is a folder.
-        OSError: it is a disk.
+        OSError: it is a folder, a block device, a socket or a pipe from which nobody reads, or cannot be written.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; name a file to write")
-    if path.is_block_device():
-        raise OSError(f"{path} is a disk; name a file to write")
-    if path.exists() and (not path.is_file() or path.parent in _OPEN_FILES):
-        with _written_through(path) as temporary:
-            yield temporary
-        return
-    if path.is_symlink():
-        path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(_temporary_name(path))
+    target, through = _destination(Path(path))
+    # The suffix stays, for writers that choose a format by it.
+    suffix = Path(path).suffix
+    suffix = suffix if len(os.fsencode(suffix)) <= _LONGEST_SUFFIX else ""
+    with (_written_through if through else _replaced)(target, suffix) as temporary:
+        yield temporary
+
+
+def _destination(path: Path) -> tuple[Path, bool]:
+    """Where symbolic links lead, and whether that is written to as it is instead of being replaced."""
+    given = path
+    for _ in range(_MOST_LINKS):
+        # What a process has open, such as /dev/stdout: also where it is a file, it is not to be replaced under it.
+        opened = str(path.absolute()).startswith(("/proc/", "/dev/fd/"))
+        if opened or not path.is_symlink():
+            break
+        path = path.parent / os.readlink(path)
+    else:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(given))
     try:
-        with contextlib.ExitStack() as locks:
-            temporary.touch()
-            mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
-            locks.enter_context(_locked(temporary))
-            yield temporary
-            # Some writers put a file of their own in its place, which only its owner may read.
-            locks.enter_context(_locked(temporary))
-            os.chmod(temporary, mode)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return path, False
+    kinds = {"a folder": stat.S_ISDIR, "a block device": stat.S_ISBLK, "a socket": stat.S_ISSOCK}
+    for kind, is_kind in kinds.items():
+        if is_kind(mode):
+            raise OSError(f"{given} is {kind}, and cannot be written to; name a file")
+    return path, opened or not stat.S_ISREG(mode)
+
+
+@contextlib.contextmanager
+def _written_through(path: Path, suffix: str) -> Iterator[Path]:
+    descriptor = _open_to_add(path)
+    with open(descriptor, "wb") as there, tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / f"content{suffix}"
+        yield temporary
+        with open(temporary, "rb") as content:
+            shutil.copyfileobj(content, there)
+
+
+def _open_to_add(path: Path) -> int:
+    if match := re.fullmatch(rf"(?:/dev|/proc/(?:self|{os.getpid()}))/fd/(\d+)", str(path)):
+        # What this process has open itself goes on from where it stands.
+        return os.dup(int(match[1]))
+    try:
+        # Without waiting for a reader, which may never come.
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(f"{path} is a pipe or socket from which nobody reads; name a file") from error
+        raise
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+@contextlib.contextmanager
+def _replaced(path: Path, suffix: str) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, lock = _new_temporary(path, suffix)
+    try:
+        mode = os.stat(path if path.exists() else temporary).st_mode
+        yield temporary
+        # Some writers make files that only their owner may read.
+        os.chmod(temporary, stat.S_IMODE(mode))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
 
 
-@contextlib.contextmanager
-def _written_through(path: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        temporary = Path(folder) / f"file{path.suffix}"
-        temporary.touch()
-        yield temporary
-        with open(temporary, "rb") as source, open(path, "ab") as target:
-            shutil.copyfileobj(source, target)
-
-
-def _temporary_name(path: Path) -> str:
-    # The suffix stays, for writers that choose a format by it.
-    suffix = path.suffix if len(os.fsencode(path.suffix)) <= _LONGEST_SUFFIX else ""
-    stem = os.fsencode(path.stem)[:_LONGEST_STEM].decode(errors="ignore")
-    return f".{stem}.{secrets.token_hex(8)}.tmp{suffix}"
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file, which tells :func:`remove_leftovers` of any process that it is being written."""
-    with open(path, "rb+") as file:
-        _try_lock(file.fileno())
-        yield
-
-
-def _try_lock(file: int) -> bool | None:
-    """Lock an open file until it is closed: False where somebody else holds the lock, None where there are no locks."""
-    if fcntl is None:
-        return None
-    try:
-        # Of the open file, not of the process: it tells writers of one process apart.
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return None
-    return True
+def _new_temporary(path: Path, suffix: str) -> tuple[Path, int | None]:
+    """A new, empty file beside ``path``, and what holds a lock on it, to be closed; None where there are no locks."""
+    while True:
+        ending = f".{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp{suffix}"
+        stem = path.stem
+        while len(os.fsencode(f".{stem}{ending}")) > _LONGEST_NAME:
+            stem = stem[:-1]
+        temporary = path.with_name(f".{stem}{ending}")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if fcntl is None:
+            os.close(descriptor)
+            return temporary, None
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Before it was locked, it may have been taken for a leftover.
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)
 
 
 def check_not_read(output: str | os.PathLike, inputs: Mapping[str, str | os.PathLike | None]) -> None:
@@ -118,7 +142,8 @@ def check_not_read(output: str | os.PathLike, inputs: Mapping[str, str | os.Path
     real = Path(os.path.realpath(output))
     for flag, source in inputs.items():
         place = Path(os.path.realpath(source)) if source is not None else None
-        if place == real or (place in real.parents and real.is_file()):
+        is_same = place == real or (real.is_file() and place is not None and place.is_file() and real.samefile(place))
+        if is_same or (place in real.parents and real.is_file()):
             raise ValueError(f"--output must not overwrite what {flag} {source} is read from, got {output}")
 
 
@@ -144,16 +169,44 @@ def used_by_one(folder: str | os.PathLike) -> Iterator[None]:
 def remove_leftovers(folder: str | os.PathLike) -> list[str]:
     """Remove temporary files that writers which were killed left in a folder or below it; returns their paths.
 
-    A file that anybody is writing, on this machine or in another container, is locked and left alone. Where the file
-    system has no locks, files of the last day are.
+    Those that are being written stay: their writer holds a lock on them. Where locks are not supported, and where a
+    machine of another name made them, they also stay for a day.
     """
     removed = []
     for parent, _, names in os.walk(folder):
-        for path in (os.path.join(parent, name) for name in names if _TEMPORARY.match(name)):
-            with contextlib.suppress(OSError), open(path, "rb+") as file:
-                locked = _try_lock(file.fileno())
-                is_old = time.time() - os.fstat(file.fileno()).st_mtime > _STALE_SECONDS
-                if locked or (locked is None and is_old):
-                    os.unlink(path)
-                    removed.append(path)
+        for name in names:
+            path = os.path.join(parent, name)
+            if (match := _TEMPORARY.match(name)) and _remove_if_left(path, match["host"]):
+                removed.append(path)
     return removed
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
+
+
+def _remove_if_left(path: str, host: str) -> bool:
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return False
+        with open(path, "rb+") as file:
+            certain = _is_free(file.fileno()) and host == _host()
+            if not certain and time.time() - os.fstat(file.fileno()).st_mtime < _STALE_SECONDS:
+                return False
+            os.unlink(path)
+    except OSError:  # locked, or gone, or not ours to remove
+        return False
+    return True
+
+
+def _is_free(descriptor: int) -> bool:
+    """Lock a file, which nobody else then can; False where that is not supported. Raises where somebody has."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True

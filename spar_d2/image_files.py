@@ -16,8 +16,8 @@ from PIL import Image
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 # Pillow knows more, some of which other programs read (Ghostscript: EPS) or few people use.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF", "PPM", "TGA")
-# Those that keep numbers as they are: writers of GIF number a palette anew.
-LABEL_FORMATS = ("PNG", "TIFF", "BMP", "PPM")
+# Those that keep numbers as they are: writers of GIF number a palette anew, readers of PGM stretch numbers to 8 bits.
+LABEL_FORMATS = ("PNG", "TIFF", "BMP")
 # Names the largest image that is opened, in pixels.
 LIMIT_VARIABLE = "SPAR_MAX_PIXELS"
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
@@ -62,7 +62,7 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
     """Read a label map as its numbers stand in the file: those of a palette are not turned into colors.
 
     Args:
-        path: a PNG, TIFF, BMP or PGM file with one number for each pixel: gray of 8 or 16 bits, or a palette.
+        path: a PNG, TIFF or BMP file with one number for each pixel: gray of 8 or 16 bits, or a palette.
 
     Returns:
         (H, W) uint8, or uint16 where numbers are larger.
@@ -73,6 +73,7 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
     """
     try:
         with open_image(path, LABEL_FORMATS) as image:
+            stored = str(image.tile[0].args[0] if isinstance(image.tile[0].args, tuple) else image.tile[0].args)
             mode, labels = image.mode, np.asarray(image)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"label map: there is no file {path}") from error
@@ -83,6 +84,10 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(
             f"label map: {path} must have one number per pixel (gray, or a palette), its mode is {mode}; convert "
             "its colors to numbers of classes"
+        )
+    if stored.startswith(("L;", "1;I")):  # Pillow stretches the numbers to 8 bits, or turns them around
+        raise ValueError(
+            f"label map: {path} must be gray of 8 or 16 bits, or have a palette; its gray is stored as {stored}"
         )
     largest = int(labels.max())
     if labels.min() < 0 or largest > _LARGEST_LABEL:

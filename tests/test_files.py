@@ -1,17 +1,16 @@
 import multiprocessing
 import os
+import re
+import socket
 import stat
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from spar_d2 import files
 from spar_d2.files import remove_leftovers, replacing, used_by_one
 
 
@@ -65,92 +64,23 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_pa
     process.kill()
     process.join()
     (left,) = path.parent.iterdir()
+    foreign = left.with_name(".file.elsewhere-1-00000000.tmp.txt")
+    foreign.touch()
     for name in ("plain.txt", ".hidden", ".tmp"):
         (tmp_path / name).touch()
     assert remove_leftovers(tmp_path) == [str(left)]
+    os.utime(foreign, (0, 0))
+    assert remove_leftovers(tmp_path) == [str(foreign)], "a day later nobody writes to it"
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".hidden", ".tmp", "plain.txt"]
 
 
-def test_a_file_that_is_written_stays_whatever_its_writer_is_called(tmp_path, monkeypatch):
-    """In another container, a writer may have any number, also one that no process has here."""
-    with replacing(tmp_path / "file.txt") as temporary:
+def test_a_process_with_the_number_of_the_killed_one_removes_what_that_left(tmp_path):
+    with replacing(tmp_path / "file.txt") as own:
         assert remove_leftovers(tmp_path) == []
-        assert temporary.exists()
-        # Writers that put a file of their own in its place.
-        temporary.unlink()
-        temporary.write_text("new")
-    assert (tmp_path / "file.txt").read_text() == "new"
-
-
-def test_without_locks_young_files_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "fcntl", None)
-    left = tmp_path / f".file.{'0' * 16}.tmp.txt"
+    left = tmp_path / re.sub(r"-[0-9a-f]{8}\.tmp", "-00000000.tmp", own.name)
     left.touch()
-    assert remove_leftovers(tmp_path) == []
-    os.utime(left, (0, 0))
-    assert remove_leftovers(tmp_path) == [str(left)], "a day later nobody writes to it"
-
-
-@pytest.mark.parametrize("name", ["n" * 250 + ".txt", "ü" * 125 + ".txt", "x." + "s" * 253, "." + "h" * 254])
-def test_names_may_be_as_long_as_the_file_system_allows(tmp_path, name):
-    with replacing(tmp_path / name) as temporary:
-        temporary.write_text("content")
-    assert (tmp_path / name).read_text() == "content"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_link_stays_and_its_target_is_replaced(tmp_path, there):
-    target, link = tmp_path / "real" / "target.txt", tmp_path / "link.txt"
-    if there:
-        target.parent.mkdir()
-        target.write_text("old")
-    link.symlink_to("real/target.txt")
-    with replacing(link) as temporary:
-        temporary.write_text("new")
-    assert link.is_symlink() and target.read_text() == "new"
-    assert len(list(target.parent.iterdir())) == 1
-
-
-def test_a_pipe_is_written_through(tmp_path):
-    pipe = tmp_path / "pipe.txt"
-    os.mkfifo(pipe)
-    with ThreadPoolExecutor() as pool:
-        reader = pool.submit(pipe.read_text)
-        with replacing(pipe) as temporary:
-            assert temporary.suffix == ".txt"
-            temporary.write_text("content")
-        assert reader.result() == "content"
-    assert pipe.is_fifo()
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_devices_and_open_files_are_written_through(tmp_path):
-    """As a user without rights to it would not see: /dev/null of a whole machine must never be replaced."""
-    with replacing("/dev/null") as temporary:
-        assert temporary.parent != Path("/dev")
-        temporary.write_text("content")
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    code = (
-        "from spar_d2.files import replacing\nprint('before', flush=True)\n"
-        "with replacing('/dev/stdout') as file:\n    file.write_text('content')"
-    )
-    with open(tmp_path / "output", "ab") as output:
-        subprocess.run([sys.executable, "-c", code], check=True, stdout=output)
-    assert (tmp_path / "output").read_text() == "before\ncontent"
-    assert Path("/dev/stdout").is_symlink()
-
-
-def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(IsADirectoryError, match="is a folder"), replacing(tmp_path):
-        pass
-
-
-def test_an_earlier_file_keeps_who_may_read_it(tmp_path):
-    (tmp_path / "secret").touch(0o600)
-    with replacing(tmp_path / "secret") as temporary:
-        temporary.write_text("content")
-    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+    os.utime(left, (time.time() - 3600,) * 2)
+    assert remove_leftovers(tmp_path) == [str(left)]
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
@@ -181,3 +111,119 @@ def test_a_folder_is_used_by_one_process_until_it_ends(tmp_path):
     for _ in range(2):
         with used_by_one(tmp_path):
             pass
+
+
+@pytest.mark.parametrize("name", ["link.txt", "chain.txt", "away/link.txt"])
+@pytest.mark.parametrize("there", [True, False], ids=["", "dangling"])
+def test_a_symbolic_link_stays_and_leads_to_the_new_file(tmp_path, name, there):
+    (tmp_path / "away").mkdir()
+    target = tmp_path / "elsewhere" / "file.data"
+    if there:
+        target.parent.mkdir()
+        target.write_text("old")
+        target.chmod(0o640)
+    (tmp_path / "link.txt").symlink_to("elsewhere/file.data")
+    (tmp_path / "chain.txt").symlink_to(tmp_path / "link.txt")
+    (tmp_path / "away" / "link.txt").symlink_to("../link.txt")
+    with replacing(tmp_path / name) as temporary:
+        assert temporary.suffix == ".txt"
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+    assert not there or target.stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / name).is_symlink()
+    assert [p.name for p in target.parent.iterdir()] == ["file.data"]
+
+
+def test_links_in_a_circle_are_an_error(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="symbolic links"), replacing(tmp_path / "a"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_devices_are_written_to_and_stay(tmp_path, linked):
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root makes devices")
+    path = device
+    if linked:
+        path = tmp_path / "link.json"
+        path.symlink_to(device)
+    with replacing(path) as temporary:
+        assert temporary.suffix == path.suffix
+        temporary.write_text("content")
+    assert stat.S_ISCHR(device.lstat().st_mode)
+    assert path.is_symlink() == linked
+
+
+def test_a_named_pipe_is_written_to_where_somebody_reads(tmp_path):
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match=r"pipe\.json is a pipe .* nobody reads"), replacing(pipe):
+        pass
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with replacing(pipe) as temporary:
+        temporary.write_text("content")
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+
+
+@pytest.mark.parametrize("name", ["stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_standard_output_gets_what_is_written_to_it(tmp_path, name, kind):
+    code = (
+        "import sys; from spar_d2.files import replacing\n"
+        "print('before', flush=True)\n"
+        "with replacing(sys.argv[1]) as temporary: temporary.write_text('content\\n')\n"
+        "print('after')"
+    )
+    # As /dev/stdout is, which a test that fails must not replace.
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    with open(tmp_path / "out", "w+") as out:
+        target = subprocess.PIPE if kind == "pipe" else out
+        command = [sys.executable, "-c", code, os.path.join(tmp_path, name)]
+        result = subprocess.run(command, stdout=target, text=True, check=True)
+        out.seek(0)
+        assert (result.stdout if kind == "pipe" else out.read()) == "before\ncontent\nafter\n"
+    assert sorted(os.listdir(tmp_path)) == ["out", "stdout"]
+
+
+def test_folders_and_sockets_are_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+        for name in ("folder", "socket"):
+            refused = pytest.raises(OSError, match=f"{name} is a {name}, and cannot be written to")
+            with refused, replacing(tmp_path / name):
+                raise AssertionError
+    assert sorted(os.listdir(tmp_path)) == ["folder", "socket"]
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".txt", "ä" * 125 + ".png", "a." + "b" * 253, "." + "b" * 254])
+def test_names_as_long_as_can_be(tmp_path, name):
+    with replacing(tmp_path / name) as temporary:
+        temporary.write_text("content")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_what_another_process_of_the_same_name_writes_is_not_removed(tmp_path):
+    """Containers may share the host's name and count processes anew, so that numbers say nothing."""
+    process = kill_while_writing(tmp_path / "file.txt")
+    (written,) = tmp_path.iterdir()
+    unknown = written.with_name(re.sub(r"-\d+-", "-999999-", written.name))
+    written.rename(unknown)
+    os.utime(unknown, (0, 0))
+    assert remove_leftovers(tmp_path) == []
+    process.kill()
+    process.join()
+    assert remove_leftovers(tmp_path) == [str(unknown)]
+
+
+def test_a_pipe_with_the_name_of_a_leftover_is_left_alone(tmp_path):
+    os.mkfifo(tmp_path / ".file.elsewhere-1-00000000.tmp.txt")
+    assert remove_leftovers(tmp_path) == []

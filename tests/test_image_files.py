@@ -28,7 +28,7 @@ def test_numbers_of_a_palette_stay(tmp_path, suffix):
     assert labels.dtype == np.uint8 and np.array_equal(labels, LABELS)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".pgm"])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])
 def test_gray_labels(tmp_path, suffix):
     Image.fromarray(LABELS).save(tmp_path / f"labels{suffix}")
     assert np.array_equal(read_labels(tmp_path / f"labels{suffix}"), LABELS)
@@ -39,6 +39,20 @@ def test_16_bits_stay(tmp_path, suffix):
     Image.fromarray(WIDE).save(tmp_path / f"labels{suffix}")
     labels = read_labels(tmp_path / f"labels{suffix}")
     assert labels.dtype == np.uint16 and np.array_equal(labels, WIDE)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gray_of_few_bits_is_refused(tmp_path, bits):
+    """As it is read, 1 would be 85 or 17."""
+    row = bytes([0, 0b00011011])
+    with open(tmp_path / "labels.png", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        size = struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0)
+        for kind, content in ((b"IHDR", size), (b"IDAT", zlib.compress(row)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(content)) + kind + content)
+            file.write(struct.pack(">I", zlib.crc32(kind + content)))
+    with pytest.raises(ValueError, match=r"labels\.png must be gray of 8 or 16 bits, or have a palette"):
+        read_labels(tmp_path / "labels.png")
 
 
 def test_black_and_white_is_0_and_1(tmp_path):

@@ -75,7 +75,8 @@ def plan_outputs(
     else:
         targets, taken = [], set()
         for source in sources:
-            stem = _shortened(Path(output) / stem_of(source.name))
+            # Of a name such as "...jpg" nothing is left.
+            stem = _shortened(Path(output) / (stem_of(source.name).strip(".") or "_"))
             suffix = VIDEO if source.is_video else PICTURES[0]
             number = 1
             while True:

@@ -68,3 +68,9 @@ def test_results_of_long_names_can_be_written(photos, name):
     for path in paths:
         path.parent.mkdir(exist_ok=True)
         path.touch()
+
+
+def test_results_stay_in_their_folder(photos):
+    (photos / "a.jpg").rename(photos / "...jpg")
+    (target,) = plan_outputs(find_inputs(["photos/...jpg"], "output"), "output", "_segmented")
+    assert target.picture.parent == Path("output")
