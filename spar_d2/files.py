@@ -12,7 +12,7 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 try:
@@ -80,7 +80,7 @@ def _written_through(path: Path, suffix: str) -> Iterator[Path]:
 
 
 def _open_to_add(path: Path) -> int:
-    if match := re.fullmatch(rf"(?:/dev|/proc/(?:self|{os.getpid()}))/fd/(\d+)", str(path)):
+    if match := re.fullmatch(rf"(?:/dev|/proc/(?:self|thread-self|{os.getpid()}))/fd/(\d+)", str(path)):
         # What this process has open itself goes on from where it stands.
         return os.dup(int(match[1]))
     try:
@@ -164,6 +164,29 @@ def used_by_one(folder: str | os.PathLike) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
+
+
+def mark_in_use(folder: str | os.PathLike) -> Callable[[], bool]:
+    """Mark a folder as in use by this process until it ends.
+
+    Returns:
+        Tells whether no other process has marked it; False where locks are not supported.
+    """
+    if fcntl is None:
+        return lambda: False
+    # Never closed: the mark ends with the process, however that ends.
+    descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def is_alone() -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    return is_alone
 
 
 def remove_leftovers(folder: str | os.PathLike) -> list[str]:

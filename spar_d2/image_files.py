@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import IO
@@ -32,6 +33,8 @@ def open_image(file: str | os.PathLike | IO[bytes], formats: Sequence[str] = FOR
         ValueError: it has more pixels than are allowed.
         OSError, SyntaxError, ...: of :data:`DAMAGE`, where it is no image or its header is damaged.
     """
+    if isinstance(file, (str, os.PathLike)) and os.path.exists(file) and not os.path.isfile(file):
+        raise OSError("it is no file")  # a pipe might never end
     try:
         return Image.open(file, formats=_known(tuple(formats)))
     except Image.DecompressionBombError as error:
@@ -42,9 +45,12 @@ def open_image(file: str | os.PathLike | IO[bytes], formats: Sequence[str] = FOR
 def _known(formats: tuple[str, ...]) -> tuple[str, ...]:
     """Those that this Pillow has."""
     Image.init()
-    if os.environ.get(LIMIT_VARIABLE):
+    if limit := os.environ.get(LIMIT_VARIABLE):
+        if not limit.isascii() or not limit.isdigit() or not int(limit):
+            raise RuntimeError(f"{LIMIT_VARIABLE} in the environment must be a number of pixels, got {limit!r}")
         # Pillow warns at this number of pixels, and stops at twice as many.
-        Image.MAX_IMAGE_PIXELS = -(-int(os.environ[LIMIT_VARIABLE]) // 2)
+        Image.MAX_IMAGE_PIXELS = -(-int(limit) // 2)
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     return tuple(name for name in formats if name in Image.OPEN)
 
 
@@ -91,7 +97,9 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
         )
     largest = int(labels.max())
     if labels.min() < 0 or largest > _LARGEST_LABEL:
-        raise ValueError(f"label map: {path} must have numbers of 0 to {_LARGEST_LABEL}, it has {largest}")
+        raise ValueError(
+            f"label map: {path} must have numbers of 0 to {_LARGEST_LABEL}, it has {labels.min()} to {largest}"
+        )
     return labels.astype(np.uint8 if largest < 256 else np.uint16, copy=False)
 
 

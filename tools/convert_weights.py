@@ -15,6 +15,7 @@ import os
 
 from spar_d2.encoders import EncoderSpec
 from spar_d2.encoders.convert import check_suffix, convert_weights, known_origin, write_weights
+from spar_d2.encoders.weight_files import files_of
 from spar_d2.errors import readable_errors
 from spar_d2.files import check_not_read
 
@@ -71,7 +72,9 @@ def main() -> None:
         if not os.path.isfile(args.input):
             raise FileNotFoundError(f"--input: there is no file {args.input!r}")
         check_suffix(args.output, args.to)
-        check_not_read(args.output, {"--input": args.input, "--text": args.text or None})
+        read = {"--input": args.input, "--text": args.text, "--dinov3-backbone": args.dinov3_backbone}
+        for flag, path in ((flag, path) for flag, named in read.items() if named for path in files_of(named)):
+            check_not_read(args.output, {flag: path})
         tensors = convert_weights(spec, args.to, args.text)
 
         write_weights(tensors, args.output, known_origin(spec))

@@ -99,7 +99,7 @@ def _files(path: str, name: str, line: str = "") -> list[_File]:
         return [_File(path, os.path.basename(path), os.path.realpath(path))]
     if lower.endswith(COMPRESSED):
         raise ValueError(f"{KEY}: tar files are read in place, so decompress {path}{line}")
-    if lower.endswith(".txt") and not line:
+    if lower.endswith(".txt") and stat.S_ISREG(mode) and not line:
         return _files_in_list(path)
     allowed = f"a folder, a tar file, a photo ({', '.join(EXTENSIONS)})" + ("" if line else " or a list (.txt)")
     raise ValueError(f"{KEY} must name {allowed}, got {path}{line}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from spar_d2.data.sources import EXTENSIONS, KEY, TAR, find_photos
+
+logger = logging.getLogger(__name__)
 
 FLAG = "--input"
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
@@ -49,13 +52,25 @@ def find_inputs(words: Sequence[str], output: str | os.PathLike) -> list[Source]
     sources: dict[str, Source] = {}
     for word in words:
         skips = not Path(os.path.realpath(_fixed_part(word))).is_relative_to(written)
-        for source in (source for path in _matches(word) for source in _sources_at(path)):
+        for source in _sources_of(word):
             real = os.path.realpath(source.path)
             if not (skips and Path(real).is_relative_to(written)):
                 sources.setdefault(real, source)
     if not sources:
         raise FileNotFoundError(f"{FLAG}: there are no photos in {' '.join(words)} but those in --output {output}")
     return list(sources.values())
+
+
+def _sources_of(word: str) -> Iterator[Source]:
+    """What a word names; of several matches of a pattern, one that cannot be used is told and left out."""
+    matches = _matches(word)
+    for path in matches:
+        try:
+            yield from _sources_at(path)
+        except (ValueError, OSError) as error:
+            if len(matches) == 1:
+                raise
+            logger.warning("left out: %s", error)
 
 
 def _fixed_part(word: str) -> str:

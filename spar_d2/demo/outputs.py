@@ -19,6 +19,7 @@ FLAG = "--output"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO = ".mp4"
 _QUALITY = 92
+_OF_RECORDS = {"classes", "segments", "frames"}
 # Bytes; file systems allow 255 with endings and numbers.
 _LONGEST_NAME = 200
 # Masks of more classes than a palette holds are 16-bit pictures.
@@ -128,9 +129,20 @@ def _check_places(target: Target, inputs: Collection[str]) -> None:
             raise ValueError(f"{FLAG}: {above} is a file, and {path} needs a folder there")
         if not os.access(above, os.W_OK):
             raise ValueError(f"{FLAG}: {above} cannot be written to")
+        if path == target.record and path.is_file() and not _is_record(path):
+            raise ValueError(f"{FLAG}: {path} is not of an earlier demo, and would be replaced; name another folder")
         is_folder = path == target.masks and path.suffix != ".png"
         if path.exists() and path.is_dir() != is_folder:
             raise ValueError(f"{FLAG}: {path} is a {'file' if is_folder else 'folder'}, and cannot be replaced")
+
+
+def _is_record(path: Path) -> bool:
+    """Whether it is what :func:`write_record` wrote, and no annotations of somebody's photo."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"width", "height"} <= content.keys() and len(content.keys() & _OF_RECORDS) > 0
 
 
 def write_picture(pixels: np.ndarray, path: Path) -> None:

@@ -195,6 +195,8 @@ class DenseEncoder(nn.Module, ABC):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Size of the feature map for an image of the given size in pixels."""
+        if torch.jit.is_tracing():  # where sides of a tensor are tensors
+            height, width = int(height), int(width)
         return math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)
 
     def to_whole_patches(self, x: torch.Tensor) -> torch.Tensor:

@@ -84,8 +84,9 @@ def _what_is_wrong(own: torch.Tensor, tensor: torch.Tensor) -> str:
     # Numbers of 8 bits mean something only with the scales that they were divided by.
     if not tensor.is_floating_point() or tensor.itemsize < 2:
         return f"is {tensor.dtype} where the model has {own.dtype}"
-    if tensor.numel() and not all(end.isfinite() for end in torch.aminmax(tensor.detach())):
-        return "has values that are NaN or infinite"
+    # As the model keeps them: what is finite in 64 bits may be infinite in 32.
+    if tensor.numel() and not all(end.to(own.dtype).isfinite() for end in torch.aminmax(tensor.detach())):
+        return f"has values that are NaN or infinite in {own.dtype}"
     return ""
 
 

@@ -93,7 +93,7 @@ class OpenCLIPEncoder(DenseEncoder):
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         visual = self.visual
         patches = visual.conv1(x)
-        grid = (patches.shape[-2], patches.shape[-1])
+        grid = self.grid(*x.shape[-2:])
         table, sizes = visual.positional_embedding, (visual.grid_size, grid, _GRID_MARGIN)
         weights = functools.partial(self._of_grid, grid, lambda: sampling_weights(*sizes, x.device))
         positions = resample_positions(table[1:], *sizes, self.reference_compat, weights)

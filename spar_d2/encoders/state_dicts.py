@@ -99,6 +99,8 @@ def _unwrapped(content: Mapping, path: str | os.PathLike, key: str, part: str) -
             raise RuntimeError(f"{key}: {path} is damaged: one of its dictionaries holds itself")
         outer.append(content)
         found = {name: content[name] for name in _PARTS if isinstance(content.get(name), Mapping) and content[name]}
+        if found:  # others go by names that only their trainers know
+            found |= {name: inner for name, inner in content.items() if name not in found and _holds_weights(inner)}
         if part and isinstance(content.get(part), Mapping):
             found, part = {part: content[part]}, ""
         if not found or (part and len(found) > 1):
@@ -115,6 +117,12 @@ def _unwrapped(content: Mapping, path: str | os.PathLike, key: str, part: str) -
         names = ", ".join(sorted(str(name) for name, inner in outer[0].items() if isinstance(inner, Mapping)))
         raise RuntimeError(f"{PART_KEY}: {path} has no {part!r}; it has {names or 'one set of weights'}")
     return content
+
+
+def _holds_weights(inner: object) -> bool:
+    values = list(inner.values()) if isinstance(inner, Mapping) else []
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return len(tensors) > len(values) / 2 and sum(tensor.ndim >= 2 for tensor in tensors) >= 2
 
 
 def _without_prefixes(

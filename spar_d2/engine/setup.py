@@ -23,10 +23,11 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from spar_d2.errors import make_logs_printable
+from spar_d2.files import mark_in_use
 
 _OUT_CHANNELS = "MODEL.SPAR.OUT_CHANNELS"
 # What setting up a run writes to its output folder.
-_SETUP_FILES = ("log.txt*", "config.yaml", ".lock", "metrics.json", "events.out.tfevents.*")
+_SETUP_FILE = re.compile(r"log\.txt(\.rank\d+)?|config\.yaml|metrics\.json|events\.out\.tfevents\..*")
 
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
@@ -75,6 +76,8 @@ class _LocalConfig(CfgNode):
         # Detectron2 would fetch "https://", "s3://", "detectron2://" and the like.
         if "://" in filename:
             raise ValueError(f"_BASE_: {filename} is refused, only local files are read; save it and name the file")
+        if not os.path.isfile(filename):
+            raise FileNotFoundError(f"_BASE_: there is no file {filename}")
         return open(filename, encoding="utf-8")
 
 
@@ -173,18 +176,26 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None
 
 @contextlib.contextmanager
 def clean_start(output_dir: str) -> Iterator[None]:
-    """While a run is being set up: where that fails, what it made for its output is removed again.
+    """While a run is being set up: where that fails, the folders that it made for its output are removed again.
 
-    These are the folders that did not exist, as long as nobody else has put anything into them, and the log and config
-    in ``output_dir``.
+    A folder stays where there is anything in it but this run's own log and config, or where another run uses it.
     """
-    made = _make_folders(Path(output_dir).absolute()) if comm.is_main_process() else []
+    if not comm.is_main_process():
+        yield
+        return
+    folder = Path(output_dir).absolute()
+    made = _make_folders(folder)
+    is_alone = mark_in_use(folder)
     try:
         yield
-    except Exception:
-        if made:
+    except BaseException:
+        if folder in made and all(_SETUP_FILE.fullmatch(name) for name in os.listdir(folder)) and is_alone():
             logging.shutdown()
-            _remove_setup(made)
+            for name in os.listdir(folder):
+                (folder / name).unlink()
+        with contextlib.suppress(OSError):  # not empty: somebody else uses it
+            for path in made:
+                path.rmdir()
         raise
 
 
@@ -197,13 +208,4 @@ def _make_folders(path: Path) -> list[Path]:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             made.insert(0, folder)
-    return made if made and made[0] == path else []
-
-
-def _remove_setup(made: list[Path]) -> None:
-    for name in _SETUP_FILES:
-        for file in made[0].glob(name):
-            file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not empty: somebody else uses it
-        for folder in made:
-            folder.rmdir()
+    return made

@@ -39,7 +39,7 @@ class SegmentorWithTTA(nn.Module):
                 'TEST.AUG.ENABLED: there is no average of features, MODEL.SPAR.OUTPUT must not be "features"'
             )
         sizes = cfg.TEST.AUG.MIN_SIZES
-        if tta_mapper is None and (not sizes or any(size < 1 for size in sizes)):
+        if tta_mapper is None and (not sizes or not all(isinstance(size, int) and size > 1 for size in sizes)):
             raise ValueError(
                 f"TEST.AUG.MIN_SIZES must have at least one short side in pixels, such as (400, 500), got {sizes}"
             )

@@ -277,6 +277,6 @@ def _vocabulary(cfg: CfgNode) -> Vocabulary | None:
         metadata = MetadataCatalog.get(name)
         classes = metadata.get("stuff_classes")
         if words := metadata.get("vocabulary"):
-            return Vocabulary.load(words)
+            return Vocabulary.of(words)
         return Vocabulary(classes) if classes else None
     return None

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -142,8 +142,11 @@ class Vocabulary:
 
 def _read(path: str | os.PathLike) -> list[list[str]]:
     """Words of every line of a file, as :meth:`Vocabulary.from_file`."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise FileNotFoundError(f"there is no vocabulary file {path}, that is something else")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        # By line ends alone: other marks of Unicode may stand within a line.
+        lines = [line.removesuffix("\r") for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(f"there is no vocabulary file {path}") from error
     except UnicodeDecodeError as error:
@@ -163,7 +166,8 @@ def _check_names(names: Sequence[str], count: int) -> None:
 
 
 def _iterated(classes: object) -> list:
-    if isinstance(classes, (str, bytes)) or not isinstance(classes, Iterable):
+    # The order of a set changes from run to run, and with it the numbers of classes.
+    if isinstance(classes, (str, bytes, Set)) or not isinstance(classes, Iterable):
         raise ValueError(f"the vocabulary must be a list of classes, each a word or a list of words; got {classes!r}")
     return list(classes)
 

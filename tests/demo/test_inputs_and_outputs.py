@@ -48,6 +48,22 @@ def test_links_to_folders_above_end(photos, pattern):
     assert sorted(os.path.basename(name) for name in names(pattern)) == ["a.jpg", "b.jpg", "c.jpg"]
 
 
+def test_what_a_pattern_matches_besides_photos_is_left_out(photos, caplog):
+    os.mkfifo(photos / "x.tar")
+    (photos / "empty").mkdir()
+    assert names("photos/[ax]*") == ["a.jpg"]
+    assert names("photos/[me]*") == ["b.jpg", "deep/c.jpg"]
+    assert "x.tar is no file" in caplog.text and "no photos" in caplog.text
+
+
+def test_annotations_of_a_photo_are_not_replaced(photos):
+    (photos / "a.json").write_text('{"shapes": []}')
+    with pytest.raises(ValueError, match=r"--output: .*a\.json is not of an earlier demo"):
+        plan_outputs(find_inputs(["photos/a.jpg"], "photos"), "photos", "_segmented", records=True)
+    (photos / "a.json").write_text('{"width": 8, "height": 8, "classes": []}')
+    plan_outputs(find_inputs(["photos/a.jpg"], "photos"), "photos", "_segmented", records=True)
+
+
 def test_pipes_are_not_read(photos):
     os.mkfifo(photos / "x.tar")
     os.mkfifo(photos / "y.jpg")

@@ -9,6 +9,7 @@ import torch
 
 from reference import TINY_CONFIG, fill_with_reference
 from spar_d2.encoders import build_encoder, build_text_tower
+from spar_d2.encoders.fit import check_values
 from spar_d2.encoders.weights import read_state_dict, write_safetensors
 from tool_modules import load_tool
 
@@ -227,3 +228,19 @@ def test_whole_numbers_stay_where_the_model_has_them(tmp_path):
 def test_reading_says_which_part(tmp_path, state):
     torch.save({"model": {"x": torch.ones(1)}, "ema": {"x": torch.zeros(1)}}, tmp_path / "w.pt")
     assert read_state_dict(tmp_path / "w.pt", part="ema")["x"] == 0
+
+
+def test_a_second_set_of_weights_of_any_name_is_seen(tmp_path):
+    weights = {"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2, 3)}
+    others = {name: 2 * tensor for name, tensor in weights.items()}
+    torch.save(
+        {"model": weights, "smoothed": others, "optimizer": {"state": {0: {"m": torch.ones(2, 2)}}}}, tmp_path / "x.pth"
+    )
+    with pytest.raises(RuntimeError, match="holds several sets of weights: model, smoothed"):
+        read_state_dict(tmp_path / "x.pth")
+    assert torch.equal(read_state_dict(tmp_path / "x.pth", part="smoothed")["a.weight"], others["a.weight"])
+
+
+def test_what_is_infinite_only_in_the_models_type_is_refused():
+    with pytest.raises(RuntimeError, match=r"a in x has values that are NaN or infinite in torch\.float32"):
+        check_values({"a": torch.zeros(2)}, {"a": torch.full((2,), 1e60, dtype=torch.float64)}, "x")

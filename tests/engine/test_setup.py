@@ -171,4 +171,19 @@ def test_a_failed_start_removes_nothing_of_another_run(tmp_path):
 def test_a_failed_start_keeps_what_it_did_not_make(tmp_path):
     folder = tmp_path / "run"
     fail_in(folder, lambda: (folder / "notes.md").touch())
-    assert [p.name for p in folder.iterdir()] == ["notes.md"]
+    assert (folder / "notes.md").exists()
+
+
+def test_a_failed_start_leaves_a_folder_that_another_run_has_begun_to_use(tmp_path):
+    def begin() -> None:
+        with clean_start(str(tmp_path / "run")):
+            pass
+
+    fail_in(tmp_path / "run", begin)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.yaml", "log.txt"]
+
+
+def test_a_start_that_is_interrupted_leaves_no_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt), clean_start(str(tmp_path / "run")):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())

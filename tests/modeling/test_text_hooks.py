@@ -89,10 +89,11 @@ def test_asking_whether_there_is_a_clip_model_builds_no_text_tower(backbone):
     assert backbone.text_side._tower is None
 
 
+@pytest.mark.parametrize("size", [(64, 64), (70, 100)], ids=str)
 @pytest.mark.parametrize("spec", [EncoderSpec("vit_nano_patch8_dinov3"), None])
-def test_a_backbone_can_be_traced(spec, tiny_model):
+def test_a_backbone_can_be_traced(spec, size, tiny_model):
     backbone = SPARViT(spec or EncoderSpec(*tiny_model)).eval()
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, *size)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(backbone, x, strict=False)

@@ -1,4 +1,5 @@
 import logging
+import os
 
 import pytest
 
@@ -217,3 +218,20 @@ def test_templates_that_are_no_text_are_named(tmp_path):
 def test_a_single_word_is_warned_of(source, hint, caplog):
     assert Vocabulary.load(source).names == [source]
     assert hint in caplog.text
+
+
+@pytest.mark.parametrize("classes", [{"cat", "dog"}, frozenset(["cat", "dog"]), {"cat": 1}.keys()])
+def test_what_has_no_order_is_refused(classes):
+    with pytest.raises(ValueError, match="the vocabulary must be a list"):
+        Vocabulary(classes)
+
+
+def test_only_line_ends_end_a_class(tmp_path):
+    (tmp_path / "words.txt").write_bytes("a\u2028b\r\nc\x0cd\n\ne\x85f".encode())
+    assert len(Vocabulary.from_file(tmp_path / "words.txt")) == 3
+
+
+def test_a_pipe_is_no_vocabulary(tmp_path):
+    os.mkfifo(tmp_path / "words.txt")
+    with pytest.raises(FileNotFoundError, match=r"there is no vocabulary file .*words\.txt"):
+        Vocabulary.load(str(tmp_path / "words.txt"))
