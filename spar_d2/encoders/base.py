@@ -250,6 +250,8 @@ class DenseEncoder(nn.Module, ABC):
 
     def _of_grid(self, grid: tuple[int, int], make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         """What ``make`` gives for a grid (h, w), which depends on nothing else and has no gradient; kept for a few."""
+        if torch.jit.is_tracing():  # which compares two traces, and the second would find it kept
+            return make()
         return self._grids.get((*grid, self._precision), next(self.parameters()), make)
 
     def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager:
