@@ -49,10 +49,10 @@ def test_every_use_has_compiled_code_and_few_graphs(family, graphs, caplog):
 
     side = student.native_size
     with student.frozen_blocks_cast():
-        for width in (side + 24 * 4, side + 24 * 9, side):
+        for width in (side + 24 * 4, side):
             teacher(torch.randn(1, 3, side, width))
             teacher.samples(torch.randn(2, 3, side, width), 3, torch.rand(2, 2))
-        for size in ((1, 80, 96), (1, 96, 128), (2, 96, 80), (3, 64, 112), (1, 64, 64)):
+        for size in ((1, 80, 96), (1, 96, 128), (2, 96, 80), (3, 64, 112)):
             train(*size)
             with torch.no_grad():
                 student(torch.randn(*size[:1], 3, *size[1:]))

@@ -22,7 +22,7 @@ def encoder_of(family: str):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(height=SIDES, width=SIDES)
 @torch.no_grad()
 def test_any_size_is_encoded_as_its_padded_image_and_segmented(family, height, width):
