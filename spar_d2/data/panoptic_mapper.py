@@ -13,6 +13,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 from spar_d2.data.datasets import IGNORE_LABEL
 from spar_d2.data.panoptic import is_panoptic, read_segment_ids
+from spar_d2.data.semantic_mapper import joined
 from spar_d2.image_files import check_image_file
 from spar_d2.panoptic_ids import boxes, places, runs
 from spar_d2.panoptic_numbers import SeparateNumbers, separate_numbers
@@ -94,14 +95,10 @@ class PanopticMapper:
 
     def _augment(self, image: np.ndarray, owners: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and places of segments; those that augmentations fill in, 0 or all bits set, are none's."""
-        # In 8 bits, as Detectron2 resizes wider numbers by a rule that shifts them against the image.
         augmented = T.AugInput(image, sem_seg=owners.astype(np.uint8))
         transforms = self.augmentations(augmented)
         low = augmented.sem_seg
-        if largest < 255:
-            return augmented.image, low
-        high = transforms.apply_segmentation((owners // 256).astype(np.uint8))
-        return augmented.image, low + high * np.uint16(256)
+        return augmented.image, low if largest < 255 else joined(transforms, owners, low)
 
     def _renumbered(self, segment: dict) -> dict:
         if self.numbers is None:

@@ -74,7 +74,7 @@ class _WithLabels:
         augmented.sem_seg = self.labels.astype(np.uint8)
         transform = self.augmentations(augmented)
         if self.labels.dtype != np.uint8:
-            augmented.sem_seg = transformed_labels(transform, self.labels, self.ignore_label)
+            augmented.sem_seg = _ignoring(joined(transform, self.labels, augmented.sem_seg), self.ignore_label)
         return transform
 
 
@@ -85,7 +85,17 @@ def transformed_labels(transform: T.Transform, labels: np.ndarray, ignore_label:
     """
     if labels.dtype == np.uint8:
         return transform.apply_segmentation(labels)
-    # In 8 bits, as Detectron2 resizes wider numbers by a rule that shifts them against the image.
     low = transform.apply_segmentation(labels.astype(np.uint8))
-    wide = transform.apply_segmentation((labels >> 8).astype(np.uint8)).astype(np.int64) * 256 + low
-    return np.where(wide == _ADDED, ignore_label, wide)
+    return _ignoring(joined(transform, labels, low), ignore_label)
+
+
+def joined(transform: T.Transform, numbers: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Numbers (H, W) uint16 after a transform, (H', W') uint16, from ``low``, their lower bytes after it.
+
+    In 8 bits, as Detectron2 resizes wider numbers by a rule that shifts them against the image.
+    """
+    return low + transform.apply_segmentation((numbers >> 8).astype(np.uint8)) * np.uint16(256)
+
+
+def _ignoring(labels: np.ndarray, ignore_label: int) -> np.ndarray:
+    return np.where(labels == _ADDED, ignore_label, labels.astype(np.int64))

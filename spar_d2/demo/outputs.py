@@ -19,7 +19,6 @@ FLAG = "--output"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO = ".mp4"
 _QUALITY = 92
-_OF_RECORDS = {"classes", "segments", "frames"}
 # Bytes; file systems allow 255 with endings and numbers.
 _LONGEST_NAME = 200
 # Masks of more classes than a palette holds are 16-bit pictures.
@@ -142,7 +141,7 @@ def _is_record(path: Path) -> bool:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(content, dict) and {"width", "height"} <= content.keys() and len(content.keys() & _OF_RECORDS) > 0
+    return isinstance(content, dict) and {"width", "height", "classes"} <= content.keys()
 
 
 def write_picture(pixels: np.ndarray, path: Path) -> None:

@@ -64,8 +64,8 @@ def load_lazy_config(config_file: str, overrides: list[str]) -> DictConfig:
 def run(args: argparse.Namespace) -> dict | None:
     """Train, or with ``args.eval_only`` test, as Detectron2's flags say; returns the scores of that test."""
     cfg = load_lazy_config(args.config_file, args.opts)
-    logger = setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="spar_d2", abbrev_name="spar_d2")
-    make_logs_printable(logger)
+    own = {"name": "spar_d2", "abbrev_name": "spar_d2"}
+    make_logs_printable(setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), **own))
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     logger.info("Parameters:\n%s", count_parameters(model))

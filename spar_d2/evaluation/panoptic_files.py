@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +16,8 @@ from spar_d2.evaluation.panoptic_json import FoundImage, GroundTruth
 from spar_d2.evaluation.panoptic_quality import panoptic_quality
 from spar_d2.evaluation.panoptic_scores import PanopticCounts
 from spar_d2.files import replacing
+from spar_d2.image_files import DAMAGE, open_image
 from spar_d2.panoptic_ids import IDS, as_colours, ids_in
-
-# What Pillow raises on damaged files, depending on where the damage is.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def compare_image(
@@ -88,7 +85,7 @@ def read_ids(path: str | os.PathLike) -> np.ndarray:
         ValueError: it is damaged, or no PNG, or grey.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_image(path, ["PNG"]) as image:
             mode = image.mode
             if mode in ("RGBA", "P"):
                 # By way of RGBA, for a palette may have transparent colours.
@@ -96,7 +93,7 @@ def read_ids(path: str | os.PathLike) -> np.ndarray:
             ids = ids_in(image) if image.mode == "RGB" else None
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no panoptic PNG {path}") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ValueError(f"the panoptic PNG {path} cannot be read: {error}") from error
     if ids is None:
         raise ValueError(f"the panoptic PNG {path} must be RGB, with ids R + 256 G + 65536 B, its mode is {mode}")

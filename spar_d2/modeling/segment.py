@@ -97,9 +97,9 @@ def segment(
     vocabulary = Vocabulary.of(vocabulary)
     _check_numbers(logit_scale=logit_scale or 0, prob_threshold=prob_threshold, area_threshold=area_threshold or 0)
     templates = _as_text(templates=templates)["templates"]
-    named = _as_text(pretrained=pretrained, dinov3_repo=dinov3_repo, dinov3_backbone=dinov3_backbone)
+    files = {"pretrained": pretrained, "dinov3_repo": dinov3_repo, "dinov3_backbone": dinov3_backbone}
+    named = _as_text(**files, pretrained_part=pretrained_part)
     expected = {"pixel_mean": pixel_mean, "pixel_std": pixel_std, "quick_gelu": quick_gelu}
-    named |= _as_text(pretrained_part=pretrained_part)
     spec = EncoderSpec(*_as_text(encoder=encoder).values(), **named, **expected)
     check_has_text(spec.name)
     if precision not in (*PRECISIONS, AUTO):

@@ -142,13 +142,11 @@ class Vocabulary:
 
 def _read(path: str | os.PathLike) -> list[list[str]]:
     """Words of every line of a file, as :meth:`Vocabulary.from_file`."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise FileNotFoundError(f"there is no vocabulary file {path}, that is something else")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no vocabulary file {path}")
     try:
         # By line ends alone: other marks of Unicode may stand within a line.
         lines = [line.removesuffix("\r") for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileNotFoundError(f"there is no vocabulary file {path}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"the vocabulary file {path} is not UTF-8: {error}") from error
     return _not_blank(line.split(", ") for line in lines)
