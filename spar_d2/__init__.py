@@ -16,7 +16,7 @@ register_all()
 def __getattr__(name: str):
     # `segment` pulls in the encoders and open_clip, which a mere registration must not.
     if name == "segment":
-        from spar_d2.modeling.segment import segment
+        from spar_d2.predict import segment
 
         return segment
     raise AttributeError(f"module 'spar_d2' has no attribute '{name}'")

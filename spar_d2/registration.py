@@ -17,7 +17,7 @@ from types import ModuleType
 def register_all() -> None:
     """Add config keys, model parts and data sets to Detectron2, now or when its modules are first imported.
 
-    One function of its own is replaced, see :mod:`spar_d2.numpy2`.
+    One function of its own is replaced, see :mod:`spar_d2.utils.numpy2`.
     """
     when_imported("detectron2.config", _register_config)
     when_imported("detectron2.modeling", _register_modeling)
@@ -34,16 +34,17 @@ def _register_config() -> None:
 
 
 def _register_modeling() -> None:
-    from spar_d2.modeling import backbone, linear_probe, open_vocab, probe_segmentor, pyramid  # noqa: F401  registers
+    from spar_d2.modeling import backbone, linear_probe, probe_segmentor, pyramid  # noqa: F401  registers
+    from spar_d2.modeling import open_vocabulary as open_vocab  # noqa: F401  registers
     from spar_d2.modeling.encoder_state import teach_detectron2
 
     teach_detectron2()
 
 
 def _register_datasets() -> None:
-    from spar_d2.data.datasets import register_scenes
-    from spar_d2.data.labelled import register_benchmarks
-    from spar_d2.data.panoptic import register_panoptic
+    from spar_d2.data.datasets.panoptic import register_panoptic
+    from spar_d2.data.datasets.scenes import register_scenes
+    from spar_d2.data.datasets.semantic import register_benchmarks
 
     register_scenes()
     register_benchmarks()
@@ -51,7 +52,7 @@ def _register_datasets() -> None:
 
 
 def _mend_evaluator() -> None:
-    from spar_d2.numpy2 import mend_evaluator
+    from spar_d2.utils.numpy2 import mend_evaluator
 
     mend_evaluator()
 

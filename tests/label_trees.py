@@ -87,7 +87,7 @@ def official_files(name: str, root: Path) -> dict[str, tuple[Path, ...]]:
 
 def use_trees(root: Path, monkeypatch) -> None:
     """For the rest of a test, ``root`` is the folder of all data sets, each of which has three images."""
-    from spar_d2.data.benchmarks import BENCHMARKS, TRAINING_SPLITS
+    from spar_d2.data.datasets.catalog import BENCHMARKS, TRAINING_SPLITS
 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
     for sets in (BENCHMARKS, TRAINING_SPLITS):

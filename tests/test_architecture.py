@@ -1,4 +1,4 @@
-"""The rooms of the package and what they may use."""
+"""The packages and what each may import."""
 
 import ast
 import subprocess
@@ -8,21 +8,32 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "spar_d2"
-# A room uses only rooms on lower floors, and itself.
-FLOORS = [
-    {"errors", "files", "image_files", "numpy2", "panoptic_ids", "panoptic_numbers", "processes", "transfer"},
-    {"encoders", "text", "data", "evaluation", "visualization", "config"},
+# A package imports only packages of lower layers, and itself.
+LAYERS = [
+    {"utils"},
+    {"toy", "config"},
+    {"encoders", "text", "data", "evaluation", "visualization"},
     {"teacher"},
     {"modeling"},
-    {"distillation"},
-    {"engine", "benchmark"},
-    {"demo", "gpu_check"},
+    {"predict", "distillation"},
+    {"checkpoint"},
+    {"comparison"},
+    {"engine"},
+    {"probing"},
+    {"demo"},
 ]
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-# They tell Detectron2 about all of it, and start scripts that know nothing of it.
+LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
+# They register all of it with Detectron2, and start scripts that know nothing of it.
 OUTSIDE = ("__init__", "__main__", "launcher", "registration")
 # What plain PyTorch users rely on must not need Detectron2.
 WITHOUT_DETECTRON2 = [
+    "utils/errors.py",
+    "utils/id_maps.py",
+    "utils/images.py",
+    "utils/io.py",
+    "utils/panoptic_numbers.py",
+    "utils/transfer.py",
+    "toy",
     "encoders",
     "text",
     "teacher",
@@ -33,32 +44,29 @@ WITHOUT_DETECTRON2 = [
     "visualization/panels.py",
     "visualization/pca.py",
     "visualization/placement.py",
-    "benchmark",
-    "data/benchmarks.py",
-    "data/class_names.py",
-    "data/colours.py",
+    "data/datasets/catalog.py",
+    "data/datasets/class_names.py",
+    "data/datasets/colors.py",
     "data/images.py",
     "data/preparation",
-    "data/sampler.py",
-    "data/scenes.py",
+    "data/samplers.py",
     "data/sources.py",
     "evaluation/__init__.py",
-    "evaluation/confusion.py",
-    "evaluation/panoptic.py",
-    "evaluation/panoptic_files.py",
-    "evaluation/panoptic_json.py",
-    "evaluation/panoptic_outputs.py",
-    "evaluation/panoptic_quality.py",
-    "evaluation/panoptic_scores.py",
-    "modeling/bands.py",
+    "evaluation/confusion_matrix.py",
+    "evaluation/panoptic/__init__.py",
+    "evaluation/panoptic/__main__.py",
+    "evaluation/panoptic/coco_json.py",
+    "evaluation/panoptic/coco_png.py",
+    "evaluation/panoptic/outputs.py",
+    "evaluation/panoptic/quality.py",
+    "evaluation/panoptic/scores.py",
+    "modeling/banded_upsampling.py",
     "modeling/best_query.py",
     "modeling/best_query_triton.py",
     "modeling/pixels.py",
-    "modeling/scores.py",
-    "modeling/segment.py",
+    "modeling/postprocessing.py",
     "modeling/words.py",
-    "image_files.py",
-    "panoptic_ids.py",
+    "predict.py",
 ]
 
 
@@ -72,20 +80,20 @@ def imported_modules(path: Path) -> set[str]:
     return modules
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-ROOM_FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if room_of(path) not in OUTSIDE]
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if package_of(path) not in OUTSIDE]
 
 
-@pytest.mark.parametrize("path", ROOM_FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_run_downwards(path):
-    room = room_of(path)
+    package = package_of(path)
     for module in imported_modules(path):
         if module.startswith("spar_d2."):
             used = module.split(".")[1]
-            assert used == room or FLOOR_OF[used] < FLOOR_OF[room], f"{path} imports {module}"
+            assert used == package or LAYER_OF[used] < LAYER_OF[package], f"{path} imports {module}"
 
 
 @pytest.mark.parametrize("place", WITHOUT_DETECTRON2)
@@ -120,7 +128,7 @@ def test_registers_whether_imported_before_or_after_detectron2(order):
 
 def modules_that_import_detectron2() -> list[str]:
     """Of the parts that register: those that import it, or a module of ours that does, and so on."""
-    uses = {name_of(path): imported_modules(path) for path in ROOM_FILES}
+    uses = {name_of(path): imported_modules(path) for path in FILES}
     reaching = {name for name, used in uses.items() if any(one.split(".")[0] == "detectron2" for one in used)}
     while more := {name for name, used in uses.items() if used & reaching} - reaching:
         reaching |= more

@@ -8,7 +8,7 @@ import pytest
 import timm
 
 from reference import ROOT
-from spar_d2.data.augmentation import build_augmentations
+from spar_d2.data.transforms import build_augmentations
 from spar_d2.encoders.precision import PRECISIONS, resolve_precision
 from spar_d2.encoders.registry import describe_encoder
 from spar_d2.engine.setup import load_config

@@ -17,13 +17,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 import spar_d2  # noqa: F401  registers
+from spar_d2.comparison.methods import Method, measure
 from spar_d2.distillation import DistillationHook
-from spar_d2.engine.comparison import Method, measure
 from spar_d2.engine.hooks import StepTimer
 from spar_d2.engine.setup import load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
-from spar_d2.errors import readable_errors
-from spar_d2.files import replacing
+from spar_d2.utils.errors import readable_errors
+from spar_d2.utils.io import replacing
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "distill.yaml"
 TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"

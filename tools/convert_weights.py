@@ -16,8 +16,8 @@ import os
 from spar_d2.encoders import EncoderSpec
 from spar_d2.encoders.convert import check_suffix, convert_weights, known_origin, write_weights
 from spar_d2.encoders.weight_files import files_of
-from spar_d2.errors import readable_errors
-from spar_d2.files import check_not_read
+from spar_d2.utils.errors import readable_errors
+from spar_d2.utils.io import check_not_read
 
 
 def parse_args() -> argparse.Namespace:

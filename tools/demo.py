@@ -12,15 +12,15 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.demo.demo import EXAMPLE, SHOWN
+from spar_d2.data.build import PANOPTIC_FPN
 from spar_d2.demo.inputs import find_inputs
 from spar_d2.demo.outputs import is_file_name, plan_outputs
 from spar_d2.demo.panoptic import build_demo
+from spar_d2.demo.predictor import EXAMPLE, SHOWN
 from spar_d2.demo.run import run
-from spar_d2.engine.data import PANOPTIC_FPN
 from spar_d2.engine.setup import load_config
-from spar_d2.errors import printable, readable_errors
 from spar_d2.text import Vocabulary
+from spar_d2.utils.errors import printable, readable_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "segment" / "openclip_vit_b_16.yaml"

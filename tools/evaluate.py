@@ -11,14 +11,14 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.data.benchmarks import BENCHMARKS
-from spar_d2.data.labelled import found, missing
-from spar_d2.engine.benchmarks import evaluate_methods
-from spar_d2.engine.comparison import Method
-from spar_d2.engine.paper_table import paper_table, summary
+from spar_d2.comparison.evaluate import evaluate_methods
+from spar_d2.comparison.methods import Method
+from spar_d2.comparison.tables import paper_table, summary
+from spar_d2.data.datasets.catalog import BENCHMARKS
+from spar_d2.data.datasets.semantic import found, missing
 from spar_d2.engine.setup import load_config, prepare
-from spar_d2.errors import printable, readable_errors
-from spar_d2.files import replacing, used_by_one
+from spar_d2.utils.errors import printable, readable_errors
+from spar_d2.utils.io import replacing, used_by_one
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ("single_pass", "sliding_window", "student")

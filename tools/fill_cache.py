@@ -13,10 +13,10 @@ import torch
 from detectron2.utils.logger import setup_logger
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.engine.caching import check_caching, fill_cache
+from spar_d2.distillation.fill_cache import check_caching, fill_cache
 from spar_d2.engine.launch import check_launch
 from spar_d2.engine.setup import load_config
-from spar_d2.errors import make_logs_printable, readable_errors
+from spar_d2.utils.errors import make_logs_printable, readable_errors
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.engine.probe_rows import (
+from spar_d2.engine.setup import clean_start, load_config, prepare
+from spar_d2.probing.runs import (
     ROWS,
     check_rows,
     draw_probes,
@@ -22,9 +23,8 @@ from spar_d2.engine.probe_rows import (
     probe_table,
     train_probe,
 )
-from spar_d2.engine.setup import clean_start, load_config, prepare
-from spar_d2.errors import printable, readable_errors
-from spar_d2.files import replacing, used_by_one
+from spar_d2.utils.errors import printable, readable_errors
+from spar_d2.utils.io import replacing, used_by_one
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "linear_probe.yaml"
 TITLES = {"single_pass": "single pass", "sliding_window": "sliding window", "student": "SPAR student"}

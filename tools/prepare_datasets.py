@@ -12,7 +12,7 @@ import argparse
 from spar_d2.data.preparation import MissingArchive, prepare, survey
 from spar_d2.data.preparation.common import datasets_root
 from spar_d2.data.preparation.registry import GROUPS, PREPARATIONS
-from spar_d2.errors import readable_errors
+from spar_d2.utils.errors import readable_errors
 
 ALL = "all"
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from spar_d2.data.scenes import GROUNDS, SCENE_CLASSES, training_scene
 from spar_d2.encoders import describe_encoder
+from spar_d2.toy.scenes import GROUNDS, SCENE_CLASSES, training_scene
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo"
 POOL_SEED = 1

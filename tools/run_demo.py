@@ -13,12 +13,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 
 import spar_d2  # noqa: F401  registers
+from spar_d2.comparison.methods import Method, build_method, markdown_table, measure
 from spar_d2.encoders import describe_encoder
-from spar_d2.engine.comparison import Method, build_method, markdown_table, measure
 from spar_d2.engine.setup import load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
-from spar_d2.errors import readable_errors
-from spar_d2.files import replacing
+from spar_d2.utils.errors import readable_errors
+from spar_d2.utils.io import replacing
 from spar_d2.visualization import draw_panels, shared_pca_colours
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "distill.yaml"

@@ -16,11 +16,11 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection
 from torch import nn
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.data.panoptic_mapper import read_segments
+from spar_d2.data.mappers import read_segments
 from spar_d2.engine.setup import load_config, prepare
 from spar_d2.engine.trainer import Trainer
-from spar_d2.errors import readable_errors
-from spar_d2.files import replacing
+from spar_d2.utils.errors import readable_errors
+from spar_d2.utils.io import replacing
 from spar_d2.visualization import draw_panels
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "panoptic.yaml"

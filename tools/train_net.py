@@ -10,14 +10,15 @@ from detectron2.engine import default_argument_parser
 import spar_d2  # noqa: F401  registers
 from spar_d2.engine.launch import run
 from spar_d2.engine.setup import clean_start, load_config, prepare
-from spar_d2.errors import readable_errors
+from spar_d2.utils.errors import readable_errors
 
 
 def main(args: argparse.Namespace):
+    from spar_d2.checkpoint.checkpointer import Checkpointer
     from spar_d2.encoders import DenseEncoder
     from spar_d2.engine import lazy
-    from spar_d2.engine.checkpoint import Checkpointer
     from spar_d2.engine.trainer import Trainer
+    from spar_d2.probing.trainer import trainer_class
 
     with readable_errors():
         if lazy.is_lazy(args.config_file):
@@ -33,7 +34,7 @@ def main(args: argparse.Namespace):
                 for encoder in (part for part in model.modules() if isinstance(part, DenseEncoder)):
                     encoder.freeze()
                 return Trainer.test(cfg, model)
-            trainer = Trainer(cfg)
+            trainer = trainer_class(cfg)(cfg)
             trainer.resume_or_load(resume=args.resume)
         return trainer.train()
 

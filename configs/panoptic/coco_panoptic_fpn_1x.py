@@ -6,9 +6,9 @@ from detectron2.config import LazyCall as L
 from detectron2.data import transforms as T
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.data.panoptic_mapper import PanopticMapper
+from spar_d2.data.mappers import PanopticMapper
 from spar_d2.encoders import EncoderSpec
-from spar_d2.engine.optimizer import optimizer_params
+from spar_d2.engine.solver import optimizer_params
 from spar_d2.evaluation import PanopticEvaluator
 from spar_d2.modeling.backbone import SPARViT
 from spar_d2.modeling.pyramid import SPARPyramid

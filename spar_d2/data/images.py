@@ -8,7 +8,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
-from spar_d2.image_files import DAMAGE, open_image, reason
+from spar_d2.utils.images import DAMAGE, open_image, reason
 
 # Of an image in a tar file, which is read as a whole; a hole in a file may pretend to be of any size.
 _MOST_BYTES = 2**30

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from spar_d2.data.photos import PhotoDataset
-from spar_d2.data.sampler import DrawSampler
+from spar_d2.data.samplers import DrawSampler
 
 logger = logging.getLogger(__name__)
 

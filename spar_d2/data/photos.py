@@ -13,7 +13,7 @@ from detectron2.data import transforms
 from torch.utils.data import Dataset
 
 from spar_d2.data.images import read_photo
-from spar_d2.data.sampler import Draw
+from spar_d2.data.samplers import Draw
 
 
 class PhotoDataset(Dataset):

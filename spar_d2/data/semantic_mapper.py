@@ -9,8 +9,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
-from spar_d2.data.datasets import IGNORE_LABEL
-from spar_d2.image_files import check_image_file, read_labels
+from spar_d2.data.datasets.scenes import IGNORE_LABEL
+from spar_d2.utils.images import check_image_file, read_labels
 
 # Of 16 bits, all of which augmentations set in pixels that they add.
 _ADDED = 2**16 - 1
@@ -53,7 +53,7 @@ class SemanticMapper(ImageMapper):
         """A dataset dict with what it names: "image", and "sem_seg" (H, W) int64 where it has a label map.
 
         Raises:
-            FileNotFoundError, ValueError: as :class:`ImageMapper` and :func:`spar_d2.image_files.read_labels`.
+            FileNotFoundError, ValueError: as :class:`ImageMapper` and :func:`spar_d2.utils.images.read_labels`.
         """
         file = dataset_dict.get("sem_seg_file_name")
         self.augmentations.labels = None if file is None else read_labels(file)

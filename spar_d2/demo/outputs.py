@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from spar_d2.demo.inputs import VIDEOS, Source, stem_of
-from spar_d2.files import replacing
+from spar_d2.utils.io import replacing
 
 FLAG = "--output"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")

@@ -10,11 +10,11 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.modeling import build_model
 
-from spar_d2.demo.demo import Demo, Seen
-from spar_d2.engine.checkpoint import Checkpointer
-from spar_d2.engine.data import PANOPTIC_FPN
-from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
-from spar_d2.panoptic_numbers import separate_numbers
+from spar_d2.checkpoint.checkpointer import Checkpointer
+from spar_d2.data.build import PANOPTIC_FPN
+from spar_d2.demo.predictor import Demo, Seen
+from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
+from spar_d2.utils.panoptic_numbers import separate_numbers
 from spar_d2.visualization import class_colours
 
 # Class 0 is what the model left out; it is drawn as the photo.

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from spar_d2.data.images import read_photo
-from spar_d2.demo.demo import Demo
 from spar_d2.demo.inputs import Source
 from spar_d2.demo.outputs import Target, write_mask, write_picture, write_record
+from spar_d2.demo.predictor import Demo
 from spar_d2.demo.video import segment_video
-from spar_d2.errors import printable
+from spar_d2.utils.errors import printable
 from spar_d2.visualization.legend import percent
 
 # Named in a line; the picture and the JSON file have all.

@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from spar_d2.demo.demo import Demo, Seen
 from spar_d2.demo.outputs import Target, write_mask, write_record
-from spar_d2.files import replacing
+from spar_d2.demo.predictor import Demo, Seen
+from spar_d2.utils.io import replacing
 from spar_d2.visualization import fit_pca_colours
 
 # Its readers print what they think of damaged files; here that is said in one line.

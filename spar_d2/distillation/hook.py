@@ -12,8 +12,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from spar_d2.distillation.encoded import EncodedImage, match
 from spar_d2.distillation.loss import distillation_loss, mean_cosine, sampled_distillation_loss
+from spar_d2.distillation.match_inputs import EncodedImage, match
 from spar_d2.distillation.readings import Readings
 from spar_d2.encoders import DenseEncoder, find_encoder
 from spar_d2.modeling.build import teacher_from_config

@@ -1,6 +1,5 @@
 """Dense image encoders and their text towers, in plain PyTorch."""
 
-from spar_d2.encoders import tiny_models  # noqa: F401  registers
 from spar_d2.encoders.base import DenseEncoder, find_encoder
 from spar_d2.encoders.dinotxt import DINOtxtEncoder
 from spar_d2.encoders.dinov3 import DINOv3Encoder
@@ -17,6 +16,7 @@ from spar_d2.encoders.registry import (
 from spar_d2.encoders.siglip import SigLIPEncoder
 from spar_d2.encoders.text_tower import TextTower
 from spar_d2.encoders.trainable import set_trainable
+from spar_d2.toy import models as tiny_models  # noqa: F401  registers
 
 __all__ = [
     "FAMILIES",

@@ -12,7 +12,7 @@ from spar_d2.encoders.origin import Origin, add_origin
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, Tensors, build, build_text, find_family
 from spar_d2.encoders.settling import guesses, origin_of, settled
 from spar_d2.encoders.weights import OPTIONAL_KEYS, read_state_dict, write_safetensors
-from spar_d2.files import replacing
+from spar_d2.utils.io import replacing
 
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 

@@ -22,7 +22,7 @@ from spar_d2.encoders.messages import KEY
 from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
 from spar_d2.encoders.weights import failed_download, fixed_random_weights, no_such_weights, read_state_dict
-from spar_d2.transfer import send
+from spar_d2.utils.transfer import send
 
 _PREFIX = "visual."
 

@@ -16,7 +16,7 @@ from spar_d2.encoders.messages import KEY, first_line
 from spar_d2.encoders.origin import ENTRY, Origin
 from spar_d2.encoders.state_dicts import take_state_dict
 from spar_d2.encoders.weight_files import files_of, read_checkpoint
-from spar_d2.files import replacing
+from spar_d2.utils.io import replacing
 
 # Without them a contrastive model still encodes; files differ in whether they have them.
 OPTIONAL_KEYS = {"logit_scale", "logit_bias"}

@@ -17,8 +17,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 from tqdm import tqdm
 
+from spar_d2.checkpoint.checkpointer import export_student
 from spar_d2.encoders import EncoderSpec, find_encoder
-from spar_d2.engine.checkpoint import export_student
 
 logger = logging.getLogger(__name__)
 

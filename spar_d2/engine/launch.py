@@ -10,7 +10,7 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 
-from spar_d2.processes import wait_for_all
+from spar_d2.utils.processes import wait_for_all
 
 
 def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:

@@ -16,12 +16,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from spar_d2.engine.checkpoint import Checkpointer
+from spar_d2.checkpoint.checkpointer import Checkpointer
 from spar_d2.engine.hooks import PatientWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
-from spar_d2.engine.optimizer import count_parameters
-from spar_d2.engine.step import Step
-from spar_d2.errors import make_logs_printable, short_tracebacks
+from spar_d2.engine.solver import count_parameters
+from spar_d2.engine.train_step import Step
+from spar_d2.utils.errors import make_logs_printable, short_tracebacks
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from spar_d2.errors import make_logs_printable
-from spar_d2.files import mark_in_use
+from spar_d2.utils.errors import make_logs_printable
+from spar_d2.utils.io import mark_in_use
 
 _OUT_CHANNELS = "MODEL.SPAR.OUT_CHANNELS"
 # What setting up a run writes to its output folder.

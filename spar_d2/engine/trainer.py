@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import weakref
+from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode
@@ -20,19 +21,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
-from spar_d2.data.loader import PhotoLoader
-from spar_d2.data.sampler import DrawSampler
-from spar_d2.data.semantic_mapper import ImageMapper
-from spar_d2.distillation import DistillationHook
-from spar_d2.encoders import DenseEncoder, find_encoder
-from spar_d2.encoders.origin import Origin
-from spar_d2.encoders.precision import PRECISIONS
-from spar_d2.engine import resumption
-from spar_d2.engine.averaging import WeightAverage
-from spar_d2.engine.caching import check_room
-from spar_d2.engine.checkpoint import Checkpointer, Checkpoints
-from spar_d2.engine.comparison import build_teacher_encode
-from spar_d2.engine.data import (
+from spar_d2.checkpoint.checkpointer import Checkpointer, Checkpoints
+from spar_d2.comparison.methods import build_teacher_encode
+from spar_d2.comparison.protocol import check_vocabulary, config_for
+from spar_d2.data.build import (
     PANOPTIC_FPN,
     RunSampler,
     build_labelled_loader,
@@ -40,19 +32,27 @@ from spar_d2.engine.data import (
     check_panoptic,
     pinned,
 )
+from spar_d2.data.loader import PhotoLoader
+from spar_d2.data.samplers import DrawSampler
+from spar_d2.data.semantic_mapper import ImageMapper
+from spar_d2.distillation import DistillationHook
+from spar_d2.distillation.fill_cache import check_room
+from spar_d2.encoders import DenseEncoder, find_encoder
+from spar_d2.encoders.origin import Origin
+from spar_d2.encoders.precision import PRECISIONS
+from spar_d2.engine import resumption
+from spar_d2.engine.ema import WeightAverage
+from spar_d2.engine.feature_pictures import FeaturePictures
 from spar_d2.engine.hooks import AfterBackward, DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
-from spar_d2.engine.optimizer import build_optimizer, count_parameters
-from spar_d2.engine.pictures import FeaturePictures
-from spar_d2.engine.probing import check_probing, feature_loader
-from spar_d2.engine.protocol import check_vocabulary, config_for
-from spar_d2.engine.step import Step
-from spar_d2.errors import short_tracebacks
+from spar_d2.engine.solver import build_optimizer, count_parameters
+from spar_d2.engine.train_step import Step
 from spar_d2.evaluation import FeatureEvaluator, PanopticEvaluator, SemanticEvaluator
-from spar_d2.files import remove_leftovers, used_by_one
-from spar_d2.modeling.augmented import SegmentorWithTTA
 from spar_d2.modeling.build import encoder_spec, precision_from_config
-from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
+from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
+from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
+from spar_d2.utils.errors import short_tracebacks
+from spar_d2.utils.io import remove_leftovers, used_by_one
 
 logger = logging.getLogger(__name__)
 
@@ -206,12 +206,16 @@ class Trainer(DefaultTrainer):
             alone = used_by_one(self.cfg.OUTPUT_DIR) if comm.is_main_process() else contextlib.nullcontext()
             with short_tracebacks("detectron2.engine.train_loop"), alone:
                 if self.start_iter < self.max_iter:
-                    self.data_loader = feature_loader(self.cfg, self._module, self.data_loader)
+                    self.data_loader = self.prepare_loader(self.data_loader)
                 with self._frozen_blocks_cast():
                     return super().train()
         except Interrupted as stop:
             logger.info("Training %s", stop)
             return None
+
+    def prepare_loader(self, loader: Iterable[list[dict]]) -> Iterable[list[dict]]:
+        """The loader that steps are fed from, asked for when weights are loaded and before the first step."""
+        return loader
 
     def _frozen_blocks_cast(self) -> contextlib.AbstractContextManager:
         """While it trains, nothing changes what is frozen."""
@@ -223,7 +227,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See :func:`spar_d2.engine.optimizer.build_optimizer`."""
+        """See :func:`spar_d2.engine.solver.build_optimizer`."""
         return build_optimizer(cfg, model)
 
     @classmethod
@@ -266,7 +270,7 @@ class Trainer(DefaultTrainer):
             As Detectron2's: scores of the one data set, or those of several by its name.
 
         Raises:
-            ValueError: keys that do not go together, see :func:`spar_d2.engine.protocol.config_for`.
+            ValueError: keys that do not go together, see :func:`spar_d2.comparison.protocol.config_for`.
         """
         segmentor = getattr(model, "module", model)
         if not isinstance(segmentor, OpenVocabularySegmentor) or evaluators is not None:
@@ -313,7 +317,6 @@ def _check(cfg: CfgNode) -> None:
             "SPAR.TEACHER.CACHE_DIR needs SPAR.DATA.FROZEN True: images that are augmented anew in every epoch are "
             "never found in a cache"
         )
-    check_probing(cfg)
 
 
 def _check_sides(cfg: CfgNode, patch: int) -> None:

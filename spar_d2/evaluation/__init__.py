@@ -2,10 +2,10 @@
 
 import importlib
 
-from spar_d2.evaluation.confusion import confusion_matrix, segmentation_scores
+from spar_d2.evaluation.confusion_matrix import confusion_matrix, segmentation_scores
 
 # At once, for importing the module of that name later would put it in the function's place.
-from spar_d2.evaluation.panoptic_quality import panoptic_quality
+from spar_d2.evaluation.panoptic.quality import panoptic_quality
 
 __all__ = [
     "FeatureEvaluator",
@@ -18,9 +18,9 @@ __all__ = [
 
 # They need Detectron2, which counting does not.
 _EVALUATORS = {
-    "FeatureEvaluator": "features",
-    "PanopticEvaluator": "panoptic_evaluator",
-    "SemanticEvaluator": "semantic",
+    "FeatureEvaluator": "feature_evaluator",
+    "PanopticEvaluator": "panoptic.evaluator",
+    "SemanticEvaluator": "semantic_evaluator",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from spar_d2.transfer import send
+from spar_d2.utils.transfer import send
 
 
 class DeviceConfusion:
@@ -41,5 +41,5 @@ class DeviceConfusion:
         return torch.where((labels >= 0) & (labels < self.classes) & counted, labels, self.classes)
 
     def total(self) -> np.ndarray:
-        """(C, C + 1) int64 as :func:`spar_d2.evaluation.confusion.confusion_matrix`, over all images."""
+        """(C, C + 1) int64 as :func:`spar_d2.evaluation.confusion_matrix.confusion_matrix`, over all images."""
         return self._counts.view(self.classes + 1, -1)[: self.classes].cpu().numpy()

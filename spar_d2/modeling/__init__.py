@@ -11,7 +11,7 @@ import importlib
 with contextlib.suppress(ImportError):
     import detectron2.modeling  # noqa: F401
 
-from spar_d2.modeling.scores import class_probabilities, segment_features
+from spar_d2.modeling.postprocessing import class_probabilities, segment_features
 
 _WITH_DETECTRON2 = {
     "LinearProbe": "linear_probe",

@@ -15,8 +15,8 @@ from spar_d2.encoders import DenseEncoder, EncoderSpec, set_trainable
 from spar_d2.encoders.registry import build
 from spar_d2.encoders.trainable import parameter_counts
 from spar_d2.modeling.build import encoder_spec, precision_from_config
+from spar_d2.modeling.fcclip_interface import WIDTH_KEY, TextHooks, TextSide
 from spar_d2.modeling.pixels import PixelConversion
-from spar_d2.modeling.text_hooks import WIDTH_KEY, TextHooks, TextSide
 
 logger = logging.getLogger(__name__)
 

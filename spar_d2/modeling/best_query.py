@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from spar_d2.modeling.bands import ScoreMap, UpsampledScores
+from spar_d2.modeling.banded_upsampling import ScoreMap, UpsampledScores
 
 # Set it to 0 to do without the kernel.
 SWITCH = "SPAR_FUSED_LABELS"

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from spar_d2.modeling.bands import UpsampledScores
+from spar_d2.modeling.banded_upsampling import UpsampledScores
 
 # Of a tile, in pixels. The middles of cells of 16 pixels are 8, 24, 40, ...: a row of a tile lies between two of them.
 TILE = (8, 8)

@@ -13,6 +13,7 @@ from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
+from spar_d2.data.label_check import check_labels
 from spar_d2.modeling.backbone import DENSE
 
 NORMS = ("", "BN", "SyncBN", "naiveSyncBN", "naiveSyncBN_N", "FrozenBN", "GN", "LN")
@@ -159,17 +160,6 @@ class LinearProbe(nn.Module):
             )
         if not labels.is_cuda:  # there, a GPU would have to be waited for; data mappers have looked before
             check_labels(labels, self.num_classes, self.ignore_value)
-
-
-def check_labels(labels: torch.Tensor, num_classes: int, ignore_value: int, of: str = "") -> None:
-    """Raise ``ValueError`` where labels (H, W), on the CPU, are neither classes nor ignored; ``of`` names the file."""
-    known = labels[labels != ignore_value]
-    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < num_classes:
-        raise ValueError(
-            f"labels{f' of {of}' if of else ''} must be in 0..{num_classes - 1} (MODEL.SEM_SEG_HEAD.NUM_CLASSES "
-            f"{num_classes}) or {ignore_value} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE); "
-            f"got {int(known.min())}..{int(known.max())}"
-        )
 
 
 class _PixelLoss(torch.autograd.Function):

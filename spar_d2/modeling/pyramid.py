@@ -15,7 +15,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from spar_d2.modeling.backbone import CLIP_DENSE, DENSE, SPARViT
-from spar_d2.modeling.text_hooks import TextHooks
+from spar_d2.modeling.fcclip_interface import TextHooks
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spar_d2.files import remove_leftovers, replacing
 from spar_d2.teacher.identity import image_identity, pixel_identity, teacher_identity, tensor_identity
 from spar_d2.teacher.sliding import SlidingWindowTeacher
+from spar_d2.utils.io import remove_leftovers, replacing
 
 logger = logging.getLogger(__name__)
 

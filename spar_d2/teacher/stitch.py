@@ -10,7 +10,7 @@ import torch
 from spar_d2.encoders import DenseEncoder
 from spar_d2.encoders.precision import full_float32
 from spar_d2.teacher.windows import WindowPlan
-from spar_d2.transfer import send
+from spar_d2.utils.transfer import send
 
 # Tokens of the windows that are encoded at once: what keeps a GPU busy, or stays in a processor's cache.
 _TOKENS = {"cpu": 1 << 11, "other": 1 << 15}

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from spar_d2.files import replacing
 from spar_d2.text.vocabulary import Vocabulary
+from spar_d2.utils.io import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from spar_d2.files import replacing
+from spar_d2.utils.io import replacing
 
 
 def draw_panels(

@@ -8,7 +8,7 @@ from detectron2.data import transforms as T
 
 from spar_d2.data.loader import PhotoLoader
 from spar_d2.data.photos import PhotoDataset
-from spar_d2.data.sampler import DrawSampler
+from spar_d2.data.samplers import DrawSampler
 from spar_d2.data.sources import find_photos
 
 

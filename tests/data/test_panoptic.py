@@ -13,11 +13,11 @@ from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES, COCO_CA
 from PIL import Image
 
 from reference import SHARED
-from spar_d2.data import class_names
-from spar_d2.data.datasets import SCENE_SPLITS, load_scenes
-from spar_d2.data.panoptic import is_panoptic, load_panoptic, panoptic_datasets, read_segment_ids
-from spar_d2.data.scenes import GROUNDS, OBJECTS, SCENE_CLASSES, large_scene
+from spar_d2.data.datasets import class_names
+from spar_d2.data.datasets.panoptic import is_panoptic, load_panoptic, panoptic_datasets, read_segment_ids
+from spar_d2.data.datasets.scenes import SCENE_SPLITS, load_scenes
 from spar_d2.evaluation import PanopticEvaluator
+from spar_d2.toy.scenes import GROUNDS, OBJECTS, SCENE_CLASSES, large_scene
 
 SAMPLE = SHARED / "data" / "coco_panoptic_sample"
 SPLITS = {"train": "training", "val": "validation"}

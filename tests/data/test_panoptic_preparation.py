@@ -9,11 +9,11 @@ from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 from PIL import Image
 
 from label_trees import PANOPTIC, SIZES, official_files, tree, use_trees
-from spar_d2.data import class_names
+from spar_d2.data.datasets import class_names
 from spar_d2.data.preparation import prepare, survey
 from spar_d2.data.preparation.panoptic import areas_and_boxes
 from spar_d2.data.preparation.registry import PREPARATIONS
-from spar_d2.panoptic_ids import as_colours
+from spar_d2.utils.id_maps import as_colours
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from reference import reference_image
 from spar_d2.data.photos import PhotoDataset, seeded_numpy
-from spar_d2.data.sampler import Draw
+from spar_d2.data.samplers import Draw
 from spar_d2.data.sources import find_photos
 
 CROPS = [T.RandomCrop("absolute", (40, 40)), T.RandomFlip(0.5)]

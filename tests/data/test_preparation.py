@@ -11,8 +11,8 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from PIL import Image
 
 from label_trees import CASES, IGNORED, SIZES, tree, use_trees
-from spar_d2.data.benchmarks import LABELLED_SETS
-from spar_d2.data.labelled import found, missing
+from spar_d2.data.datasets.catalog import LABELLED_SETS
+from spar_d2.data.datasets.semantic import found, missing
 from spar_d2.data.preparation import prepare, survey, writing
 from spar_d2.data.preparation.registry import PREPARATIONS
 

@@ -11,8 +11,8 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from label_trees import CASES, SIZES, tree, use_trees
-from spar_d2.data.benchmarks import BENCHMARKS, LABELLED_SETS
-from spar_d2.data.labelled import found, missing
+from spar_d2.data.datasets.catalog import BENCHMARKS, LABELLED_SETS
+from spar_d2.data.datasets.semantic import found, missing
 from spar_d2.data.preparation import MissingArchive, prepare, survey
 from spar_d2.data.preparation.common import label_table, relabel
 from spar_d2.data.preparation.registry import PREPARATIONS

@@ -9,8 +9,8 @@ from detectron2.data import transforms as T
 from PIL import Image
 
 from reference import reference_image
+from spar_d2.data.build import build_labelled_loader
 from spar_d2.data.semantic_mapper import ImageMapper, SemanticMapper
-from spar_d2.engine.data import build_labelled_loader
 from spar_d2.evaluation import SemanticEvaluator
 
 SIZE = (24, 40)

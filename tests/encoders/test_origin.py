@@ -9,10 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from reference import ROOT, TINY_CONFIG
+from spar_d2.checkpoint.checkpointer import export_student
 from spar_d2.encoders import EncoderSpec, build_encoder, build_text_tower, describe_encoder
 from spar_d2.encoders.convert import convert_weights, known_origin, write_weights
 from spar_d2.encoders.registry import build
-from spar_d2.engine.checkpoint import export_student
 from spar_d2.modeling.words import text_embeddings
 
 HALF = (0.5, 0.4, 0.3)

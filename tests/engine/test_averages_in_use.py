@@ -8,10 +8,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from safetensors.torch import load_file
 
+from spar_d2.checkpoint.checkpointer import Checkpointer
 from spar_d2.encoders import EncoderSpec, build_encoder, describe_encoder
 from spar_d2.encoders.convert import convert_weights
 from spar_d2.encoders.origin import read_origin
-from spar_d2.engine.checkpoint import Checkpointer
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 
 MEAN = (0.5, 0.4, 0.3)

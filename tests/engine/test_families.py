@@ -14,8 +14,8 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from reference import ROOT, STAND_IN, reference_image
+from spar_d2.checkpoint.checkpointer import Checkpointer
 from spar_d2.encoders import FAMILIES
-from spar_d2.engine.checkpoint import Checkpointer
 from spar_d2.engine.setup import load_config
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 

@@ -9,8 +9,8 @@ from detectron2.modeling import build_model
 
 from reference import ROOT
 from spar_d2.engine import lazy
-from spar_d2.engine.optimizer import build_optimizer
 from spar_d2.engine.setup import load_config
+from spar_d2.engine.solver import build_optimizer
 
 YAML = ROOT / "configs/panoptic/coco_panoptic_fpn_1x.yaml"
 LAZY = YAML.with_suffix(".py")

@@ -10,12 +10,12 @@ from detectron2.data.datasets import register_coco_panoptic
 from PIL import Image
 
 from reference import ROOT
-from spar_d2.data.panoptic import has_panoptic_masks
-from spar_d2.engine.data import build_labelled_loader
+from spar_d2.data.build import build_labelled_loader
+from spar_d2.data.datasets.panoptic import has_panoptic_masks
 from spar_d2.engine.setup import load_config
 from spar_d2.engine.trainer import Trainer
 from spar_d2.evaluation import PanopticEvaluator
-from spar_d2.panoptic_numbers import separate_numbers
+from spar_d2.utils.panoptic_numbers import separate_numbers
 
 # Category ids of things and stuff, and their numbers where both are counted together, and apart.
 THINGS, STUFF = (7, 11), (5, 20)

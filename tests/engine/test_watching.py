@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spar_d2.data.datasets import SCENE_SPLITS
-from spar_d2.engine.checkpoint import UnsavedError
+from spar_d2.checkpoint.checkpointer import UnsavedError
+from spar_d2.data.datasets.scenes import SCENE_SPLITS
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 
 
@@ -154,7 +154,7 @@ def test_metrics_and_pictures_that_do_not_fit_stop_nothing(cfg, caplog, monkeypa
 
     cfg.SPAR.PICTURE_PERIOD = 2
     monkeypatch.setattr("detectron2.utils.events.JSONWriter.write", refuse)
-    monkeypatch.setattr("spar_d2.engine.pictures.draw_panels", refuse)
+    monkeypatch.setattr("spar_d2.engine.feature_pictures.draw_panels", refuse)
     trainer = Trainer(cfg)
     trainer.train()
     assert trainer.iter == cfg.SOLVER.MAX_ITER

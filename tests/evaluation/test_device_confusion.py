@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spar_d2.evaluation.confusion import confusion_matrix
+from spar_d2.evaluation.confusion_matrix import confusion_matrix
 from spar_d2.evaluation.device_confusion import DeviceConfusion
 
 

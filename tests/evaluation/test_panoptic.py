@@ -9,10 +9,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from processes import run_in_two_processes
 from reference import SHARED
 from spar_d2.evaluation import PanopticEvaluator, panoptic_quality
-from spar_d2.evaluation.panoptic import main
-from spar_d2.evaluation.panoptic_files import read_ids, write_ids, write_json
-from spar_d2.evaluation.panoptic_json import read_ground_truth, read_predictions
-from spar_d2.evaluation.panoptic_scores import PanopticCounts
+from spar_d2.evaluation.panoptic.__main__ import main
+from spar_d2.evaluation.panoptic.coco_json import read_ground_truth, read_predictions
+from spar_d2.evaluation.panoptic.coco_png import read_ids, write_ids, write_json
+from spar_d2.evaluation.panoptic.scores import PanopticCounts
 
 GOLDEN = SHARED / "golden_pq"
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no reference numbers in {GOLDEN}")
@@ -318,7 +318,7 @@ def test_classes_of_one_name_keep_their_numbers_apart(tmp_path):
 
 
 def test_a_small_table_is_logged(dataset, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, "spar_d2.evaluation.panoptic_evaluator"):
+    with caplog.at_level(logging.INFO, "spar_d2.evaluation.panoptic.evaluator"):
         scores = evaluate(PanopticEvaluator(dataset, distributed=False), as_segments, guesses(tmp_path / "truth.json"))
     lines = caplog.records[-1].getMessage().splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["All", "Things", "Stuff"]

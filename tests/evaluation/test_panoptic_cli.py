@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from reference import SHARED
-from spar_d2.evaluation.panoptic import main
-from spar_d2.evaluation.panoptic_files import compare_folders, read_ids, write_ids
-from spar_d2.evaluation.panoptic_json import read_ground_truth, read_predictions
+from spar_d2.evaluation.panoptic.__main__ import main
+from spar_d2.evaluation.panoptic.coco_json import read_ground_truth, read_predictions
+from spar_d2.evaluation.panoptic.coco_png import compare_folders, read_ids, write_ids
 
 GOLDEN = SHARED / "golden_pq"
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no reference numbers in {GOLDEN}")
@@ -112,7 +112,7 @@ def test_runs_as_a_module_without_detectron2_and_without_warnings(files):
 
 def test_counting_needs_no_detectron2_and_the_function_keeps_its_name():
     code = (
-        "import spar_d2.evaluation.panoptic, spar_d2.evaluation.panoptic_quality, spar_d2.evaluation as e, sys;"
+        "import spar_d2.evaluation.panoptic.__main__, spar_d2.evaluation as e, sys;"
         "from spar_d2.evaluation import panoptic_quality, confusion_matrix;"
         "assert callable(e.panoptic_quality) and callable(panoptic_quality);"
         "assert not {'detectron2', 'torch'} & set(sys.modules)"

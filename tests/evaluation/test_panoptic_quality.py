@@ -5,8 +5,8 @@ import pytest
 
 from plain import panoptic_counts
 from spar_d2.evaluation import panoptic_quality
-from spar_d2.evaluation.panoptic_quality import TrueSegment, segment_ids
-from spar_d2.evaluation.panoptic_scores import PanopticCounts, score_table
+from spar_d2.evaluation.panoptic.quality import TrueSegment, segment_ids
+from spar_d2.evaluation.panoptic.scores import PanopticCounts, score_table
 
 CATEGORIES = (1, 4, 7, 200)
 THINGS = {1, 7}

@@ -25,14 +25,15 @@ from spar_d2.distillation.loss import distillation_loss, mean_cosine, sampled_di
 from spar_d2.encoders import FAMILIES
 from spar_d2.engine.trainer import Trainer
 from spar_d2.evaluation import FeatureEvaluator, PanopticEvaluator, SemanticEvaluator
-from spar_d2.evaluation.panoptic_files import write_ids, write_json
-from spar_d2.modeling import bands, segment_features
-from spar_d2.modeling.augmented import SegmentorWithTTA
+from spar_d2.evaluation.panoptic.coco_png import write_ids, write_json
+from spar_d2.modeling import banded_upsampling as bands
+from spar_d2.modeling import segment_features
 from spar_d2.modeling.backbone import SPARViT
 from spar_d2.modeling.best_query import SWITCH
 from spar_d2.modeling.linear_probe import LinearProbe
+from spar_d2.modeling.postprocessing import class_probabilities, cosine_scores
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
-from spar_d2.modeling.scores import class_probabilities, cosine_scores
+from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
 from spar_d2.teacher import SlidingWindowTeacher
 
 # How often the CPU may wait for the device where code of spar_d2 asks for it, itself or through a library. Waits of

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from pretended_cuda import PretendedCuda
-from spar_d2.modeling import bands, best_query, segment_features
-from spar_d2.modeling.bands import Resampling, ScoreMap, UpsampledScores
-from spar_d2.modeling.scores import segment_scores
+from spar_d2.modeling import banded_upsampling as bands
+from spar_d2.modeling import best_query, segment_features
+from spar_d2.modeling.banded_upsampling import Resampling, ScoreMap, UpsampledScores
+from spar_d2.modeling.postprocessing import segment_scores
 
 NO_TRITON = "needs Triton, which comes with PyTorch for Linux"
 # Scores this close are equal up to rounding.

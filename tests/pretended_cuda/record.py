@@ -16,7 +16,7 @@ _PACKAGES = ("spar_d2", "detectron2")
 
 
 class Record:
-    """What happened on the pretended device; counters are by what it was and where ("spar_d2/engine/step.py:95")."""
+    """What happened on the pretended device, counted by kind and place ("spar_d2/engine/train_step.py:95")."""
 
     def __init__(self) -> None:
         self.waits, self.copies, self.launches = (collections.Counter() for _ in range(3))

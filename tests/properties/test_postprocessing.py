@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plain import segmentation
-from spar_d2.modeling import bands, class_probabilities, segment_features
+from spar_d2.modeling import banded_upsampling as bands
+from spar_d2.modeling import class_probabilities, segment_features
 
 PATCH = 4
 

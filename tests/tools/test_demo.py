@@ -14,8 +14,8 @@ from PIL import Image
 
 import spar_d2
 from reference import ROOT, reference_image
-from spar_d2.demo.demo import Seen
 from spar_d2.demo.panoptic import PanopticDemo
+from spar_d2.demo.predictor import Seen
 from spar_d2.engine.setup import load_config
 from spar_d2.visualization import class_colours
 from tool_modules import load_tool
@@ -156,7 +156,7 @@ def test_odd_sizes_are_resized_for_the_model_and_back(demo, size, tmp_path):
 
 
 def test_the_model_gets_the_size_that_the_config_says_in_its_order_of_channels(demo, photo, monkeypatch):
-    from spar_d2.modeling.open_vocab import OpenVocabularySegmentor
+    from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 
     given, forward = [], OpenVocabularySegmentor.forward
 
@@ -276,7 +276,7 @@ def test_words_are_taken_from_the_config_or_the_data_set(demo, photo, tmp_path):
 
 
 def scene_classes():
-    from spar_d2.data import scenes
+    from spar_d2.toy import scenes
 
     return scenes.SCENE_CLASSES, scenes.class_colours()
 

@@ -8,8 +8,8 @@ import pytest
 
 from label_trees import make_tree
 from reference import ROOT
+from spar_d2.comparison.progress import Progress
 from spar_d2.data.preparation import prepare
-from spar_d2.engine.progress import Progress
 from tool_modules import load_tool
 
 CONFIG = str(ROOT / "configs" / "segment" / "openclip_vit_b_16.yaml")

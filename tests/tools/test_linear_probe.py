@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from reference import ROOT
-from spar_d2.data.datasets import SCENE_SPLITS
+from spar_d2.comparison import methods as comparison
+from spar_d2.data.datasets.scenes import SCENE_SPLITS
 from spar_d2.encoders.weights import write_safetensors
-from spar_d2.engine import comparison
 from spar_d2.engine.hooks import StepSeed
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from tool_modules import load_tool

@@ -6,7 +6,7 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from label_trees import make_tree, use_trees
-from spar_d2.data.benchmarks import LABELLED_SETS
+from spar_d2.data.datasets.catalog import LABELLED_SETS
 from spar_d2.data.preparation.registry import GROUPS, PREPARATIONS
 from tool_modules import load_tool
 

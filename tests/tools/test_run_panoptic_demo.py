@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from reference import ROOT
-from spar_d2.data.datasets import SCENE_SPLITS
+from spar_d2.data.datasets.scenes import SCENE_SPLITS
 from tool_modules import load_tool
 
 WEIGHTS = ROOT / "configs/demo/tiny_clip.safetensors"

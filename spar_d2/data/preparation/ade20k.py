@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spar_d2.data import class_names
+from spar_d2.data.datasets import class_names
 from spar_d2.data.preparation.common import PARTS, Place, without_background
 from spar_d2.data.preparation.folders import Files, FolderPreparation
 

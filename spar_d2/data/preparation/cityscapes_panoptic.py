@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spar_d2.data import class_names
+from spar_d2.data.datasets import class_names
 from spar_d2.data.preparation.cityscapes import EVALUATED, GT_FINE, IDS, photos_and_labels
 from spar_d2.data.preparation.common import IGNORED, classes_in, label_table, read_values
 from spar_d2.data.preparation.panoptic import PanopticLabels, PanopticPreparation, areas_and_boxes

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from spar_d2.data.benchmarks import LABELLED_SETS
-from spar_d2.image_files import DAMAGE, open_image
+from spar_d2.data.datasets.catalog import LABELLED_SETS
+from spar_d2.utils.images import DAMAGE, open_image
 
 IGNORED = 255
 PARTS = {"val": "validation", "train": "training"}
@@ -187,7 +187,8 @@ class Preparation(ABC):
     Args:
         name: of the data set.
         split: "val" or "train".
-        images_of: the one of :data:`~spar_d2.data.benchmarks.LABELLED_SETS` with the same images; default: ``name``.
+        images_of: the one of :data:`~spar_d2.data.datasets.catalog.LABELLED_SETS` with the same images;
+            default: ``name``.
     """
 
     def __init__(self, name: str, split: str = "val", images_of: str = "") -> None:

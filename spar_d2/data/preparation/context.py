@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spar_d2.data import class_names
+from spar_d2.data.datasets import class_names
 from spar_d2.data.preparation.common import (
     IGNORED,
     ClassLabels,

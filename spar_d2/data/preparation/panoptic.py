@@ -11,8 +11,8 @@ import numpy as np
 
 from spar_d2.data.preparation.common import Labels
 from spar_d2.data.preparation.folders import Files, FolderPreparation
-from spar_d2.files import replacing
-from spar_d2.panoptic_ids import as_colours, boxes
+from spar_d2.utils.id_maps import as_colours, boxes
+from spar_d2.utils.io import replacing
 
 
 class PanopticLabels(Labels):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spar_d2.data import class_names
-from spar_d2.data.colours import voc_colours
+from spar_d2.data.datasets import class_names
+from spar_d2.data.datasets.colors import voc_colours
 from spar_d2.data.preparation.common import (
     ClassLabels,
     Labels,

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from spar_d2.data.preparation.common import Labels, Preparation, datasets_root
 from spar_d2.data.preparation.registry import find_preparation
-from spar_d2.files import remove_leftovers, replacing
-from spar_d2.image_files import DAMAGE, open_image
+from spar_d2.utils.images import DAMAGE, open_image
+from spar_d2.utils.io import remove_leftovers, replacing
 
 logger = logging.getLogger(__name__)
 

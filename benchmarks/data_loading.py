@@ -1,0 +1,116 @@
+"""How fast photos are loaded, beside how fast they are trained on."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from PIL import Image
+
+from spar_d2.data.build import build_photo_loader
+from spar_d2.data.loader import AHEAD
+from spar_d2.engine.interrupt import Interrupted
+from spar_d2.engine.trainer import Trainer
+
+HEAD = (
+    "| loading processes | images a step | loading alone, images/s | training, images/s | waiting for images |",
+    "|---:|---:|---:|---:|---:|",
+)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Measured for one number of loading processes.
+
+    Attributes:
+        workers: loading processes; 0 loads in the training process itself.
+        batch: images in a step.
+        alone: images per second without a model.
+        training: images per second with it.
+        waiting: share of the time of a step that is spent waiting for images, 0..1.
+    """
+
+    workers: int
+    batch: int
+    alone: float
+    training: float
+    waiting: float
+
+    def row(self) -> str:
+        """A row under ``HEAD``."""
+        shown = (f"{self.alone:.1f}", f"{self.training:.2f}", f"{100 * self.waiting:.1f} %")
+        return f"| {self.workers} | {self.batch} | {' | '.join(shown)} |"
+
+
+class _Times(HookBase):
+    """Seconds of each step; ends the training before it writes a student."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+        self.steps: list[float] = []
+
+    def before_step(self) -> None:
+        self._started = time.perf_counter()
+
+    def after_step(self) -> None:
+        self.steps.append(time.perf_counter() - self._started)
+        self.left -= 1
+        if not self.left:
+            raise Interrupted("ended")
+
+
+def measure_loading(cfg: CfgNode, workers: int, steps: int, hooks: Sequence[HookBase] = ()) -> Loading:
+    """Load and train for some steps with a config; the first step, which warms up, is not counted.
+
+    Args:
+        cfg: of a distillation.
+        workers: loading processes.
+        steps: at least 2.
+        hooks: of the training, besides its own.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.MAX_ITER, cfg.DATASETS.TEST = workers, steps + 1, ()
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SPAR.PICTURE_PERIOD = steps + 2, 0
+    batches = iter(build_photo_loader(cfg, seed=0))
+    next(batches)
+    ready = AHEAD * workers
+    for _ in itertools.islice(batches, ready):
+        pass
+    started = time.perf_counter()
+    for _ in itertools.islice(batches, ready + steps):
+        pass
+    alone = (ready + steps) * cfg.SOLVER.IMS_PER_BATCH / (time.perf_counter() - started)
+    del batches
+    with tempfile.TemporaryDirectory() as folder:
+        cfg.OUTPUT_DIR = folder
+        trainer, times = Trainer(cfg), _Times(steps)
+        trainer.register_hooks([*hooks, times])
+        trainer.train()
+    # On a GPU the numbers of many steps are written at once, the last ones after training.
+    waiting = [value for value, _ in trainer.storage.history("data_time").values()]
+    seconds = sum(times.steps[1:])
+    images = (steps - 1) * cfg.SOLVER.IMS_PER_BATCH
+    return Loading(workers, cfg.SOLVER.IMS_PER_BATCH, alone, images / seconds, sum(waiting[1:]) / seconds)
+
+
+def draw_photos(folder: Path, count: int, size: tuple[int, int] = (2250, 1500)) -> Iterator[Path]:
+    """Write JPEGs with structure at all scales, which take about as long to decode as photos of their size."""
+    width, height = size
+    for number in range(count):
+        generator = np.random.default_rng(number)
+        total = np.zeros((height, width, 3), dtype=np.float32)
+        for cells in (4, 16, 64, 256):
+            noise = Image.fromarray(generator.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+            total += np.asarray(noise.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 4
+        total += generator.normal(0, 6, total.shape)
+        path = folder / f"{number:04d}.jpg"
+        Image.fromarray(total.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        yield path

@@ -1,0 +1,81 @@
+"""Random features and words of an image, the labels that they give, and whether two labellings are equal up to ties."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from spar_d2.modeling.banded_upsampling import ScoreMap, UpsampledScores
+from spar_d2.modeling.postprocessing import cosine_scores, segment_scores
+
+_CELL, _CHANNELS, _SCALE = 16, 64, 40.0
+# Scores this close are equal up to rounding.
+NEAR = 1e-5
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """What labels are computed from.
+
+    Attributes:
+        features: (D, h, w) of each view; of the second, which is mirrored, the grid is another.
+        text: (Q, D), unit vectors.
+        classes: (Q,) int64.
+        size, padded: (H, W) of the labels, and what the features of the first view cover.
+    """
+
+    features: Sequence[torch.Tensor]
+    text: torch.Tensor
+    classes: torch.Tensor
+    size: tuple[int, int]
+    padded: tuple[int, int]
+
+    def on(self, device: torch.device) -> LabelledImage:
+        features = [view.to(device) for view in self.features]
+        return LabelledImage(features, self.text.to(device), self.classes.to(device), self.size, self.padded)
+
+    @cached_property
+    def maps(self) -> list[ScoreMap]:
+        scores = [cosine_scores(view, self.text) for view in self.features]
+        return [ScoreMap(scores[0], self.padded), *(ScoreMap(other, self.size, True) for other in scores[1:])]
+
+    def labels(self, probability: float, area: float | None) -> torch.Tensor:
+        return segment_scores(self.maps, self.classes, self.size, _SCALE, probability, area)
+
+    def disagreement(self, one: torch.Tensor, other: torch.Tensor, probability: float) -> tuple[int, int]:
+        """How many pixels two ways label differently, and how many of them without being near a tie.
+
+        Args:
+            one, other: (H, W) int64, on any device; this image is on the CPU.
+            probability: threshold of the labels.
+        """
+        one, other = one.cpu(), other.cpu()
+        mask, unequal = one != other, 0
+        for place, scores in UpsampledScores(self.maps, self.size).pixels(mask):
+            pair = torch.stack([one[place], other[place]], dim=1)
+            near = self._of_classes(scores).gather(1, pair).diff(dim=1)[:, 0].abs() <= NEAR
+            if probability:
+                # One of the two dropped the pixel: the other's class is as probable as the threshold.
+                probabilities = self._of_classes((_SCALE * scores).softmax(1)).gather(1, pair)
+                near |= ((probabilities - probability).abs() <= _SCALE * NEAR).any(1)
+            unequal += int((~near).sum())
+        return int(mask.sum()), unequal
+
+    def _of_classes(self, values: torch.Tensor) -> torch.Tensor:
+        """(n, Q) to (n, classes), the largest of each class's queries."""
+        largest = values.new_full((len(values), int(self.classes.max()) + 1), -torch.inf)
+        return largest.scatter_reduce_(1, self.classes.expand_as(values), values, "amax")
+
+
+def random_image(words: int, size: tuple[int, int], views: int = 1) -> LabelledImage:
+    """Random features and words, on the CPU; two words of one class each, as synonyms are."""
+    generator = torch.Generator().manual_seed(words)
+    grids = [tuple(-(-side // (_CELL + 4 * view)) for side in size) for view in range(views)]
+    features = [torch.randn(_CHANNELS, *grid, generator=generator) for grid in grids]
+    text = F.normalize(torch.randn(words, _CHANNELS, generator=generator), dim=1)
+    padded = tuple(side * _CELL for side in grids[0])
+    return LabelledImage(features, text, torch.arange(words) // 2, size, padded)

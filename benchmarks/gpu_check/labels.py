@@ -1,0 +1,167 @@
+"""Labels on the GPU beside a CPU's, and those of the fused kernel beside those in bands."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu_check.checks import FACTS, Fact
+from benchmarks.gpu_check.labelled_image import NEAR, LabelledImage, random_image
+from benchmarks.gpu_check.record import Record
+from benchmarks.gpu_check.settings import Settings
+from benchmarks.gpu_check.waits import check_waits
+from benchmarks.tables import Table
+from spar_d2.modeling import best_query
+
+_PROBABILITY = 0.1
+_FUSED, _BANDS, _TF32 = "device and CPU", "fused and in bands, on the device", "with TF32 and without, on the device"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Labels of a few images, computed in two ways.
+
+    Attributes:
+        compared: the two ways.
+        thresholds: of probability and area.
+        words: text vectors.
+        views: of each image, whose scores are averaged.
+        pixels: all of them.
+        different: pixels that are labelled differently.
+        unequal: those of them whose two labels do not have equal scores up to rounding.
+    """
+
+    compared: str
+    thresholds: str
+    words: int
+    views: int
+    pixels: int
+    different: int
+    unequal: int
+
+    @property
+    def passed(self) -> bool:
+        return not self.unequal
+
+
+TABLE = Table(
+    columns={
+        "compared": lambda a: a.compared,
+        "thresholds": lambda a: a.thresholds,
+        "words": lambda a: str(a.words),
+        "views": lambda a: str(a.views),
+        "other labels": lambda a: f"{a.different} of {a.pixels}",
+        "not near a tie": lambda a: str(a.unequal),
+        "result": lambda a: "passed" if a.passed else "**FAILED**",
+    },
+    always=(
+        f"not near a tie: of the pixels with other labels, those whose two labels have scores that differ by more than "
+        f"{NEAR}, or, with a threshold, whose probability is not as near to it.",
+    ),
+    sometimes={},
+)
+
+
+@torch.no_grad()
+def check_labels(record: Record, settings: Settings) -> None:
+    """Label images by random features, with and without thresholds, on the device and on a CPU."""
+    image = random_image(settings.words[0], settings.label_sizes[0]).on(settings.device)
+    _check_kernel(record, image)
+    for area, limit in ((None, 0), (0.01, 1)):
+        named = "with" if area else "without"
+        labels = functools.partial(image.labels, _PROBABILITY, area)
+        check_waits(record, f"labels {named} an area threshold", labels, settings.device, limit)
+    for words in settings.words:
+        for views, thresholds in ((1, "none"), (1, "probability"), (1, "area"), (2, "probability and area")):
+            pairs = [_pairs(settings.device, words, size, views, thresholds) for size in settings.label_sizes]
+            for compared in pairs[0]:
+                pixels, different, unequal = map(sum, zip(*(found[compared] for found in pairs)))
+                record.add("Labels", TABLE, Agreement(compared, thresholds, words, views, pixels, different, unequal))
+
+
+def _pairs(
+    device: torch.device, words: int, size: tuple[int, int], views: int, thresholds: str
+) -> dict[str, tuple[int, int, int]]:
+    """Pixels of one image, those labelled differently and those of them not near a tie, by the ways compared."""
+    image = random_image(words, size, views)
+    probability = _PROBABILITY if "probability" in thresholds else 0.0
+    area = _middle_area(image.labels(0.0, None)) if "area" in thresholds else None
+    own = image.on(device)
+    found = own.labels(probability, area)
+    with kernel_off():
+        in_bands = own.labels(probability, area)
+    pairs = {_FUSED: (image.labels(probability, area), found), _BANDS: (in_bands, found)}
+    if thresholds == "none":
+        with _tf32():
+            pairs[_TF32] = (found, replace(own).labels(probability, area))
+    return {way: (found.numel(), *image.disagreement(*pair, probability)) for way, pair in pairs.items()}
+
+
+def _check_kernel(record: Record, image: LabelledImage) -> None:
+    """Whether the kernel runs where it should, for it is replaced without an error where it cannot."""
+    complaints: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda message: complaints.append(message.getMessage())
+    best_query.logger.addHandler(handler)
+    try:
+        with _SeenKernel() as seen:
+            image.labels(_PROBABILITY, None)
+        if image.text.is_cuda:
+            torch.cuda.synchronize(image.text.device)
+    finally:
+        best_query.logger.removeHandler(handler)
+    found = complaints[0] if complaints else "fused kernel" if seen.kernel else "in bands"
+    passed = found == ("fused kernel" if image.text.is_cuda else "in bands")
+    record.add("Kernel for labels", FACTS, Fact("labels", "by the fused kernel on a GPU, else in bands", found, passed))
+
+
+class _SeenKernel(TorchDispatchMode):
+    """Within it, whether the fused kernel is called is written down."""
+
+    kernel = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.kernel |= func.name().startswith("spar_d2::best_query")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def kernel_off() -> Iterator[None]:
+    """Within it, labels are computed in bands."""
+    before = os.environ.get(best_query.SWITCH)
+    os.environ[best_query.SWITCH] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[best_query.SWITCH]
+        if before is not None:
+            os.environ[best_query.SWITCH] = before
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _middle_area(labels: torch.Tensor) -> float:
+    """A threshold that removes about half of the classes, far from the area of any: no tie decides which."""
+    areas = labels.flatten().bincount()[1:].double()
+    found = areas.sort().values
+    middle = found[len(found) // 4 : max(2, len(found) * 3 // 4 + 1)]
+    if len(middle) < 2:
+        return 0.5
+    widest = int(middle.diff().argmax())
+    return float((middle[widest] + middle[widest + 1]) / 2 / areas.sum())

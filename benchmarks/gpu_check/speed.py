@@ -1,0 +1,108 @@
+"""Speed and memory of encoders, of the teacher, and of the way from features to scores, by ``tools/benchmark.py``'s."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import encoders, postprocess, teacher
+from benchmarks.gpu_check.labels import kernel_off
+from benchmarks.gpu_check.machine import peak_tflops
+from benchmarks.gpu_check.record import Record
+from benchmarks.gpu_check.settings import Settings
+from benchmarks.tables import Table
+from spar_d2.encoders import build_encoder
+
+_PRECISIONS = ("bfloat16", "float32")
+# Of the memory that is free, what full maps of all words may take.
+_SHARE = 0.7
+_STRIDE = 24
+
+
+def measure_encoders(record: Record, settings: Settings) -> None:
+    """Single passes beside the libraries' own, in bfloat16 first; then one size with compiled blocks."""
+    table, device = _with_share_of_peak(settings.device), settings.device
+    for precision in _PRECISIONS:
+        for name in settings.models:
+            options = {"repeats": settings.repeats, "limit": settings.limit}
+            for found in encoders.measure_encoder(name, settings.speed_sizes, [precision], device, **options):
+                record.add("Single passes", table, found)
+    # Compiling takes half a minute, so a cut here loses the least.
+    size = settings.speed_sizes[len(settings.speed_sizes) // 3]
+    for name in settings.models[: settings.compiled[0]]:
+        options = {"repeats": settings.repeats, "compile": True, "limit": settings.limit}
+        for found in encoders.measure_encoder(name, [size], ["bfloat16"], device, **options):
+            record.add("Single passes, our blocks compiled", table, found)
+
+
+def _with_share_of_peak(device: torch.device) -> Table:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+    def share(measured: encoders.Measurement) -> str:
+        peak = peak_tflops(name, measured.precision)
+        if peak is None or measured.flops is None:
+            return "-"
+        return f"{measured.flops / measured.seconds / peak / 1e10:.0f} %"
+
+    note = (
+        "share of peak: TFLOP/s beside what the maker states for dense products, of float32 without TF32; not known of "
+        'every GPU ("-").'
+    )
+    columns = {**encoders.TABLE.columns, "share of peak": share}
+    return dataclasses.replace(encoders.TABLE, columns=columns, always=(*encoders.TABLE.always, note))
+
+
+def measure_teachers(record: Record, settings: Settings) -> None:
+    """Targets beside the straightforward way, and single passes over the same images."""
+    for precision in _PRECISIONS:
+        for name in settings.models:
+            # In float32, which nobody distils in on a GPU, a quarter of the windows will do.
+            windows = settings.teacher_windows
+            windows = windows // 4 if windows and precision == "float32" else windows
+            measured = teacher.measure_teacher(
+                name,
+                settings.teacher_sizes,
+                [precision],
+                settings.device,
+                _STRIDE,
+                batch_size=0,
+                windows=windows,
+                repeats=settings.repeats,
+                student=True,
+                limit=settings.limit,
+            )
+            for found in measured:
+                record.add(f"Teacher, stride {_STRIDE}, and student", teacher.WITH_STUDENT, found)
+
+
+def measure_labels(record: Record, settings: Settings) -> None:
+    """From features to labels beside full maps; and evaluating label maps beside Detectron2's evaluator."""
+    name = settings.models[0]
+    encoder = build_encoder(name).requires_grad_(False).to(settings.device)
+    image = postprocess.normalised(postprocess.picture(None, settings.label_side), encoder)
+    options = (list(settings.words), settings.repeats, int(_SHARE * _free_bytes(settings.device)))
+    for found in postprocess.measure_postprocess(encoder, image, *options):
+        record.add(f"From features of {name} to labels", postprocess.TABLE, found)
+    if settings.device.type == "cuda":
+        with kernel_off():
+            for found in postprocess.measure_postprocess(encoder, image, *options[:2], room=0):
+                record.add(f"From features of {name} to labels, in bands", postprocess.TABLE, found)
+    del encoder, image
+    # The other parts of the speed need no Detectron2.
+    from benchmarks import semantic_evaluator as evaluator_speed
+
+    with tempfile.TemporaryDirectory() as folder:
+        measured = evaluator_speed.measure_evaluators(Path(folder), settings.evaluated, settings.device)
+        for evaluation in measured:
+            values = dataclasses.asdict(evaluation)
+            record.add_row("Semantic evaluator", evaluator_speed.HEAD, evaluation.row(), values)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

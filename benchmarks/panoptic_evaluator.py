@@ -1,0 +1,190 @@
+"""How fast panoptic predictions are evaluated, beside a straightforward way through PNG files."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from PIL import Image
+
+from spar_d2.evaluation import PanopticEvaluator
+from spar_d2.evaluation.panoptic.coco_png import write_ids, write_json
+
+HEAD = (
+    "| size | segments | ours s/1000 images | through PNGs s/1000 images | ratio | largest difference |",
+    "|---:|---:|---:|---:|---:|---:|",
+)
+# As many as in photos of COCO: few, usual, many.
+CASES = ((480, 640, 8), (480, 640, 20), (480, 640, 60))
+_CATEGORIES = {number: {"id": number, "name": str(number), "isthing": int(number <= 80)} for number in range(1, 134)}
+
+
+@dataclass(frozen=True)
+class PanopticEvaluation:
+    """Measured for one kind of image.
+
+    Attributes:
+        ours, plain: seconds for an image; reading the ground truth is part of both.
+        difference: the largest between the scores of the two, in percent.
+    """
+
+    size: tuple[int, int]
+    segments: int
+    ours: float
+    plain: float
+    difference: float
+
+    def row(self) -> str:
+        """A row under ``HEAD``."""
+        times = f"{1e3 * self.ours:.2f} | {1e3 * self.plain:.1f} | {self.plain / self.ours:.0f}x"
+        return f"| {self.size[1]}x{self.size[0]} | {self.segments} | {times} | {self.difference:.0e} |"
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A prediction, and the ground truth's file and segments."""
+
+    record: dict
+    ids: np.ndarray
+    found: list[dict]
+    truth: Path
+    segments: list[dict]
+
+
+def measure_panoptic(folder: Path, images: int) -> Iterator[PanopticEvaluation]:
+    """Evaluate the same drawn predictions by ours and by way of PNG files.
+
+    Args:
+        folder: an empty one, for ground truth and predictions.
+        images: of each kind; their mean times are taken.
+    """
+    for height, width, segments in CASES:
+        name = f"spar_panoptic_speed_{segments}"
+        root = folder / name
+        pictures = [_draw(root, (height, width), segments, index) for index in range(images)]
+        annotations = [
+            {"image_id": index, "file_name": picture.truth.name, "segments_info": picture.segments}
+            for index, picture in enumerate(pictures)
+        ]
+        write_json({"categories": list(_CATEGORIES.values()), "annotations": annotations}, folder / f"{name}.json")
+        things, stuff = ({n: n for n, c in _CATEGORIES.items() if c["isthing"] == thing} for thing in (1, 0))
+        MetadataCatalog.get(name).set(
+            panoptic_json=str(folder / f"{name}.json"),
+            panoptic_root=str(root),
+            thing_dataset_id_to_contiguous_id=things,
+            stuff_dataset_id_to_contiguous_id=stuff,
+        )
+        try:
+            ours, scores = _evaluate(name, pictures)
+        finally:
+            MetadataCatalog.remove(name)
+        plain, others = _through_files(folder, pictures)
+        difference = max(abs(value - others.get(key, 0)) for key, value in scores.items() if key[3:].isdigit())
+        yield PanopticEvaluation((height, width), segments, ours / images, plain / images, difference)
+
+
+def _evaluate(name: str, pictures: list[_Picture]) -> tuple[float, dict[str, float]]:
+    evaluator = PanopticEvaluator(name, distributed=False)
+    outputs = [{"panoptic_seg": (torch.from_numpy(picture.ids), picture.found)} for picture in pictures]
+    # Reads the JSON, which is not what is measured.
+    evaluator.process([pictures[0].record], outputs[:1])
+    evaluator.reset()
+    started = time.perf_counter()
+    for picture, output in zip(pictures, outputs):
+        evaluator.process([picture.record], [output])
+    seconds = time.perf_counter() - started
+    return seconds, evaluator.evaluate()["panoptic_seg"]
+
+
+def _through_files(folder: Path, pictures: list[_Picture]) -> tuple[float, dict[str, float]]:
+    """The rules by dictionaries, on maps that went through PNG files; scores by the evaluator's names."""
+    file = folder / "prediction.png"
+    totals: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(4))
+    started = time.perf_counter()
+    for picture in pictures:
+        colours = np.stack([picture.ids // 256**channel % 256 for channel in range(3)], axis=2)
+        Image.fromarray(colours.astype(np.uint8)).save(file)
+        _count(_read(file), picture.found, _read(picture.truth), picture.segments, totals)
+    seconds = time.perf_counter() - started
+    scores = {number: 100 * iou / (tp + (fp + fn) / 2) for number, (iou, tp, fp, fn) in totals.items()}
+    return seconds, {f"PQ-{number}": score for number, score in scores.items()}
+
+
+def _read(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        colours = np.asarray(image).astype(np.int64)
+    return colours[..., 0] + 256 * colours[..., 1] + 256**2 * colours[..., 2]
+
+
+def _count(
+    prediction: np.ndarray, found: list[dict], truth: np.ndarray, segments: list[dict], totals: dict[int, np.ndarray]
+) -> None:
+    keys, pixels = np.unique(truth * 256**3 + prediction, return_counts=True)
+    shared = {divmod(key, 256**3): count for key, count in zip(keys.tolist(), pixels.tolist())}
+    area: dict[int, int] = defaultdict(int)
+    for (_, guess), count in shared.items():
+        area[guess] += count
+    category = {segment["id"]: segment["category_id"] for segment in found}
+    crowds = {segment["category_id"]: segment["id"] for segment in segments if segment["iscrowd"]}
+    done = set()
+    for segment in segments:
+        paired = False
+        for guess in () if segment["iscrowd"] else category:
+            both = shared.get((segment["id"], guess), 0)
+            if both and category[guess] == segment["category_id"]:
+                iou = both / (area[guess] + segment["area"] - both - shared.get((0, guess), 0))
+                if iou > 0.5:
+                    totals[category[guess]] += (iou, 1, 0, 0)
+                    done.add(guess)
+                    paired = True
+        if not paired and not segment["iscrowd"]:
+            totals[segment["category_id"]][3] += 1
+    for guess in set(category) - done:
+        outside = shared.get((0, guess), 0) + shared.get((crowds.get(category[guess]), guess), 0)
+        if outside / area[guess] <= 0.5:
+            totals[category[guess]][2] += 1
+
+
+def _draw(root: Path, size: tuple[int, int], count: int, seed: int) -> _Picture:
+    rng = np.random.default_rng([count, seed])
+    centres = rng.random((count, 2)) * size
+    true = _regions(rng, centres, size)
+    guess = _regions(rng, centres + rng.normal(0, 6, centres.shape), size)
+    categories = rng.integers(1, 134, count)
+    guessed = np.where(rng.random(count) < 0.8, categories, rng.integers(1, 134, count))
+    # Some regions are void, and some true ones a crowd.
+    ids = np.where(rng.random(count) < 0.1, 0, rng.choice(2**24 - 1, count, replace=False) + 1)
+    crowd = rng.random(count) < 0.05
+    areas = np.bincount(true.ravel(), minlength=count)
+    segments = [
+        {"id": int(ids[n]), "category_id": int(categories[n]), "iscrowd": int(crowd[n]), "area": int(areas[n])}
+        for n in range(count)
+        if ids[n] and areas[n]
+    ]
+    numbers = np.where(rng.random(count) < 0.1, 0, np.arange(1, count + 1)).astype(np.int32)
+    found = [
+        {"id": int(numbers[n]), "category_id": int(guessed[n]), "isthing": bool(guessed[n] <= 80)}
+        for n in np.unique(guess)
+        if numbers[n]
+    ]
+    file = root / f"{seed}.png"
+    write_ids(ids[true], file)
+    return _Picture({"image_id": seed}, numbers[guess], found, file, segments)
+
+
+def _regions(rng: np.random.Generator, centres: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) which centre is nearest, with edges as uneven as those of things in photos."""
+    height, width = size
+    places = np.mgrid[:height, :width].astype(np.float32)
+    for places_along in places:
+        for cell, spread in ((32, 14), (4, 3)):
+            noise = rng.normal(0, spread, (height // cell, width // cell)).astype(np.float32)
+            places_along += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.argmin([((places - centre[:, None, None]) ** 2).sum(axis=0) for centre in centres], axis=0)

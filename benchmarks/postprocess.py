@@ -1,0 +1,156 @@
+"""The last step, from features to labels, beside the same with full maps of all classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from benchmarks.measure import median_seconds, peak_bytes
+from benchmarks.passes import result_if_it_fits
+from benchmarks.tables import NO_PEAK, PEAK_NOTE, Table, number, ratio
+from spar_d2.data.images import read_rgb
+from spar_d2.encoders import DenseEncoder
+from spar_d2.modeling.postprocessing import segment_features
+from spar_d2.toy.scenes import large_scene
+
+_MIB = 1 << 20
+# Of the full computation, the largest tensors: the upsampled scores and their probabilities.
+_FULL_MAPS = 3
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured for a number of words.
+
+    Attributes:
+        size: (H, W) of the image and of the labels.
+        thresholds: whether probabilities are compared with a threshold, not scores with each other alone.
+        different: pixels that the two ways label differently; None where there was no room for full maps.
+        seconds, peak: ours; full_seconds, full_peak: of full maps; in bytes.
+    """
+
+    words: int
+    size: tuple[int, int]
+    thresholds: bool
+    different: int | None
+    seconds: float
+    peak: int | None
+    full_seconds: float | None
+    full_peak: int | None
+
+
+TABLE = Table(
+    columns={
+        "words": lambda m: str(m.words),
+        "threshold": lambda m: "probability" if m.thresholds else "none",
+        "size": lambda m: f"{m.size[1]}x{m.size[0]}",
+        "ours s": lambda m: number(m.seconds),
+        "full maps s": lambda m: number(m.full_seconds),
+        "time, ours / full": lambda m: ratio(m.seconds, m.full_seconds),
+        "ours MiB": lambda m: number(m.peak, _MIB),
+        "full maps MiB": lambda m: number(m.full_peak, _MIB),
+        "memory, full / ours": lambda m: ratio(m.full_peak, m.peak),
+        "other labels": lambda m: "-" if m.different is None else f"{m.different / (m.size[0] * m.size[1]):.1e}",
+    },
+    always=[
+        PEAK_NOTE,
+        "full maps: cosines upsampled by torch's interpolate to words x height x width, softmax where there is a "
+        "threshold, arg max.",
+        "other labels: share of pixels labelled differently, which lie so close to a tie that rounding decides.",
+    ],
+    sometimes={
+        NO_PEAK: lambda m: m.peak is None,
+        "no numbers of full maps: no room for them in memory.": lambda m: m.full_seconds is None,
+    },
+)
+
+
+def picture(path: Path | None, long_side: int) -> np.ndarray:
+    """A photo, or a drawn scene, with a long side of so many pixels: (H, W, 3) uint8 RGB; raises as ``read_rgb``."""
+    pixels = large_scene(0, 0).image if path is None else read_rgb(path)
+    factor = long_side / max(pixels.shape[:2])
+    height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def normalised(pixels: np.ndarray, encoder: DenseEncoder) -> torch.Tensor:
+    """(H, W, 3) uint8 RGB to (1, 3, H, W) as an encoder wants it, on its device."""
+    x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).to(next(encoder.parameters()).device)
+    mean, std = (
+        torch.tensor(values, device=x.device).view(3, 1, 1) for values in (encoder.pixel_mean, encoder.pixel_std)
+    )
+    return ((x / 255 - mean) / std)[None]
+
+
+@torch.no_grad()
+def measure_postprocess(
+    encoder: DenseEncoder, image: torch.Tensor, words: list[int], repeats: int, room: int
+) -> Iterator[Measurement]:
+    """Measure the step from an encoder's features of an image to labels.
+
+    Args:
+        encoder: on the device to measure on.
+        image: (1, 3, H, W), normalised, on that device.
+        words: numbers of words, whose vectors are random.
+        repeats: calls whose median time is taken.
+        room: bytes that full maps may take; larger ones are left out.
+
+    Yields:
+        One measurement for each number of words, without and with a threshold.
+    """
+    features = encoder(image)[0]
+    size = tuple(image.shape[-2:])
+    padded = tuple(side * encoder.patch_size for side in features.shape[1:])
+    generator = torch.Generator().manual_seed(0)
+    for count in words:
+        noise = torch.randn(count, len(features), generator=generator).to(features)
+        text = F.normalize(noise, dim=1)
+        classes = torch.arange(count, device=features.device)
+        for threshold in (0.0, 0.1):
+            yield _measure(features, text, classes, size, padded, threshold, repeats, room)
+
+
+def _measure(
+    features: torch.Tensor,
+    text: torch.Tensor,
+    classes: torch.Tensor,
+    size: tuple[int, int],
+    padded: tuple[int, int],
+    threshold: float,
+    repeats: int,
+    room: int,
+) -> Measurement:
+    def ours() -> torch.Tensor:
+        return segment_features(features, text, classes, size, padded, prob_threshold=threshold)
+
+    def full() -> torch.Tensor:
+        return _label_full_maps(features, text, size, padded, threshold)
+
+    fits = _FULL_MAPS * len(text) * padded[0] * padded[1] * 4 <= room
+    expected = result_if_it_fits(full) if fits else None
+    labels = ours()
+    calls = [ours] if expected is None else [ours, full]
+    seconds = median_seconds(calls, repeats, features.device)
+    peaks = [peak_bytes(call, features.device) for call in calls]
+    different = None if expected is None else int((labels != expected).sum())
+    own = (seconds[0], peaks[0])
+    other = (None, None) if expected is None else (seconds[1], peaks[1])
+    return Measurement(len(text), size, threshold > 0, different, *own, *other)
+
+
+def _label_full_maps(
+    features: torch.Tensor, text: torch.Tensor, size: tuple[int, int], padded: tuple[int, int], threshold: float
+) -> torch.Tensor:
+    """The same labels, one operation after the other on tensors of all words and pixels."""
+    low = torch.einsum("dhw,qd->qhw", F.normalize(features.float(), dim=0), text)
+    scores = F.interpolate(low[None], size=padded, mode="bilinear")[0, :, : size[0], : size[1]]
+    if not threshold:
+        return scores.argmax(0)
+    best, labels = (40.0 * scores).softmax(0).max(0)
+    return labels.masked_fill_(best < threshold, 0)

@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints, and students as files of their own."""

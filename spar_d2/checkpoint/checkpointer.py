@@ -1,0 +1,192 @@
+"""Checkpoints that are complete or not there, and the student as a file of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine.hooks import PeriodicCheckpointer
+
+from spar_d2.encoders import DenseEncoder, EncoderSpec
+from spar_d2.encoders.convert import as_format
+from spar_d2.encoders.origin import Origin, add_origin
+from spar_d2.encoders.registry import build_text, find_family
+from spar_d2.encoders.settling import origin_of, settled
+from spar_d2.encoders.weights import write_safetensors
+from spar_d2.modeling.encoder_state import KEY, read_for_model
+from spar_d2.utils.io import replacing
+
+logger = logging.getLogger(__name__)
+
+# Names the checkpoint that --resume goes on from.
+LAST = "last_checkpoint"
+
+
+class UnsavedError(RuntimeError):
+    """A checkpoint could not be written."""
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, made safe.
+
+    Checkpoints are written under a temporary name and renamed, and read without running code from them. Besides its
+    own, it loads files of encoder weights (``*.safetensors``, such as a student's) into the model's encoder. Of a
+    checkpoint with moving averages (``SPAR.EMA_DECAY``) it takes those, unless it goes on with that run.
+    """
+
+    _resumes = False
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write model, checkpointables and ``kwargs`` to ``name``.pth in the output folder.
+
+        Raises:
+            UnsavedError: it could not be written; earlier ones are as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            with replacing(path) as temporary:
+                torch.save({"model": self.model.state_dict(), **states, **kwargs}, temporary)
+                add_origin(temporary, self._origin())
+            self.tag_last_checkpoint(os.path.basename(path))
+        except (OSError, RuntimeError) as error:
+            free = shutil.disk_usage(self.save_dir).free / 2**30
+            raise UnsavedError(
+                f"the checkpoint {path} could not be written, {free:.2f} GiB are free there: {error}. Earlier "
+                "checkpoints are as they were; --resume goes on from the last"
+            ) from error
+
+    def _origin(self) -> Origin | None:
+        """Where the weights of the model's encoder are from, if it has one."""
+        origins = [part.origin for part in self.model.modules() if isinstance(part, DenseEncoder)]
+        return origins[0] if len(origins) == 1 else None
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with replacing(os.path.join(self.save_dir, LAST)) as temporary:
+            temporary.write_text(last_filename_basename)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint, or encoder weights.
+
+        Raises:
+            FileNotFoundError: no such file.
+            RuntimeError: a damaged file, or weights of another model.
+            ValueError: a pickle.
+        """
+        if path and "://" not in path and not os.path.isfile(path):
+            raise FileNotFoundError(f"{KEY}: there is no checkpoint {path}")
+        return super().load(path, *args, **kwargs)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load the last checkpoint with all its states, or else weights; raises as :meth:`load`."""
+        if not (resume and self.has_checkpoint()):
+            return super().resume_or_load(path, resume=resume)
+        last = self.get_checkpoint_file()
+        # Without anything else to restore it only is used, as after --eval-only.
+        self._resumes = bool(self.checkpointables)
+        try:
+            return super().resume_or_load(path, resume=True)
+        except (FileNotFoundError, RuntimeError) as error:
+            whole = sorted(p.name for p in Path(self.save_dir).glob("*.pth") if str(p) != last)
+            raise type(error)(
+                f"--resume: {os.path.join(self.save_dir, LAST)} names {os.path.basename(last) or 'nothing'}, which "
+                f"cannot be loaded ({error}). To go on from another, write its name into that file; there are: "
+                f"{', '.join(whole) or 'none'}"
+            ) from error
+        finally:
+            self._resumes = False
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pkl"):
+            raise ValueError(f"{KEY}: {filename} is a pickle, which can run code; use .pth or .safetensors weights")
+        return read_for_model(self.model, filename, averages=not self._resumes)
+
+
+class Checkpoints(PeriodicCheckpointer):
+    """Detectron2's periodic checkpoints; one that cannot be written does not stop the training, but for the last.
+
+    Args:
+        checkpointer: writes them.
+        period: iterations between them.
+        keep: how many of the latest stay, beside the final one; 0 for all.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int, keep: int = 0) -> None:
+        super().__init__(checkpointer, period)
+        self.keep = keep
+
+    def before_train(self) -> None:
+        super().before_train()
+        trainer, final = self.trainer, f"{self.file_prefix}_final"
+        if trainer.start_iter == 0:
+            self._set_aside()
+        if trainer.start_iter < trainer.max_iter:
+            return
+        # No step is left. A run that was killed between its last two checkpoints still needs the final one, with the
+        # number of the step it is of.
+        trainer.iter = trainer.start_iter - 1
+        if Path(self.checkpointer.get_checkpoint_file()).stem != final:
+            self.checkpointer.save(final, iteration=trainer.iter)
+        self._remove_old()
+
+    def after_step(self) -> None:
+        try:
+            super().after_step()
+        except UnsavedError as error:
+            if self.trainer.iter + 1 >= self.trainer.max_iter:
+                raise
+            logger.error("Training goes on without a checkpoint: %s", error)
+        else:
+            if (self.trainer.iter + 1) % self.period == 0:
+                self._remove_old()
+
+    def _set_aside(self) -> None:
+        """A run that begins anew must not be resumed from what an earlier one left in its folder."""
+        tag = Path(self.checkpointer.save_dir) / LAST
+        if self.checkpointer.save_to_disk and tag.is_file():
+            os.replace(tag, tag.with_name(f"{LAST}.previous"))
+            message = "%s holds an earlier run, and this one begins anew: its %s is now called %s.previous"
+            logger.info(message, tag.parent, LAST, LAST)
+
+    def _remove_old(self) -> None:
+        """As the folder shows them: no list outlives a run that is killed."""
+        if not self.keep or not self.checkpointer.save_to_disk:
+            return
+        paths = Path(self.checkpointer.save_dir).glob(f"{self.file_prefix}_[0-9]*.pth")
+        written = {int(path.stem.split("_")[-1]): path for path in paths}
+        # Later ones are of a run before, and not in the way.
+        for iteration in sorted(i for i in written if i <= self.trainer.iter)[: -self.keep]:
+            written[iteration].unlink(missing_ok=True)
+
+
+def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.PathLike) -> None:
+    """Write a student, with the text tower it belongs to where there is one, as a weight file of its library.
+
+    ``open_clip.create_model(name, pretrained=path)``, or for a model of timm's
+    ``timm.create_model(name, checkpoint_path=path)``, loads the file, as do ``MODEL.SPAR.PRETRAINED`` and
+    ``MODEL.WEIGHTS`` here. Where the student is from, and what it expects, is in the file's metadata.
+
+    Args:
+        encoder: the student.
+        spec: what it was built from.
+        path: ``*.safetensors`` to write.
+    """
+    family = find_family(spec.name)
+    origin = encoder.origin or origin_of(settled(spec, family))
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        if family.build_text:
+            tensors.update(build_text(spec).model.state_dict())
+    except (RuntimeError, ValueError, OSError) as error:  # hours of training must not be lost over the text
+        logger.warning("The student is written without a text tower: %s", error)
+    tensors.update(encoder.state_dict())
+    write_safetensors(as_format(tensors, family, family.file_format), path, origin)
+    logger.info("Wrote the student to %s", path)

@@ -1,0 +1,1 @@
+"""Inference modes side by side on data sets."""

@@ -1,0 +1,106 @@
+"""Scores of several ways of inference on several data sets, as the paper's table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from spar_d2.data.datasets.catalog import BENCHMARKS
+
+_IN_MEAN = [name for name, benchmark in BENCHMARKS.items() if benchmark.in_mean]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One cell of the table.
+
+    Attributes:
+        method: of the row.
+        dataset: of the column.
+        identity: of everything that the numbers follow from.
+        images: how many were tested on.
+        scores: of the evaluator, in percent; nan where undefined.
+        seconds_per_image: median, of the model alone.
+    """
+
+    method: str
+    dataset: str
+    identity: str
+    images: int
+    scores: dict[str, float]
+    seconds_per_image: float
+
+    def plain(self) -> dict:
+        """As JSON has it, which knows no nan."""
+        scores = {name: None if math.isnan(value) else value for name, value in self.scores.items()}
+        return {**asdict(self), "scores": scores}
+
+    @classmethod
+    def from_plain(cls, record: dict) -> Score:
+        """What :meth:`plain` gave."""
+        scores = {name: math.nan if value is None else value for name, value in record["scores"].items()}
+        return cls(**{**record, "scores": scores})
+
+
+def summary(scores: Sequence[Score], missing: Sequence[str]) -> dict:
+    """All of the table's numbers, for a JSON file."""
+    means = {method: _mean(row, _miou) for method, row in _rows(scores).items()}
+    return {"scores": [score.plain() for score in scores], "mean mIoU": means, "not found": list(missing)}
+
+
+def paper_table(scores: Sequence[Score], missing: Sequence[str] = ()) -> str:
+    """mIoU of every method on every data set, with their mean, and times, in Markdown.
+
+    Args:
+        scores: one for each method and data set.
+        missing: benchmarks that were not found; without one of the paper's there is no mean.
+    """
+    rows = _rows(scores)
+    others = [score.dataset for score in scores if score.dataset not in _IN_MEAN]
+    columns = [*_IN_MEAN, "Mean", *dict.fromkeys(others)]
+    titles = [BENCHMARKS[name].title if name in BENCHMARKS else name for name in columns]
+    lines = []
+    for what, value, digits in (("mIoU", _miou, 1), ("seconds per image", _seconds, 3)):
+        lines += [f"| {what} | {' | '.join(titles)} |", f"|---|{'---:|' * len(titles)}"]
+        for method, row in rows.items():
+            cells = [_mean(row, value) if name == "Mean" else _cell(row, name, value) for name in columns]
+            shown = ["-" if cell is None else f"{cell:.{digits}f}" for cell in cells]
+            lines.append(f"| {method} | {' | '.join(shown)} |")
+        lines.append("")
+    return "\n".join([*lines, *(f"- {note}" for note in _notes(scores, missing))])
+
+
+def _rows(scores: Sequence[Score]) -> dict[str, dict[str, Score]]:
+    rows: dict[str, dict[str, Score]] = {}
+    for score in scores:
+        rows.setdefault(score.method, {})[score.dataset] = score
+    return rows
+
+
+def _miou(score: Score) -> float:
+    return score.scores["mIoU"]
+
+
+def _seconds(score: Score) -> float:
+    return score.seconds_per_image
+
+
+def _cell(row: dict[str, Score], dataset: str, value: Callable[[Score], float]) -> float | None:
+    return value(row[dataset]) if dataset in row else None
+
+
+def _mean(row: dict[str, Score], value: Callable[[Score], float]) -> float | None:
+    cells = [_cell(row, name, value) for name in _IN_MEAN]
+    return None if None in cells else statistics.mean(cells)
+
+
+def _notes(scores: Sequence[Score], missing: Sequence[str]) -> list[str]:
+    notes = ["mIoU in percent, over the classes in the ground truth; seconds: median, of the model alone."]
+    for name, count in {score.dataset: score.images for score in scores}.items():
+        if name in BENCHMARKS and count < BENCHMARKS[name].images:
+            notes.append(f"{BENCHMARKS[name].title}: {count} of {BENCHMARKS[name].images} images.")
+    if missing:
+        notes.append(f"Not found on disk: {', '.join(missing)}.")
+    return notes

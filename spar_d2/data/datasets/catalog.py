@@ -1,0 +1,130 @@
+"""Data sets with a class for every pixel: those of the paper's table and how each is evaluated, and training splits.
+
+Needs no Detectron2.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from spar_d2.data.datasets import class_names
+from spar_d2.data.datasets.class_names import BACKGROUND
+from spar_d2.data.datasets.colors import voc_colours
+
+# Name of OpenCLIP's family of encoders, which some data sets have other thresholds for.
+_OPEN_CLIP = "open_clip ViT"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSet:
+    """A data set with a class for every pixel.
+
+    Attributes:
+        name: registered with Detectron2.
+        images: number of its images.
+        classes: official names; in label maps, label k is the k-th of them and 255 is ignored.
+        vocabulary: built-in one of these classes; "" is that of the data set's own name.
+    """
+
+    name: str
+    images: int
+    classes: tuple[str, ...]
+    vocabulary: str = ""
+
+    def colours(self) -> list[list[int]]:
+        """An RGB colour, 0..255, for every class: VOC's of its label, black for a background."""
+        first = 0 if self.classes[0] == BACKGROUND else 1
+        return voc_colours(first + len(self.classes))[first:].tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(LabelledSet):
+    """Validation images of a data set, and the paper's protocol on it.
+
+    Attributes:
+        title: in the paper's table.
+        min_size, max_size: short side of images, unless the long side became longer than the second, in pixels.
+        logit_scale: factor on the cosines before the softmax.
+        prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`; 0 is none.
+        open_clip: values of these fields for OpenCLIP's family of encoders, where they are others.
+        in_mean: the paper's mean over data sets counts it.
+    """
+
+    title: str
+    min_size: int = 672
+    max_size: int = 2048
+    logit_scale: float = 40.0
+    prob_threshold: float = 0.0
+    area_threshold: float = 0.0
+    open_clip: Mapping[str, float] = field(default_factory=dict, hash=False)
+    in_mean: bool = True
+
+    def settings(self, family: str) -> dict[str, int | float]:
+        """The protocol as config keys.
+
+        Args:
+            family: name of the encoder's family, see :func:`spar_d2.encoders.registry.find_family`.
+        """
+        own = self.open_clip if family == _OPEN_CLIP else {}
+        thresholds = ("logit_scale", "prob_threshold", "area_threshold")
+        return {
+            "INPUT.MIN_SIZE_TEST": self.min_size,
+            "INPUT.MAX_SIZE_TEST": self.max_size,
+            **{f"MODEL.SPAR.{key.upper()}": float(own.get(key, getattr(self, key))) for key in thresholds},
+        }
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            name="voc21",
+            title="VOC21",
+            images=1449,
+            classes=(BACKGROUND, *class_names.VOC),
+            logit_scale=65.0,
+            open_clip={"prob_threshold": 0.1, "area_threshold": 0.1},
+        ),
+        Benchmark(name="voc20", title="VOC20", images=1449, classes=class_names.VOC),
+        Benchmark(name="cityscapes", title="CS", images=500, classes=class_names.CITYSCAPES, min_size=1024),
+        Benchmark(name="ade20k", title="ADE", images=2000, classes=class_names.ADE20K),
+        Benchmark(
+            name="context60",
+            title="C60",
+            images=5105,
+            classes=(BACKGROUND, *class_names.CONTEXT),
+            logit_scale=50.0,
+            prob_threshold=0.1,
+        ),
+        Benchmark(name="context59", title="C59", images=5105, classes=class_names.CONTEXT),
+        # Not in the paper, which gives no settings for it either.
+        Benchmark(
+            name="coco_object",
+            title="COCO-Obj",
+            images=5000,
+            classes=(BACKGROUND, *class_names.COCO_THINGS),
+            in_mean=False,
+        ),
+    )
+}
+
+
+def _training_split(benchmark: str, images: int) -> LabelledSet:
+    classes = BENCHMARKS[benchmark].classes
+    return LabelledSet(name=f"{benchmark}_train", images=images, classes=classes, vocabulary=benchmark)
+
+
+# Training images of benchmarks, with the same classes: to learn from, nothing is evaluated on them.
+TRAINING_SPLITS: dict[str, LabelledSet] = {
+    split.name: split
+    for split in (
+        _training_split("voc21", 1464),
+        _training_split("cityscapes", 2975),
+        _training_split("ade20k", 20210),
+    )
+}
+
+# All of them, the benchmarks first.
+LABELLED_SETS: Mapping[str, LabelledSet] = ChainMap(TRAINING_SPLITS, BENCHMARKS)

@@ -1,0 +1,94 @@
+"""Data sets that are registered with Detectron2 on import."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from spar_d2.data.preparation.common import datasets_root
+from spar_d2.data.sources import find_photos
+from spar_d2.toy import scenes
+from spar_d2.utils.id_maps import as_colours
+from spar_d2.utils.io import replacing
+
+# Name of a split to (seed, number of scenes). "train" is used without its labels; "tune" is for choosing settings.
+SCENE_SPLITS = {"train": (101, 60), "tune": (202, 40), "val": (303, 60)}
+IGNORE_LABEL = 255
+# Of the files with a scene's panoptic segments, in COCO's form: number = R + 256 G + 65536 B.
+SEGMENTS_ENDING = "_panoptic"
+
+
+def register_scenes() -> None:
+    """Register ``spar_scenes_{train,tune,val}``; their scenes are drawn when they are first asked for."""
+    # Here, as importing it is what calls this function, when this module may be half-way through its own imports.
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    for split in SCENE_SPLITS:
+        name = f"spar_scenes_{split}"
+        DatasetCatalog.register(name, functools.partial(load_scenes, split))
+        MetadataCatalog.get(name).set(
+            stuff_classes=list(scenes.SCENE_CLASSES),
+            stuff_colors=scenes.class_colours(),
+            evaluator_type="sem_seg",
+            ignore_label=IGNORE_LABEL,
+        )
+
+
+def register_photos(sources: str) -> str:
+    """Register the photos of ``SPAR.DATA.IMAGES``, see :func:`find_photos`; returns the data set's name.
+
+    They are looked for when the data set is first asked for.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    name = f"spar_photos_{hashlib.sha256(sources.encode()).hexdigest()[:12]}"
+    if name not in DatasetCatalog:
+        DatasetCatalog.register(name, functools.partial(find_photos, sources))
+        MetadataCatalog.get(name).set(sources=sources)
+    return name
+
+
+def load_scenes(split: str, root: str | os.PathLike | None = None) -> list[dict]:
+    """Dataset dicts of drawn scenes in Detectron2's form for semantic segmentation.
+
+    Args:
+        split: one of ``SCENE_SPLITS``.
+        root: where the images are kept, in a folder named after the version of the drawing code; drawn if not there.
+            Default: ``$DETECTRON2_DATASETS``, or "datasets".
+
+    Returns:
+        For each scene file_name, sem_seg_file_name, image_id, height, width.
+    """
+    folder = scenes_root(root) / split
+    folder.mkdir(parents=True, exist_ok=True)
+    seed, count = SCENE_SPLITS[split]
+    records = []
+    for index in tqdm(range(count), desc=f"scenes {split}", disable=None, leave=False):
+        image, labels, segments = (folder / f"{index:04d}{ending}.png" for ending in ("", "_labels", SEGMENTS_ENDING))
+        if not all(path.is_file() for path in (image, labels, segments)):
+            scene = scenes.large_scene(seed, index)
+            _write_png(as_colours(scene.segments()[0]), segments)
+            _write_png(scene.labels, labels)
+            _write_png(scene.image, image)
+        with Image.open(image) as header:
+            width, height = header.size
+        record = {"file_name": str(image), "sem_seg_file_name": str(labels), "image_id": index}
+        records.append({**record, "height": height, "width": width})
+    return records
+
+
+def scenes_root(root: str | os.PathLike | None = None) -> Path:
+    """Folder of all drawn scenes, named after the version of the drawing code; ``root`` as :func:`load_scenes`."""
+    version = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:8]
+    return datasets_root(root) / f"spar_scenes_{version}"
+
+
+def _write_png(pixels: np.ndarray, path: Path) -> None:
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary)

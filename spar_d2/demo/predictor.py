@@ -1,0 +1,205 @@
+"""One photo through a segmentor, and what it sees as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+
+from spar_d2.comparison.methods import Method, build_method
+from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
+from spar_d2.text import Vocabulary
+from spar_d2.visualization import class_colours, fit_pca_colours
+from spar_d2.visualization.overlay import draw_overlay
+
+SHOWN = ("overlay", "pca")
+EXAMPLE = '--vocabulary "cat, kitten; dog; sky"'
+Colouring = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A class that was found in a picture; ``area`` is its share, 0..1."""
+
+    number: int
+    name: str
+    pixels: int
+    area: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the model makes of a photo.
+
+    Attributes:
+        labels: (H, W) class numbers in the photo's own size; None if they are not asked for.
+        features: (D, h, w), on the CPU; None if they are not asked for.
+        covered: (H, W) of the photo's pixels that the features' grid covers, at least the photo.
+        seconds: that the model took.
+        segments: (H, W) numbers of segments, which are outlined; None where classes are.
+    """
+
+    labels: np.ndarray | None
+    features: torch.Tensor | None
+    covered: tuple[int, int]
+    seconds: float = 0.0
+    segments: np.ndarray | None = None
+
+
+class Demo:
+    """A segmentor with the way photos go in and pictures come out.
+
+    Args:
+        cfg: what to build, and how photos are resized for it.
+        shown: one or both of ``SHOWN``; of both, the features are to the right of the overlay.
+        weights: a student; "" for the config's ``MODEL.WEIGHTS`` or, where there are none, the pre-trained encoder.
+        labels: also find labels where they are not shown.
+        alpha: opacity of the classes' colours.
+
+    Raises:
+        ValueError: no vocabulary where one is needed, or an argument that is not allowed.
+        FileNotFoundError, RuntimeError: weights that are not there or do not fit.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, shown: Sequence[str], weights: str = "", labels: bool = False, alpha: float = 0.55
+    ) -> None:
+        self._set_look(cfg, shown, alpha)
+        self.needs_labels = labels or "overlay" in shown
+        if self.needs_labels and not (cfg.MODEL.SPAR.VOCABULARY or cfg.DATASETS.TEST):
+            raise ValueError(f"no classes to look for; name them, for example {EXAMPLE}")
+        output = ["MODEL.SPAR.OUTPUT", "labels" if self.needs_labels else "features"]
+        self.model = build_method(cfg, Method("demo", output, weights or cfg.MODEL.WEIGHTS))
+        augmented = self.needs_labels and cfg.TEST.AUG.ENABLED
+        self._segmentor = SegmentorWithTTA(cfg, self.model) if augmented else self.model
+        self.vocabulary: Vocabulary | None = self.model.vocabulary
+        if self.needs_labels and self.vocabulary is None:
+            raise ValueError(f"the data set under test has no names of classes; name them, for example {EXAMPLE}")
+        self.names = self.vocabulary.names if self.needs_labels else []
+        self.colours = self._class_colours()
+        if self.needs_labels:
+            # So that the first photo takes no longer than the others.
+            self.model.embeddings(self.vocabulary)
+
+    def _set_look(self, cfg: CfgNode, shown: Sequence[str], alpha: float) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in 0..1, got {alpha}")
+        self.cfg, self.shown, self.alpha = cfg, tuple(shown), alpha
+
+    @property
+    def words(self) -> list[list[str]]:
+        """Words of every class, or its name where the model does not look for words."""
+        return [list(words) for words in self.vocabulary.classes] if self.vocabulary else [[n] for n in self.names]
+
+    def _class_colours(self) -> list[tuple[int, int, int]]:
+        """Those of the data set where the classes are, or else ours."""
+        if not self.cfg.MODEL.SPAR.VOCABULARY and self.names:
+            known = MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).get("stuff_colors") or ()
+            if len(known) == len(self.names):
+                return [tuple(colour) for colour in known]
+        return class_colours(self.names)
+
+    @torch.no_grad()
+    def see(self, image: np.ndarray) -> Seen:
+        """Run the model.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+
+        Raises:
+            ValueError: it is too large for the GPU.
+        """
+        height, width = image.shape[:2]
+        x = self._input(image)
+        started = time.perf_counter()
+        try:
+            seen = self._run(x, (height, width))
+        except torch.cuda.OutOfMemoryError as error:
+            size = f"{x.shape[2]}x{x.shape[1]}"
+            remedy = "--opts INPUT.MIN_SIZE_TEST 672 makes images smaller"
+            raise ValueError(f"the GPU has too little memory for an image of {size} pixels; {remedy}") from error
+        return dataclasses.replace(seen, seconds=time.perf_counter() - started)
+
+    def _run(self, x: torch.Tensor, size: tuple[int, int]) -> Seen:
+        labels = features = None
+        if self.needs_labels:
+            output = self._segmentor([{"image": x, "height": size[0], "width": size[1]}])[0]
+            labels = output["sem_seg_labels"].cpu().numpy()
+        if "pca" in self.shown:
+            features = self.model.encode(x).float().cpu()
+        return Seen(labels, features, self._covered(features, x, size))
+
+    def _input(self, image: np.ndarray) -> torch.Tensor:
+        """(3, H, W) uint8 in the config's order of channels, resized as in Detectron2's tests."""
+        height, width = image.shape[:2]
+        shortest, longest = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
+        if shortest:
+            size = T.ResizeShortestEdge.get_output_shape(height, width, shortest, longest)
+            # The short side of a strip may come out as 0.
+            image = T.ResizeTransform(height, width, *(max(side, 1) for side in size)).apply_image(image)
+        if self.cfg.INPUT.FORMAT == "BGR":
+            image = image[:, :, ::-1]
+        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+    def _covered(self, features: torch.Tensor | None, x: torch.Tensor, size: tuple[int, int]) -> tuple[int, int]:
+        if features is None:
+            return size
+        patch = self.model.backbone.encoder.patch_size
+        sides = zip(features.shape[1:], x.shape[1:], size)
+        return tuple(max(math.ceil(cells * patch * own / given), own) for cells, given, own in sides)
+
+    def find(self, labels: np.ndarray) -> list[Found]:
+        """The classes in a picture, by area."""
+        areas = np.bincount(labels.ravel(), minlength=len(self.names))
+        found = sorted(np.flatnonzero(areas).tolist(), key=lambda number: -areas[number])
+        return [Found(k, self.names[k], int(areas[k]), float(areas[k] / labels.size)) for k in found]
+
+    def record(self, labels: np.ndarray) -> dict:
+        """What was found, for a JSON file."""
+        classes = [
+            {"number": f.number, "name": f.name, "area": f.area, "pixels": f.pixels, "colour": self.colours[f.number]}
+            for f in self.find(labels)
+        ]
+        height, width = labels.shape
+        return {"width": width, "height": height, "classes": classes, "vocabulary": self.words}
+
+    def draw(
+        self, image: np.ndarray, seen: Seen, colouring: Colouring | None = None, listed: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """The picture to show.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            seen: what :meth:`see` gave for it.
+            colouring: of features; default: fitted to these.
+            listed: classes in the legend; default: those found.
+
+        Returns:
+            (H', W', 3) uint8 RGB.
+        """
+        parts = []
+        if seen.features is not None:
+            colours = (colouring or fit_pca_colours([seen.features]))(seen.features)
+            parts.append(self._enlarged(colours.numpy(), seen.covered, image.shape[:2]))
+        if "overlay" not in self.shown:
+            return parts[0]
+        legend = listed is None or len(listed) > 0
+        look = (self.names, self.colours, self.alpha, legend, listed, parts, seen.segments)
+        return draw_overlay(image, seen.labels, *look)
+
+    @staticmethod
+    def _enlarged(colours: np.ndarray, covered: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+        """(h, w, 3) in 0..1 to (H, W, 3) uint8."""
+        pixels = (colours * 255).round().astype(np.uint8)
+        height, width = size
+        large = cv2.resize(pixels, (covered[1], covered[0]), interpolation=cv2.INTER_NEAREST)
+        return np.ascontiguousarray(large[:height, :width])

@@ -1,0 +1,73 @@
+"""Pictures of how the student's features come to look like the teacher's."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
+from spar_d2.teacher import SlidingWindowTeacher
+from spar_d2.visualization import draw_panels, shared_pca_colours
+
+logger = logging.getLogger(__name__)
+
+
+class FeaturePictures(HookBase):
+    """Every so often, draws an image, the teacher's features and the student's, in colours of one shared projection.
+
+    The image is the same throughout a run, so that pictures can be compared. The teacher encodes all of its windows
+    once, for the first picture. TensorBoard shows the pictures too.
+
+    Args:
+        model: the student, not wrapped for several processes.
+        teacher: beside it.
+        load: gives the image as a dataset dict with "image" (3, H, W) uint8 and "file_name".
+        period: iterations between pictures; there is one after the last iteration too.
+        folder: for the pictures, "iter_0000999.png".
+        channels: order of the image's, "RGB" or "BGR".
+    """
+
+    def __init__(
+        self,
+        model: OpenVocabularySegmentor,
+        teacher: SlidingWindowTeacher,
+        load: Callable[[], dict],
+        period: int,
+        folder: str | os.PathLike,
+        channels: str,
+    ) -> None:
+        self.model, self.teacher, self.load = model, teacher, load
+        self.period, self.folder, self.channels = period, folder, channels
+        self._image: torch.Tensor | None = None
+        self._target: torch.Tensor | None = None
+
+    def after_step(self) -> None:
+        number = self.trainer.iter + 1
+        if comm.is_main_process() and (number % self.period == 0 or number == self.trainer.max_iter):
+            try:
+                self._draw()
+            except OSError as error:
+                logger.error("The picture cannot be written to %s: %s", self.folder, error)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        if self._image is None:
+            self._image = self.load()["image"]
+        x = self.model.encoder_input(self._image)
+        if self._target is None:
+            self._target = self.teacher(x)[0].cpu()
+        features = self.model.backbone.encoder(x)[0]
+        colours = [part.numpy() for part in shared_pca_colours([self._target, features.cpu()])]
+        image = self._image.numpy().transpose(1, 2, 0)
+        row = [image[..., ::-1] if self.channels == "BGR" else image, *colours]
+        path = os.path.join(self.folder, f"iter_{self.trainer.iter:07d}.png")
+        draw_panels([row], ["image", "teacher", f"student after {self.trainer.iter + 1} steps"], path)
+        # (h, 2 w, 3) -> (3, h, 2 w)
+        side_by_side = np.concatenate(colours, axis=1).transpose(2, 0, 1)
+        self.trainer.storage.put_image("distill/teacher_student", side_by_side)

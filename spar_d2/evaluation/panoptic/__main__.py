@@ -1,0 +1,58 @@
+"""Panoptic quality of a folder of predictions: ``python -m spar_d2.evaluation.panoptic``; needs no Detectron2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from spar_d2.evaluation.panoptic.coco_json import read_ground_truth, read_predictions
+from spar_d2.evaluation.panoptic.coco_png import compare_folders, write_json
+from spar_d2.evaluation.panoptic.scores import score_table
+from spar_d2.utils.errors import printable, readable_errors
+from spar_d2.utils.io import check_not_read
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compare as the arguments say, by default those of the command line; writes the scores and prints a table."""
+    args = _parse_args(arguments)
+    with readable_errors():
+        if args.workers < 1:
+            raise ValueError(f"--workers must be at least 1, got {args.workers}")
+        if args.output.is_dir():
+            raise ValueError(f"--output must be a file, {args.output} is a folder")
+        read = {"--gt-json": args.gt_json, "--pred-json": args.pred_json}
+        folders = {"--gt-dir": args.gt_dir, "--pred-dir": args.pred_dir}
+        named = {flag: folder or path.with_suffix("") for (flag, folder), path in zip(folders.items(), read.values())}
+        check_not_read(args.output, {**read, **named})
+        truth = read_ground_truth(args.gt_json, args.gt_dir)
+        folder, predictions = read_predictions(args.pred_json, args.pred_dir)
+        scores = compare_folders(truth, folder, predictions, args.workers).scores(truth.things)
+        write_json(scores, args.output)
+        print(printable(score_table(scores, truth.names)))
+
+
+def _parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m spar_d2.evaluation.panoptic",
+        description="Panoptic, segmentation and recognition quality of predictions in COCO's panoptic form, by COCO's "
+        "rules: over all categories, things, stuff, and each category.",
+    )
+    add = parser.add_argument
+    add("--gt-json", type=Path, required=True, metavar="FILE", help="the ground truth")
+    add("--gt-dir", type=Path, metavar="DIR", help="its PNGs (default: named as the JSON, without .json)")
+    add("--pred-json", type=Path, required=True, metavar="FILE", help="the predictions")
+    add("--pred-dir", type=Path, metavar="DIR", help="their PNGs (default: named as the JSON, without .json)")
+    add("--output", type=Path, required=True, metavar="FILE", help="JSON with the scores, in 0..1")
+    workers = _processors()
+    add("--workers", type=int, default=workers, metavar="N", help="threads (default: one for each processor)")
+    return parser.parse_args(arguments)
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    main()

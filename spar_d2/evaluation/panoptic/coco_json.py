@@ -1,0 +1,194 @@
+"""Panoptic segmentations in COCO's JSON: images and their segments, read and checked."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+
+from spar_d2.evaluation.panoptic.quality import VOID, TrueSegment
+from spar_d2.utils.id_maps import IDS
+
+_REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class TrueImage:
+    """The ground truth of one image: its PNG's name within the folder, and its segments."""
+
+    image_id: int | str
+    file_name: str
+    segments: tuple[TrueSegment, ...]
+
+
+@dataclass(frozen=True)
+class FoundImage:
+    """The prediction for one image: its PNG's name within the folder, and the category of each segment."""
+
+    file_name: str
+    categories: dict[int, int]
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What a ground truth JSON says.
+
+    Attributes:
+        folder: of the PNGs.
+        names: the name of each category, in the file's order.
+        things: the categories that are things.
+        images: those with an annotation, by their ids.
+    """
+
+    folder: Path
+    names: dict[int, str]
+    things: frozenset[int]
+    images: dict[int | str, TrueImage] = field(repr=False)
+
+    def find(self, image_id: int | str) -> int | str | None:
+        """The id by which the file knows an image; "0012" and 12 are the same where that leaves no choice."""
+        if image_id in self.images:
+            return image_id
+        same = self._by_number.get(_number(image_id), ())
+        return same[0] if len(same) == 1 else None
+
+    @functools.cached_property
+    def _by_number(self) -> dict[int, list[int | str]]:
+        by_number: dict[int, list[int | str]] = {}
+        for image_id in self.images:
+            if (number := _number(image_id)) is not None:
+                by_number.setdefault(number, []).append(image_id)
+        return by_number
+
+
+def read_ground_truth(path: str | os.PathLike, folder: str | os.PathLike | None = None) -> GroundTruth:
+    """Read and check a ground truth JSON; its PNGs are read later.
+
+    Args:
+        path: the JSON file.
+        folder: of the PNGs; by default named as the JSON without its suffix.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: not in COCO's form.
+    """
+    content, folder = _read_json(path, folder)
+    names, things = {}, set()
+    for where, category in _records(content, "categories", str(path)):
+        number = _integer(category, "id", where)
+        if number in names:
+            raise ValueError(f"{where}: the category {number} is there twice")
+        names[number] = str(category.get("name", number))
+        if _integer(category, "isthing", where) == 1:
+            things.add(number)
+    images: dict[int | str, TrueImage] = {}
+    for where, annotation in _annotations(content, str(path), images):
+        segments = tuple(
+            TrueSegment(*_segment(segment, place), _integer(segment, "iscrowd", place, 0) == 1, _area(segment, place))
+            for place, segment in _records(annotation, "segments_info", where)
+        )
+        images[annotation["image_id"]] = TrueImage(annotation["image_id"], annotation["file_name"], segments)
+    return GroundTruth(folder, names, frozenset(things), images)
+
+
+def read_predictions(
+    path: str | os.PathLike, folder: str | os.PathLike | None = None
+) -> tuple[Path, dict[int | str, FoundImage]]:
+    """Read and check a JSON of predictions; arguments and errors as :func:`read_ground_truth`.
+
+    Returns:
+        The folder of the PNGs, and the prediction for each image by its id.
+    """
+    content, folder = _read_json(path, folder)
+    images: dict[int | str, FoundImage] = {}
+    for where, annotation in _annotations(content, str(path), images):
+        categories = {}
+        for place, segment in _records(annotation, "segments_info", where):
+            number, category = _segment(segment, place)
+            if number in categories:
+                raise ValueError(f"{where}: the segment {number} is there twice")
+            categories[number] = category
+        images[annotation["image_id"]] = FoundImage(annotation["file_name"], categories)
+    return folder, images
+
+
+def _number(image_id: int | str) -> int | None:
+    """Loaders make numbers of names such as "000000000139"."""
+    if isinstance(image_id, str):
+        return int(image_id) if image_id.isascii() and image_id.isdigit() else None
+    return image_id
+
+
+def _read_json(path: str | os.PathLike, folder: str | os.PathLike | None) -> tuple[dict, Path]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    folder = Path(folder) if folder else path.with_suffix("")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} with the PNGs of {path}")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object with the key 'annotations', it holds {_kind(content)}")
+    return content, folder
+
+
+def _annotations(content: dict, path: str, known: dict) -> Iterator[tuple[str, dict]]:
+    """Annotations whose id and file name are right, and what to call each in errors."""
+    for where, annotation in _records(content, "annotations", path):
+        image_id = annotation.get("image_id")
+        if isinstance(image_id, bool) or not isinstance(image_id, int | str):
+            raise ValueError(f"{where}: 'image_id' must be a number or a string, got {_kind(image_id)}")
+        where = f"{path}, image {image_id!r}"
+        if image_id in known:
+            raise ValueError(f"{where}: it is there twice")
+        name = annotation.get("file_name")
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise ValueError(f"{where}: 'file_name' must be a name, got {_kind(name)}")
+        # Files of others name nothing outside of their folder.
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise ValueError(f"{where}: 'file_name' must be within the folder of the PNGs, got {name}")
+        yield where, annotation
+
+
+def _records(content: dict, key: str, where: str) -> Iterator[tuple[str, dict]]:
+    """The objects of a list, and what to call each in errors."""
+    if not isinstance(content.get(key), list):
+        raise ValueError(f"{where}: {key!r} must be a list, got {_kind(content.get(key))}")
+    for index, record in enumerate(content[key]):
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: {key}[{index}] must be an object, got {_kind(record)}")
+        yield f"{where}, {key}[{index}]", record
+
+
+def _segment(segment: dict, where: str) -> tuple[int, int]:
+    """Id and category."""
+    number = _integer(segment, "id", where)
+    if not VOID < number < IDS:
+        raise ValueError(f"{where}: 'id' must be in 1..{IDS - 1} ({VOID} is void), got {number}")
+    return number, _integer(segment, "category_id", where)
+
+
+def _integer(record: dict, key: str, where: str, default: object = _REQUIRED) -> int:
+    value = record.get(key, default)
+    if not isinstance(value, int):
+        raise ValueError(f"{where}: {key!r} must be an integer, got {_kind(value)}")
+    return int(value)
+
+
+def _area(segment: dict, where: str) -> float | None:
+    area = segment.get("area")
+    if area is not None and not (isinstance(area, int | float) and 0 <= area < 2**53):
+        raise ValueError(f"{where}: 'area' must be a number of pixels, got {_kind(area)}")
+    return area
+
+
+def _kind(value: object) -> str:
+    if value is None or value is _REQUIRED:
+        return "nothing"
+    return repr(value) if isinstance(value, bool | int | float) else f"a {type(value).__name__}"

@@ -1,0 +1,118 @@
+"""Panoptic segmentations as PNGs, whose colours are ids; comparing those of two folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Container, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from spar_d2.evaluation.panoptic.coco_json import FoundImage, GroundTruth
+from spar_d2.evaluation.panoptic.quality import panoptic_quality
+from spar_d2.evaluation.panoptic.scores import PanopticCounts
+from spar_d2.utils.id_maps import IDS, as_colours, ids_in
+from spar_d2.utils.images import DAMAGE, open_image
+from spar_d2.utils.io import replacing
+
+
+def compare_image(
+    truth: GroundTruth, image_id: int | str, prediction: np.ndarray, predicted: Mapping[int, int]
+) -> PanopticCounts:
+    """Counts of one image, whose true ids are read now; see :func:`panoptic_quality` and :func:`read_ids`."""
+    image = truth.images[image_id]
+    ids = read_ids(truth.folder / image.file_name)
+    name = f"{image_id} ({image.file_name})"
+    return panoptic_quality(prediction, predicted, ids, image.segments, tuple(truth.names), name)
+
+
+def compare_folders(
+    truth: GroundTruth, folder: Path, predictions: dict[int | str, FoundImage], workers: int
+) -> PanopticCounts:
+    """Counts over all images of a ground truth; predictions for other images are left out.
+
+    Args:
+        truth: what to compare with.
+        folder, predictions: see :func:`read_predictions`.
+        workers: threads.
+
+    Raises:
+        ValueError: an image without prediction, a PNG that cannot be read, or see :func:`panoptic_quality`.
+    """
+    check_complete(truth, predictions)
+
+    def compare(image_id: int | str) -> PanopticCounts:
+        found = predictions[image_id]
+        return compare_image(truth, image_id, read_ids(folder / found.file_name), found.categories)
+
+    total = PanopticCounts.zeros(truth.names)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        counts = pool.map(compare, truth.images)
+        for one in tqdm(counts, total=len(truth.images), desc="comparing", unit="image", disable=None, leave=False):
+            total += one
+    finally:
+        # An interrupt, too, need not wait for all that are to come.
+        pool.shutdown(cancel_futures=True)
+    return total
+
+
+def check_complete(truth: GroundTruth, predictions: Container, hint: str = "") -> None:
+    """Raise ``ValueError``, naming some, if images of the ground truth are not in ``predictions``."""
+    missing = [image_id for image_id in truth.images if image_id not in predictions]
+    if missing:
+        shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(
+            f"{len(missing)} of {len(truth.images)} images of the ground truth have no prediction: {shown}{hint}"
+        )
+
+
+def read_ids(path: str | os.PathLike) -> np.ndarray:
+    """Read a panoptic PNG.
+
+    Args:
+        path: RGB; RGBA and palettes count by their colours.
+
+    Returns:
+        (H, W) uint32, R + 256 G + 65536 B.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or no PNG, or grey.
+    """
+    try:
+        with open_image(path, ["PNG"]) as image:
+            mode = image.mode
+            if mode in ("RGBA", "P"):
+                # By way of RGBA, for a palette may have transparent colours.
+                image = image.convert("RGBA").convert("RGB")
+            ids = ids_in(image) if image.mode == "RGB" else None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no panoptic PNG {path}") from error
+    except DAMAGE as error:
+        raise ValueError(f"the panoptic PNG {path} cannot be read: {error}") from error
+    if ids is None:
+        raise ValueError(f"the panoptic PNG {path} must be RGB, with ids R + 256 G + 65536 B, its mode is {mode}")
+    return ids
+
+
+def write_ids(ids: np.ndarray, path: str | os.PathLike) -> None:
+    """Write an (H, W) map of integers as a panoptic PNG.
+
+    Raises:
+        ValueError: ids below 0 or above 2**24 - 1, for which there is no colour.
+    """
+    if ids.size and not 0 <= ids.min() <= ids.max() < IDS:
+        raise ValueError(f"ids must be in 0..{IDS - 1} to be colours of {path}, got {ids.min()}..{ids.max()}")
+    with replacing(path) as temporary:
+        Image.fromarray(as_colours(ids)).save(temporary, format="PNG")
+
+
+def write_json(content: object, path: str | os.PathLike) -> None:
+    """Write JSON; readers see all of it or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content))

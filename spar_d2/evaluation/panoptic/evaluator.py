@@ -1,0 +1,209 @@
+"""Panoptic segmentation as a Detectron2 evaluator."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from spar_d2.evaluation.panoptic.coco_json import GroundTruth, read_ground_truth
+from spar_d2.evaluation.panoptic.coco_png import check_complete, compare_image, write_ids, write_json
+from spar_d2.evaluation.panoptic.outputs import OutputForm
+from spar_d2.evaluation.panoptic.scores import PanopticCounts, score_table
+from spar_d2.utils.panoptic_numbers import STUFF, THINGS, separate_numbers
+from spar_d2.utils.processes import gather_when_done
+
+logger = logging.getLogger(__name__)
+
+_GROUPS = {"All": "", "Things": "_th", "Stuff": "_st"}
+_SCORES = ("pq", "sq", "rq")
+_KEYS = ("panoptic_json", "panoptic_root")
+_DUMP = "panoptic_seg_predictions"
+
+
+class PanopticEvaluator(DatasetEvaluator):
+    """Panoptic quality by COCO's rules.
+
+    Takes Detectron2's "panoptic_seg" in both of its forms: ids with a list of segments, where 0 is void; and
+    category * label_divisor + instance without one, where -1 is void. Each image is compared at once with its ground
+    truth, which is read for it; only counts are kept. An image counts once, however often it comes.
+
+    Args:
+        dataset_name: registered name; its metadata must have "panoptic_json", "panoptic_root" and, to find a dataset's
+            category by the contiguous one, "thing_dataset_id_to_contiguous_id" and "stuff_dataset_id_to_contiguous_id".
+            Where they are not there yet when the first image comes, the data set is loaded, which may bring them.
+        output_dir: if given, write the scores of all categories ("panoptic_seg_scores.json") there and, with
+            ``dump_predictions``, the predictions in COCO's form ("panoptic_seg_predictions.json" and a folder of PNGs).
+        distributed: put together the counts of all processes; the first returns the scores.
+        dump_predictions: see ``output_dir``.
+        separate: the predictions number things from 0 and stuff from 1 on, as PanopticFPN's do, whatever the contiguous
+            categories of the data set are.
+
+    Raises:
+        ValueError: predictions are to be written but not where.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | os.PathLike | None = None,
+        distributed: bool = True,
+        dump_predictions: bool = False,
+        separate: bool = False,
+    ) -> None:
+        if dump_predictions and not output_dir:
+            raise ValueError("dump_predictions needs an output_dir to write to")
+        self.dataset_name = dataset_name
+        self.output_dir = Path(output_dir) if output_dir else None
+        self.distributed = distributed
+        self.dump_predictions = dump_predictions
+        self.separate = separate
+        self._dataset: tuple[GroundTruth, OutputForm] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        # For every image its rows: a category's place, and that row of PanopticCounts.values.
+        self._counted: dict[int | str, np.ndarray] = {}
+        self._dumped: dict[int | str, dict] = {}
+        self._strange: set[int | str] = set()
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Count one batch; images that are not in the ground truth are left out.
+
+        Raises:
+            ValueError: an input without "image_id" or an output without "panoptic_seg", segments that are not those of
+                the map, an unknown category, sizes that differ, or ground truth that is missing or damaged.
+        """
+        truth, form = self._load()
+        for record, output in zip(inputs, outputs):
+            for values, key in ((record, "image_id"), (output, "panoptic_seg")):
+                if key not in values:
+                    raise ValueError(f'PanopticEvaluator needs "{key}", got {sorted(values)}')
+            image_id = truth.find(record["image_id"])
+            if image_id is None:
+                self._strange.add(record["image_id"])
+                continue
+            ids, categories = form.read(*output["panoptic_seg"], f"the prediction for the image {image_id}")
+            self._count(truth, image_id, ids, categories)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What was counted so far, without dumped predictions; :meth:`load_state_dict` goes on from it."""
+        truth = self._load()[0]
+        places = {image_id: place for place, image_id in enumerate(truth.images)}
+        rows = list(self._counted.values())
+        return {
+            "categories": np.array(list(truth.names), dtype=np.int64),
+            "images": np.array([places[image_id] for image_id in self._counted], dtype=np.int64),
+            "sizes": np.array([len(part) for part in rows], dtype=np.int64),
+            "rows": np.concatenate([np.zeros((0, 5)), *rows]),
+        }
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from what :meth:`state_dict` gave. Raises ``ValueError`` for counts of other categories or images."""
+        truth = self._load()[0]
+        ids, images, sizes = list(truth.images), state["images"], state["sizes"]
+        if (
+            not np.array_equal(state["categories"], list(truth.names))
+            or (images.size and images.max() >= len(ids))
+            or (len(images), sizes.sum()) != (len(sizes), len(state["rows"]))
+        ):
+            raise ValueError(f"these counts are not of the categories and images of {self.dataset_name!r}")
+        rows = np.split(state["rows"], np.cumsum(sizes)[:-1]) if len(sizes) else []
+        self._counted = {ids[place]: part for place, part in zip(images.tolist(), rows)}
+
+    def evaluate(self) -> OrderedDict | None:
+        """Scores in percent as {"panoptic_seg": {...}}; None in all processes but the first.
+
+        Returns:
+            "PQ", "SQ" and "RQ", with "_th" of things and with "_st" of stuff, as Detectron2's own evaluator, and
+            "PQ-name" for every category (its id added where several share a name), 0 for one that occurs neither in the
+            ground truth nor in predictions.
+
+        Raises:
+            ValueError: there are images that have not come.
+        """
+        counted, dumped, strange = self._counted, self._dumped, self._strange
+        if self.distributed:
+            gathered = gather_when_done((counted, dumped, strange))
+            if not comm.is_main_process():
+                return None
+            counted, dumped, strange = {}, {}, set()
+            for part in gathered:
+                # Samplers that even out the processes give an image to several.
+                counted, dumped, strange = part[0] | counted, part[1] | dumped, part[2] | strange
+        truth = self._load()[0]
+        hint = (
+            f"; there were {len(strange)} that it does not have, such as {min(strange, key=str)!r}" if strange else ""
+        )
+        check_complete(truth, counted, hint)
+        scores = _total(truth, counted.values()).scores(truth.things)
+        if self.output_dir:
+            write_json(scores, self.output_dir / "panoptic_seg_scores.json")
+            if self.dump_predictions:
+                annotations = [dumped[image_id] for image_id in truth.images if image_id in dumped]
+                write_json({"annotations": annotations}, self.output_dir / f"{_DUMP}.json")
+        logger.info("%s:\n%s", self.dataset_name, score_table(scores))
+        result = {
+            f"{score.upper()}{suffix}": 100 * scores[group][score]
+            for group, suffix in _GROUPS.items()
+            for score in _SCORES
+        }
+        uses = Counter(truth.names.values())
+        for number, name in truth.names.items():
+            key = name if uses[name] == 1 else f"{name} ({number})"
+            result[f"PQ-{key}"] = 100 * scores["per_class"][number]["pq"]
+        return OrderedDict(panoptic_seg=result)
+
+    def _load(self) -> tuple[GroundTruth, OutputForm]:
+        if self._dataset is None:
+            self._dataset = _load_dataset(self.dataset_name, self.separate)
+        return self._dataset
+
+    def _count(self, truth: GroundTruth, image_id: int | str, ids: np.ndarray, categories: dict[int, int]) -> None:
+        values = compare_image(truth, image_id, ids, categories).values
+        if self.dump_predictions:
+            self._dumped[image_id] = self._dump(truth, image_id, ids, categories)
+        places = np.flatnonzero(values.any(axis=1))
+        self._counted[image_id] = np.column_stack([places, values[places]])
+
+    def _dump(self, truth: GroundTruth, image_id: int | str, ids: np.ndarray, categories: dict[int, int]) -> dict:
+        file_name = truth.images[image_id].file_name
+        write_ids(ids, self.output_dir / _DUMP / file_name)
+        segments = [{"id": number, "category_id": category} for number, category in categories.items()]
+        return {"image_id": image_id, "file_name": file_name, "segments_info": segments}
+
+
+def _load_dataset(name: str, separate: bool) -> tuple[GroundTruth, OutputForm]:
+    if not _is_there(name) and name in DatasetCatalog:
+        DatasetCatalog.get(name)
+    metadata = MetadataCatalog.get(name)
+    missing = [key for key in _KEYS if not metadata.get(key)]
+    if missing or not (metadata.get(THINGS) or metadata.get(STUFF)):
+        missing = missing or [f"{THINGS} or {STUFF}"]
+        raise ValueError(f"the data set {name!r} has no {' and no '.join(missing)} in its metadata")
+    truth = read_ground_truth(*(PathManager.get_local_path(str(metadata.get(key))) for key in _KEYS))
+    if separate:
+        numbers = separate_numbers(name, metadata.as_dict())
+        return truth, OutputForm(numbers.own_things, numbers.own_stuff)
+    things, stuff = ({ours: theirs for theirs, ours in (metadata.get(key) or {}).items()} for key in (THINGS, STUFF))
+    return truth, OutputForm(things, stuff, metadata.get("label_divisor"))
+
+
+def _is_there(name: str) -> bool:
+    metadata = MetadataCatalog.get(name)
+    return all(metadata.get(key) for key in (*_KEYS, THINGS, STUFF)) and PathManager.isfile(metadata.panoptic_json)
+
+
+def _total(truth: GroundTruth, counted: Iterable[np.ndarray]) -> PanopticCounts:
+    total = PanopticCounts.zeros(truth.names)
+    rows = np.concatenate([np.zeros((0, 5)), *counted])
+    np.add.at(total.values, rows[:, 0].astype(np.int64), rows[:, 1:])
+    return total

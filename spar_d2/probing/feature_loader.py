@@ -1,0 +1,195 @@
+"""Training a linear probe on features that are computed once, where that can be."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data.common import DatasetFromList, MapDataset
+from detectron2.data.transforms import Augmentation
+from detectron2.utils import comm
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from spar_d2.data.label_check import LabelCheck
+from spar_d2.data.loader import as_it_is
+from spar_d2.data.semantic_mapper import ImageMapper
+from spar_d2.encoders import find_encoder
+from spar_d2.engine.interrupt import Interrupted
+from spar_d2.modeling.linear_probe import LinearProbe
+from spar_d2.modeling.probe_segmentor import ProbeSegmentor
+from spar_d2.probing.feature_store import FILE, KEY, FeatureMapper, FeatureSource, FeatureStore, training_size
+from spar_d2.teacher.cache import RESERVE
+from spar_d2.utils.images import open_image
+from spar_d2.utils.processes import all_gather_when_done, wait_for_all
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED = 32
+
+
+class _Condition(NamedTuple):
+    met: bool
+    must: str
+    got: object
+
+
+def is_probe(cfg: CfgNode) -> bool:
+    """Whether a config trains a linear probe."""
+    model = cfg.MODEL
+    return model.META_ARCHITECTURE == ProbeSegmentor.__name__ or (
+        model.META_ARCHITECTURE == "SemanticSegmentor" and model.SEM_SEG_HEAD.NAME == LinearProbe.__name__
+    )
+
+
+def obstacles(cfg: CfgNode) -> list[str]:
+    """What keeps a probe's features from being computed once, a text for each; none where they can be."""
+    inputs, sizes = cfg.INPUT, tuple(cfg.INPUT.MIN_SIZE_TRAIN)
+    conditions = (
+        _Condition(
+            cfg.MODEL.META_ARCHITECTURE == ProbeSegmentor.__name__,
+            "MODEL.META_ARCHITECTURE must be ProbeSegmentor",
+            cfg.MODEL.META_ARCHITECTURE,
+        ),
+        _Condition(cfg.MODEL.SPAR.TRAINABLE == "none", 'MODEL.SPAR.TRAINABLE must be "none"', cfg.MODEL.SPAR.TRAINABLE),
+        _Condition(not cfg.SPAR.DISTILL.ENABLED, "SPAR.DISTILL.ENABLED must be False", True),
+        _Condition(not inputs.CROP.ENABLED, "INPUT.CROP.ENABLED must be False", True),
+        _Condition(inputs.RANDOM_FLIP == "none", 'INPUT.RANDOM_FLIP must be "none"', inputs.RANDOM_FLIP),
+        _Condition(len(set(sizes)) == 1, "INPUT.MIN_SIZE_TRAIN must be one size", sizes),
+        _Condition(
+            cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler",
+            "DATALOADER.SAMPLER_TRAIN must be TrainingSampler",
+            cfg.DATALOADER.SAMPLER_TRAIN,
+        ),
+    )
+    return [f"{condition.must}, got {condition.got!r}" for condition in conditions if not condition.met]
+
+
+def check_probing(cfg: CfgNode) -> None:
+    """Raise ``ValueError`` where a config names a folder for features that cannot be kept."""
+    if cfg.SPAR.PROBE.CACHE_DIR not in ("", "auto") and (found := obstacles(cfg)):
+        raise ValueError(f'{KEY} {cfg.SPAR.PROBE.CACHE_DIR!r}: to keep features, {"; ".join(found)}. "" keeps none')
+
+
+def feature_loader(cfg: CfgNode, model: nn.Module, loader: Iterable[list[dict]]) -> Iterable[list[dict]]:
+    """What to train on: kept features, all computed before this returns, or else what is loaded anyway.
+
+    Whole images come in the same order either way.
+
+    Args:
+        cfg: of the training.
+        model: with the weights that it is trained from.
+        loader: of images and labels, see :func:`spar_d2.data.build.build_labelled_loader`.
+
+    Raises:
+        Interrupted: the user stopped it.
+        RuntimeError: there is too little room, or features cannot be written.
+        FileNotFoundError: an image is not there.
+    """
+    folder = cfg.SPAR.PROBE.CACHE_DIR
+    reasons = obstacles(cfg) if folder else [f'{KEY} is ""']
+    if reasons:
+        logger.info("The encoder is run in every step, no features are kept (%s)", "; ".join(reasons))
+        return loader
+    folder = os.path.join(cfg.OUTPUT_DIR, "features") if folder == "auto" else folder
+    # As the loader's, in the same order.
+    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    kept = build_detection_train_loader(
+        keep_features(cfg, model, records, folder),
+        mapper=LabelCheck(cfg, FeatureMapper(cfg), find_encoder(model).patch_size),
+        sampler=loader.run_sampler,
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        aspect_ratio_grouping=False,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=torch.cuda.is_available(),
+    )
+    kept.run_sampler = loader.run_sampler
+    return kept
+
+
+def keep_features(cfg: CfgNode, model: ProbeSegmentor, records: Sequence[dict], folder: str) -> list[dict]:
+    """Compute and keep the features of images, those that are missing; several processes share the work.
+
+    It can be stopped at any time, and started again.
+
+    Args:
+        cfg: says how images are read and resized.
+        model: its encoder is frozen.
+        records: dataset dicts.
+        folder: that keeps them, for any encoders and sizes.
+
+    Returns:
+        The records with the files of their features.
+
+    Raises:
+        As :func:`feature_loader`; FloatingPointError: features that are NaN or infinite.
+    """
+    inputs = cfg.INPUT
+    reading = f"{inputs.FORMAT} {tuple(inputs.MIN_SIZE_TRAIN)} {inputs.MAX_SIZE_TRAIN}"
+    store = FeatureStore(folder, FeatureSource(model), reading)
+    missing = [record for record in records if store.find(record["file_name"]) is None]
+    # Every process has to have looked before the first one writes.
+    wait_for_all()
+    if missing:
+        if comm.is_main_process():
+            _check_room(cfg, store, missing, len(records))
+        _encode(cfg, model, store, missing[comm.get_rank() :: comm.get_world_size()])
+        for index in all_gather_when_done(store.index):
+            store.merge(index)
+        if comm.is_main_process():
+            store.write_index()
+    else:
+        logger.info("The features of all %d images are in %s", len(records), store.folder)
+    return [{**record, FILE: str(store.find(record["file_name"]))} for record in records]
+
+
+def _encode(cfg: CfgNode, model: ProbeSegmentor, store: FeatureStore, records: Sequence[dict]) -> None:
+    images = DataLoader(
+        MapDataset(DatasetFromList(list(records), copy=False), ImageMapper(cfg, is_train=True)),
+        batch_size=None,
+        collate_fn=as_it_is,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=torch.cuda.is_available(),
+    )
+    bar = tqdm(images, desc="features", unit="image", dynamic_ncols=True, disable=not comm.is_main_process())
+    try:
+        for record in bar:
+            store.keep(record["file_name"], model.encoder_input(record["image"])[0])
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"stopped; features so far are in {store.folder}, the same command goes on") from stop
+    finally:
+        store.write_index()
+
+
+def _check_room(cfg: CfgNode, store: FeatureStore, missing: Sequence[dict], total: int) -> None:
+    """Say how much room features take, estimated from some images; raise ``RuntimeError`` where there is too little."""
+    resize = training_size(cfg)
+    some = missing[:: max(1, len(missing) // _SAMPLED)]
+    needed = math.ceil(sum(_bytes(record, resize, store) for record in some) / len(some) * len(missing))
+    free = shutil.disk_usage(store.folder).free
+    logger.info(
+        "Features of %d of %d images are computed, and take about %.2f GiB in %s (%.1f GiB are free)",
+        len(missing), total, needed / 2**30, store.folder, free / 2**30,
+    )  # fmt: skip
+    if needed + RESERVE > free:
+        raise RuntimeError(
+            f"{KEY}: about {needed / 2**30:.1f} GiB are needed in {store.folder} and {RESERVE / 2**30:.0f} GiB are "
+            f'left free, but there are {free / 2**30:.1f} GiB. Choose another folder, or "" to keep no features'
+        )
+
+
+def _bytes(record: dict, resize: Augmentation, store: FeatureStore) -> int:
+    with open_image(record["file_name"]) as header:
+        width, height = header.size
+    transform = resize.get_transform(np.broadcast_to(np.uint8(0), (height, width)))
+    size = (getattr(transform, "new_h", height), getattr(transform, "new_w", width))
+    return 2 * store.teacher.encoder.embed_dim * math.prod(store.teacher.encoder.grid(*size))

@@ -1,0 +1,30 @@
+"""The trainer of linear probes, which are fed with features that are computed once where that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from detectron2.config import CfgNode
+
+from spar_d2.engine.trainer import Trainer
+from spar_d2.probing.feature_loader import check_probing, feature_loader, is_probe
+
+
+class ProbeTrainer(Trainer):
+    """Trains a linear probe; see :class:`~spar_d2.engine.trainer.Trainer` and ``SPAR.PROBE.CACHE_DIR``.
+
+    Raises:
+        ValueError: as the other trainer, or a folder for features that cannot be kept.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        check_probing(cfg)
+        super().__init__(cfg)
+
+    def prepare_loader(self, loader: Iterable[list[dict]]) -> Iterable[list[dict]]:
+        return feature_loader(self.cfg, self._module, loader)
+
+
+def trainer_class(cfg: CfgNode) -> type[Trainer]:
+    """The trainer of what a config describes."""
+    return ProbeTrainer if is_probe(cfg) else Trainer

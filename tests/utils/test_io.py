@@ -1,0 +1,229 @@
+import multiprocessing
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spar_d2.utils.io import remove_leftovers, replacing, used_by_one
+
+
+def test_the_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("content")
+        assert temporary.suffix == ".txt"
+        assert not path.exists()
+    assert path.read_text() == "content"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(KeyError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_others_may_read_it_as_they_may_read_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "w.safetensors") as temporary:
+        save_file({"a": torch.zeros(2)}, temporary)
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def kill_while_writing(path):
+    """A process that is killed in the middle of a file."""
+    process = multiprocessing.get_context("fork").Process(target=_write_and_wait, args=(path,))
+    process.start()
+    while not list(path.parent.glob(".*.tmp*")):
+        time.sleep(0.01)
+    return process
+
+
+def _write_and_wait(path):
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        time.sleep(60)
+
+
+def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
+    path = tmp_path / "sub" / "file.txt"
+    path.parent.mkdir()
+    process = kill_while_writing(path)
+    assert remove_leftovers(tmp_path) == [], "it still writes"
+    process.kill()
+    process.join()
+    (left,) = path.parent.iterdir()
+    foreign = left.with_name(".file.elsewhere-1-00000000.tmp.txt")
+    foreign.touch()
+    for name in ("plain.txt", ".hidden", ".tmp"):
+        (tmp_path / name).touch()
+    assert remove_leftovers(tmp_path) == [str(left)]
+    os.utime(foreign, (0, 0))
+    assert remove_leftovers(tmp_path) == [str(foreign)], "a day later nobody writes to it"
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".hidden", ".tmp", "plain.txt"]
+
+
+def test_a_process_with_the_number_of_the_killed_one_removes_what_that_left(tmp_path):
+    with replacing(tmp_path / "file.txt") as own:
+        assert remove_leftovers(tmp_path) == []
+    left = tmp_path / re.sub(r"-[0-9a-f]{8}\.tmp", "-00000000.tmp", own.name)
+    left.touch()
+    os.utime(left, (time.time() - 3600,) * 2)
+    assert remove_leftovers(tmp_path) == [str(left)]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "file.txt"
+    with replacing(path) as first, replacing(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first", "the last to end"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def _use_and_wait(folder):
+    with used_by_one(folder):
+        (folder / "in").touch()
+        time.sleep(60)
+
+
+def test_a_folder_is_used_by_one_process_until_it_ends(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=_use_and_wait, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "in").exists():
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match=f"OUTPUT_DIR {tmp_path} is in use by another run"), used_by_one(tmp_path):
+        pass
+    process.kill()
+    process.join()
+    for _ in range(2):
+        with used_by_one(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("name", ["link.txt", "chain.txt", "away/link.txt"])
+@pytest.mark.parametrize("there", [True, False], ids=["", "dangling"])
+def test_a_symbolic_link_stays_and_leads_to_the_new_file(tmp_path, name, there):
+    (tmp_path / "away").mkdir()
+    target = tmp_path / "elsewhere" / "file.data"
+    if there:
+        target.parent.mkdir()
+        target.write_text("old")
+        target.chmod(0o640)
+    (tmp_path / "link.txt").symlink_to("elsewhere/file.data")
+    (tmp_path / "chain.txt").symlink_to(tmp_path / "link.txt")
+    (tmp_path / "away" / "link.txt").symlink_to("../link.txt")
+    with replacing(tmp_path / name) as temporary:
+        assert temporary.suffix == ".txt"
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+    assert not there or target.stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / name).is_symlink()
+    assert [p.name for p in target.parent.iterdir()] == ["file.data"]
+
+
+def test_links_in_a_circle_are_an_error(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="symbolic links"), replacing(tmp_path / "a"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_devices_are_written_to_and_stay(tmp_path, linked):
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root makes devices")
+    path = device
+    if linked:
+        path = tmp_path / "link.json"
+        path.symlink_to(device)
+    with replacing(path) as temporary:
+        assert temporary.suffix == path.suffix
+        temporary.write_text("content")
+    assert stat.S_ISCHR(device.lstat().st_mode)
+    assert path.is_symlink() == linked
+
+
+def test_a_named_pipe_is_written_to_where_somebody_reads(tmp_path):
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match=r"pipe\.json is a pipe .* nobody reads"), replacing(pipe):
+        pass
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with replacing(pipe) as temporary:
+        temporary.write_text("content")
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+
+
+@pytest.mark.parametrize("name", ["stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_standard_output_gets_what_is_written_to_it(tmp_path, name, kind):
+    code = (
+        "import sys; from spar_d2.utils.io import replacing\n"
+        "print('before', flush=True)\n"
+        "with replacing(sys.argv[1]) as temporary: temporary.write_text('content\\n')\n"
+        "print('after')"
+    )
+    # As /dev/stdout is, which a test that fails must not replace.
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    with open(tmp_path / "out", "w+") as out:
+        target = subprocess.PIPE if kind == "pipe" else out
+        command = [sys.executable, "-c", code, os.path.join(tmp_path, name)]
+        result = subprocess.run(command, stdout=target, text=True, check=True)
+        out.seek(0)
+        assert (result.stdout if kind == "pipe" else out.read()) == "before\ncontent\nafter\n"
+    assert sorted(os.listdir(tmp_path)) == ["out", "stdout"]
+
+
+def test_folders_and_sockets_are_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+        for name in ("folder", "socket"):
+            refused = pytest.raises(OSError, match=f"{name} is a {name}, and cannot be written to")
+            with refused, replacing(tmp_path / name):
+                raise AssertionError
+    assert sorted(os.listdir(tmp_path)) == ["folder", "socket"]
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".txt", "ä" * 125 + ".png", "a." + "b" * 253, "." + "b" * 254])
+def test_names_as_long_as_can_be(tmp_path, name):
+    with replacing(tmp_path / name) as temporary:
+        temporary.write_text("content")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_what_another_process_of_the_same_name_writes_is_not_removed(tmp_path):
+    """Containers may share the host's name and count processes anew, so that numbers say nothing."""
+    process = kill_while_writing(tmp_path / "file.txt")
+    (written,) = tmp_path.iterdir()
+    unknown = written.with_name(re.sub(r"-\d+-", "-999999-", written.name))
+    written.rename(unknown)
+    os.utime(unknown, (0, 0))
+    assert remove_leftovers(tmp_path) == []
+    process.kill()
+    process.join()
+    assert remove_leftovers(tmp_path) == [str(unknown)]
+
+
+def test_a_pipe_with_the_name_of_a_leftover_is_left_alone(tmp_path):
+    os.mkfifo(tmp_path / ".file.elsewhere-1-00000000.tmp.txt")
+    assert remove_leftovers(tmp_path) == []
