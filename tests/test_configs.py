@@ -116,6 +116,6 @@ def test_output_fits_the_text_side(path):
 
 
 def test_the_demo_keeps_out_of_what_is_for_long_runs():
-    for path in (CONFIGS / "demo").glob("distill*.yaml"):
+    for path in (CONFIGS / "toy").glob("distill*.yaml"):
         cfg = load(path)
         assert (cfg.SPAR.KEEP_CHECKPOINTS, cfg.SPAR.PICTURE_PERIOD, cfg.SPAR.TEACHER.CACHE_DIR) == (0, 0, "")

@@ -73,7 +73,7 @@ def test_flipped_views_lists_of_names_and_paths_are_taken(tiny_model):
 @pytest.mark.parametrize(
     ("encoder", "options"),
     [
-        (ROOT / "configs/demo/tiny_pooled.json", {}),
+        (ROOT / "configs/toy/tiny_pooled.json", {}),
         ("dinov3_vitl16_dinotxt_tet1280d20h24l", {"dinov3_repo": STAND_IN}),
     ],
     ids=["SigLIP", "DINOv3.txt"],

@@ -25,7 +25,7 @@ from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.utils.errors import readable_errors
 from spar_d2.utils.io import replacing
 
-DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "distill.yaml"
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "toy" / "distill.yaml"
 TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"
 TEACHERS = ["all", "cached", "16", "8", "4"]
 

@@ -26,7 +26,7 @@ from spar_d2.probing.runs import (
 from spar_d2.utils.errors import printable, readable_errors
 from spar_d2.utils.io import replacing, used_by_one
 
-DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "linear_probe.yaml"
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "toy" / "linear_probe.yaml"
 TITLES = {"single_pass": "single pass", "sliding_window": "sliding window", "student": "SPAR student"}
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Pre-train one of the demo's tiny models on drawn scenes with captions.
 
-It takes 40 minutes on two CPU cores; the result for tiny_clip is kept in configs/demo.
+It takes 40 minutes on two CPU cores; the result for tiny_clip is kept in configs/toy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from spar_d2.encoders import describe_encoder
 from spar_d2.toy.scenes import GROUNDS, SCENE_CLASSES, training_scene
 
-DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo"
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "toy"
 POOL_SEED = 1
 CAPTION_STARTS = ("a photo of", "a picture of", "an image of", "")
 

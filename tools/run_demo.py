@@ -21,7 +21,7 @@ from spar_d2.utils.errors import readable_errors
 from spar_d2.utils.io import replacing
 from spar_d2.visualization import draw_panels, shared_pca_colours
 
-DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "distill.yaml"
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "toy" / "distill.yaml"
 SHOWN_SCENES = (4, 1, 10)
 VAL = "spar_scenes_val"
 

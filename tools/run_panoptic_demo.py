@@ -23,7 +23,7 @@ from spar_d2.utils.errors import readable_errors
 from spar_d2.utils.io import replacing
 from spar_d2.visualization import draw_panels
 
-DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "panoptic.yaml"
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "toy" / "panoptic.yaml"
 STUDENT = Path("output/demo/student.safetensors")
 SHOWN_SCENES = (4, 1, 10)
 COLUMNS = ("PQ", "SQ", "RQ", "PQ_th", "PQ_st")

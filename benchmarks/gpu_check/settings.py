@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Makes a distillation a tiny one.
 TINY = (
     "MODEL.SPAR.ENCODER",
-    str(ROOT / "configs" / "demo" / "tiny_clip.json"),
+    str(ROOT / "configs" / "toy" / "tiny_clip.json"),
     "SPAR.DATA.SCALE_BOX",
     "(192,96)",
     "SPAR.DATA.MIN_SHORT_SIDE",

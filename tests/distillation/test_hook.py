@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from processes import run_in_two_processes
-from reference import ROOT, SHARED, example_encoder, reference_image
+from reference import ROOT, example_encoder, reference_image
 from small_trainers import as_tensor, trainer_for
 from spar_d2.distillation import DistillationHook
 from spar_d2.encoders import FAMILIES, find_encoder
@@ -20,7 +20,6 @@ from spar_d2.teacher import SlidingWindowTeacher
 REFERENCE_LOSSES = [0.485915, 0.479970, 0.474122, 0.468373, 0.462722, 0.457169]
 
 
-@pytest.mark.skipif(not (SHARED / "golden" / "RULES.md").is_file(), reason="no rules of the reference numbers")
 def test_losses_of_the_reference(tiny_cfg):
     tiny_cfg.MODEL.SPAR.TRAINABLE = "blk_-1,blk_-2"
     tiny_cfg.MODEL.SPAR.REFERENCE_COMPAT = True
@@ -45,7 +44,7 @@ def test_images_of_several_sizes_each_count_once(tiny_cfg):
 @pytest.mark.parametrize("unused", [False, True])
 def test_an_encoder_that_is_wholly_frozen_needs_no_teacher(tiny_cfg, unused):
     if unused:
-        tiny_cfg.MODEL.SPAR.ENCODER, tiny_cfg.MODEL.SPAR.PRETRAINED = str(ROOT / "configs/demo/tiny_pooled.json"), ""
+        tiny_cfg.MODEL.SPAR.ENCODER, tiny_cfg.MODEL.SPAR.PRETRAINED = str(ROOT / "configs/toy/tiny_pooled.json"), ""
     trainer = trainer_for(tiny_cfg, [as_tensor(reference_image(64, 64))], DistillationHook(tiny_cfg))
     encoder = find_encoder(trainer.model).requires_grad_(False)
     if unused:  # by dense features

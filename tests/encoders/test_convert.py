@@ -23,7 +23,7 @@ def spec(request, tmp_path):
         (tmp_path / "convert-tiny.json").write_text(json.dumps(TINY_CONFIG))
         return EncoderSpec(str(tmp_path / "convert-tiny.json"))
     if request.param == "SigLIP":
-        return EncoderSpec(str(ROOT / "configs/demo/tiny_pooled.json"))
+        return EncoderSpec(str(ROOT / "configs/toy/tiny_pooled.json"))
     return {
         "DINOv3": EncoderSpec(NANO_DINOV3),
         "DINOv3.txt": EncoderSpec(DINOTXT, dinov3_repo=str(STAND_IN)),
@@ -119,7 +119,7 @@ def test_a_student_without_text_becomes_an_open_clip_checkpoint(tmp_path, tiny_m
 
 
 def test_a_siglip_student_becomes_a_checkpoint_of_open_clip_and_of_timm(tmp_path):
-    config = str(ROOT / "configs/demo/tiny_pooled.json")
+    config = str(ROOT / "configs/toy/tiny_pooled.json")
     open_clip.add_model_config(config)
     library = open_clip.create_model("tiny_pooled", load_weights=False)
     torch.save(library.state_dict(), tmp_path / "open_clip.pt")
@@ -162,7 +162,7 @@ def test_weights_of_another_family_are_named(spec, student, other, tmp_path):
     torch.save(student[1], tmp_path / "weights.pt")
     names = {
         "open_clip ViT": EncoderSpec("ViT-B-32"),
-        "SigLIP": EncoderSpec(str(ROOT / "configs/demo/tiny_pooled.json")),
+        "SigLIP": EncoderSpec(str(ROOT / "configs/toy/tiny_pooled.json")),
         "DINOv3": EncoderSpec(NANO_DINOV3),
         "DINOv3.txt": EncoderSpec(DINOTXT, dinov3_repo=str(STAND_IN)),
     }

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from reference import SHARED, golden_input, golden_names, load_golden, reference_encoder
+from reference import GOLDEN, golden_input, golden_names, load_golden, reference_encoder
 
 
 def check_features(name, reference_compat):
@@ -33,7 +33,7 @@ def test_default_is_the_same_where_images_are_not_cut(name):
 
 @pytest.mark.parametrize("model", ["openclip-tiny", "siglip-tiny"])
 def test_weights_are_those_of_the_reference(model):
-    path = SHARED / "golden" / f"weights_{model}.json"
+    path = GOLDEN / f"weights_{model}.json"
     if not path.is_file():
         pytest.skip(f"no reference numbers in {path.parent}")
     sums = json.loads(path.read_text())["params"]

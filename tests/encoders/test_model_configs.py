@@ -7,7 +7,7 @@ import pytest
 from reference import ROOT, TINY_CONFIG
 from spar_d2.encoders import build_encoder, describe_encoder
 
-POOLED = json.loads((ROOT / "configs/demo/tiny_pooled.json").read_text())
+POOLED = json.loads((ROOT / "configs/toy/tiny_pooled.json").read_text())
 
 
 def with_value(config, path, value):

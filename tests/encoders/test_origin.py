@@ -23,7 +23,7 @@ def names(tmp_path):
     (tmp_path / "origin-tiny.json").write_text(json.dumps(TINY_CONFIG))
     return {
         "open_clip ViT": str(tmp_path / "origin-tiny.json"),
-        "SigLIP": str(ROOT / "configs/demo/tiny_pooled.json"),
+        "SigLIP": str(ROOT / "configs/toy/tiny_pooled.json"),
         "DINOv3": "vit_nano_patch8_dinov3",
     }
 
@@ -192,7 +192,7 @@ def test_keys_of_the_config_reach_the_encoder(tiny_cfg):
 @pytest.mark.parametrize("form", ["beside", "around", "folder"])
 @pytest.mark.parametrize("pooled", [False, True])
 def test_a_model_config_says_how_images_are_prepared(tmp_path, form, pooled):
-    config = json.loads((ROOT / "configs/demo/tiny_pooled.json").read_text()) if pooled else TINY_CONFIG
+    config = json.loads((ROOT / "configs/toy/tiny_pooled.json").read_text()) if pooled else TINY_CONFIG
     preprocess = {"mean": list(HALF), "std": list(STD), "size": 64}
     content = {**config, "preprocess_cfg": preprocess}
     if form != "beside":

@@ -13,7 +13,7 @@ from reference import ROOT, reference_encoder
 from spar_d2.encoders import SigLIPEncoder, build_encoder, build_text_tower, describe_encoder
 from spar_d2.encoders.weights import write_safetensors
 
-TINY = str(ROOT / "configs/demo/tiny_pooled.json")
+TINY = str(ROOT / "configs/toy/tiny_pooled.json")
 
 
 @pytest.fixture(scope="module")

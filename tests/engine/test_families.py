@@ -21,8 +21,8 @@ from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 
 # Model, and further keys, by family.
 MODELS = {
-    "open_clip ViT": ("configs/demo/tiny_clip.json", "MODEL.SPAR.PRETRAINED", "configs/demo/tiny_clip.safetensors"),
-    "SigLIP": ("configs/demo/tiny_pooled.json",),
+    "open_clip ViT": ("configs/toy/tiny_clip.json", "MODEL.SPAR.PRETRAINED", "configs/toy/tiny_clip.safetensors"),
+    "SigLIP": ("configs/toy/tiny_pooled.json",),
     "DINOv3": ("vit_nano_patch8_dinov3", "MODEL.SPAR.OUTPUT", "features"),
     "DINOv3.txt": (FAMILIES["DINOv3.txt"].names()[0], "MODEL.SPAR.DINOV3_REPO", str(STAND_IN)),
 }
@@ -51,7 +51,7 @@ def config(family, tmp_path, photos, test, *more):
     overrides = ["MODEL.SPAR.PRETRAINED", "", "MODEL.SPAR.ENCODER", *keys, "SPAR.DATA.IMAGES", str(photos)]
     overrides += ["OUTPUT_DIR", str(tmp_path / "output"), "DATASETS.TEST", (test,), "SOLVER.MAX_ITER", 3]
     overrides += ["SPAR.TEACHER.WINDOW", 64, "SPAR.DATA.SIDE_MULTIPLE", 16]
-    cfg = load_config(str(ROOT / "configs/demo/distill.yaml"), [*overrides, *more])
+    cfg = load_config(str(ROOT / "configs/toy/distill.yaml"), [*overrides, *more])
     os.makedirs(cfg.OUTPUT_DIR)
     return cfg
 

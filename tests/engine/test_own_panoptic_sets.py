@@ -63,7 +63,7 @@ def config(folder, name, *overrides):
     heads = ["MODEL.ROI_HEADS.NUM_CLASSES", 2, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3]
     short = ["SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 1, "DATALOADER.NUM_WORKERS", 0]
     sets = ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)", "INPUT.MIN_SIZE_TRAIN", "(96,)"]
-    path = str(ROOT / "configs/demo/panoptic.yaml")
+    path = str(ROOT / "configs/toy/panoptic.yaml")
     return load_config(path, [*heads, *short, *sets, "OUTPUT_DIR", str(folder / "run"), *overrides])
 
 

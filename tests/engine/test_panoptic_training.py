@@ -16,7 +16,7 @@ def config(folder, *overrides):
     folder.mkdir(exist_ok=True)
     short = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 2]
     small = ["INPUT.MIN_SIZE_TRAIN", "(96, 128)", "DATASETS.TEST", "()", "SEED", 5]
-    path = str(ROOT / "configs/demo/panoptic.yaml")
+    path = str(ROOT / "configs/toy/panoptic.yaml")
     return load_config(path, [*short, *small, "OUTPUT_DIR", str(folder), *overrides])
 
 

@@ -7,7 +7,7 @@ from reference import ROOT
 from spar_d2.engine.launch import check_launch
 from spar_d2.engine.setup import clean_start, load_config
 
-CONFIG = str(ROOT / "configs" / "demo" / "distill.yaml")
+CONFIG = str(ROOT / "configs" / "toy" / "distill.yaml")
 
 
 @pytest.mark.parametrize("content", ["", "just text", "- a", "a: [1, 2", "\x00\x01", "_BASE_: none.yaml", "MODEL: 3"])
@@ -105,7 +105,7 @@ def test_an_output_folder_that_is_a_file_is_left_alone(tmp_path):
 def test_files_of_a_config_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = load_config(CONFIG, [])
-    assert os.path.samefile(cfg.MODEL.SPAR.ENCODER, ROOT / "configs" / "demo" / "tiny_clip.json")
+    assert os.path.samefile(cfg.MODEL.SPAR.ENCODER, ROOT / "configs" / "toy" / "tiny_clip.json")
     assert os.path.isfile(cfg.MODEL.SPAR.PRETRAINED)
     long = "; ".join(f"word {number}" for number in range(500))
     assert load_config(CONFIG, ["MODEL.SPAR.VOCABULARY", long]).MODEL.SPAR.VOCABULARY == long
@@ -124,7 +124,7 @@ def test_one_process_is_always_possible():
 
 
 def test_whole_numbers_are_taken_for_floats():
-    config = str(ROOT / "configs" / "demo" / "distill.yaml")
+    config = str(ROOT / "configs" / "toy" / "distill.yaml")
     cfg = load_config(config, ["SPAR.EMA_DECAY", "0", "SPAR.DATA.CROP_PROB", "1", "SOLVER.MAX_ITER", "7"])
     assert (cfg.SPAR.EMA_DECAY, cfg.SPAR.DATA.CROP_PROB, cfg.SOLVER.MAX_ITER) == (0.0, 1.0, 7)
     assert isinstance(cfg.SPAR.EMA_DECAY, float)

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reference import SHARED
+from reference import GOLDEN_PQ as GOLDEN
 from spar_d2.evaluation.panoptic.__main__ import main
 from spar_d2.evaluation.panoptic.coco_json import read_ground_truth, read_predictions
 from spar_d2.evaluation.panoptic.coco_png import compare_folders, read_ids, write_ids
 
-GOLDEN = SHARED / "golden_pq"
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no reference numbers in {GOLDEN}")
 CATEGORIES = [
     {"id": 5, "name": "cat", "isthing": 1},
     {"id": 2, "name": "sky", "isthing": 0},
@@ -61,7 +59,6 @@ def arguments(folder, gt="gt", pred="pred", output=None):
     ]
 
 
-@golden
 @pytest.mark.parametrize("workers", ["1", "3"])
 def test_reference_numbers(tmp_path, workers):
     folders = ["--gt-dir", str(GOLDEN / "gt"), "--pred-dir", str(GOLDEN / "pred"), "--workers", workers]

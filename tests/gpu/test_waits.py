@@ -307,7 +307,7 @@ def test_several_views(gpu, cuda_cfg, output):
 
 MODELS = {
     "OpenCLIP": None,
-    "SigLIP": (str(STAND_IN.parents[1] / "configs/demo/tiny_pooled.json"), "", {}),
+    "SigLIP": (str(STAND_IN.parents[1] / "configs/toy/tiny_pooled.json"), "", {}),
     "DINOv3.txt": (FAMILIES["DINOv3.txt"].names()[0], "", {"dinov3_repo": STAND_IN}),
 }
 

@@ -14,7 +14,7 @@ from spar_d2.encoders.convert import convert_weights, formats_of, write_weights
 from spar_d2.encoders.registry import find_family
 from spar_d2.encoders.weights import write_safetensors
 
-POOLED = str(ROOT / "configs/demo/tiny_pooled.json")
+POOLED = str(ROOT / "configs/toy/tiny_pooled.json")
 
 
 def student_of(name, folder, pretrained="", **choice):

@@ -276,7 +276,7 @@ def test_kept_features_stand_in_for_images():
 
 
 def demo_config(*overrides):
-    return load_config(str(ROOT / "configs/demo/linear_probe.yaml"), list(overrides))
+    return load_config(str(ROOT / "configs/toy/linear_probe.yaml"), list(overrides))
 
 
 def test_lazy_config_and_yaml_give_the_same_head():

@@ -22,7 +22,7 @@ STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128, "res2": 4,
 
 
 def model_file(folder, patch):
-    config = json.loads((ROOT / "configs/demo/tiny_clip.json").read_text())
+    config = json.loads((ROOT / "configs/toy/tiny_clip.json").read_text())
     config["vision_cfg"] |= {"patch_size": patch, "image_size": 2 * patch, "layers": 2}
     path = folder / f"patch-{patch}.json"
     path.write_text(json.dumps(config))

@@ -43,7 +43,7 @@ def few_scenes(drawn, monkeypatch):
 def config(folder, *overrides):
     folder.mkdir(exist_ok=True)
     short = ["SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 2]
-    path = str(ROOT / "configs/demo/linear_probe.yaml")
+    path = str(ROOT / "configs/toy/linear_probe.yaml")
     return load_config(path, [*short, "DATASETS.TEST", "()", "SEED", 5, "OUTPUT_DIR", str(folder), *overrides])
 
 

@@ -20,8 +20,8 @@ from spar_d2.engine.setup import load_config
 from spar_d2.visualization import class_colours
 from tool_modules import load_tool
 
-CONFIG = ROOT / "configs" / "demo" / "distill.yaml"
-MODEL = [str(ROOT / "configs/demo/tiny_clip.json"), str(ROOT / "configs/demo/tiny_clip.safetensors")]
+CONFIG = ROOT / "configs" / "toy" / "distill.yaml"
+MODEL = [str(ROOT / "configs/toy/tiny_clip.json"), str(ROOT / "configs/toy/tiny_clip.safetensors")]
 WORDS = "grass, meadow; circle; star; été"
 
 
@@ -216,7 +216,7 @@ def test_several_views_as_the_config_says(demo, photo, tmp_path):
 
 def test_features_need_no_words(demo, photo, tmp_path, capsys):
     arguments = ("--input", photo, "--output", "out")
-    assert demo(*arguments, "--show", "pca", config=ROOT / "configs/demo/distill_dinov3.yaml") == 0
+    assert demo(*arguments, "--show", "pca", config=ROOT / "configs/toy/distill_dinov3.yaml") == 0
     with Image.open("out/photo_pca.png") as picture:
         assert picture.size == (103, 71)
         assert len(picture.convert("RGB").getcolors()) > 20
@@ -327,7 +327,7 @@ def test_nothing_that_can_be_read_is_a_failure(demo, tmp_path, capsys):
     assert "skipped 2: a.jpg, b.jpg" in capsys.readouterr().out
 
 
-PANOPTIC = ROOT / "configs" / "demo" / "panoptic.yaml"
+PANOPTIC = ROOT / "configs" / "toy" / "panoptic.yaml"
 
 
 @pytest.fixture

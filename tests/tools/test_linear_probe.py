@@ -36,7 +36,7 @@ def drawn(tmp_path_factory):
 @pytest.fixture
 def student(tmp_path):
     """The demo's encoder with its last block changed a little."""
-    weights = load_file(ROOT / "configs/demo/tiny_clip.safetensors")
+    weights = load_file(ROOT / "configs/toy/tiny_clip.safetensors")
     weights = {name: w.float() * (1.1 if "resblocks.4" in name else 1) for name, w in weights.items()}
     write_safetensors(weights, tmp_path / "student.safetensors")
     return str(tmp_path / "student.safetensors")

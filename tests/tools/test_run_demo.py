@@ -21,7 +21,7 @@ def run_demo(monkeypatch, tmp_path):
 
 def test_table_pictures_and_student(run_demo, monkeypatch, tmp_path, capsys):
     config = tmp_path / "short.yaml"
-    config.write_text(f"_BASE_: {ROOT}/configs/demo/distill.yaml\nSOLVER:\n  MAX_ITER: 25\n")
+    config.write_text(f"_BASE_: {ROOT}/configs/toy/distill.yaml\nSOLVER:\n  MAX_ITER: 25\n")
     output = tmp_path / "output"
     monkeypatch.setattr(sys, "argv", ["run_demo.py", "--config-file", str(config), "--output", str(output)])
     run_demo.main()

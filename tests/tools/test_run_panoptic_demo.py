@@ -10,7 +10,7 @@ from reference import ROOT
 from spar_d2.data.datasets.scenes import SCENE_SPLITS
 from tool_modules import load_tool
 
-WEIGHTS = ROOT / "configs/demo/tiny_clip.safetensors"
+WEIGHTS = ROOT / "configs/toy/tiny_clip.safetensors"
 
 
 @pytest.fixture

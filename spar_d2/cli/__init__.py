@@ -1,0 +1,1 @@
+"""The command `spar-d2`: one module for each sub-command."""

@@ -1,0 +1,125 @@
+"""Print versions, devices and folders, and for each missing part the command that installs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import spar_d2
+from spar_d2.utils.errors import printable, readable_errors
+
+# Modules, and the distributions that they come from.
+_REQUIRED = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "open_clip": "open_clip_torch",
+    "timm": "timm",
+    "transformers": "transformers",
+    "numpy": "numpy",
+    "safetensors": "safetensors",
+    "cv2": "opencv-python",
+    "PIL": "Pillow",
+    "pycocotools": "pycocotools",
+}
+_OPTIONAL = {
+    "triton": ("triton", "speeds up labels on NVIDIA GPUs; PyTorch for CUDA brings it"),
+    "scipy": ("scipy", "prepares Pascal Context: pip install scipy"),
+}
+_INSTALL_DETECTRON2 = "spar-d2 install-detectron2"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.parse_args()
+    with readable_errors():
+        lines, missing = report()
+        width = max(len(name) for name, _ in lines)
+        print("\n".join(printable(f"{name:<{width}}  {value}") for name, value in lines))
+    if missing:
+        print("\nMissing:\n" + "\n".join(f"  {name}: {remedy}" for name, remedy in missing.items()))
+        raise SystemExit(1)
+    print("\nEverything that spar_d2 needs is installed.")
+
+
+def report() -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Names and values to print, and commands that install what is missing, by its name."""
+    lines = [("spar_d2", f"{spar_d2.__version__} in {Path(spar_d2.__file__).parent}")]
+    lines.append(("Python", f"{platform.python_version()}, {sys.executable}"))
+    lines.append(("system", platform.platform()))
+    missing = {}
+    for module, distribution in _REQUIRED.items():
+        version = _version(module, distribution)
+        lines.append((distribution, version or "not installed"))
+        if not version:
+            missing[distribution] = f"pip install {distribution}"
+    detectron2 = _version("detectron2", "detectron2")
+    lines.append(("detectron2", f"{detectron2}, {_compiled()}" if detectron2 else "not installed"))
+    if not detectron2:
+        missing["detectron2"] = _INSTALL_DETECTRON2
+    for module, (distribution, use) in _OPTIONAL.items():
+        lines.append((distribution, _version(module, distribution) or f"not installed (optional: {use})"))
+    if "torch" not in missing:
+        lines += _devices()
+    return [*lines, *_folders()], missing
+
+
+def _version(module: str, distribution: str) -> str:
+    """Version of a distribution; empty where its module cannot be found."""
+    if importlib.util.find_spec(module) is None:
+        return ""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def _compiled() -> str:
+    """Whether Detectron2 has its compiled part, which spar_d2 does not need and some frameworks do."""
+    try:
+        importlib.import_module("detectron2._C")
+    except ImportError:
+        return "without the compiled detectron2._C (spar_d2 does not need it; some frameworks do)"
+    return "with the compiled detectron2._C"
+
+
+def _devices() -> list[tuple[str, str]]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    lines = [("CPU", f"{cores} cores, {torch.get_num_threads()} threads used by PyTorch")]
+    if not torch.cuda.is_available():
+        return [
+            *lines,
+            ("GPU", f"none (PyTorch {'for CUDA ' + torch.version.cuda if torch.version.cuda else 'for CPUs'})"),
+        ]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        memory = f"{found.total_memory / 2**30:.0f} GiB"
+        lines.append((f"GPU {index}", f"{found.name}, {memory}, compute capability {found.major}.{found.minor}"))
+    return lines
+
+
+def _folders() -> list[tuple[str, str]]:
+    datasets = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser().resolve()
+    cache = Path(os.environ.get("SPAR_CACHE") or "~/.cache/spar_d2").expanduser()
+    free = shutil.disk_usage(_existing(cache)).free / 2**30
+    return [
+        ("data sets", f"{datasets}{'' if datasets.is_dir() else ' (not there; DETECTRON2_DATASETS names another)'}"),
+        ("cache", f"{cache} ({free:.0f} GiB free; SPAR_CACHE names another)"),
+    ]
+
+
+def _existing(path: Path) -> Path:
+    """The path, or its first parent that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+if __name__ == "__main__":
+    main()
