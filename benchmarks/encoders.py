@@ -173,7 +173,7 @@ def _passes(frozen: DenseEncoder, encoder: DenseEncoder, size: int, precision: s
     """
     x = random_image(size, size, next(encoder.parameters()).device)
     forward = library_forward(encoder, encoder.grid(size, size))
-    ours, whole = without_gradient(frozen, x), encoder.to_whole_patches(x)
+    ours, whole = without_gradient(frozen, x), encoder.size_policy.apply(x)
     ours()
     library = None if forward is None else without_gradient(forward, whole, PRECISIONS[precision])
     return [ours, library] if library and result_if_it_fits(library) is not None else [ours]

@@ -183,7 +183,7 @@ def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.Path
     origin = encoder.origin or origin_of(settled(spec, family))
     tensors: dict[str, torch.Tensor] = {}
     try:
-        if family.build_text:
+        if family.has_text:
             tensors.update(build_text(spec).model.state_dict())
     except (RuntimeError, ValueError, OSError) as error:  # hours of training must not be lost over the text
         logger.warning("The student is written without a text tower: %s", error)

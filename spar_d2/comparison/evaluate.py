@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from spar_d2.comparison.protocol import config_for
 from spar_d2.comparison.tables import Score
 from spar_d2.encoders.weights import fingerprint
 from spar_d2.modeling.build import precision_from_config
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import replacing, signature
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +100,5 @@ def _identity(cfg: CfgNode, method: Method, content: str, read: Callable[[str], 
 def _content(records: list[dict]) -> str:
     """Text that changes with the files of a data set."""
     files = (record[key] for record in records for key in ("file_name", "sem_seg_file_name"))
-    stats = ((file, os.stat(file)) for file in files)
-    lines = (f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats)
+    lines = (" ".join(map(str, (file, *signature(file)))) for file in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from spar_d2.encoders.compilation import FIXED_SHAPE, compiled
 from spar_d2.encoders.grids import RecentGrids
+from spar_d2.encoders.image_sizes import Pad
 from spar_d2.encoders.origin import Origin
 from spar_d2.encoders.precision import PRECISIONS, cast_parameters
 
@@ -191,20 +190,16 @@ class DenseEncoder(nn.Module, ABC):
     def _prepare(self, x: torch.Tensor) -> torch.Tensor:
         """The images checked, in whole patches, and in the type of the weights."""
         check_images(x)
-        return self.to_whole_patches(x.to(next(self.parameters()).dtype))
+        return self.size_policy.apply(x.to(next(self.parameters()).dtype))
+
+    @property
+    def size_policy(self) -> Pad:
+        """How images of any size become images of whole patches."""
+        return Pad(self.patch_size)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Size of the feature map for an image of the given size in pixels."""
-        if torch.jit.is_tracing():  # where sides of a tensor are tensors
-            height, width = int(height), int(width)
-        return math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)
-
-    def to_whole_patches(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) padded with zeros at the right and bottom; itself where nothing is missing."""
-        height, width = (cells * self.patch_size for cells in self.grid(*x.shape[-2:]))
-        if x.shape[-2:] == (height, width):
-            return x
-        return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
+        return self.size_policy.grid(height, width)
 
     def train(self, mode: bool = True) -> DenseEncoder:
         """Only says whether the encoder is in training, which a frozen one never is; its modules stay in eval mode."""
@@ -267,8 +262,11 @@ def _needs_gradient(block: nn.Module, tokens: torch.Tensor) -> bool:
 
 def last(items: Iterator[torch.Tensor]) -> torch.Tensor:
     """The last of the tensors, keeping none of the earlier ones."""
+    result = None
     for item in items:
         result = item
+    if result is None:
+        raise ValueError("items must hold at least one tensor, got none")
     return result
 
 

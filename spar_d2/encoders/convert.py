@@ -24,7 +24,7 @@ def formats_of(family: EncoderFamily) -> list[str]:
     it; "timm": the image trunk alone.
     """
     formats = [family.file_format]
-    if family.build_text:
+    if family.has_text:
         formats.append("authors")
     if family.timm_prefix and "timm" not in formats:
         formats.append("timm")
@@ -56,7 +56,7 @@ def convert_weights(spec: EncoderSpec, to: str = "", text: str = "") -> dict[str
     to = to or allowed[0]
     if to not in allowed:
         raise ValueError(f"--to must be one of {', '.join(allowed)} for {spec.name} ({family.name}); got {to!r}")
-    if text and not (family.build_text and to != "timm"):
+    if text and not (family.has_text and to != "timm"):
         raise ValueError(f"--text: weights of {spec.name} for {to} have no text tower, leave it out")
     image = build(spec).state_dict()
     words = {} if to == "timm" else _text_weights(spec, text, set(image))

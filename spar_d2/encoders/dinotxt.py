@@ -10,13 +10,13 @@ import re
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from open_clip.tokenizer import default_bpe
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, to_map
 from spar_d2.encoders.fit import check_fit
+from spar_d2.encoders.image_sizes import Pad, Stretch
 from spar_d2.encoders.messages import KEY, first_line
 from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
@@ -72,13 +72,9 @@ class DINOtxtEncoder(DenseEncoder):
     def blocks(self) -> nn.ModuleList:
         return self.visual_model.backbone.blocks
 
-    def to_whole_patches(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.reference_compat:
-            return super().to_whole_patches(x)
-        size = tuple(cells * self.patch_size for cells in self.grid(*x.shape[-2:]))
-        if size == tuple(x.shape[-2:]):
-            return x
-        return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+    @property
+    def size_policy(self) -> Pad:
+        return (Stretch if self.reference_compat else Pad)(self.patch_size)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         tokens, grid, context = self._embed(x)
@@ -131,16 +127,6 @@ class _TextModel(nn.Module):
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         vectors = self.text_model(tokens)
         return vectors[:, vectors.shape[1] // 2 :]
-
-
-def _build(spec: EncoderSpec) -> DenseEncoder:
-    model, _ = _create(spec, "visual")
-    return DINOtxtEncoder(model.visual_model, spec.reference_compat, spec.dinov3_tokens)
-
-
-def _build_text(spec: EncoderSpec) -> TextTower:
-    model, tokenizer = _create(spec, "text")
-    return TextTower(_TextModel(model), tokenizer.tokenize)
 
 
 def _create(spec: EncoderSpec, part: str) -> tuple[nn.Module, object]:
@@ -196,21 +182,36 @@ def _find_repo(folder: str) -> Path:
     return Path(folder).resolve()
 
 
-FAMILY = EncoderFamily(
-    name="DINOv3.txt",
-    claims=lambda name: re.fullmatch(r"dinov3_\w*dinotxt\w*", name) is not None,
-    names=lambda: list(_NAMES),
-    sizes=lambda spec: (_NATIVE_SIZE, _PATCH),
-    conventions=lambda spec: Conventions(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    tags=lambda name: [],
-    build=_build,
-    build_text=_build_text,
-    example=lambda: None,
-    marks=(
+class DINOtxtFamily(EncoderFamily):
+    """DINOv3.txt, as a clone of the dinov3 repository builds it."""
+
+    name = "DINOv3.txt"
+    marks = (
         "visual_model.backbone.cls_token",
         "visual_model.head.ln_final.weight",
         "text_model.backbone.ln_final.weight",
-    ),
-    file_format="dinov3",
-)
-register_family(FAMILY)
+    )
+    file_format = "dinov3"
+
+    def claims(self, name: str) -> bool:
+        return re.fullmatch(r"dinov3_\w*dinotxt\w*", name) is not None
+
+    def names(self) -> list[str]:
+        return list(_NAMES)
+
+    def sizes(self, spec: EncoderSpec) -> tuple[int, int]:
+        return _NATIVE_SIZE, _PATCH
+
+    def conventions(self, spec: EncoderSpec) -> Conventions:
+        return Conventions(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+    def build(self, spec: EncoderSpec) -> DenseEncoder:
+        model, _ = _create(spec, "visual")
+        return DINOtxtEncoder(model.visual_model, spec.reference_compat, spec.dinov3_tokens)
+
+    def build_text(self, spec: EncoderSpec) -> TextTower:
+        model, tokenizer = _create(spec, "text")
+        return TextTower(_TextModel(model), tokenizer.tokenize)
+
+
+register_family(DINOtxtFamily())

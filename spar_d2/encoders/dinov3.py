@@ -19,6 +19,7 @@ from torch import nn
 from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.messages import KEY
+from spar_d2.encoders.model_configs import timm_sizes
 from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
 from spar_d2.encoders.weights import failed_download, fixed_random_weights, no_such_weights, read_state_dict
@@ -163,49 +164,6 @@ def _tags(name: str) -> list[str]:
     return [full.split(".", 1)[1] for full in timm.list_pretrained(f"{name}.*")]
 
 
-def _sizes(spec: EncoderSpec) -> tuple[int, int]:
-    with torch.device("meta"):
-        embed = timm.create_model(spec.name, num_classes=0).patch_embed
-    patch = embed.patch_size[0]
-    return embed.grid_size[0] * patch, patch
-
-
-def _conventions(spec: EncoderSpec) -> Conventions:
-    cfg = timm.get_pretrained_cfg(_full_name(spec)) or timm.get_pretrained_cfg(spec.name)
-    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if cfg is None else (cfg.mean, cfg.std)
-    return Conventions(tuple(mean), tuple(std))
-
-
-def _full_name(spec: EncoderSpec) -> str:
-    return f"{spec.name}.{spec.pretrained}" if spec.pretrained in _tags(spec.name) else spec.name
-
-
-def _build(spec: EncoderSpec) -> DenseEncoder:
-    name, pretrained = spec.name, spec.pretrained
-    if pretrained in _tags(name):
-        try:
-            trunk = timm.create_model(_full_name(spec), pretrained=True, num_classes=0)
-        except Exception as error:  # whatever the hub's client raises: network, disk, access
-            raise failed_download(name, pretrained, error) from error
-        return DINOv3Encoder(trunk, spec.reference_compat)
-    with fixed_random_weights():
-        encoder = DINOv3Encoder(timm.create_model(name, num_classes=0), spec.reference_compat)
-    if pretrained:
-        _load(encoder, spec)
-    return encoder
-
-
-def _load(encoder: DINOv3Encoder, spec: EncoderSpec) -> None:
-    if not Path(spec.pretrained).is_file():
-        raise no_such_weights(spec.name, spec.pretrained, _tags(spec.name))
-    tensors = _from_file(read_state_dict(spec.pretrained, part=spec.pretrained_part))
-    if f"{_PREFIX}storage_tokens" in tensors:
-        tensors = _from_meta(tensors, encoder.visual, spec)
-    own = encoder.state_dict()
-    check_fit(own, tensors, own, spec.pretrained)
-    encoder.load_state_dict(tensors)
-
-
 def _from_meta(tensors: Mapping[str, torch.Tensor], trunk: Eva, spec: EncoderSpec) -> dict[str, torch.Tensor]:
     """Keys of the files that Meta distributes to timm's, by timm's own rules."""
     biases = [t.chunk(3) for name, t in tensors.items() if name.endswith("attn.qkv.bias")]
@@ -221,32 +179,70 @@ def _from_meta(tensors: Mapping[str, torch.Tensor], trunk: Eva, spec: EncoderSpe
     return {f"{_PREFIX}{name}": tensor for name, tensor in converted.items()}
 
 
-def _from_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Files of timm's and of Meta's have no "visual." before their keys."""
-    if "patch_embed.proj.weight" in tensors and "cls_token" in tensors:
-        return {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-    return dict(tensors)
+class DINOv3Family(EncoderFamily):
+    """DINOv3 ViTs of timm."""
+
+    name = "DINOv3"
+    marks = ("visual.patch_embed.proj.weight", "visual.cls_token", "visual.blocks.0.attn.qkv.weight")
+    has_text = False
+    file_format = "timm"
+    timm_prefix = _PREFIX
+
+    def claims(self, name: str) -> bool:
+        return name in _names()
+
+    def names(self) -> list[str]:
+        return _names()
+
+    def sizes(self, spec: EncoderSpec) -> tuple[int, int]:
+        return timm_sizes(spec.name)
+
+    def conventions(self, spec: EncoderSpec) -> Conventions:
+        cfg = timm.get_pretrained_cfg(self._full_name(spec)) or timm.get_pretrained_cfg(spec.name)
+        mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if cfg is None else (cfg.mean, cfg.std)
+        return Conventions(tuple(mean), tuple(std))
+
+    def tags(self, name: str) -> list[str]:
+        return _tags(name)
+
+    def build(self, spec: EncoderSpec) -> DenseEncoder:
+        name, pretrained = spec.name, spec.pretrained
+        if pretrained in _tags(name):
+            try:
+                trunk = timm.create_model(self._full_name(spec), pretrained=True, num_classes=0)
+            except Exception as error:  # whatever the hub's client raises: network, disk, access
+                raise failed_download(name, pretrained, error) from error
+            return DINOv3Encoder(trunk, spec.reference_compat)
+        with fixed_random_weights():
+            encoder = DINOv3Encoder(timm.create_model(name, num_classes=0), spec.reference_compat)
+        if pretrained:
+            self._load(encoder, spec)
+        return encoder
+
+    def example(self) -> DenseEncoder:
+        # Layer scale at 1: DINOv3's own 1e-5 makes the blocks of an untrained model do next to nothing.
+        sizes = {"img_size": 64, "embed_dim": 96, "depth": 3, "num_heads": 3, "init_values": 1.0}
+        return DINOv3Encoder(timm.create_model("vit_small_patch16_dinov3", num_classes=0, **sizes))
+
+    def from_file(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # Files of timm's and of Meta's have no "visual." before their keys.
+        if "patch_embed.proj.weight" in tensors and "cls_token" in tensors:
+            return {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+        return dict(tensors)
+
+    @staticmethod
+    def _full_name(spec: EncoderSpec) -> str:
+        return f"{spec.name}.{spec.pretrained}" if spec.pretrained in _tags(spec.name) else spec.name
+
+    def _load(self, encoder: DINOv3Encoder, spec: EncoderSpec) -> None:
+        if not Path(spec.pretrained).is_file():
+            raise no_such_weights(spec.name, spec.pretrained, _tags(spec.name))
+        tensors = self.from_file(read_state_dict(spec.pretrained, part=spec.pretrained_part))
+        if f"{_PREFIX}storage_tokens" in tensors:
+            tensors = _from_meta(tensors, encoder.visual, spec)
+        own = encoder.state_dict()
+        check_fit(own, tensors, own, spec.pretrained)
+        encoder.load_state_dict(tensors)
 
 
-def _example() -> DenseEncoder:
-    # Layer scale at 1: DINOv3's own 1e-5 makes the blocks of an untrained model do next to nothing.
-    sizes = {"img_size": 64, "embed_dim": 96, "depth": 3, "num_heads": 3, "init_values": 1.0}
-    return DINOv3Encoder(timm.create_model("vit_small_patch16_dinov3", num_classes=0, **sizes))
-
-
-FAMILY = EncoderFamily(
-    name="DINOv3",
-    claims=lambda name: name in _names(),
-    names=_names,
-    sizes=_sizes,
-    conventions=_conventions,
-    tags=_tags,
-    build=_build,
-    build_text=None,
-    example=_example,
-    marks=("visual.patch_embed.proj.weight", "visual.cls_token", "visual.blocks.0.attn.qkv.weight"),
-    from_file=_from_file,
-    file_format="timm",
-    timm_prefix=_PREFIX,
-)
-register_family(FAMILY)
+register_family(DINOv3Family())

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import open_clip
+import timm
+import torch
 
 from spar_d2.encoders.origin import Conventions, Triple, check_triple
+from spar_d2.utils.io import signature
 
 _KEY = "MODEL.SPAR.ENCODER"
 # What open_clip calls the config in a folder with a model; the folder then has the model's name.
@@ -35,6 +40,22 @@ def model_config(name: str) -> dict | None:
         return _read_file(name)[0]
     # With a schema ("hf-hub:...") open_clip would go looking for the model elsewhere, only to learn what it is.
     return None if ":" in name else open_clip.get_model_config(name)
+
+
+def known_config(name: str) -> dict:
+    """:func:`model_config` of a name that a family claims."""
+    config = model_config(name)
+    if config is None:
+        raise ValueError(f"{_KEY}: open_clip has no model {name!r}")
+    return config
+
+
+def timm_sizes(name: str) -> tuple[int, int]:
+    """Native size and patch size of one of timm's ViTs in pixels, without building its weights."""
+    with torch.device("meta"):
+        embed = timm.create_model(name, num_classes=0).patch_embed
+    patch = embed.patch_size[0]
+    return embed.grid_size[0] * patch, patch
 
 
 def model_names(wanted: Callable[[dict | None], bool]) -> list[str]:
@@ -79,7 +100,7 @@ def conventions(name: str, tag: str, mean: Triple, std: Triple) -> Conventions:
         tag: of its weights; anything else counts as none.
         mean, std: of the family.
     """
-    config, preprocess = _read_file(name) if name.endswith(".json") else (model_config(name), {})
+    config, preprocess = _read_file(name) if name.endswith(".json") else (known_config(name), {})
     said = open_clip.get_pretrained_cfg(_own_name(name), tag) if tag in tags_of(name) else preprocess
     quick_gelu = said.get("quick_gelu", config.get("quick_gelu", False))
     return Conventions(tuple(said.get("mean", mean)), tuple(said.get("std", std)), bool(quick_gelu))
@@ -99,6 +120,13 @@ def _read_file(path: str) -> tuple[dict, dict]:
     """A model's config, and how its images are prepared, in either of open_clip's forms: side by side, or in one."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{_KEY}: there is no model config file {path}")
+    return copy.deepcopy(_read_version(path, signature(path)))
+
+
+# A start asks for it a dozen times.
+@functools.lru_cache(maxsize=32)
+def _read_version(path: str, version: tuple) -> tuple[dict, dict]:
+    """The file as it was when it had this signature."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

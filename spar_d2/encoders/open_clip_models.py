@@ -16,7 +16,7 @@ from torch import nn
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.messages import KEY, first_line
 from spar_d2.encoders.model_configs import known_name, tags_of
-from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, find_family
+from spar_d2.encoders.registry import EncoderFamily, EncoderSpec
 from spar_d2.encoders.text_tower import TextTower
 from spar_d2.encoders.weights import (
     OPTIONAL_KEYS,
@@ -39,9 +39,9 @@ def build_image_tower(spec: EncoderSpec, family: EncoderFamily) -> nn.Module:
     return _create(spec, family, part="visual").visual
 
 
-def build_text(spec: EncoderSpec) -> TextTower:
+def build_text(spec: EncoderSpec, family: EncoderFamily) -> TextTower:
     """Tokenizer and text tower of an open_clip model, with weights; raises like :func:`build_image_tower`."""
-    model = _create(spec, find_family(spec.name), part="text")
+    model = _create(spec, family, part="text")
     model.visual = nn.Identity()
     # Weights of a text tower are also wanted where there are no texts and no way to its tokenizer.
     return TextTower(model, functools.partial(_tokenize, known_name(spec.name)))

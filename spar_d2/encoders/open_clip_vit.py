@@ -17,10 +17,13 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
-from spar_d2.encoders.model_configs import conventions, model_config, model_names, side_of, tags_of
+from spar_d2.encoders.image_sizes import Crop, Pad
+from spar_d2.encoders.model_configs import conventions, known_config, model_config, model_names, side_of, tags_of
 from spar_d2.encoders.open_clip_models import build_image_tower, build_text
+from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.positions import resample_positions, sampling_weights
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
+from spar_d2.encoders.text_tower import TextTower
 
 # The authors' code enlarges the requested grid by a tenth of a cell, against rounding down. Because the sampling
 # positions use the given factor, this also shifts them slightly; students are trained with it, so it stays.
@@ -66,19 +69,9 @@ class OpenCLIPEncoder(DenseEncoder):
     def blocks(self) -> nn.ModuleList:
         return self.visual.transformer.resblocks
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        if self.reference_compat:
-            return height // self.patch_size, width // self.patch_size
-        return super().grid(height, width)
-
-    def to_whole_patches(self, x: torch.Tensor) -> torch.Tensor:
-        height, width = (cells * self.patch_size for cells in self.grid(*x.shape[-2:]))
-        if height == 0 or width == 0:
-            raise ValueError(
-                f"with reference_compat an image must cover a patch of {self.patch_size} pixels, "
-                f"got {x.shape[-2]}x{x.shape[-1]}"
-            )
-        return x[..., :height, :width] if self.reference_compat else super().to_whole_patches(x)
+    @property
+    def size_policy(self) -> Pad:
+        return (Crop if self.reference_compat else Pad)(self.patch_size)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         tokens, grid, _ = self._embed(x)
@@ -154,40 +147,45 @@ def _names() -> list[str]:
     return model_names(_is_plain_vit)
 
 
-def _sizes(spec: EncoderSpec) -> tuple[int, int]:
-    vision = model_config(spec.name)["vision_cfg"]
-    patch, size = (side_of(vision.get(key, usual)) for key, usual in (("patch_size", 16), ("image_size", 224)))
-    return size // patch * patch, patch
+class OpenCLIPFamily(EncoderFamily):
+    """Models of open_clip whose image tower is its own ViT."""
+
+    name = "open_clip ViT"
+    marks = ("visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding")
+
+    def claims(self, name: str) -> bool:
+        return _is_plain_vit(model_config(name))
+
+    def names(self) -> list[str]:
+        return _names()
+
+    def sizes(self, spec: EncoderSpec) -> tuple[int, int]:
+        vision = known_config(spec.name)["vision_cfg"]
+        patch, size = (side_of(vision.get(key, usual)) for key, usual in (("patch_size", 16), ("image_size", 224)))
+        return size // patch * patch, patch
+
+    def conventions(self, spec: EncoderSpec) -> Conventions:
+        return conventions(spec.name, spec.pretrained, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+
+    def tags(self, name: str) -> list[str]:
+        return tags_of(name)
+
+    def build(self, spec: EncoderSpec) -> DenseEncoder:
+        return OpenCLIPEncoder(build_image_tower(spec, self), spec.reference_compat)
+
+    def build_text(self, spec: EncoderSpec) -> TextTower:
+        return build_text(spec, self)
+
+    def example(self) -> DenseEncoder:
+        vision = {"image_size": 64, "layers": 3, "width": 96, "patch_size": 16, "head_width": 32}
+        text = {"context_length": 77, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+        return OpenCLIPEncoder(open_clip.CLIP(embed_dim=64, vision_cfg=vision, text_cfg=text).visual)
+
+    def from_file(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # Files of an image tower alone have no "visual." before their keys.
+        if "conv1.weight" in tensors and "class_embedding" in tensors:
+            return {f"visual.{key}": tensor for key, tensor in tensors.items()}
+        return dict(tensors)
 
 
-def _build(spec: EncoderSpec) -> DenseEncoder:
-    return OpenCLIPEncoder(build_image_tower(spec, FAMILY), spec.reference_compat)
-
-
-def _from_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Files of an image tower alone have no "visual." before their keys."""
-    if "conv1.weight" in tensors and "class_embedding" in tensors:
-        return {f"visual.{key}": tensor for key, tensor in tensors.items()}
-    return dict(tensors)
-
-
-def _example() -> DenseEncoder:
-    vision = {"image_size": 64, "layers": 3, "width": 96, "patch_size": 16, "head_width": 32}
-    text = {"context_length": 77, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    return OpenCLIPEncoder(open_clip.CLIP(embed_dim=64, vision_cfg=vision, text_cfg=text).visual)
-
-
-FAMILY = EncoderFamily(
-    name="open_clip ViT",
-    claims=lambda name: _is_plain_vit(model_config(name)),
-    names=_names,
-    sizes=_sizes,
-    conventions=lambda spec: conventions(spec.name, spec.pretrained, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
-    tags=tags_of,
-    build=_build,
-    build_text=build_text,
-    example=_example,
-    marks=("visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding"),
-    from_file=_from_file,
-)
-register_family(FAMILY)
+register_family(OpenCLIPFamily())

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from spar_d2.utils.io import signature
+
 logger = logging.getLogger(__name__)
 
 # The entry among the metadata of safetensors; in archives of torch.save's, the name of a record.
@@ -122,8 +124,7 @@ def read_origin(path: str | os.PathLike) -> Origin | None:
     """What a weight file says of itself; None where it is no file or says nothing. Reads no weights."""
     if not path or not os.path.isfile(path):
         return None
-    state = os.stat(path)
-    return _read_origin(str(path), state.st_mtime_ns, state.st_size)
+    return _read_origin(str(path), *signature(path))
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,13 +1,15 @@
 """Families of encoders, and how a model name finds its family.
 
-Adding a family is one file that builds it and one ``register_family`` call; every test of encoders then covers it.
+A new family is one file with an :class:`EncoderFamily` and a ``register_family`` call; every test of encoders then
+covers it.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -63,50 +65,65 @@ class EncoderInfo:
     quick_gelu: bool | None = None
 
 
-def _as_they_are(tensors: Tensors) -> dict[str, torch.Tensor]:
-    return dict(tensors)
-
-
-@dataclass(frozen=True)
-class EncoderFamily:
-    """How one family of models is recognised, built, and kept in files.
+class EncoderFamily(ABC):
+    """One family of models: how its names are recognized, its encoders built, and its weight files read.
 
     Attributes:
         name: short name of the family.
-        claims: whether a model name, or a path to a model config, is of this family.
-        names: all model names of this family that can be typed.
-        sizes: native size and patch size of a model, without building the weights.
-        conventions: what a model expects by its tag, or else by its name.
-        tags: of a model's weights.
-        build: the dense encoder.
-        build_text: the text tower that belongs to it; None where the family has none.
-        example: a tiny encoder with random weights, for tests; None where it needs what is not here.
-        marks: keys of the library's model that tell its weight files from those of other families.
-        from_file: brings the keys of any of the family's weight files to those of encoder and text tower.
-        file_format: whose weight files the family's are usually kept in, see :mod:`spar_d2.encoders.convert`.
-        timm_prefix: what the keys of the image trunk begin with where it is timm's; "" where it is not.
+        marks: keys of the library's model that distinguish its weight files from those of other families.
+        has_text: whether its models have a text tower.
+        file_format: library whose format its weight files usually have, see :mod:`spar_d2.encoders.convert`.
+        timm_prefix: prefix of the keys of the image trunk where that is a timm model; "" where it is not.
     """
 
     name: str
-    claims: Callable[[str], bool]
-    names: Callable[[], list[str]]
-    sizes: Callable[[EncoderSpec], tuple[int, int]]
-    conventions: Callable[[EncoderSpec], Conventions]
-    tags: Callable[[str], list[str]]
-    build: Callable[[EncoderSpec], DenseEncoder]
-    build_text: Callable[[EncoderSpec], TextTower] | None
-    example: Callable[[], DenseEncoder | None]
     marks: tuple[str, ...]
-    from_file: Callable[[Tensors], dict[str, torch.Tensor]] = field(default=_as_they_are)
+    has_text: bool = True
     file_format: str = "open_clip"
     timm_prefix: str = ""
+
+    @abstractmethod
+    def claims(self, name: str) -> bool:
+        """Whether a model name, or a path to a model config, belongs to this family."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """All model names of this family, without paths to configs."""
+
+    @abstractmethod
+    def sizes(self, spec: EncoderSpec) -> tuple[int, int]:
+        """Native size and patch size of a model in pixels, without building its weights."""
+
+    @abstractmethod
+    def conventions(self, spec: EncoderSpec) -> Conventions:
+        """Pixel statistics and activation that a model expects by its tag, or else by its name."""
+
+    @abstractmethod
+    def build(self, spec: EncoderSpec) -> DenseEncoder:
+        """The dense encoder with its weights."""
+
+    def build_text(self, spec: EncoderSpec) -> TextTower:
+        """The text tower that belongs to the encoder; only called where ``has_text``."""
+        raise NotImplementedError(f"{self.name} has no text tower")
+
+    def tags(self, name: str) -> list[str]:
+        """Tags of a model's pre-trained weights."""
+        return []
+
+    def example(self) -> DenseEncoder | None:
+        """A tiny encoder with random weights, for tests; None where it cannot be built from installed packages."""
+        return None
+
+    def from_file(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+        """Rename the keys of any of the family's weight files to those of encoder and text tower."""
+        return dict(tensors)
 
 
 FAMILIES: dict[str, EncoderFamily] = {}
 
 
 def register_family(family: EncoderFamily) -> None:
-    """Make a family known; raises ``ValueError`` where its name is taken."""
+    """Register a family; raises ``ValueError`` where its name is taken."""
     if family.name in FAMILIES:
         raise ValueError(f"an encoder family {family.name!r} is registered already")
     FAMILIES[family.name] = family
@@ -226,9 +243,9 @@ def build_text(spec: EncoderSpec) -> TextTower:
 def check_has_text(name: str) -> None:
     """Raise ``ValueError`` where a model's family has no text side; says which have."""
     family = find_family(name)
-    if family.build_text is None:
+    if not family.has_text:
         having = [
-            f"{other.name} ({', '.join(other.names()[:2])}, ...)" for other in FAMILIES.values() if other.build_text
+            f"{other.name} ({', '.join(other.names()[:2])}, ...)" for other in FAMILIES.values() if other.has_text
         ]
         raise ValueError(
             f"MODEL.SPAR.ENCODER: {name!r} ({family.name}) has no text side, so it cannot segment by words; "

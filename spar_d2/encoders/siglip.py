@@ -6,10 +6,10 @@ attention (SPAR, arXiv:2604.02252).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
@@ -17,11 +17,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
-from spar_d2.encoders.model_configs import conventions, model_config, model_names, tags_of
+from spar_d2.encoders.model_configs import conventions, known_config, model_config, model_names, tags_of, timm_sizes
 from spar_d2.encoders.open_clip_models import build_image_tower, build_text
 from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.positions import resample_positions, sampling_weights
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
+from spar_d2.encoders.text_tower import TextTower
 
 _MEAN = _STD = (0.5, 0.5, 0.5)
 _TRUNK = "visual.trunk."
@@ -126,63 +127,52 @@ def _names() -> list[str]:
     return model_names(_is_siglip)
 
 
-def _sizes(spec: EncoderSpec) -> tuple[int, int]:
-    name = model_config(spec.name)["vision_cfg"]["timm_model_name"]
-    try:
-        with torch.device("meta"):
-            embed = timm.create_model(name, num_classes=0).patch_embed
-    except Exception as error:  # whatever timm raises for a name in a config file
-        raise ValueError(f"MODEL.SPAR.ENCODER: timm cannot build {name!r} of {spec.name} ({error})") from error
-    patch = embed.patch_size[0]
-    return embed.grid_size[0] * patch, patch
+class SigLIPFamily(EncoderFamily):
+    """SigLIP and SigLIP2 models of open_clip."""
+
+    name = "SigLIP"
+    marks = ("visual.trunk.attn_pool.kv.weight", "visual.trunk.pos_embed")
+    timm_prefix = _TRUNK
+
+    def claims(self, name: str) -> bool:
+        return _is_siglip(model_config(name))
+
+    def names(self) -> list[str]:
+        return _names()
+
+    def sizes(self, spec: EncoderSpec) -> tuple[int, int]:
+        name = known_config(spec.name)["vision_cfg"]["timm_model_name"]
+        try:
+            return timm_sizes(name)
+        except Exception as error:  # whatever timm raises for a name in a config file
+            raise ValueError(f"MODEL.SPAR.ENCODER: timm cannot build {name!r} of {spec.name} ({error})") from error
+
+    def conventions(self, spec: EncoderSpec) -> Conventions:
+        # The activation is that of timm's trunk in any case.
+        return dataclasses.replace(conventions(spec.name, spec.pretrained, _MEAN, _STD), quick_gelu=None)
+
+    def tags(self, name: str) -> list[str]:
+        return tags_of(name)
+
+    def build(self, spec: EncoderSpec) -> DenseEncoder:
+        return SigLIPEncoder(build_image_tower(spec, self), spec.reference_compat)
+
+    def build_text(self, spec: EncoderSpec) -> TextTower:
+        return build_text(spec, self)
+
+    def example(self) -> DenseEncoder:
+        sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 96, "depth": 3, "num_heads": 3}
+        visual = nn.Module()
+        visual.trunk = VisionTransformer(**sizes, class_token=False, global_pool="map", num_classes=0)
+        return SigLIPEncoder(visual)
+
+    def from_file(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # Files of a timm trunk alone have neither "visual." nor "trunk." before their keys.
+        if "attn_pool.kv.weight" in tensors:
+            return {f"{_TRUNK}{key}": tensor for key, tensor in tensors.items() if not key.startswith("head.")}
+        if "trunk.attn_pool.kv.weight" in tensors:
+            return {f"visual.{key}": tensor for key, tensor in tensors.items()}
+        return dict(tensors)
 
 
-def _conventions(spec: EncoderSpec) -> Conventions:
-    said = conventions(spec.name, spec.pretrained, _MEAN, _STD)
-    # timm's trunks have their own activation in any case.
-    return Conventions(said.pixel_mean, said.pixel_std)
-
-
-def _build(spec: EncoderSpec) -> DenseEncoder:
-    return SigLIPEncoder(build_image_tower(spec, FAMILY), spec.reference_compat)
-
-
-def _from_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Files of a timm trunk alone have neither "visual." nor "trunk." before their keys."""
-    if "attn_pool.kv.weight" in tensors:
-        return {f"{_TRUNK}{key}": tensor for key, tensor in tensors.items() if not key.startswith("head.")}
-    if "trunk.attn_pool.kv.weight" in tensors:
-        return {f"visual.{key}": tensor for key, tensor in tensors.items()}
-    return dict(tensors)
-
-
-def _example() -> DenseEncoder:
-    visual = nn.Module()
-    visual.trunk = VisionTransformer(
-        img_size=64,
-        patch_size=16,
-        embed_dim=96,
-        depth=3,
-        num_heads=3,
-        class_token=False,
-        global_pool="map",
-        num_classes=0,
-    )
-    return SigLIPEncoder(visual)
-
-
-FAMILY = EncoderFamily(
-    name="SigLIP",
-    claims=lambda name: _is_siglip(model_config(name)),
-    names=_names,
-    sizes=_sizes,
-    conventions=_conventions,
-    tags=tags_of,
-    build=_build,
-    build_text=build_text,
-    example=_example,
-    marks=("visual.trunk.attn_pool.kv.weight", "visual.trunk.pos_embed"),
-    from_file=_from_file,
-    timm_prefix=_TRUNK,
-)
-register_family(FAMILY)
+register_family(SigLIPFamily())

@@ -21,7 +21,7 @@ from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.teacher import TargetCache
 from spar_d2.teacher.identity import tensor_identity
 from spar_d2.utils.images import read_labels
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import replacing, signature
 
 logger = logging.getLogger(__name__)
 
@@ -178,10 +178,10 @@ def read_features(path: str | os.PathLike) -> torch.Tensor:
 def stamp(file: str) -> str:
     """Text that changes with a file, by its size and time; raises ``FileNotFoundError`` where there is none."""
     try:
-        state = os.stat(file)
+        size, changed = signature(file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the data set names the file {file}, which is not there") from error
-    return f"{os.path.abspath(file)} {state.st_size} {state.st_mtime_ns}"
+    return f"{os.path.abspath(file)} {size} {changed}"
 
 
 def _again(path: str | os.PathLike) -> str:

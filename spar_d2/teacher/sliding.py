@@ -12,6 +12,7 @@ from torch import nn
 
 from spar_d2.encoders import DenseEncoder
 from spar_d2.encoders.base import check_images
+from spar_d2.encoders.image_sizes import Crop
 from spar_d2.teacher.stitch import stitch
 from spar_d2.teacher.windows import WindowPlan
 
@@ -168,14 +169,8 @@ def check_window(encoder: DenseEncoder, window: int | None, stride: int, batch_s
 
 def target_grid(encoder: DenseEncoder, height: int, width: int) -> tuple[int, int]:
     """Size of the stitched map for an image of the given size in pixels."""
-    if not encoder.reference_compat:
-        return encoder.grid(height, width)
-    grid = (height // encoder.patch_size, width // encoder.patch_size)
-    if 0 in grid:
-        raise ValueError(
-            f"with reference_compat an image must cover a patch of {encoder.patch_size} pixels, got {height}x{width}"
-        )
-    return grid
+    policy = Crop(encoder.patch_size) if encoder.reference_compat else encoder.size_policy
+    return policy.grid(height, width)
 
 
 def plan_windows(encoder: DenseEncoder, height: int, width: int, window: int, stride: int) -> WindowPlan:

@@ -28,6 +28,12 @@ _LONGEST_NAME, _LONGEST_SUFFIX = 255, 32
 _MOST_LINKS = 40
 
 
+def signature(path: str | os.PathLike) -> tuple[int, int]:
+    """Size and time of a file, which change with its content; raises ``FileNotFoundError`` where there is none."""
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name to write to; what is there takes the place of ``path`` when the block ends well.

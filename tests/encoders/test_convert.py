@@ -37,7 +37,7 @@ def student(spec):
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    text = build_text(spec).model.state_dict() if find_family(spec.name).build_text else {}
+    text = build_text(spec).model.state_dict() if find_family(spec.name).has_text else {}
     return encoder, {**text, **encoder.state_dict()}
 
 
@@ -77,7 +77,7 @@ def test_files_of_others_are_read(spec, student, layout, tmp_path):
     encoder, state = student
     torch.save(FOREIGN[layout](state), tmp_path / "foreign.ckpt")
     assert holds(with_file(spec, tmp_path / "foreign.ckpt"), encoder)
-    if find_family(spec.name).build_text:
+    if find_family(spec.name).has_text:
         text = build_text(with_file(spec, tmp_path / "foreign.ckpt")).model.state_dict()
         assert all(torch.equal(tensor, state[key]) for key, tensor in text.items())
 
@@ -89,7 +89,7 @@ def test_to_the_librarys_and_back(spec, student, suffix, tmp_path):
     written = tmp_path / f"library{suffix}"
     write_weights(convert_weights(with_file(spec, tmp_path / "authors.pth")), written)
     assert holds(with_file(spec, written), encoder)
-    if find_family(spec.name).build_text:
+    if find_family(spec.name).has_text:
         again = convert_weights(with_file(spec, written), "authors")
         assert again.keys() == {f"model.{key}" for key in state}
         assert all(torch.equal(tensor, state[key.removeprefix("model.")]) for key, tensor in again.items())

@@ -62,7 +62,7 @@ def test_distil_then_evaluate(family, tmp_path, photo_folder, labelled):
     trainer = Trainer(cfg)
     trainer.train()
     ((task, values),) = trainer._last_eval_results.items()
-    assert task == ("features" if FAMILIES[family].build_text is None else "sem_seg")
+    assert task == ("features" if not FAMILIES[family].has_text else "sem_seg")
     assert all(math.isfinite(value) for name, value in values.items() if name in ("mIoU", "cosine", "mse"))
     student = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
     # The student goes into a new model both ways, and evaluates to the same.
