@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from spar_d2.encoders.grids import RecentGrids
 from spar_d2.encoders.image_sizes import Pad
 from spar_d2.encoders.origin import Origin
 from spar_d2.encoders.precision import PRECISIONS, cast_parameters
+
+Tensors = TypeVar("Tensors", bound=tuple[torch.Tensor, ...])
 
 
 class DenseEncoder(nn.Module, ABC):
@@ -68,7 +71,7 @@ class DenseEncoder(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList | nn.Sequential:
         """The transformer blocks, first to last."""
 
     @abstractmethod
@@ -208,7 +211,7 @@ class DenseEncoder(nn.Module, ABC):
         return self
 
     def _run_blocks(
-        self, blocks: Sequence[nn.Module], tokens: torch.Tensor, *context: torch.Tensor, step: Callable | None = None
+        self, blocks: Iterable[nn.Module], tokens: torch.Tensor, *context: torch.Tensor, step: Callable | None = None
     ) -> Iterator[torch.Tensor]:
         """Apply ``step``, by default :meth:`_step`, with block after block and yield the tokens after each."""
         step = step or self._step
@@ -243,9 +246,10 @@ class DenseEncoder(nn.Module, ABC):
             return "frozen"
         return FIXED_SHAPE if self.has_fixed_shape else "inference"
 
-    def _of_grid(self, grid: tuple[int, int], make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    def _of_grid(self, grid: tuple[int, int], make: Callable[[], Tensors]) -> Tensors:
         """What ``make`` gives for a grid (h, w), which depends on nothing else and has no gradient; kept for a few."""
-        if torch.jit.is_tracing():  # which compares two traces, and the second would find it kept
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            # Tracing compares two traces, and the second would find it kept.
             return make()
         return self._grids.get((*grid, self._precision), next(self.parameters()), make)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.tokenizer import default_bpe
@@ -47,6 +48,8 @@ class DINOtxtEncoder(DenseEncoder):
     parts = {"qkv": r"attn\.qkv\.", "mlp": r"mlp\.", "patchembed": r"visual_model\.backbone\.patch_embed\."}
     pixel_mean, pixel_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     native_size = _NATIVE_SIZE
+    # Built by code that is not there when types are checked.
+    visual_model: Any
 
     def __init__(self, visual_model: nn.Module, reference_compat: bool = False, tokens: str = "backbone") -> None:
         super().__init__()
@@ -56,14 +59,14 @@ class DINOtxtEncoder(DenseEncoder):
         self.visual_model = visual_model
         self.reference_compat = reference_compat
         self.tokens = tokens
-        backbone = visual_model.backbone
+        backbone = self.visual_model.backbone
         self.patch_size = backbone.patch_size
         self.width = self.embed_dim = backbone.embed_dim
         self.prefix_tokens = 1 + backbone.n_storage_tokens
         unused = r"visual_model\.backbone\.(mask_token$|cls_norm\.|local_cls_norm\.)"
         if tokens == "backbone":
             unused += r"|visual_model\.head\."
-        elif isinstance(projection := visual_model.head.linear_projection, nn.Linear):
+        elif isinstance(projection := self.visual_model.head.linear_projection, nn.Linear):
             self.embed_dim = projection.out_features
         self.unused = unused
         self.eval()
@@ -118,18 +121,18 @@ def _check_tower(visual_model: nn.Module) -> None:
 class _TextModel(nn.Module):
     """The text tower with the half of its vectors that belongs to patches."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         # The names are the library's: they are the keys of its weight files.
         self.text_model = model.text_model
         self.logit_scale = model.logit_scale
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        vectors = self.text_model(tokens)
+        vectors: torch.Tensor = self.text_model(tokens)
         return vectors[:, vectors.shape[1] // 2 :]
 
 
-def _create(spec: EncoderSpec, part: str) -> tuple[nn.Module, object]:
+def _create(spec: EncoderSpec, part: str) -> tuple[Any, Any]:
     """The library's model, in which ``part``, "visual" or "text", has its weights, and the tokenizer."""
     repo = _find_repo(spec.dinov3_repo)
     for key, file in ((KEY, spec.pretrained), ("MODEL.SPAR.DINOV3_BACKBONE", spec.dinov3_backbone)):
@@ -137,9 +140,10 @@ def _create(spec: EncoderSpec, part: str) -> tuple[nn.Module, object]:
             raise FileNotFoundError(f"{key}: there is no weight file {file}; DINOv3.txt has no tags")
     try:
         with fixed_random_weights():
-            model, tokenizer = torch.hub.load(
+            built: Any = torch.hub.load(
                 str(repo), spec.name, source="local", pretrained=False, bpe_path_or_url=default_bpe()
             )
+            model, tokenizer = built
     except Exception as error:  # code of others: it may fail in any way
         raise RuntimeError(
             f"MODEL.SPAR.DINOV3_REPO: {repo} cannot build {spec.name} ({first_line(error)}); "

@@ -8,11 +8,13 @@ import functools
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models.eva import Eva, EvaAttention, EvaBlock, checkpoint_filter_fn
 from torch import nn
 
@@ -20,7 +22,7 @@ from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.messages import KEY
 from spar_d2.encoders.model_configs import timm_sizes
-from spar_d2.encoders.origin import Conventions
+from spar_d2.encoders.origin import Conventions, check_triple
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
 from spar_d2.encoders.weights import failed_download, fixed_random_weights, no_such_weights, read_state_dict
 from spar_d2.utils.transfer import send
@@ -50,17 +52,16 @@ class DINOv3Encoder(DenseEncoder):
 
     def __init__(self, visual: nn.Module, reference_compat: bool = False) -> None:
         super().__init__()
-        _check_model(visual)
-        self.visual = visual
+        self.visual = trunk = _checked(visual)
         self.reference_compat = reference_compat
-        self.patch_size = visual.patch_embed.patch_size[0]
-        self.native_size = visual.patch_embed.grid_size[0] * self.patch_size
-        self.width = self.embed_dim = visual.embed_dim
-        self.prefix_tokens = visual.num_prefix_tokens
+        self.patch_size = cast(tuple[int, int], trunk.patch_embed.patch_size)[0]
+        self.native_size = trunk.patch_embed.grid_size[0] * self.patch_size
+        self.width = self.embed_dim = trunk.embed_dim
+        self.prefix_tokens = trunk.num_prefix_tokens
         # timm makes grids on the CPU, and waits for a GPU to take them. So a copy that stays on the CPU computes
         # rotations; it is in a tuple, as it is no part of the model.
-        self._rope = (copy.deepcopy(visual.rope),)
-        cfg = getattr(visual, "pretrained_cfg", {})
+        self._rope = (cast(RotaryEmbeddingDinoV3, copy.deepcopy(trunk.rope)),)
+        cfg = getattr(trunk, "pretrained_cfg", {})
         self.pixel_mean = tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN))
         self.pixel_std = tuple(cfg.get("std", IMAGENET_DEFAULT_STD))
         self.eval()
@@ -89,21 +90,25 @@ class DINOv3Encoder(DenseEncoder):
         sin, cos = self._rope[0].cpu().get_embed(shape=list(grid)).chunk(2, dim=-1)
         ahead = (0, 0, self.prefix_tokens, 0)
         cos, sin = F.pad(cos, ahead, value=1.0), F.pad(sin[:, : sin.shape[1] // 2], ahead)
-        parts = (part[:, None, None].to(self._precision or weight.dtype) for part in (cos, sin))
-        return tuple(send(part, weight.device) for part in parts)
+        cos, sin = (part[:, None, None].to(self._precision or weight.dtype) for part in (cos, sin))
+        return send(cos, weight.device), send(sin, weight.device)
 
     @staticmethod
     def _step(block: EvaBlock, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        tokens = _add_scaled(tokens, block.gamma_1, _attend(block.attn, block.norm1(tokens), cos, sin))
+        tokens = _add_scaled(
+            tokens, block.gamma_1, _attend(cast(EvaAttention, block.attn), block.norm1(tokens), cos, sin)
+        )
         return _add_scaled(tokens, block.gamma_2, block.mlp(block.norm2(tokens)))
 
 
 def _attend(attn: EvaAttention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Self-attention with the weights of ``attn``, queries and keys rotated: (B, N, C) to (B, N, C)."""
     batch, tokens, _ = x.shape
-    bias = None if attn.q_bias is None else torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+    bias = None
+    if attn.q_bias is not None and attn.v_bias is not None:
+        bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
     # (B, N, 3C) -> (B, N, 3, heads, d)
-    qkv = F.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1))
+    qkv = F.linear(x, cast(nn.Linear, attn.qkv).weight, bias).unflatten(-1, (3, attn.num_heads, -1))
     rotated = _rotate(qkv[:, :, :2], cos.to(qkv.dtype), sin.to(qkv.dtype))
     # (B, N, heads, d) -> (B, heads, N, d)
     query, key, value = (part.transpose(1, 2) for part in (*rotated.unbind(2), qkv[:, :, 2]))
@@ -129,7 +134,7 @@ def _add_scaled(tokens: torch.Tensor, scale: torch.Tensor | None, branch: torch.
     return tokens + branch if scale is None else torch.addcmul(tokens, branch, scale)
 
 
-def _check_model(visual: nn.Module) -> None:
+def _checked(visual: nn.Module) -> Eva:
     if not isinstance(visual, Eva):
         raise ValueError(
             f"DINOv3Encoder takes a DINOv3 ViT of timm (vit_*_patch16_dinov3*), got {type(visual).__name__}"
@@ -143,6 +148,7 @@ def _check_model(visual: nn.Module) -> None:
         "patches that are not square": len(set(visual.patch_embed.patch_size)) > 1,
     }
     refuse_parts("DINOv3Encoder", reasons)
+    return visual
 
 
 def _is_plain(block: nn.Module) -> bool:
@@ -167,7 +173,7 @@ def _tags(name: str) -> list[str]:
 def _from_meta(tensors: Mapping[str, torch.Tensor], trunk: Eva, spec: EncoderSpec) -> dict[str, torch.Tensor]:
     """Keys of the files that Meta distributes to timm's, by timm's own rules."""
     biases = [t.chunk(3) for name, t in tensors.items() if name.endswith("attn.qkv.bias")]
-    if any(query.any() or value.any() for query, _, value in biases) and trunk.blocks[0].attn.q_bias is None:
+    if any(query.any() or value.any() for query, _, value in biases) and cast(Any, trunk.blocks[0]).attn.q_bias is None:
         raise RuntimeError(
             f"{KEY}: {spec.pretrained} has biases for queries and values, {spec.name} has none; "
             f"set MODEL.SPAR.ENCODER to {spec.name}_qkvb"
@@ -200,7 +206,7 @@ class DINOv3Family(EncoderFamily):
     def conventions(self, spec: EncoderSpec) -> Conventions:
         cfg = timm.get_pretrained_cfg(self._full_name(spec)) or timm.get_pretrained_cfg(spec.name)
         mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if cfg is None else (cfg.mean, cfg.std)
-        return Conventions(tuple(mean), tuple(std))
+        return Conventions(check_triple(mean, "mean"), check_triple(std, "std", above=0))
 
     def tags(self, name: str) -> list[str]:
         return _tags(name)

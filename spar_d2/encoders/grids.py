@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 
 _KEPT = 8
-Tensors = tuple[torch.Tensor, ...]
+Tensors = TypeVar("Tensors", bound=tuple[torch.Tensor, ...])
 
 
 class RecentGrids:
@@ -19,7 +20,7 @@ class RecentGrids:
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple, Tensors] = OrderedDict()
+        self._kept: OrderedDict[tuple, tuple[torch.Tensor, ...]] = OrderedDict()
 
     def get(self, grid: tuple, like: torch.Tensor, make: Callable[[], Tensors]) -> Tensors:
         """What is kept for a grid, or else what ``make`` gives.
@@ -38,7 +39,7 @@ class RecentGrids:
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return self._kept[key]
+        return cast(Tensors, self._kept[key])
 
     def __deepcopy__(self, memo: dict) -> RecentGrids:
         return RecentGrids()

@@ -20,9 +20,8 @@ class Pad:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Numbers of patches (h, w) of an image with sides in pixels."""
-        if torch.jit.is_tracing():  # sides of a traced tensor are tensors
-            height, width = int(height), int(width)
-        return math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)
+        # Sides of a traced tensor are tensors.
+        return math.ceil(int(height) / self.patch_size), math.ceil(int(width) / self.patch_size)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) to (B, 3, h * p, w * p); the tensor itself where it has whole patches."""

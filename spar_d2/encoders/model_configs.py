@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import open_clip
 import timm
@@ -53,7 +54,7 @@ def known_config(name: str) -> dict:
 def timm_sizes(name: str) -> tuple[int, int]:
     """Native size and patch size of one of timm's ViTs in pixels, without building its weights."""
     with torch.device("meta"):
-        embed = timm.create_model(name, num_classes=0).patch_embed
+        embed = cast(Any, timm.create_model(name, num_classes=0).patch_embed)
     patch = embed.patch_size[0]
     return embed.grid_size[0] * patch, patch
 
@@ -168,10 +169,11 @@ def _check(config: Mapping) -> None:
 
 def _check_number(name: str, value: object) -> None:
     key = name.rpartition(".")[2]
-    pair = isinstance(value, list) and (key == "layers" or (key in ("image_size", "patch_size") and len(value) == 2))
+    numbers = value if isinstance(value, list) else [value]
+    pair = key == "layers" or (key in ("image_size", "patch_size") and len(numbers) == 2)
     most = _MOST_LAYERS if key == "layers" else _LARGEST
     if key == "vocab_size":
         most = 1 << 24
-    for number in value if pair else [value]:
+    for number in numbers if pair else [value]:
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= most:
             raise ValueError(f"{name} must be a whole number in 1..{most}, got {value!r}")

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -62,7 +63,7 @@ def _tokenizer(name: str) -> Callable[[list[str]], torch.Tensor]:
         ) from error
 
 
-def _create(spec: EncoderSpec, family: EncoderFamily, part: str) -> nn.Module:
+def _create(spec: EncoderSpec, family: EncoderFamily, part: str) -> Any:
     """An open_clip model in which ``part``, "visual" or "text", has its weights."""
     name, pretrained = known_name(spec.name), spec.pretrained
     activation = {} if spec.quick_gelu is None else {"quick_gelu": spec.quick_gelu}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import cast
 
 import open_clip
 import torch
@@ -53,14 +54,13 @@ class OpenCLIPEncoder(DenseEncoder):
 
     def __init__(self, visual: nn.Module, reference_compat: bool = False) -> None:
         super().__init__()
-        _check_tower(visual)
-        self.visual = visual
+        self.visual = tower = _checked(visual)
         self.reference_compat = reference_compat
-        self.patch_size = visual.patch_size[0]
-        self.native_size = visual.grid_size[0] * self.patch_size
-        self.width = visual.conv1.out_channels
-        self.embed_dim = self.width if visual.proj is None else visual.proj.shape[1]
-        preprocess = getattr(visual, "preprocess_cfg", {})
+        self.patch_size = cast(tuple[int, int], tower.patch_size)[0]
+        self.native_size = tower.grid_size[0] * self.patch_size
+        self.width = tower.conv1.out_channels
+        self.embed_dim = self.width if tower.proj is None else tower.proj.shape[1]
+        preprocess = getattr(tower, "preprocess_cfg", {})
         self.pixel_mean = tuple(preprocess.get("mean", OPENAI_DATASET_MEAN))
         self.pixel_std = tuple(preprocess.get("std", OPENAI_DATASET_STD))
         self.eval()
@@ -118,7 +118,7 @@ def _run_value_path(block: ResidualAttentionBlock, x: torch.Tensor) -> torch.Ten
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def _check_tower(visual: nn.Module) -> None:
+def _checked(visual: nn.Module) -> VisionTransformer:
     if not isinstance(visual, VisionTransformer):
         raise ValueError(
             f"OpenCLIPEncoder takes the VisionTransformer of an open_clip model (model.visual), "
@@ -132,6 +132,7 @@ def _check_tower(visual: nn.Module) -> None:
         "training images that are not square": len(set(visual.image_size)) > 1,
     }
     refuse_parts("OpenCLIPEncoder", reasons)
+    return visual
 
 
 def _is_plain_vit(config: dict | None) -> bool:
@@ -177,8 +178,8 @@ class OpenCLIPFamily(EncoderFamily):
         return build_text(spec, self)
 
     def example(self) -> DenseEncoder:
-        vision = {"image_size": 64, "layers": 3, "width": 96, "patch_size": 16, "head_width": 32}
-        text = {"context_length": 77, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+        vision = open_clip.CLIPVisionCfg(image_size=64, layers=3, width=96, patch_size=16, head_width=32)
+        text = open_clip.CLIPTextCfg(context_length=77, vocab_size=64, width=32, heads=2, layers=1)
         return OpenCLIPEncoder(open_clip.CLIP(embed_dim=64, vision_cfg=vision, text_cfg=text).visual)
 
     def from_file(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

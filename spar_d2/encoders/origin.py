@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -91,7 +92,8 @@ def check_triple(value: Sequence[float], what: str, above: float = -math.inf) ->
     if len(numbers) != 3 or len(listed) != 3 or max(map(abs, numbers)) > _LARGEST_PIXEL:
         kind = "three numbers above 0" if above == 0 else "three numbers"
         raise ValueError(f"{what} must be {kind}, for red, green and blue of pixels in 0..1; got {value!r}")
-    return tuple(float(number) for number in numbers)
+    red, green, blue = map(float, numbers)
+    return red, green, blue
 
 
 def check_flag(value: object, what: str) -> bool:
@@ -101,7 +103,7 @@ def check_flag(value: object, what: str) -> bool:
     return value
 
 
-def parse_origin(text: object, path: str | os.PathLike) -> Origin | None:
+def parse_origin(text: Any, path: str | os.PathLike) -> Origin | None:
     """The origin in a file's metadata; None, and a warning, where it makes no sense. Unknown fields are left out."""
     try:
         said = json.loads(text)
@@ -136,7 +138,7 @@ def _read_origin(path: str, *_: int) -> Origin | None:
     return None if text is None else parse_origin(text, path)
 
 
-def _text_in(path: Path) -> object:
+def _text_in(path: Path) -> Any:
     if path.name.endswith(".index.json"):
         metadata = json.loads(path.read_text(encoding="utf-8")).get("metadata")
         return metadata.get(ENTRY) if isinstance(metadata, Mapping) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,10 +51,11 @@ def sampling_weights(native: tuple[int, int], grid: tuple[int, int], margin: flo
 
     As the library's own interpolation says; arguments as for :func:`resample_positions`.
     """
-    return tuple(_along_side(size, own, margin, device) for size, own in zip(grid, native))
+    rows, columns = (_along_side(size, own, margin, device) for size, own in zip(grid, native))
+    return rows, columns
 
 
 def _along_side(size: int, native: int, margin: float, device: torch.device) -> torch.Tensor:
     one_hot = torch.eye(native, device=device).reshape(1, native, native, 1)
-    wanted = {"scale_factor": ((size + margin) / native, 1.0)} if margin else {"size": (size, 1)}
+    wanted: dict[str, Any] = {"scale_factor": ((size + margin) / native, 1.0)} if margin else {"size": (size, 1)}
     return F.interpolate(one_hot, mode="bicubic", align_corners=False, **wanted)[0, :, :, 0].T

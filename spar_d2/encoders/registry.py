@@ -15,7 +15,7 @@ import torch
 
 from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.origin import Conventions, Triple
-from spar_d2.encoders.settling import origin_of, settled
+from spar_d2.encoders.settling import origin_of, pixel_statistics, settled
 from spar_d2.encoders.text_tower import TextTower
 
 Tensors = Mapping[str, torch.Tensor]
@@ -31,8 +31,8 @@ class EncoderSpec:
     dinov3_repo: str = ""
     dinov3_backbone: str = ""
     dinov3_tokens: str = "backbone"
-    pixel_mean: Triple | None = None
-    pixel_std: Triple | None = None
+    pixel_mean: Sequence[float] | None = None
+    pixel_std: Sequence[float] | None = None
     quick_gelu: bool | None = None
     pretrained_part: str = ""
 
@@ -202,8 +202,20 @@ def build_encoder(
         FileNotFoundError: a file or folder that is not there.
         RuntimeError: a damaged file, weights of another model, or a download that failed.
     """
-    compat = (reference_compat, dinov3_repo, dinov3_backbone, dinov3_tokens)
-    return build(EncoderSpec(name, pretrained, *compat, pixel_mean, pixel_std, quick_gelu, pretrained_part))
+    return build(
+        EncoderSpec(
+            name=name,
+            pretrained=pretrained,
+            reference_compat=reference_compat,
+            dinov3_repo=dinov3_repo,
+            dinov3_backbone=dinov3_backbone,
+            dinov3_tokens=dinov3_tokens,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            quick_gelu=quick_gelu,
+            pretrained_part=pretrained_part,
+        )
+    )
 
 
 def build(spec: EncoderSpec) -> DenseEncoder:
@@ -211,7 +223,7 @@ def build(spec: EncoderSpec) -> DenseEncoder:
     family = find_family(spec.name)
     spec = settled(spec, family)
     encoder = family.build(spec).eval()
-    encoder.pixel_mean, encoder.pixel_std = spec.pixel_mean, spec.pixel_std
+    encoder.pixel_mean, encoder.pixel_std = pixel_statistics(spec)
     encoder.origin = origin_of(spec)
     return encoder
 
@@ -220,8 +232,7 @@ def describe_encoder(name: str, pretrained: str = "") -> EncoderInfo:
     """What is known of a model without building its weights; arguments and errors as for :func:`build_encoder`."""
     family = find_family(name)
     spec = settled(EncoderSpec(name, pretrained), family)
-    sizes = family.sizes(spec)
-    return EncoderInfo(family.name, *sizes, spec.pixel_mean, spec.pixel_std, quick_gelu=spec.quick_gelu)
+    return EncoderInfo(family.name, *family.sizes(spec), *pixel_statistics(spec), quick_gelu=spec.quick_gelu)
 
 
 def build_text_tower(name: str, pretrained: str = "", dinov3_repo: str = "") -> TextTower:

@@ -7,9 +7,9 @@ import functools
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from spar_d2.encoders.origin import Origin, check_flag, check_triple, read_origin
+from spar_d2.encoders.origin import Origin, Triple, check_flag, check_triple, read_origin
 
 if TYPE_CHECKING:
     from spar_d2.encoders.registry import EncoderFamily, EncoderSpec
@@ -46,13 +46,18 @@ def settled(spec: EncoderSpec, family: EncoderFamily) -> EncoderSpec:
     return dataclasses.replace(spec, **taken)
 
 
+def pixel_statistics(spec: EncoderSpec) -> tuple[Triple, Triple]:
+    """Pixel mean and deviation of a settled spec."""
+    return cast(Triple, spec.pixel_mean), cast(Triple, spec.pixel_std)
+
+
 def origin_of(spec: EncoderSpec) -> Origin:
     """Where the weights of a settled spec are from; files are named by their last part alone."""
     before = read_origin(spec.pretrained)
     pretrained = before.pretrained if before else Path(spec.pretrained).name
     name = Path(spec.name).name if spec.name.endswith(".json") else spec.name
-    teacher = {} if before is None else {"window": before.window, "stride": before.stride}
-    return Origin(name, pretrained, spec.pixel_mean, spec.pixel_std, spec.quick_gelu, **teacher)
+    origin = Origin(name, pretrained, *pixel_statistics(spec), spec.quick_gelu)
+    return origin if before is None else dataclasses.replace(origin, window=before.window, stride=before.stride)
 
 
 def _checked(spec: EncoderSpec) -> dict:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionPoolLatent
+from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -54,35 +55,44 @@ class SigLIPEncoder(DenseEncoder):
 
     def __init__(self, visual: nn.Module, reference_compat: bool = False) -> None:
         super().__init__()
-        _check_tower(visual)
+        trunk = _checked_trunk(visual)
         self.visual = visual
         self.reference_compat = reference_compat
-        trunk = visual.trunk
         self.patch_size = trunk.patch_embed.patch_size[0]
         self.native_size = trunk.patch_embed.grid_size[0] * self.patch_size
         self.width = trunk.embed_dim
-        self.embed_dim = trunk.attn_pool.out_features
+        self.embed_dim = self.pool.out_features
         for block in self.blocks:
             # timm's own attention needs memory for N x N where its environment variable turns this off.
-            block.attn.fused_attn = True
+            cast(Any, block).attn.fused_attn = True
         self.eval()
 
     @property
+    def trunk(self) -> VisionTransformer:
+        """timm's ViT within the image tower."""
+        return cast(VisionTransformer, self.visual.trunk)
+
+    @property
+    def pool(self) -> AttentionPoolLatent:
+        """The attention pooling at the end of the trunk."""
+        return cast(AttentionPoolLatent, self.trunk.attn_pool)
+
+    @property
     def blocks(self) -> nn.Sequential:
-        return self.visual.trunk.blocks
+        return self.trunk.blocks
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         tokens, grid, _ = self._embed(x)
         tokens = last(self._run_blocks(self.blocks, tokens))
-        return to_map(_pool_each(self.visual.trunk.attn_pool, self.visual.trunk.norm(tokens)), grid)
+        return to_map(_pool_each(self.pool, self.trunk.norm(tokens)), grid)
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
-        trunk = self.visual.trunk
+        trunk = self.trunk
         patches = trunk.patch_embed.proj(x)
         grid = (patches.shape[-2], patches.shape[-1])
         native = trunk.patch_embed.grid_size
         weights = functools.partial(self._of_grid, grid, lambda: sampling_weights(native, grid, 0.0, x.device))
-        positions = resample_positions(trunk.pos_embed[0], native, grid, weights=weights)
+        positions = resample_positions(cast(torch.Tensor, trunk.pos_embed)[0], native, grid, weights=weights)
         tokens = trunk.patch_embed.norm(patches.flatten(2).transpose(1, 2))
         return trunk.norm_pre(tokens + positions.to(tokens.dtype)), grid, ()
 
@@ -99,7 +109,7 @@ def _pool_each(pool: AttentionPoolLatent, tokens: torch.Tensor) -> torch.Tensor:
     return value if pool.mlp is None else value + pool.mlp(pool.norm(value))
 
 
-def _check_tower(visual: nn.Module) -> None:
+def _checked_trunk(visual: nn.Module) -> VisionTransformer:
     trunk = getattr(visual, "trunk", None)
     if not isinstance(trunk, VisionTransformer) or not isinstance(trunk.attn_pool, AttentionPoolLatent):
         raise ValueError(
@@ -114,6 +124,7 @@ def _check_tower(visual: nn.Module) -> None:
         "a head after the pooling": any(True for _ in getattr(visual, "head", nn.Identity()).parameters()),
     }
     refuse_parts("SigLIPEncoder", reasons)
+    return trunk
 
 
 def _is_siglip(config: dict | None) -> bool:
@@ -161,7 +172,7 @@ class SigLIPFamily(EncoderFamily):
         return build_text(spec, self)
 
     def example(self) -> DenseEncoder:
-        sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 96, "depth": 3, "num_heads": 3}
+        sizes: dict[str, Any] = {"img_size": 64, "patch_size": 16, "embed_dim": 96, "depth": 3, "num_heads": 3}
         visual = nn.Module()
         visual.trunk = VisionTransformer(**sizes, class_token=False, global_pool="map", num_classes=0)
         return SigLIPEncoder(visual)

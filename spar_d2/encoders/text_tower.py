@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ class TextTower(nn.Module):
         model: has ``encode_text(tokens) -> (n, D)``.
         tokenize: list of texts to (n, context_length) token numbers.
     """
+
+    model: Any
 
     def __init__(self, model: nn.Module, tokenize: Callable[[list[str]], torch.Tensor]) -> None:
         super().__init__()

@@ -93,9 +93,10 @@ def _read_shards(path: Path) -> dict[str, torch.Tensor]:
     for shard in sorted(set(shard_of.values())):
         if not shard.is_file():
             raise ValueError(f"its shard {shard.name} is not beside it")
-        content = _read(shard)
+        read = _read(shard)
+        content = read if isinstance(read, Mapping) else {}
         wanted = [name for name, place in shard_of.items() if place == shard]
-        absent = [name for name in wanted if not isinstance(content, Mapping) or name not in content]
+        absent = [name for name in wanted if name not in content]
         if absent:
             raise ValueError(f"its shard {shard.name} has no {absent[0]!r}")
         tensors.update({name: content[name] for name in wanted})
