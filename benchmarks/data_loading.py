@@ -15,7 +15,7 @@ from detectron2.engine import HookBase
 from PIL import Image
 
 from spar_d2.data.build import build_photo_loader
-from spar_d2.data.loader import AHEAD
+from spar_d2.data.loaders import AHEAD
 from spar_d2.engine.interrupt import Interrupted
 from spar_d2.engine.trainer import Trainer
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode
@@ -15,17 +15,16 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from spar_d2.data.datasets.panoptic import has_panoptic_masks
 from spar_d2.data.datasets.scenes import register_photos
 from spar_d2.data.label_check import LabelCheck
-from spar_d2.data.loader import PhotoLoader
+from spar_d2.data.loaders import LabeledLoader, PhotoLoader
 from spar_d2.data.mappers import PanopticMapper
 from spar_d2.data.photos import PhotoDataset
-from spar_d2.data.samplers import DrawSampler
+from spar_d2.data.samplers import ResumableBatchSampler, ResumableTrainingSampler
 from spar_d2.data.semantic_mapper import SemanticMapper
 from spar_d2.data.transforms import build_augmentations
 from spar_d2.utils.panoptic_numbers import separate_numbers
@@ -60,15 +59,14 @@ def build_photos(cfg: CfgNode, seed: int) -> PhotoDataset:
     if data.IMAGES:
         dicts = DatasetCatalog.get(register_photos(data.IMAGES))
     elif cfg.DATASETS.TRAIN:
-        dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
+        dicts = cast(list, get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False))
     else:
         raise ValueError("nothing to distil on: set SPAR.DATA.IMAGES to a folder of photos, or DATASETS.TRAIN")
     augmentations = build_augmentations(**{key.lower(): data[key] for key in _AUGMENTATION})
     logger.info("Distilling on %d images", len(dicts))
     # Detectron2's list keeps its dicts packed: processes share them, and millions fit.
-    photos = PhotoDataset(
-        DatasetFromList(dicts, copy=False), augmentations, cfg.INPUT.FORMAT, seed=seed, frozen=data.FROZEN
-    )
+    packed = cast(Sequence, DatasetFromList(dicts, copy=False))
+    photos = PhotoDataset(packed, augmentations, cfg.INPUT.FORMAT, seed=seed, frozen=data.FROZEN)
     photos.read(0)  # where not one can be decoded, say so before training starts
     return photos
 
@@ -76,57 +74,14 @@ def build_photos(cfg: CfgNode, seed: int) -> PhotoDataset:
 def build_photo_loader(cfg: CfgNode, seed: int) -> PhotoLoader:
     """Batches of the photos for this process; raises as :func:`build_photos`."""
     photos = build_photos(cfg, seed)
-    sampler = DrawSampler(len(photos), cfg.SOLVER.IMS_PER_BATCH, seed, comm.get_rank(), comm.get_world_size())
+    sampler = ResumableBatchSampler(len(photos), cfg.SOLVER.IMS_PER_BATCH, seed, comm.get_rank(), comm.get_world_size())
     return PhotoLoader(photos, sampler, cfg.DATALOADER.NUM_WORKERS, cfg.SPAR.DATA.MAX_DAMAGED)
 
 
-class RunSampler(TrainingSampler):
-    """Detectron2's training sampler, whose endless order can be entered at any step of a run.
+def build_labeled_loader(cfg: CfgNode, seed: int) -> LabeledLoader:
+    """Detectron2's loader of ``DATASETS.TRAIN``, with this project's mappers.
 
-    Args:
-        size: number of images.
-        batch: images of a step, of all processes together.
-        seed: of the order.
-
-    Attributes:
-        seed: may be changed until the first image is drawn.
-        generator: for the seeds of loading processes, which are others after every stop.
-    """
-
-    def __init__(self, size: int, batch: int, seed: int) -> None:
-        super().__init__(size, seed=seed)
-        self.batch = batch
-        self.generator = torch.Generator()
-        self.start = 0
-
-    @property
-    def seed(self) -> int:
-        return self._seed
-
-    @seed.setter
-    def seed(self, seed: int) -> None:
-        self._seed = seed
-
-    @property
-    def start(self) -> int:
-        """The step to begin with."""
-        return self._start
-
-    @start.setter
-    def start(self, step: int) -> None:
-        self._start = step
-        self.generator.manual_seed(self._seed * 1_000_003 + step)
-
-    def __iter__(self) -> Iterator[int]:
-        yield from itertools.islice(
-            self._infinite_indices(), self._rank + self.start * self.batch, None, self._world_size
-        )
-
-
-def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
-    """Detectron2's loader of ``DATASETS.TRAIN``; data sets with panoptic masks get a mapper of ours.
-
-    With Detectron2's default sampler the loader has an attribute "run_sampler", a :class:`RunSampler`.
+    Detectron2's default sampler is replaced by one that can be resumed at any step.
 
     Raises:
         ValueError: no data set, panoptic ones beside others, or one without what the model is trained on.
@@ -142,11 +97,12 @@ def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
         check_panoptic(name)
     if panoptic:
         _check_classes(cfg, names)
-    mapper = PanopticMapper(cfg, True) if panoptic else SemanticMapper(cfg, True)
+    # The decorator of Detectron2's mappers hides their arguments from type checkers.
+    mapper = cast(Any, PanopticMapper if panoptic else SemanticMapper)(cfg, True)
     if cfg.MODEL.SEM_SEG_HEAD.NAME == LINEAR_PROBE or (not panoptic and cfg.MODEL.META_ARCHITECTURE in _LABELS):
         mapper = LabelCheck(cfg, mapper)
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        return build_detection_train_loader(cfg, mapper=mapper, pin_memory=torch.cuda.is_available())
+        return LabeledLoader(train_loader(cfg=cfg, mapper=mapper), None)
     dataset = _load(
         names,
         filter_empty=not panoptic and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -154,18 +110,18 @@ def build_labelled_loader(cfg: CfgNode, seed: int) -> Iterable[list[dict]]:
     )
     if not panoptic:
         _check_records(cfg, dataset[0])
-    sampler = RunSampler(len(dataset), cfg.SOLVER.IMS_PER_BATCH, seed)
-    # Without a generator of its own, the loader takes a number from the one of the step in which it is first used.
-    loader = build_detection_train_loader(
-        cfg,
-        mapper=mapper,
-        dataset=dataset,
-        sampler=sampler,
-        generator=sampler.generator,
-        pin_memory=torch.cuda.is_available(),
-    )
-    loader.run_sampler = sampler
-    return loader
+    sampler = ResumableTrainingSampler(len(dataset), cfg.SOLVER.IMS_PER_BATCH, seed)
+    # Without its own generator, the loader takes a number from the one of the step in which it is first used.
+    batches = train_loader(cfg=cfg, mapper=mapper, dataset=dataset, sampler=sampler, generator=sampler.generator)
+    return LabeledLoader(batches, sampler)
+
+
+def train_loader(cfg: CfgNode | None = None, **options: Any) -> Iterable[list[dict]]:
+    """Detectron2's ``build_detection_train_loader``, into pinned memory where there is a GPU."""
+    # Its decorator hides its arguments from type checkers.
+    build = cast(Any, build_detection_train_loader)
+    given = () if cfg is None else (cfg,)
+    return build(*given, **options, pin_memory=torch.cuda.is_available())
 
 
 def check_panoptic(name: str) -> None:
@@ -174,10 +130,10 @@ def check_panoptic(name: str) -> None:
         separate_numbers(name, MetadataCatalog.get(name).as_dict())
 
 
-def _load(names: Iterable[str], **options: object) -> list[dict]:
+def _load(names: Iterable[str], **options: Any) -> list[dict]:
     """As Detectron2's function, which gives no reason for files that are missing but their names."""
     try:
-        return get_detection_dataset_dicts(names, **options)
+        return cast(list, get_detection_dataset_dicts(names, **options))
     except AssertionError as error:
         raise ValueError(f"DATASETS.TRAIN: {', '.join(names)} cannot be loaded, is it there? {error}") from error
 

@@ -1,4 +1,4 @@
-"""Unlabelled photos, read and augmented."""
+"""Unlabeled images, read and augmented."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,11 +14,11 @@ from detectron2.data import transforms
 from torch.utils.data import Dataset
 
 from spar_d2.data.images import read_photo
-from spar_d2.data.samplers import Draw
+from spar_d2.data.samplers import SampleIndex
 
 
 class PhotoDataset(Dataset):
-    """Reads and augments photos; what it gives depends on its arguments and the draw alone.
+    """Reads and augments photos; the result depends on its arguments and the sample index alone.
 
     Args:
         dicts: dataset dicts with "file_name", and "name" where a photo has one that outlives a move of the files.
@@ -50,27 +51,27 @@ class PhotoDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dicts)
 
-    def __getitem__(self, draw: Draw) -> dict:
-        """The photo drawn, or the next that can be decoded.
+    def __getitem__(self, sample_index: SampleIndex) -> dict:
+        """The photo of that index, or the next one that can be decoded.
 
         Returns:
-            Its dataset dict with "image", (3, H, W) uint8, augmented; "position", that of the draw; "damaged", what is
-            wrong with each photo that was passed over, by its file's name; and what ``look_up`` gives.
+            Its dataset dict with "image", (3, H, W) uint8, augmented; "position", that of the sample; "damaged", the
+            reason for each photo that was skipped, by its file name; and the entries that ``look_up`` adds.
 
         Raises:
             RuntimeError: no photo at all can be decoded.
         """
-        record, image, damaged = self.read(draw.index)
+        record, image, damaged = self.read(sample_index.index)
         sample = transforms.AugInput(image)
         name = record.get("name", os.path.basename(record["file_name"]))
         # Of the photo alone, so that neither workers nor other photos change what becomes of it.
-        place = (0, 0) if self.frozen else (self.seed, 1 + draw.epoch)
+        place = (0, 0) if self.frozen else (self.seed, 1 + sample_index.epoch)
         with seeded_numpy(*place, zlib.crc32(os.fsencode(name))):
             self.augmentations(sample)
         # (H, W, 3) -> (3, H, W)
-        image = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))
+        image = torch.from_numpy(np.ascontiguousarray(cast(np.ndarray, sample.image).transpose(2, 0, 1)))
         found = self.look_up(image.flip(0) if self.format == "BGR" else image) if self.look_up else {}
-        return {**record, "image": image, "position": draw.position, "damaged": damaged, **found}
+        return {**record, "image": image, "position": sample_index.position, "damaged": damaged, **found}
 
     def read(self, index: int) -> tuple[dict, np.ndarray, dict[str, str]]:
         """Dataset dict and pixels (H, W, 3) uint8 of a photo, or of the next that can be decoded, and what is wrong

@@ -1,21 +1,23 @@
-"""In which order photos are trained on: a function of the seed and the position in the run alone."""
+"""Resumable, infinite samplers: the order of images follows from the seed and the step alone."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from detectron2.data.samplers import TrainingSampler
 from torch.utils.data import Sampler
 
 
-class Draw(NamedTuple):
-    """One photo of a run.
+class SampleIndex(NamedTuple):
+    """One sample of a run.
 
     Attributes:
-        position: number of the draw, over all epochs and processes.
-        epoch: how often all photos were drawn before.
-        index: number of the photo.
+        position: number of the sample, over all epochs and processes.
+        epoch: number of the pass over all images, from 0.
+        index: number of the image.
     """
 
     position: int
@@ -23,23 +25,23 @@ class Draw(NamedTuple):
     index: int
 
 
-class DrawSampler(Sampler[list[Draw]]):
-    """Endless batches of draws, shuffled anew in every epoch; those of one of several processes.
+class ResumableBatchSampler(Sampler[list[SampleIndex]]):
+    """Batches of one process, without end, shuffled in every epoch.
 
-    Batch ``i`` of the run is the draws from ``i * batch_size`` on, divided among the processes in order. So a run goes
-    on where it stopped by its iteration alone, and any number of processes and workers sees the same photos.
+    Batch ``i`` of the run holds the samples from ``i * batch_size`` on, divided among the processes in order. So the
+    step alone says where a run continues, and any number of processes and workers sees the same images.
 
     Args:
-        size: how many photos there are.
-        batch_size: of all processes together.
-        seed: of the order.
-        rank, world_size: number of this process and of all.
+        size: number of images.
+        batch_size: images in a batch, of all processes together.
+        seed: random seed of the order.
+        rank, world_size: number of this process, and of all processes.
 
     Attributes:
         start: batch to begin with.
 
     Raises:
-        ValueError: no photos, or a batch that cannot be divided.
+        ValueError: there are no images, or the batch cannot be divided among the processes.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
@@ -53,20 +55,52 @@ class DrawSampler(Sampler[list[Draw]]):
         self.rank, self.world_size = rank, world_size
         self.start = 0
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         share = self.batch_size // self.world_size
         first = self.start * self.batch_size + self.rank * share
         while True:
-            yield [self.draw(position) for position in range(first, first + share)]
+            yield [self.sample(position) for position in range(first, first + share)]
             first += self.batch_size
 
-    def draw(self, position: int) -> Draw:
-        """The draw at a position of the run."""
+    def sample(self, position: int) -> SampleIndex:
+        """The sample at a position of the run."""
         epoch, place = divmod(position, self.size)
-        return Draw(position, epoch, int(self._order(epoch)[place]))
+        return SampleIndex(position, epoch, int(self._order(epoch)[place]))
 
     def _order(self, epoch: int) -> torch.Tensor:
         if getattr(self, "_epoch", None) != (epoch, self.seed):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._permutation = (epoch, self.seed), torch.randperm(self.size, generator=generator)
         return self._permutation
+
+
+class ResumableTrainingSampler(TrainingSampler):
+    """Detectron2's training sampler, whose order can be entered at any step.
+
+    Args:
+        size: number of images.
+        batch_size: images in a step, of all processes together.
+        seed: random seed of the order.
+
+    Attributes:
+        generator: for the seeds of loading processes, which change with the step that a run continues from.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        super().__init__(size, seed=seed)
+        self.batch_size, self.start = batch_size, 0
+        self.generator = torch.Generator()
+        self.start_at(0)
+
+    def set_seed(self, seed: int) -> None:
+        """Change the seed; only before the first image is drawn."""
+        self._seed = seed
+
+    def start_at(self, step: int) -> None:
+        """Begin with a step other than the first."""
+        self.start = step
+        self.generator.manual_seed(self._seed * 1_000_003 + step)
+
+    def __iter__(self) -> Iterator[int]:
+        first = self._rank + self.start * self.batch_size
+        yield from itertools.islice(self._infinite_indices(), first, None, self._world_size)

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.build import trivial_batch_collator
 from detectron2.modeling import build_model
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from spar_d2.data.build import build_photos
-from spar_d2.data.loader import Damage, as_it_is
+from spar_d2.data.loaders import CorruptImages
 from spar_d2.data.photos import PhotoDataset
-from spar_d2.data.samplers import Draw
+from spar_d2.data.samplers import SampleIndex
 from spar_d2.encoders import DenseEncoder
 from spar_d2.modeling.build import teacher_from_config
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
@@ -77,14 +78,14 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
     _check_writable(cache)
     check_room(photos, cache, stop=True)
     photos.look_up = cache.look_up()
-    filled, damage = Filled(), Damage(cfg.SPAR.DATA.MAX_DAMAGED)
-    draws = [Draw(index, 0, index) for index in range(share, len(photos), shares)]
+    filled, corrupt = Filled(), CorruptImages(cfg.SPAR.DATA.MAX_DAMAGED)
+    samples = [SampleIndex(index, 0, index) for index in range(share, len(photos), shares)]
     # Read ahead, while the teacher encodes.
     records = DataLoader(
         photos,
-        sampler=draws,
+        sampler=samples,
         batch_size=None,
-        collate_fn=as_it_is,
+        collate_fn=trivial_batch_collator,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=torch.cuda.is_available(),
     )
@@ -93,7 +94,7 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
             filled.damaged += 1
             # The photo itself; those after it have their own turn.
             name = photos.dicts[record["position"]]["file_name"]
-            damage.add({name: record["damaged"][name]})
+            corrupt.add({name: record["damaged"][name]})
             continue
         image = model.encoder_input(record["image"])[0]
         hits = cache.hits
@@ -124,7 +125,7 @@ def check_room(photos: PhotoDataset, cache: TargetCache, stop: bool = False) -> 
         return
     step = max(1, len(photos) // _SAMPLED)
     numbers = range(0, len(photos), step)
-    sizes = [_entry_bytes(photos[Draw(n, 0, n)]["image"].shape[-2:], cache.teacher.encoder) for n in numbers]
+    sizes = [_entry_bytes(photos[SampleIndex(n, 0, n)]["image"].shape[-2:], cache.teacher.encoder) for n in numbers]
     present = sum(path.stat().st_size for path in cache.folder.rglob("*.safetensors"))
     needed = max(0, math.ceil(sum(sizes) / len(sizes) * len(photos)) - present)
     free = shutil.disk_usage(cache.folder).free

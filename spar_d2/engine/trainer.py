@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import os
 import weakref
-from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode
@@ -20,27 +19,21 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
+from torch.utils.data import DataLoader
 
 from spar_d2.checkpoint.checkpointer import Checkpointer, Checkpoints
 from spar_d2.comparison.methods import build_teacher_encode
 from spar_d2.comparison.protocol import check_vocabulary, config_for
-from spar_d2.data.build import (
-    PANOPTIC_FPN,
-    RunSampler,
-    build_labelled_loader,
-    build_photo_loader,
-    check_panoptic,
-    pinned,
-)
-from spar_d2.data.loader import PhotoLoader
-from spar_d2.data.samplers import DrawSampler
+from spar_d2.data.build import PANOPTIC_FPN, build_labeled_loader, build_photo_loader, check_panoptic, pinned
+from spar_d2.data.loaders import TrainLoader
+from spar_d2.data.samplers import SampleIndex
 from spar_d2.data.semantic_mapper import ImageMapper
 from spar_d2.distillation import DistillationHook
 from spar_d2.distillation.fill_cache import check_room
 from spar_d2.encoders import DenseEncoder, find_encoder
 from spar_d2.encoders.origin import Origin
-from spar_d2.encoders.precision import PRECISIONS
 from spar_d2.engine import resumption
+from spar_d2.engine.checks import check_config, check_sides, mixed_precision
 from spar_d2.engine.ema import WeightAverage
 from spar_d2.engine.feature_pictures import FeaturePictures
 from spar_d2.engine.hooks import AfterBackward, DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
@@ -48,7 +41,7 @@ from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.solver import build_optimizer, count_parameters
 from spar_d2.engine.train_step import Step
 from spar_d2.evaluation import FeatureEvaluator, PanopticEvaluator, SemanticEvaluator
-from spar_d2.modeling.build import encoder_spec, precision_from_config
+from spar_d2.modeling.build import encoder_spec
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
 from spar_d2.utils.errors import short_tracebacks
@@ -72,8 +65,13 @@ class Trainer(DefaultTrainer):
         ValueError: a key of the config is wrong; the message names it.
     """
 
+    # Detectron2 makes them properties.
+    model: nn.Module
+    data_loader: TrainLoader
+    _last_eval_results: dict
+
     def __init__(self, cfg: CfgNode) -> None:
-        _check(cfg)
+        check_config(cfg)
         for name in cfg.DATASETS.TEST:
             # An evaluator that cannot be built should not be found out after training.
             self.build_evaluator(cfg, name)
@@ -88,24 +86,24 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         logger.info("Parameters:\n%s", count_parameters(model))
         loader = self.build_train_loader(cfg)
-        if isinstance(loader, PhotoLoader):
-            _check_sides(cfg, find_encoder(model).patch_size)
-        devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+        if loader.photos is not None:
+            check_sides(cfg, find_encoder(model).patch_size)
+        devices: dict[str, Any] = {} if next(model.parameters()).is_cuda else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
-        self._trainer = Step(model, loader, optimizer, cfg.SPAR.ACCUMULATION_STEPS, *_mixed_precision(cfg))
+        self._trainer = Step(model, loader, optimizer, cfg.SPAR.ACCUMULATION_STEPS, *mixed_precision(cfg))
         self._trainer.max_iter = self.max_iter
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.register_hooks(self.build_hooks())
         self._trainer.register_hooks([AfterBackward(self)])
         self._check_cache()
-        self._set_seed(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())
+        self._set_seed(cfg.SEED if cfg.SEED >= 0 else cast(int, comm.shared_random_seed()))
 
     def build_hooks(self) -> list[HookBase | None]:
         cfg, distil = self.cfg, self.cfg.SPAR.DISTILL.ENABLED
         if distil and not cfg.MODEL.SPAR.PRETRAINED:
             logger.warning("MODEL.SPAR.PRETRAINED is empty: the teacher has random weights, which teach nothing of use")
-        self._distillation = DistillationHook(cfg) if distil else None
+        self._distillation: DistillationHook | None = cast(Any, DistillationHook)(cfg) if distil else None
         if self._distillation:
             encoder, teacher = find_encoder(self._module), self._distillation.teacher
             origin = encoder.origin or Origin()
@@ -133,21 +131,21 @@ class Trainer(DefaultTrainer):
         return [StepSeed(self), self._distillation, average, writer, self._pictures(), *theirs, *ending]
 
     def _pictures(self) -> HookBase | None:
-        photos, period = self.data_loader, self.cfg.SPAR.PICTURE_PERIOD
-        if self._distillation is None or not period or not isinstance(photos, PhotoLoader):
+        photos, period = self.data_loader.photos, self.cfg.SPAR.PICTURE_PERIOD
+        if self._distillation is None or not period or photos is None:
             return None
         folder = os.path.join(self.cfg.OUTPUT_DIR, "pictures")
         return FeaturePictures(
             self._module,
             self._distillation.teacher,
-            lambda: photos.dataset[photos.sampler.draw(0)],
+            lambda: photos[SampleIndex(0, 0, 0)],
             period,
             folder,
             self.cfg.INPUT.FORMAT,
         )
 
     def build_writers(self) -> list[EventWriter]:
-        writers = [PatientWriter(writer) for writer in super().build_writers()]
+        writers: list[EventWriter] = [PatientWriter(writer) for writer in super().build_writers()]
         return [*writers, DistillationPrinter()] if self.cfg.SPAR.DISTILL.ENABLED else writers
 
     @property
@@ -160,28 +158,19 @@ class Trainer(DefaultTrainer):
         """The model itself, where several processes wrap it."""
         return getattr(self.model, "module", self.model)
 
-    @property
-    def _sampler(self) -> DrawSampler | RunSampler | None:
-        """What draws the images, where it can be told to go on from any step."""
-        loader = self.data_loader
-        return loader.sampler if isinstance(loader, PhotoLoader) else getattr(loader, "run_sampler", None)
-
     def _check_cache(self) -> None:
-        cache = self._distillation.cache if self._distillation else None
-        if cache and isinstance(self.data_loader, PhotoLoader):
+        cache, photos = self._distillation.cache if self._distillation else None, self.data_loader.photos
+        if cache and photos is not None:
             if comm.is_main_process():
-                check_room(self.data_loader.dataset, cache)
+                check_room(photos, cache)
             if isinstance(self._module, OpenVocabularySegmentor):  # it gives the encoder images as they were read
-                self.data_loader.dataset.look_up = cache.look_up()
+                photos.look_up = cache.look_up()
 
     def _set_seed(self, seed: int) -> None:
         self.seed = seed
         if self._distillation:
             self._distillation.seed = seed
-        if isinstance(self.data_loader, PhotoLoader):
-            self.data_loader.dataset.seed = seed
-        if self._sampler is not None:
-            self._sampler.seed = seed
+        self.data_loader.set_seed(seed)
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "seed": self.seed, "settings": resumption.settings(self.cfg)}
@@ -200,8 +189,7 @@ class Trainer(DefaultTrainer):
     def train(self):
         """Train from where it stands; a user's Ctrl-C ends it quietly, with a checkpoint."""
         logger.info("Output goes to %s", os.path.abspath(self.cfg.OUTPUT_DIR))
-        if self._sampler is not None:
-            self._sampler.start = self.start_iter
+        self.data_loader.start_at(self.start_iter)
         try:
             alone = used_by_one(self.cfg.OUTPUT_DIR) if comm.is_main_process() else contextlib.nullcontext()
             with short_tracebacks("detectron2.engine.train_loop"), alone:
@@ -213,7 +201,7 @@ class Trainer(DefaultTrainer):
             logger.info("Training %s", stop)
             return None
 
-    def prepare_loader(self, loader: Iterable[list[dict]]) -> Iterable[list[dict]]:
+    def prepare_loader(self, loader: TrainLoader) -> TrainLoader:
         """The loader that steps are fed from, asked for when weights are loaded and before the first step."""
         return loader
 
@@ -231,18 +219,20 @@ class Trainer(DefaultTrainer):
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         if not cfg.SPAR.DATA.IMAGES and cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
             # A model with losses of its own needs labels, with or without distillation beside them.
-            return build_labelled_loader(cfg, max(cfg.SEED, 0))
+            return build_labeled_loader(cfg, max(cfg.SEED, 0))
         return build_photo_loader(cfg, max(cfg.SEED, 0))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         check_panoptic(dataset_name)
         if cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
-            return pinned(super().build_test_loader(cfg, dataset_name))
-        return pinned(build_detection_test_loader(cfg, dataset_name, mapper=ImageMapper(cfg, is_train=False)))
+            return pinned(cast(DataLoader, super().build_test_loader(cfg, dataset_name)))
+        # The decorators of Detectron2 hide their arguments from type checkers.
+        mapper = cast(Any, ImageMapper)(cfg, is_train=False)
+        return pinned(cast(Any, build_detection_test_loader)(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -272,7 +262,7 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: keys that do not go together, see :func:`spar_d2.comparison.protocol.config_for`.
         """
-        segmentor = getattr(model, "module", model)
+        segmentor: Any = getattr(model, "module", model)
         if not isinstance(segmentor, OpenVocabularySegmentor) or evaluators is not None:
             return super().test(cfg, model, evaluators)
         tested = SegmentorWithTTA(cfg, segmentor) if cfg.TEST.AUG.ENABLED else model
@@ -282,62 +272,3 @@ class Trainer(DefaultTrainer):
             with segmentor.configured(own):
                 results[name] = super().test(own, tested)
         return results if len(results) != 1 else results[cfg.DATASETS.TEST[0]]
-
-
-def _check(cfg: CfgNode) -> None:
-    """Raise ``ValueError`` for numbers that no training can have."""
-    solver, spar = cfg.SOLVER, cfg.SPAR
-    at_least = {
-        "SOLVER.IMS_PER_BATCH": (solver.IMS_PER_BATCH, 1),
-        "SOLVER.MAX_ITER": (solver.MAX_ITER, 1),
-        "SOLVER.CHECKPOINT_PERIOD": (solver.CHECKPOINT_PERIOD, 1),
-        "SPAR.ACCUMULATION_STEPS": (spar.ACCUMULATION_STEPS, 1),
-        "SPAR.KEEP_CHECKPOINTS": (spar.KEEP_CHECKPOINTS, 0),
-        "SPAR.PICTURE_PERIOD": (spar.PICTURE_PERIOD, 0),
-        "SPAR.DATA.MAX_DAMAGED": (spar.DATA.MAX_DAMAGED, 0),
-    }
-    for key, (value, least) in at_least.items():
-        if value < least:
-            raise ValueError(f"{key} must be at least {least}, got {value}")
-    if not 0 < solver.BASE_LR < math.inf:
-        raise ValueError(f"SOLVER.BASE_LR must be above 0, got {solver.BASE_LR}")
-    processes = comm.get_world_size()
-    if solver.IMS_PER_BATCH % (processes * spar.ACCUMULATION_STEPS):
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH must be a multiple of {processes} processes times SPAR.ACCUMULATION_STEPS "
-            f"{spar.ACCUMULATION_STEPS}, got {solver.IMS_PER_BATCH}"
-        )
-    if spar.DISTILL.AVERAGE == "cell" and spar.ACCUMULATION_STEPS > 1:
-        raise ValueError(
-            'SPAR.DISTILL.AVERAGE "cell" needs the images of a step together: SPAR.ACCUMULATION_STEPS must be 1, '
-            f"got {spar.ACCUMULATION_STEPS}"
-        )
-    if spar.DISTILL.ENABLED and spar.TEACHER.CACHE_DIR and not spar.DATA.FROZEN:
-        raise ValueError(
-            "SPAR.TEACHER.CACHE_DIR needs SPAR.DATA.FROZEN True: images that are augmented anew in every epoch are "
-            "never found in a cache"
-        )
-
-
-def _check_sides(cfg: CfgNode, patch: int) -> None:
-    if cfg.SPAR.DATA.SIDE_MULTIPLE % patch:
-        raise ValueError(
-            f"SPAR.DATA.SIDE_MULTIPLE must be a multiple of the patch of {cfg.MODEL.SPAR.ENCODER}, {patch} pixels; "
-            f"got {cfg.SPAR.DATA.SIDE_MULTIPLE}"
-        )
-
-
-def _mixed_precision(cfg: CfgNode) -> tuple[torch.dtype | None, bool]:
-    """Precision of autocast over the whole model, if any, and whether gradients are scaled."""
-    own = PRECISIONS[precision_from_config(cfg)]
-    if not cfg.SOLVER.AMP.ENABLED:
-        return None, own is torch.float16
-    if own is None and cfg.MODEL.DEVICE == "cpu":
-        logger.warning(
-            "SOLVER.AMP.ENABLED: float16, which is Detectron2's, would take minutes a step on a CPU, so training is in "
-            "float32; MODEL.SPAR.PRECISION chooses another precision"
-        )
-        return None, False
-    # Without a choice, what Detectron2's own mixed precision is.
-    whole = own or torch.float16
-    return whole, whole is torch.float16

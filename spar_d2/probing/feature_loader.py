@@ -6,22 +6,23 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList, MapDataset
 from detectron2.data.transforms import Augmentation
 from detectron2.utils import comm
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from spar_d2.data.build import train_loader
 from spar_d2.data.label_check import LabelCheck
-from spar_d2.data.loader import as_it_is
+from spar_d2.data.loaders import LabeledLoader
 from spar_d2.data.semantic_mapper import ImageMapper
 from spar_d2.encoders import find_encoder
 from spar_d2.engine.interrupt import Interrupted
@@ -80,7 +81,7 @@ def check_probing(cfg: CfgNode) -> None:
         raise ValueError(f'{KEY} {cfg.SPAR.PROBE.CACHE_DIR!r}: to keep features, {"; ".join(found)}. "" keeps none')
 
 
-def feature_loader(cfg: CfgNode, model: nn.Module, loader: Iterable[list[dict]]) -> Iterable[list[dict]]:
+def feature_loader(cfg: CfgNode, model: ProbeSegmentor, loader: LabeledLoader) -> LabeledLoader:
     """What to train on: kept features, all computed before this returns, or else what is loaded anyway.
 
     Whole images come in the same order either way.
@@ -88,7 +89,7 @@ def feature_loader(cfg: CfgNode, model: nn.Module, loader: Iterable[list[dict]])
     Args:
         cfg: of the training.
         model: with the weights that it is trained from.
-        loader: of images and labels, see :func:`spar_d2.data.build.build_labelled_loader`.
+        loader: of images and labels, see :func:`spar_d2.data.build.build_labeled_loader`.
 
     Raises:
         Interrupted: the user stopped it.
@@ -102,18 +103,18 @@ def feature_loader(cfg: CfgNode, model: nn.Module, loader: Iterable[list[dict]])
         return loader
     folder = os.path.join(cfg.OUTPUT_DIR, "features") if folder == "auto" else folder
     # As the loader's, in the same order.
-    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    kept = build_detection_train_loader(
-        keep_features(cfg, model, records, folder),
+    records = cast(
+        list, get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    )
+    batches = train_loader(
+        dataset=keep_features(cfg, model, records, folder),
         mapper=LabelCheck(cfg, FeatureMapper(cfg), find_encoder(model).patch_size),
-        sampler=loader.run_sampler,
+        sampler=loader.sampler,
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         aspect_ratio_grouping=False,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        pin_memory=torch.cuda.is_available(),
     )
-    kept.run_sampler = loader.run_sampler
-    return kept
+    return LabeledLoader(batches, loader.sampler)
 
 
 def keep_features(cfg: CfgNode, model: ProbeSegmentor, records: Sequence[dict], folder: str) -> list[dict]:
@@ -154,9 +155,9 @@ def keep_features(cfg: CfgNode, model: ProbeSegmentor, records: Sequence[dict], 
 
 def _encode(cfg: CfgNode, model: ProbeSegmentor, store: FeatureStore, records: Sequence[dict]) -> None:
     images = DataLoader(
-        MapDataset(DatasetFromList(list(records), copy=False), ImageMapper(cfg, is_train=True)),
+        MapDataset(DatasetFromList(list(records), copy=False), cast(Any, ImageMapper)(cfg, is_train=True)),
         batch_size=None,
-        collate_fn=as_it_is,
+        collate_fn=trivial_batch_collator,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=torch.cuda.is_available(),
     )

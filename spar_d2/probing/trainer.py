@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import cast
 
 from detectron2.config import CfgNode
 
+from spar_d2.data.loaders import LabeledLoader, TrainLoader
 from spar_d2.engine.trainer import Trainer
+from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.probing.feature_loader import check_probing, feature_loader, is_probe
 
 
@@ -21,8 +23,8 @@ class ProbeTrainer(Trainer):
         check_probing(cfg)
         super().__init__(cfg)
 
-    def prepare_loader(self, loader: Iterable[list[dict]]) -> Iterable[list[dict]]:
-        return feature_loader(self.cfg, self._module, loader)
+    def prepare_loader(self, loader: TrainLoader) -> TrainLoader:
+        return feature_loader(self.cfg, cast(ProbeSegmentor, self._module), cast(LabeledLoader, loader))
 
 
 def trainer_class(cfg: CfgNode) -> type[Trainer]:

@@ -6,14 +6,14 @@ from PIL import Image
 
 from reference import reference_image
 from spar_d2.data.photos import PhotoDataset, seeded_numpy
-from spar_d2.data.samplers import Draw
+from spar_d2.data.samplers import SampleIndex
 from spar_d2.data.sources import find_photos
 
 CROPS = [T.RandomCrop("absolute", (40, 40)), T.RandomFlip(0.5)]
 
 
-def draw(index: int, epoch: int = 0) -> Draw:
-    return Draw(position=100 * epoch + index, epoch=epoch, index=index)
+def draw(index: int, epoch: int = 0) -> SampleIndex:
+    return SampleIndex(position=100 * epoch + index, epoch=epoch, index=index)
 
 
 def test_damaged_photos_give_way_to_the_next_and_are_named(photo_folder):

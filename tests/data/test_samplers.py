@@ -2,16 +2,16 @@ import itertools
 
 import pytest
 
-from spar_d2.data.samplers import DrawSampler
+from spar_d2.data.samplers import ResumableBatchSampler as Sampler
 
 
-def take(sampler: DrawSampler, batches: int) -> list:
+def take(sampler: Sampler, batches: int) -> list:
     return list(itertools.islice(sampler, batches))
 
 
 @pytest.mark.parametrize(("size", "batch"), [(7, 2), (10, 4), (3, 5), (1, 1)])
 def test_every_epoch_draws_every_photo_once_in_another_order(size, batch):
-    draws = [draw for batch in take(DrawSampler(size, batch, seed=3), 12 * size // batch + 1) for draw in batch]
+    draws = [draw for batch in take(Sampler(size, batch, seed=3), 12 * size // batch + 1) for draw in batch]
     assert [draw.position for draw in draws] == list(range(len(draws)))
     orders = set()
     for epoch in range(10):
@@ -22,27 +22,27 @@ def test_every_epoch_draws_every_photo_once_in_another_order(size, batch):
 
 
 def test_the_order_follows_the_seed():
-    first, same, other = (take(DrawSampler(50, 4, seed), 20) for seed in (1, 1, 2))
+    first, same, other = (take(Sampler(50, 4, seed), 20) for seed in (1, 1, 2))
     assert first == same != other
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 17])
 def test_it_begins_at_any_batch_as_if_it_had_drawn_those_before(start):
-    through = take(DrawSampler(10, 4, seed=1), 30)
-    resumed = DrawSampler(10, 4, seed=1)
+    through = take(Sampler(10, 4, seed=1), 30)
+    resumed = Sampler(10, 4, seed=1)
     resumed.start = start
     assert take(resumed, 30 - start) == through[start:]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_divide_the_batches_of_one(processes):
-    alone = take(DrawSampler(10, 8, seed=1), 9)
-    parts = [take(DrawSampler(10, 8, 1, rank, processes), 9) for rank in range(processes)]
+    alone = take(Sampler(10, 8, seed=1), 9)
+    parts = [take(Sampler(10, 8, 1, rank, processes), 9) for rank in range(processes)]
     assert [list(itertools.chain(*batch)) for batch in zip(*parts)] == alone
 
 
 def test_wrong_numbers_are_named():
     with pytest.raises(ValueError, match="no images"):
-        DrawSampler(0, 1)
+        Sampler(0, 1)
     with pytest.raises(ValueError, match=r"IMS_PER_BATCH must be a multiple of the number of processes 2, got 3"):
-        DrawSampler(5, 3, world_size=2)
+        Sampler(5, 3, world_size=2)

@@ -9,7 +9,7 @@ from detectron2.data import transforms as T
 from PIL import Image
 
 from reference import reference_image
-from spar_d2.data.build import build_labelled_loader
+from spar_d2.data.build import build_labeled_loader
 from spar_d2.data.semantic_mapper import ImageMapper, SemanticMapper
 from spar_d2.evaluation import SemanticEvaluator
 
@@ -90,7 +90,7 @@ def test_the_loader_and_the_evaluator_agree(dataset):
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = "SemanticSegmentor", count
     cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, 0
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    (mapped,) = next(iter(build_labelled_loader(cfg, 0)))
+    (mapped,) = next(iter(build_labeled_loader(cfg, 0)))
     evaluator = SemanticEvaluator(name, distributed=False)
     evaluator.process([{"file_name": mapped["file_name"]}], [{"sem_seg_labels": mapped["sem_seg"]}])
     assert evaluator.evaluate()["sem_seg"]["pACC"] == 100
@@ -103,4 +103,4 @@ def test_labels_that_are_no_class_stop_the_training_of_detectron2s_heads(dataset
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = "SemanticSegmentor", count - 1
     cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, 0
     with pytest.raises(ValueError, match=r"labels of .*labels\.png must be in 0\.\."):
-        next(iter(build_labelled_loader(cfg, 0)))
+        next(iter(build_labeled_loader(cfg, 0)))

@@ -10,7 +10,7 @@ from detectron2.data.datasets import register_coco_panoptic
 from PIL import Image
 
 from reference import ROOT
-from spar_d2.data.build import build_labelled_loader
+from spar_d2.data.build import build_labeled_loader
 from spar_d2.data.datasets.panoptic import has_panoptic_masks
 from spar_d2.engine.setup import load_config
 from spar_d2.engine.trainer import Trainer
@@ -71,7 +71,7 @@ def config(folder, name, *overrides):
 def test_what_it_trains_on(registered, tmp_path, maps):
     name = registered(maps)
     assert has_panoptic_masks(name)
-    batch = next(iter(build_labelled_loader(config(tmp_path, name, "INPUT.RANDOM_FLIP", "none"), 0)))
+    batch = next(iter(build_labeled_loader(config(tmp_path, name, "INPUT.RANDOM_FLIP", "none"), 0)))
     for record in batch:
         assert record["instances"].gt_classes.tolist() == [0, 1]
         assert record["instances"].gt_boxes.tensor.tolist() == [[20, 10, 60, 40], [70, 60, 110, 90]]

@@ -6,16 +6,16 @@ import pytest
 import torch
 from detectron2.data import transforms as T
 
-from spar_d2.data.loader import PhotoLoader
+from spar_d2.data.loaders import PhotoLoader
 from spar_d2.data.photos import PhotoDataset
-from spar_d2.data.samplers import DrawSampler
+from spar_d2.data.samplers import ResumableBatchSampler
 from spar_d2.data.sources import find_photos
 
 
 def loader(folder, workers=0, batch=2, **options) -> PhotoLoader:
     crops = [T.RandomCrop("relative_range", (0.5, 0.5)), T.RandomFlip(0.5)]
     photos = PhotoDataset(find_photos(folder), crops, "RGB", seed=4)
-    return PhotoLoader(photos, DrawSampler(len(photos), batch, seed=4), workers, **options)
+    return PhotoLoader(photos, ResumableBatchSampler(len(photos), batch, seed=4), workers, **options)
 
 
 def take(photos: PhotoLoader, batches: int) -> list[dict]:
@@ -36,7 +36,7 @@ def test_workers_change_nothing(photo_folder, workers):
 def test_resumed_it_gives_what_it_would_have_given(photo_folder):
     through = take(loader(photo_folder), 8)
     resumed = loader(photo_folder, workers=1)
-    resumed.sampler.start = 5
+    resumed.start_at(5)
     assert same(take(resumed, 3), through[10:])
 
 
@@ -48,7 +48,7 @@ def test_damaged_photos_are_named_once_and_counted(photo_folder, workers, caplog
     with caplog.at_level(logging.WARNING):
         records = take(photos, 10)
     assert {record["file_name"].rsplit("/", 1)[1] for record in records} == {"a.jpg", "b.JPG", "c.jpeg"}
-    assert {name.rsplit("/", 1)[1] for name in photos.damage.names} == {"ruined.jpg", "text.png"}
+    assert {name.rsplit("/", 1)[1] for name in photos.corrupt.names} == {"ruined.jpg", "text.png"}
     assert caplog.text.count("ruined.jpg") == caplog.text.count("text.png") == 1
     assert "2 so far" in caplog.text
 
