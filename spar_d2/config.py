@@ -108,7 +108,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.SPAR.DISTILL = CN()
     # Train by distillation: the trainer adds the hook, "loss_distill" joins the model's losses.
     cfg.SPAR.DISTILL.ENABLED = False
-    # Factor on "loss_distill".
+    # Factor on "loss_distill", above 0.
     cfg.SPAR.DISTILL.WEIGHT = 1.0
     # The loss is the mean over cells: of each image by itself, so that all images of a step count the same ("image"),
     # or of all images of a step together, so that large ones count for more ("cell").

@@ -26,6 +26,7 @@ _STALE_SECONDS = 24 * 3600
 # Of a name, in bytes; and of a suffix that may still be one of a format.
 _LONGEST_NAME, _LONGEST_SUFFIX = 255, 32
 _MOST_LINKS = 40
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -154,7 +155,7 @@ def used_by_one(folder: str | os.PathLike) -> Iterator[None]:
     Raises:
         RuntimeError: another process is within it.
     """
-    with open(Path(folder) / ".lock", "w") as file:
+    with open(Path(folder) / LOCK, "w") as file:
         try:
             # Of this process alone: what it forks does not hold on to it.
             if fcntl:

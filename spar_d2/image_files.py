@@ -7,7 +7,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO
 
 import numpy as np
@@ -101,6 +101,14 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
             f"label map: {path} must have numbers of 0 to {_LARGEST_LABEL}, it has {labels.min()} to {largest}"
         )
     return labels.astype(np.uint8 if largest < 256 else np.uint16, copy=False)
+
+
+def of_one_class(classes: Iterable[int], ignored: int) -> str:
+    """What to say of label maps in which there is nothing but ignored pixels and one class, or none."""
+    return (
+        f"all pixels of its label maps are {''.join(f'of class {number} or ' for number in classes)}ignored "
+        f"({ignored}). Where {ignored} marks a second class, as in masks of 0 and 255, write it as 1 instead"
+    )
 
 
 def reason(error: BaseException) -> str:

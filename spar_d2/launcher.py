@@ -104,6 +104,8 @@ def _import_modules() -> None:
 
 
 def _import_named(name: str, folder: str) -> None:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise SystemExit(f"error: --import must be the name of a module, or a path that ends in .py, got {name!r}")
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:

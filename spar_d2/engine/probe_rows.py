@@ -139,8 +139,8 @@ def train_probe(cfg: CfgNode, method: Method, folder: Path, resume: bool) -> Pro
     trainer = Trainer(own)
     count, total = parameter_counts(trainer.model)
     record = {"identity": identity, "trained": count, "frozen": total - count}
-    _write(record, folder / _RECORD)
     trainer.resume_or_load(resume=resume and same)
+    _write(record, folder / _RECORD)
     trainer.train()
     if trainer.iter < trainer.max_iter:
         raise Interrupted(f"stopped while training {method.name}")

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from spar_d2.evaluation.confusion import boundary_confusion_matrix, confusion_matrix, segmentation_scores
 from spar_d2.evaluation.device_confusion import DeviceConfusion
 from spar_d2.files import replacing
-from spar_d2.image_files import read_labels
+from spar_d2.image_files import of_one_class, read_labels
 from spar_d2.processes import gather_when_done
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class SemanticEvaluator(DatasetEvaluator):
         self._dumped: list[dict] = []
         # Pixels of labels that are neither a class nor ignored.
         self._strange: Counter[int] = Counter()
+        self._pixels = 0
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Count one batch.
@@ -100,6 +101,7 @@ class SemanticEvaluator(DatasetEvaluator):
                 )
             self._count(labels, truth)
             self._note_strange(truth)
+            self._pixels += truth.size
             if self.boundary_iou:
                 arguments = (labels.cpu().numpy(), truth, len(self.names), self.ignore_label)
                 self._boundary += boundary_confusion_matrix(*arguments)
@@ -131,31 +133,35 @@ class SemanticEvaluator(DatasetEvaluator):
         """What was counted so far, without dumped masks; :meth:`load_state_dict` goes on from it."""
         self._take_from_device()
         counts = {"confusion": self._confusion, "strange": np.array(sorted(self._strange.items())).reshape(-1, 2)}
+        counts["pixels"] = np.array(self._pixels)
         return counts | ({"boundary": self._boundary} if self.boundary_iou else {})
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Go on from what :meth:`state_dict` gave. Raises ``ValueError`` for counts of other classes."""
-        own, given = ({k: v for k, v in counts.items() if k != "strange"} for counts in (self.state_dict(), state))
+        apart = ("strange", "pixels")
+        own, given = ({k: v for k, v in counts.items() if k not in apart} for counts in (self.state_dict(), state))
         if {name: counts.shape for name, counts in own.items()} != {name: given[name].shape for name in given}:
             raise ValueError(f"these counts are not of the {len(self.names)} classes of {self.dataset_name!r}")
         for name, counts in own.items():
             counts[:] = given[name]
         self._strange = Counter(dict(state.get("strange", np.zeros((0, 2), int)).tolist()))
+        self._pixels = int(state.get("pixels", 0))
 
     def evaluate(self) -> OrderedDict | None:
         """Scores as {"sem_seg": {...}}, see :func:`segmentation_scores`; None in all processes but the first."""
         self._take_from_device()
         confusion, boundary, dumped, strange = self._confusion, self._boundary, self._dumped, self._strange
+        pixels = self._pixels
         if self.distributed:
-            gathered = gather_when_done((confusion, boundary, dumped, strange))
+            gathered = gather_when_done((confusion, boundary, dumped, strange, pixels))
             if not comm.is_main_process():
                 return None
-            confusions, boundaries, dumps, stranges = zip(*gathered)
+            confusions, boundaries, dumps, stranges, sizes = zip(*gathered)
             confusion = np.sum(confusions, axis=0)
             boundary = np.sum(boundaries, axis=0) if self.boundary_iou else None
             dumped = [mask for part in dumps for mask in part]
-            strange = sum(stranges, Counter())
-        self._warn(strange, confusion)
+            strange, pixels = sum(stranges, Counter()), sum(sizes)
+        self._warn(strange, confusion, pixels - int(confusion.sum()) - sum(strange.values()))
         scores = segmentation_scores(confusion, self.names, boundary)
         if self.output_dir:
             _write_json(scores, self.output_dir / "sem_seg_scores.json")
@@ -165,8 +171,8 @@ class SemanticEvaluator(DatasetEvaluator):
         logger.info("%s: %s", self.dataset_name, summary)
         return OrderedDict(sem_seg=scores)
 
-    def _warn(self, strange: Counter[int], confusion: np.ndarray) -> None:
-        """Once for a data set and what is found, however often it is evaluated."""
+    def _warn(self, strange: Counter[int], confusion: np.ndarray, ignored: int) -> None:
+        """Once for a data set and what is found, however often it is evaluated; ``ignored`` is a count of pixels."""
         found = (self.dataset_name, tuple(sorted(strange.items())), tuple(confusion.any(1).tolist()))
         if found in _WARNED:
             return
@@ -180,6 +186,9 @@ class SemanticEvaluator(DatasetEvaluator):
                 self.dataset_name, len(strange), len(self.names) - 1, self.ignore_label,
                 listed, ", ..." if len(strange) > _MOST_LISTED else "",
             )  # fmt: skip
+        seen = np.flatnonzero(confusion.any(1)).tolist()
+        if ignored > 0 and len(seen) < min(2, len(self.names)):
+            logger.warning("%s: %s", self.dataset_name, of_one_class(seen, self.ignore_label))
         absent = [name for name, row in zip(self.names, confusion) if not row.any()]
         if absent:
             more = ", ..." if len(absent) > _MOST_LISTED else ""

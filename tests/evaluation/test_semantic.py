@@ -262,3 +262,16 @@ def test_right_labels_say_nothing(dataset, caplog):
     evaluator.process([{"file_name": "x", "sem_seg": truth}], [{"sem_seg_labels": torch.from_numpy(truth)}])
     evaluator.evaluate()
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(("values", "said"), [((0, 255), "of class 0 or ignored (255)"), ((255, 255), "are ignored")])
+def test_masks_of_0_and_255_are_told(dataset, caplog, values, said):
+    """Also by an evaluator that goes on from another's counts."""
+    evaluator = SemanticEvaluator(dataset, False)
+    truth = np.array([values, values], dtype=np.uint8)
+    evaluator.process([{"file_name": "x", "sem_seg": truth}], [{"sem_seg_labels": torch.zeros(2, 2).long()}])
+    again = SemanticEvaluator(dataset, False)
+    again.load_state_dict(evaluator.state_dict())
+    again.evaluate()
+    (told,) = (text for text in caplog.messages if "second class" in text)
+    assert said in told and told.startswith(f"{dataset}: ") and "write it as 1" in told
