@@ -152,7 +152,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Share of the old value in a moving average of the student's weights ("0.999"), which is then what is evaluated,
     # written as the student, and taken of a checkpoint wherever it is used but to resume its run; 0 keeps none.
     cfg.SPAR.EMA_DECAY = 0.0
-    # Checkpoints kept, the latest; 0 keeps all.
+    # Checkpoints of a run kept, the latest; 0 keeps all.
     cfg.SPAR.KEEP_CHECKPOINTS = 0
     # Iterations between pictures of an image and of the teacher's and the student's features; 0 makes none.
     cfg.SPAR.PICTURE_PERIOD = 0

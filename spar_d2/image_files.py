@@ -21,6 +21,8 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF
 LABEL_FORMATS = ("PNG", "TIFF", "BMP")
 # Names the largest image that is opened, in pixels.
 LIMIT_VARIABLE = "SPAR_MAX_PIXELS"
+# Pixels that images may be resized to on their short side.
+LONGEST_SIDE = 2**14
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _LARGEST_LABEL = 2**16 - 1
 
@@ -109,6 +111,13 @@ def of_one_class(classes: Iterable[int], ignored: int) -> str:
         f"all pixels of its label maps are {''.join(f'of class {number} or ' for number in classes)}ignored "
         f"({ignored}). Where {ignored} marks a second class, as in masks of 0 and 255, write it as 1 instead"
     )
+
+
+def check_sides(key: str, sides: object) -> None:
+    """Raise ``ValueError``, naming the config key, for a side, or one of several, that is negative or absurdly long."""
+    for side in sides if isinstance(sides, (tuple, list)) else (sides,):
+        if isinstance(side, (int, float)) and not 0 <= side <= LONGEST_SIDE:
+            raise ValueError(f"{key} must be in 0..{LONGEST_SIDE} pixels, got {side}")
 
 
 def reason(error: BaseException) -> str:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from spar_d2.demo.inputs import VIDEOS, Source, stem_of
 from spar_d2.files import replacing
+from spar_d2.image_files import DAMAGE, open_image
 
 FLAG = "--output"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -21,6 +23,7 @@ VIDEO = ".mp4"
 _QUALITY = 92
 # Bytes; file systems allow 255 with endings and numbers.
 _LONGEST_NAME = 200
+_WRITTEN_OF = "spar_d2 demo of"
 # Masks of more classes than a palette holds are 16-bit pictures.
 PALETTE_SIZE = 256
 
@@ -91,8 +94,10 @@ def plan_outputs(
             taken |= keys
             targets.append(target)
     inputs = {os.path.realpath(source.record.get("tar", source.path)) for source in sources}
-    for target in targets:
+    for source, target in zip(sources, targets):
         _check_places(target, inputs)
+        if source.is_video and target.masks:
+            _check_masks(target.masks, source.path)
     return targets
 
 
@@ -135,6 +140,34 @@ def _check_places(target: Target, inputs: Collection[str]) -> None:
             raise ValueError(f"{FLAG}: {path} is a {'file' if is_folder else 'folder'}, and cannot be replaced")
 
 
+def frame_masks(folder: Path) -> dict[int, Path]:
+    """Files that are called as masks of a video's frames, by the numbers of these."""
+    return {int(path.stem): path for path in folder.glob("[0-9]" * 6 + ".png")}
+
+
+def _check_masks(folder: Path, video: str) -> None:
+    others = [path for path in frame_masks(folder).values() if not is_mask_of(path, video)]
+    if others:
+        raise ValueError(
+            f"{FLAG}: {min(others)} is not of an earlier demo of {video}, and would be replaced or removed; name "
+            f"another folder, or remove {folder}"
+        )
+
+
+def is_mask_of(path: Path, source: str) -> bool:
+    """Whether it is what :func:`write_mask` wrote of that source."""
+    try:
+        with open_image(path, ["PNG"]) as image:
+            return image.info.get(_WRITTEN_OF) == _name(source)
+    except DAMAGE:
+        return False
+
+
+def _name(source: str) -> str:
+    # Names of files may hold bytes that are no text.
+    return ascii(os.path.basename(source))
+
+
 def _is_record(path: Path) -> bool:
     """Whether it is what :func:`write_record` wrote, and no annotations of somebody's photo."""
     try:
@@ -161,15 +194,20 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
             raise ValueError(f"{FLAG}: {path} of {width}x{height} pixels cannot be written: {error}") from error
 
 
-def write_mask(labels: np.ndarray, colours: Sequence[tuple[int, int, int]], path: Path) -> None:
-    """Write (H, W) class numbers as a PNG: with the colours of up to 256 classes as its palette, or else in 16 bits."""
+def write_mask(labels: np.ndarray, colours: Sequence[tuple[int, int, int]], path: Path, source: str) -> None:
+    """Write (H, W) class numbers as a PNG: with the colours of up to 256 classes as its palette, or else in 16 bits.
+
+    The name of the file that they are of stands in it, see :func:`is_mask_of`.
+    """
     if len(colours) <= PALETTE_SIZE:
         mask = Image.fromarray(labels.astype(np.uint8))
         mask.putpalette([int(value) for colour in colours for value in colour])
     else:
         mask = Image.fromarray(labels.astype(np.uint16))
+    text = PngInfo()
+    text.add_text(_WRITTEN_OF, _name(source))
     with replacing(path) as temporary:
-        mask.save(temporary)
+        mask.save(temporary, pnginfo=text)
 
 
 def write_record(content: dict, path: Path) -> None:

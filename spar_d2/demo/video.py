@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from spar_d2.demo.demo import Demo, Seen
-from spar_d2.demo.outputs import Target, write_mask, write_record
+from spar_d2.demo.outputs import Target, frame_masks, is_mask_of, write_mask, write_record
 from spar_d2.files import replacing
 from spar_d2.visualization import fit_pca_colours
 
@@ -140,11 +140,14 @@ def segment_video(demo: Demo, path: str, target: Target) -> tuple[list[float], l
                 if seen.labels is not None:
                     areas.append(_shares(demo, seen))
                 if target.masks:
-                    write_mask(seen.labels, demo.colours, target.masks / f"{number:06d}.png")
+                    write_mask(seen.labels, demo.colours, target.masks / f"{number:06d}.png", path)
         finally:
             writer.close()
     if target.masks:
-        _remove_after(target.masks, len(seconds))
+        for number, mask in frame_masks(target.masks).items():
+            # Of an earlier, longer video of this name.
+            if number > len(seconds) and is_mask_of(mask, path):
+                mask.unlink()
     if target.record:
         write_record(_record(demo, size, video.rate, areas), target.record)
     return seconds, np.mean(areas, axis=0).tolist() if areas else []
@@ -152,13 +155,6 @@ def segment_video(demo: Demo, path: str, target: Target) -> tuple[list[float], l
 
 def _shares(demo: Demo, seen: Seen) -> np.ndarray:
     return np.bincount(seen.labels.ravel(), minlength=len(demo.names)) / seen.labels.size
-
-
-def _remove_after(folder: Path, last: int) -> None:
-    """Remove masks of frames after the last, which an earlier, longer video left."""
-    for path in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"):
-        if int(path.stem) > last:
-            path.unlink()
 
 
 def _record(demo: Demo, size: tuple[int, int], rate: float, areas: list[np.ndarray]) -> dict:

@@ -26,6 +26,7 @@ from fvcore.common.config import BASE_KEY
 
 from spar_d2.errors import make_logs_printable
 from spar_d2.files import LOCK, mark_in_use, replacing, used_by_one
+from spar_d2.image_files import check_sides
 
 # Of one file; Detectron2's largest has some hundreds.
 _MOST_VALUES = 100_000
@@ -162,7 +163,7 @@ def _find_files(cfg: CfgNode, config_file: str) -> None:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Raise ``ValueError`` for names that nothing is registered under, and an output folder that cannot be one."""
+    """Raise ``ValueError`` for names that nothing is registered under, absurd sizes, and what is no output folder."""
     choices = {
         "MODEL.META_ARCHITECTURE": ([cfg.MODEL.META_ARCHITECTURE], [name for name, _ in META_ARCH_REGISTRY]),
         "MODEL.BACKBONE.NAME": ([cfg.MODEL.BACKBONE.NAME], [name for name, _ in BACKBONE_REGISTRY]),
@@ -174,6 +175,9 @@ def check_config(cfg: CfgNode) -> None:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
                 raise ValueError(f"{key}: nothing is registered as {name!r}; near names: {', '.join(near) or 'none'}")
+    sides = ("INPUT.MIN_SIZE_TEST", "INPUT.MIN_SIZE_TRAIN", "TEST.AUG.MIN_SIZES", "SPAR.TEACHER.WINDOW")
+    for key in (*sides, "SPAR.DATA.SCALE_BOX", "SPAR.DATA.MIN_SHORT_SIDE"):
+        check_sides(key, value_at(cfg, key))
     folder = Path(cfg.OUTPUT_DIR).absolute()
     above = next(path for path in (folder, *folder.parents) if path.exists())
     if not cfg.OUTPUT_DIR or not above.is_dir() or not os.access(above, os.W_OK):

@@ -130,6 +130,15 @@ def test_no_config_and_a_missing_one(tmp_path):
         (["DATASETS.TEST", "('spar_scenes_vall',)"], "DATASETS.TEST.*near names: spar_scenes_val"),
         (["DATASETS.TRAIN", "('nope',)"], "DATASETS.TRAIN"),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR"),
+        (
+            ["TEST.AUG.MIN_SIZES", "(400, 100000000)"],
+            r"TEST\.AUG\.MIN_SIZES must be in 0\.\.16384 pixels, got 100000000",
+        ),
+        (["INPUT.MIN_SIZE_TEST", "100000000"], r"INPUT\.MIN_SIZE_TEST must be in 0\.\.16384 pixels"),
+        (["INPUT.MIN_SIZE_TEST", "-1"], r"INPUT\.MIN_SIZE_TEST must be in"),
+        (["INPUT.MIN_SIZE_TRAIN", "(20000,)"], r"INPUT\.MIN_SIZE_TRAIN must be in"),
+        (["SPAR.DATA.SCALE_BOX", "(200000, 1024)"], r"SPAR\.DATA\.SCALE_BOX must be in"),
+        (["SPAR.TEACHER.WINDOW", "100000000"], r"SPAR\.TEACHER\.WINDOW must be in"),
     ],
 )
 def test_wrong_overrides_are_named(overrides, message):
