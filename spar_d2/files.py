@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import os
 import re
 import secrets
@@ -14,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -131,6 +134,28 @@ def _new_temporary(path: Path, suffix: str) -> tuple[Path, int | None]:
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
         os.close(descriptor)
+
+
+def write_json(content: object, path: str | os.PathLike, **options: Any) -> None:
+    """Write :func:`as_json` in UTF-8; readers see all of it or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(as_json(content, **options), encoding="utf-8")
+
+
+def as_json(content: object, **options: Any) -> str:
+    """JSON, with the options of ``json.dumps``; numbers that are NaN or infinite, which JSON has not, become null."""
+    try:
+        return json.dumps(content, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(content), allow_nan=False, **options)
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def check_not_read(output: str | os.PathLike, inputs: Mapping[str, str | os.PathLike | None]) -> None:

@@ -1,4 +1,4 @@
-"""Opening image files of others, and reading label maps. Needs no Detectron2."""
+"""Opening image files of others, and reading maps of labels and of segments. Needs no Detectron2."""
 
 from __future__ import annotations
 
@@ -103,6 +103,42 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
             f"label map: {path} must have numbers of 0 to {_LARGEST_LABEL}, it has {labels.min()} to {largest}"
         )
     return labels.astype(np.uint8 if largest < 256 else np.uint16, copy=False)
+
+
+def read_ids(path: str | os.PathLike) -> np.ndarray:
+    """Read a panoptic PNG.
+
+    Args:
+        path: RGB; RGBA and palettes count by their colours.
+
+    Returns:
+        (H, W) uint32, R + 256 G + 65536 B.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or no PNG, or grey.
+    """
+    try:
+        with open_image(path, ["PNG"]) as image:
+            mode = image.mode
+            if mode in ("RGBA", "P"):
+                # By way of RGBA, for a palette may have transparent colours.
+                image = image.convert("RGBA").convert("RGB")
+            ids = _ids_in(image) if image.mode == "RGB" else None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no panoptic PNG {path}") from error
+    except DAMAGE as error:
+        raise ValueError(f"the panoptic PNG {path} cannot be read: {error}") from error
+    if ids is None:
+        raise ValueError(f"the panoptic PNG {path} must be RGB, with ids R + 256 G + 65536 B, its mode is {mode}")
+    return ids
+
+
+def _ids_in(picture: Image.Image) -> np.ndarray:
+    """The ids that the colours of an RGB picture are: (H, W) uint32."""
+    # Pillow has four bytes to a pixel, too: the quickest way out.
+    packed = picture.tobytes("raw", "RGBX")
+    return np.frombuffer(packed, "<u4").reshape(picture.size[::-1]) & np.uint32(0xFFFFFF)
 
 
 def of_one_class(classes: Iterable[int], ignored: int) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from spar_d2.data.panoptic_mapper import read_segments
 from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import Trainer
 from spar_d2.errors import readable_errors
-from spar_d2.files import replacing
+from spar_d2.files import as_json, replacing
 from spar_d2.visualization import draw_panels
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo" / "panoptic.yaml"
@@ -61,7 +60,7 @@ def main() -> None:
             cfg = load_config(args.config_file, [*args.opts, *overrides])
             scores[name], models[name] = fine_tune(cfg, args, name)
         table = markdown(scores)
-        for name, content in (("table.md", table + "\n"), ("scores.json", json.dumps(scores, indent=1))):
+        for name, content in (("table.md", table + "\n"), ("scores.json", as_json(scores, indent=1))):
             with replacing(args.output / name) as temporary:
                 temporary.write_text(content)
         draw(base.DATASETS.TEST[0], models, args.output / "panoptic.png")

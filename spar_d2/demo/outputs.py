@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from spar_d2.demo.inputs import VIDEOS, Source, stem_of
-from spar_d2.files import replacing
+from spar_d2.files import as_json, replacing
 from spar_d2.image_files import DAMAGE, open_image
 
 FLAG = "--output"
@@ -213,4 +213,4 @@ def write_mask(labels: np.ndarray, colours: Sequence[tuple[int, int, int]], path
 def write_record(content: dict, path: Path) -> None:
     """Write JSON in UTF-8."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(as_json(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

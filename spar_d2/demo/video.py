@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 # A legend lists all classes in every frame, so that it stands still; with more than these there is none.
 _MOST_LISTED = 40
+# How files of videos begin. Others may be playlists, whatever they are called: FFmpeg opens the files and addresses in
+# them, and draws what may not be theirs.
+_BEGINNINGS = re.compile(
+    rb"....(ftyp|moov|mdat|free|skip|wide|pnot)|RIFF....AVI |\x1aE\xdf\xa3|\x00\x00\x01|0&\xb2u|FLV\x01|OggS"
+    rb"|\x47.{187}\x47|....\x47.{191}\x47",
+    re.DOTALL,
+)
 # Where a file does not say how many frames a second it has.
 _USUAL_RATE = 25.0
 
@@ -67,11 +75,15 @@ class Video:
 def _capture(path: str) -> Iterator[cv2.VideoCapture]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"video: there is no file {path}")
-    capture = cv2.VideoCapture(path)
+    with open(path, "rb") as file:
+        is_video = _BEGINNINGS.match(file.read(1024))
+    # Absolute, as FFmpeg takes what stands before a colon for a protocol.
+    capture = cv2.VideoCapture(os.path.abspath(path)) if is_video else cv2.VideoCapture()
     try:
         if not capture.isOpened():
             raise ValueError(
-                f"video: {path} cannot be opened: it is damaged, no video, or of a kind OpenCV cannot read"
+                f"video: {path} cannot be opened: it is damaged, no video (playlists are none), or of a kind OpenCV "
+                "cannot read"
             )
         yield capture
     finally:

@@ -18,7 +18,7 @@ from spar_d2.engine.comparison import Method, build_method, measure
 from spar_d2.engine.paper_table import Score
 from spar_d2.engine.progress import Progress
 from spar_d2.engine.protocol import config_for
-from spar_d2.files import replacing
+from spar_d2.files import write_json
 from spar_d2.modeling.build import precision_from_config
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ def evaluate_methods(
                     result = measure(own, name, method, model, limit, progress)
                 numbers = (len(result.seconds), result.scores, result.seconds_per_image)
                 kept[identity] = Score(method.name, name, identity, *numbers)
-                with replacing(folder / FINISHED) as temporary:
-                    temporary.write_text(json.dumps([score.plain() for score in kept.values()]), encoding="utf-8")
+                write_json([score.plain() for score in kept.values()], folder / FINISHED)
                 progress.finish()
             scores.append(kept[identity])
             logger.info("%s, %s: mIoU %.2f", method.name, name, scores[-1].scores["mIoU"])

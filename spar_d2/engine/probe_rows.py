@@ -28,7 +28,7 @@ from spar_d2.engine.interrupt import Interrupted
 from spar_d2.engine.paper_table import Score
 from spar_d2.engine.probing import check_probing
 from spar_d2.engine.trainer import Trainer
-from spar_d2.files import replacing
+from spar_d2.files import write_json
 from spar_d2.image_files import read_labels
 from spar_d2.modeling.build import precision_from_config
 from spar_d2.modeling.linear_probe import check_classes
@@ -140,11 +140,11 @@ def train_probe(cfg: CfgNode, method: Method, folder: Path, resume: bool) -> Pro
     count, total = parameter_counts(trainer.model)
     record = {"identity": identity, "trained": count, "frozen": total - count}
     trainer.resume_or_load(resume=resume and same)
-    _write(record, folder / _RECORD)
+    write_json(record, folder / _RECORD)
     trainer.train()
     if trainer.iter < trainer.max_iter:
         raise Interrupted(f"stopped while training {method.name}")
-    _write({**record, "finished": True}, folder / _RECORD)
+    write_json({**record, "finished": True}, folder / _RECORD)
     return Probe(trained, record["trained"], record["frozen"])
 
 
@@ -245,8 +245,3 @@ def _read(path: Path) -> dict:
         logger.warning("%s is damaged (%s); beginning anew", path, error)
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def _write(record: dict, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(record), encoding="utf-8")

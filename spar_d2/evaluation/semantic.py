@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter, OrderedDict
@@ -17,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from spar_d2.evaluation.confusion import boundary_confusion_matrix, confusion_matrix, segmentation_scores
 from spar_d2.evaluation.device_confusion import DeviceConfusion
-from spar_d2.files import replacing
+from spar_d2.files import write_json
 from spar_d2.image_files import of_one_class, read_labels
 from spar_d2.processes import gather_when_done
 
@@ -164,9 +163,9 @@ class SemanticEvaluator(DatasetEvaluator):
         self._warn(strange, confusion, pixels - int(confusion.sum()) - sum(strange.values()))
         scores = segmentation_scores(confusion, self.names, boundary)
         if self.output_dir:
-            _write_json(scores, self.output_dir / "sem_seg_scores.json")
+            write_json(scores, self.output_dir / "sem_seg_scores.json")
             if self.dump_predictions:
-                _write_json(dumped, self.output_dir / "sem_seg_predictions.json")
+                write_json(dumped, self.output_dir / "sem_seg_predictions.json")
         summary = ", ".join(f"{name} {scores[name]:.2f}" for name in _SUMMARY)
         logger.info("%s: %s", self.dataset_name, summary)
         return OrderedDict(sem_seg=scores)
@@ -230,8 +229,3 @@ class SemanticEvaluator(DatasetEvaluator):
             category = int(self._dataset_id.get(int(label), label))
             masks.append({"file_name": file_name, "category_id": category, "segmentation": encoded})
         return masks
-
-
-def _write_json(content: object, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content))

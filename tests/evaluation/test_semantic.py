@@ -275,3 +275,17 @@ def test_masks_of_0_and_255_are_told(dataset, caplog, values, said):
     again.evaluate()
     (told,) = (text for text in caplog.messages if "second class" in text)
     assert said in told and told.startswith(f"{dataset}: ") and "write it as 1" in told
+
+
+def test_score_files_are_json(dataset, tmp_path):
+    """Also where classes have no score."""
+    evaluator = SemanticEvaluator(dataset, False, tmp_path)
+    truth = np.zeros((2, 2), dtype=np.uint8)
+    evaluator.process([{"file_name": "x", "sem_seg": truth}], [{"sem_seg_labels": torch.zeros(2, 2).long()}])
+    scores = evaluator.evaluate()["sem_seg"]
+    text = (tmp_path / "sem_seg_scores.json").read_text()
+    read = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert None in read.values()
+    assert {name: np.nan if value is None else value for name, value in read.items()} == pytest.approx(
+        scores, nan_ok=True
+    )
