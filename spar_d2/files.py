@@ -120,9 +120,7 @@ def _new_temporary(path: Path, suffix: str) -> tuple[Path, int | None]:
     """A new, empty file beside ``path``, and what holds a lock on it, to be closed; None where there are no locks."""
     while True:
         ending = f".{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp{suffix}"
-        stem = path.stem
-        while len(os.fsencode(f".{stem}{ending}")) > _LONGEST_NAME:
-            stem = stem[:-1]
+        stem = shortened(path.stem, _LONGEST_NAME - len(os.fsencode(f".{ending}")))
         temporary = path.with_name(f".{stem}{ending}")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if fcntl is None:
@@ -134,6 +132,13 @@ def _new_temporary(path: Path, suffix: str) -> tuple[Path, int | None]:
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
         os.close(descriptor)
+
+
+def shortened(name: str, most: int) -> str:
+    """The beginning of a name that has no more than so many bytes on disk."""
+    while len(os.fsencode(name)) > most:
+        name = name[:-1]
+    return name
 
 
 def write_json(content: object, path: str | os.PathLike, **options: Any) -> None:

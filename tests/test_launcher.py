@@ -174,6 +174,7 @@ def test_modules_are_imported_first_and_in_spawned_processes(framework, tmp_path
             (["--import", name], "error: --import must be the name of a module")
             for name in ("", " ", "..a", "a..b", "./a")
         ),
+        (["--import", "a"], "error: --import: a is a folder without __init__.py"),
         (["--import", "b.py"], "error: --import: there is no file b.py"),
         (["--import", "a/json.py"], "error: --import: a/json.py has the name of a module that is imported already"),
     ],

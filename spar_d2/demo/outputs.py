@@ -14,14 +14,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from spar_d2.demo.inputs import VIDEOS, Source, stem_of
-from spar_d2.files import as_json, replacing
+from spar_d2.files import as_json, replacing, shortened
 from spar_d2.image_files import DAMAGE, open_image
 
 FLAG = "--output"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO = ".mp4"
 _QUALITY = 92
-# Bytes; file systems allow 255 with endings and numbers.
+# Bytes, without endings and numbers; file systems allow 255.
 _LONGEST_NAME = 200
 _WRITTEN_OF = "spar_d2 demo of"
 # Masks of more classes than a palette holds are 16-bit pictures.
@@ -79,7 +79,8 @@ def plan_outputs(
         targets, taken = [], set()
         for source in sources:
             # Of a name such as "...jpg" nothing is left.
-            stem = _shortened(Path(output) / (stem_of(source.name).strip(".") or "_"))
+            stem = Path(output) / (stem_of(source.name).strip(".") or "_")
+            stem = stem.with_name(shortened(stem.name, _LONGEST_NAME))
             suffix = VIDEO if source.is_video else PICTURES[0]
             number = 1
             while True:
@@ -99,11 +100,6 @@ def plan_outputs(
         if source.is_video and target.masks:
             _check_masks(target.masks, source.path)
     return targets
-
-
-def _shortened(stem: Path) -> Path:
-    """A name that leaves room for endings and numbers within what file systems allow."""
-    return stem.with_name(os.fsencode(stem.name)[:_LONGEST_NAME].decode(errors="ignore"))
 
 
 def _target(picture: Path, stem: Path, is_video: bool, masks: bool, records: bool) -> Target:

@@ -62,10 +62,7 @@ class DistillationHook(HookBase):
         cache: TargetCache | None = None,
     ) -> None:
         if not 0 < weight < math.inf:
-            raise ValueError(
-                f"weight (SPAR.DISTILL.WEIGHT) must be above 0, got {weight}: the teacher would run for "
-                "nothing; SPAR.DISTILL.ENABLED False trains without it"
-            )
+            raise ValueError(f"weight (SPAR.DISTILL.WEIGHT) must be above 0 (or ENABLED False), got {weight}")
         if windows_per_image < 0:
             raise ValueError(
                 f"windows_per_image (SPAR.TEACHER.WINDOWS_PER_IMAGE) must be 0 (all) or more, got {windows_per_image}"

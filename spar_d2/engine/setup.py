@@ -117,7 +117,8 @@ def _size(node: yaml.Node, known: dict[int, float], file: str) -> float:
         parts = [] if isinstance(node, yaml.ScalarNode) else node.value
         if isinstance(node, yaml.MappingNode):
             if odd := [key for key, _ in parts if key.tag not in (f"{_TAG}str", f"{_TAG}merge")]:
-                raise ValueError(f"keys must be text ({place}), got {odd[0].value!r}; quote it")
+                got = repr(odd[0].value) if isinstance(odd[0], yaml.ScalarNode) else f"a {odd[0].id}"
+                raise ValueError(f"keys must be text ({place}), got {got}; quote it")
             parts = [value for _, value in parts]
         known[id(node)] = 1 + sum(_size(part, known, file) for part in parts)
     if math.isnan(known[id(node)]):

@@ -42,6 +42,7 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         (BOMB.replace("[", "{<<: [").replace("]", "]}").replace("1", "{k: 1}"), r"more than 100000 values"),
         ("<<: 3\n", r"b\.yaml.*expected a mapping"),
         ("3: 4\n", r"keys must be text \(\S*b\.yaml, line 1\), got '3'"),
+        ("? [SEED]\n: 4\n", r"keys must be text \(\S*b\.yaml, line 1\), got a sequence"),
         ("SOLVER: {null: 4}\n", r"keys must be text \(\S*b\.yaml, line 1\), got 'null'"),
     ],
 )
