@@ -108,7 +108,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.SPAR.DISTILL = CN()
     # Train by distillation: the trainer adds the hook, "loss_distill" joins the model's losses.
     cfg.SPAR.DISTILL.ENABLED = False
-    # Factor on "loss_distill".
+    # Factor on "loss_distill", above 0.
     cfg.SPAR.DISTILL.WEIGHT = 1.0
     # The loss is the mean over cells: of each image by itself, so that all images of a step count the same ("image"),
     # or of all images of a step together, so that large ones count for more ("cell").
@@ -152,7 +152,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Share of the old value in a moving average of the student's weights ("0.999"), which is then what is evaluated,
     # written as the student, and taken of a checkpoint wherever it is used but to resume its run; 0 keeps none.
     cfg.SPAR.EMA_DECAY = 0.0
-    # Checkpoints kept, the latest; 0 keeps all.
+    # Checkpoints of a run kept, the latest; 0 keeps all.
     cfg.SPAR.KEEP_CHECKPOINTS = 0
     # Iterations between pictures of an image and of the teacher's and the student's features; 0 makes none.
     cfg.SPAR.PICTURE_PERIOD = 0

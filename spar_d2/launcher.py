@@ -104,13 +104,17 @@ def _import_modules() -> None:
 
 
 def _import_named(name: str, folder: str) -> None:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise SystemExit(f"error: --import must be the name of a module, or a path that ends in .py, got {name!r}")
     try:
-        importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         # Others are the module's own.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise SystemExit(f"error: --import: there is no module {name} in {folder} or where Python looks") from error
+    if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+        raise SystemExit(f"error: --import: {name} is a folder without __init__.py, of which nothing is imported")
 
 
 def _import_file(name: str, path: Path) -> None:

@@ -16,6 +16,7 @@ from spar_d2.data.images import read_rgb
 from spar_d2.encoders import DenseEncoder, EncoderSpec
 from spar_d2.encoders.precision import AUTO, PRECISIONS, resolve_precision
 from spar_d2.encoders.registry import build, check_has_text
+from spar_d2.encoders.weight_files import files_of
 from spar_d2.modeling.pixels import PixelConversion
 from spar_d2.modeling.postprocessing import segment_features
 from spar_d2.modeling.words import text_embeddings
@@ -107,9 +108,10 @@ def segment(
     device = _device(device)
     precision = resolve_precision(precision, device)
     pixels = torch.tensor(_read(image)).to(device).permute(2, 0, 1)
-    # A file that was written anew is loaded anew.
-    files = (spec.name, spec.pretrained, spec.dinov3_backbone)
-    changed = tuple(os.stat(name).st_mtime_ns if os.path.isfile(name) else 0 for name in files)
+    # A file that was written anew, also one of several with the weights, is loaded anew.
+    files = filter(os.path.isfile, (spec.name, spec.pretrained, spec.dinov3_backbone, templates))
+    states = [part.stat() for name in files for part in files_of(name) if part.is_file()]
+    changed = tuple((state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
     loaded = _load(spec, templates, device, precision, changed)
     model = loaded.encoder
     text, query_class = loaded.text(vocabulary)
@@ -176,6 +178,8 @@ class _Loaded:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(spec: EncoderSpec, templates: str, device: str, precision: str, changed: tuple[int, ...]) -> _Loaded:
+def _load(
+    spec: EncoderSpec, templates: str, device: str, precision: str, changed: tuple[tuple[int, ...], ...]
+) -> _Loaded:
     encoder = build(spec).to(device).accelerate(precision).freeze()
     return _Loaded(encoder, text_embeddings(spec, templates, "auto", device), device)

@@ -170,11 +170,18 @@ def test_modules_are_imported_first_and_in_spawned_processes(framework, tmp_path
         (["--import", "no_such_sets"], "error: --import: there is no module no_such_sets"),
         (["--import", "no_such.sets"], "error: --import: there is no module no_such.sets"),
         (["--import", "none.py"], "error: --import: there is no file none.py"),
+        *(
+            (["--import", name], "error: --import must be the name of a module")
+            for name in ("", " ", "..a", "a..b", "./a")
+        ),
+        (["--import", "a"], "error: --import: a is a folder without __init__.py"),
+        (["--import", "b.py"], "error: --import: there is no file b.py"),
         (["--import", "a/json.py"], "error: --import: a/json.py has the name of a module that is imported already"),
     ],
 )
 def test_what_cannot_be_imported_is_named(framework, tmp_path, arguments, message):
     (tmp_path / "a").mkdir()
+    (tmp_path / "b.py").mkdir()
     (tmp_path / "a/json.py").touch()
     result = launch([*arguments, str(framework / "demo.py")], tmp_path)
     assert (result.returncode, result.stdout) == (1, "")

@@ -1,10 +1,15 @@
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import spar_d2
 from reference import ROOT, STAND_IN, reference_image
+from spar_d2.encoders.weights import write_safetensors
 from spar_d2.text import Vocabulary
 
 
@@ -47,16 +52,38 @@ def test_what_is_no_image_is_named(tiny_model, tmp_path):
 
 
 def test_weights_written_anew_are_loaded_anew(tiny_model):
-    from safetensors.torch import load_file
-
-    from spar_d2.encoders.weights import write_safetensors
-
     image = reference_image(64, 64)
     before = spar_d2.segment(image, "cat; dog; sky", *tiny_model, templates="simple").labels
     weights = load_file(tiny_model[1])
     weights["visual.proj"] = -weights["visual.proj"]
     write_safetensors(weights, tiny_model[1])
     assert not np.array_equal(spar_d2.segment(image, "cat; dog; sky", *tiny_model, templates="simple").labels, before)
+
+
+def test_shards_written_anew_are_loaded_anew(tiny_model, tmp_path):
+    """Also where the time of a file is that of the one before."""
+    image, shard = reference_image(32, 48), tmp_path / "model-00001-of-00001.safetensors"
+    weights = load_file(tiny_model[1])
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, shard.name)}))
+
+    def labels() -> np.ndarray:
+        return spar_d2.segment(image, "cat; dog; sky", tiny_model[0], index, templates="simple").labels
+
+    write_safetensors(weights, shard)
+    before, times = labels(), shard.stat()
+    write_safetensors({**weights, "visual.proj": weights["visual.proj"].flip(1)}, shard)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not np.array_equal(labels(), before)
+
+
+def test_templates_written_anew_are_read_anew(tiny_model, tmp_path):
+    image, templates = reference_image(32, 48), tmp_path / "templates.txt"
+    found = []
+    for text in ("a photo of a {}.", "{}, as an origami on the wall of a castle in the rain"):
+        templates.write_text(text, encoding="utf-8")
+        found.append(spar_d2.segment(image, "cat; dog; sky", *tiny_model, templates=templates).labels)
+    assert not np.array_equal(*found)
 
 
 def test_flipped_views_lists_of_names_and_paths_are_taken(tiny_model):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from spar_d2.engine.hooks import StepTimer
 from spar_d2.engine.setup import load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.utils.errors import readable_errors
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import replacing, write_json
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "toy" / "distill.yaml"
 TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"
@@ -64,7 +65,9 @@ def distil(config_file: str, folder: Path, teacher: str, rate: float, seed: int)
     """One run; read from its folder if it is there."""
     record = folder / "result.json"
     if record.is_file():
-        return json.loads(record.read_text())
+        # No score of a class that is not there.
+        kept = json.loads(record.read_text())
+        return {name: math.nan if value is None else value for name, value in kept.items()}
     overrides = [*teacher_overrides(teacher, folder / "cache"), "SOLVER.BASE_LR", rate, "SEED", seed]
     cfg = load_config(config_file, [*overrides, "OUTPUT_DIR", str(folder), "DATASETS.TEST", ()])
     prepare(cfg, argparse.Namespace(config_file=config_file, eval_only=False), quiet=True)
@@ -80,8 +83,7 @@ def distil(config_file: str, folder: Path, teacher: str, rate: float, seed: int)
     student = Method("student", weights=str(folder / STUDENT_FILE))
     for dataset in (TUNE, VAL):
         result[dataset] = measure(cfg, dataset, student).scores["mIoU"]
-    with replacing(record) as temporary:
-        temporary.write_text(json.dumps(result))
+    write_json(result, record)
     return result
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from spar_d2.data.datasets.catalog import BENCHMARKS
 from spar_d2.data.datasets.semantic import found, missing
 from spar_d2.engine.setup import load_config, prepare
 from spar_d2.utils.errors import printable, readable_errors
-from spar_d2.utils.io import replacing, used_by_one
+from spar_d2.utils.io import as_json, replacing, used_by_one
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ("single_pass", "sliding_window", "student")
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise SystemExit(f"\nstopped; the same command goes on from what is in {args.output}") from None
     table = paper_table(scores, absent)
-    written = {"table.md": table + "\n", "table.json": json.dumps(summary(scores, absent), indent=1)}
+    written = {"table.md": table + "\n", "table.json": as_json(summary(scores, absent), indent=1)}
     for name, text in written.items():
         with replacing(args.output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -8,7 +8,6 @@ the output folder and not done again, as long as they would come out the same.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import spar_d2  # noqa: F401  registers
@@ -24,7 +23,7 @@ from spar_d2.probing.runs import (
     train_probe,
 )
 from spar_d2.utils.errors import printable, readable_errors
-from spar_d2.utils.io import replacing, used_by_one
+from spar_d2.utils.io import as_json, replacing, used_by_one
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "toy" / "linear_probe.yaml"
 TITLES = {"single_pass": "single pass", "sliding_window": "sliding window", "student": "SPAR student"}
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     table = probe_table(list(probes.values()), scores)
     written = {
         "table.md": table + "\n",
-        "table.json": json.dumps(probe_summary(list(probes.values()), scores), indent=1),
+        "table.json": as_json(probe_summary(list(probes.values()), scores), indent=1),
     }
     for name, text in written.items():
         with replacing(folder / name) as temporary:

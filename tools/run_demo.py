@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 import spar_d2  # noqa: F401  registers
 from spar_d2.comparison.methods import Method, build_method, markdown_table, measure
 from spar_d2.encoders import describe_encoder
-from spar_d2.engine.setup import load_config, prepare
+from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.utils.errors import readable_errors
 from spar_d2.utils.io import replacing
@@ -42,9 +42,11 @@ def main() -> None:
         cfg = load_config(args.config_file, ["OUTPUT_DIR", str(args.output), "SEED", args.seed, *args.opts])
         student = args.output / STUDENT_FILE
         earlier = version(student)
-        prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)
+        with clean_start(cfg.OUTPUT_DIR):
+            prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)
+            trainer = Trainer(cfg)
         print(f"Distilling {cfg.SOLVER.MAX_ITER} steps (log: {args.output}/log.txt) ...")
-        Trainer(cfg).train()
+        trainer.train()
         if version(student) == earlier:
             raise SystemExit("stopped before the student was finished")
         results = [measure(cfg, VAL, method) for method in methods(cfg, student)]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from torch import nn
 
 import spar_d2  # noqa: F401  registers
 from spar_d2.data.mappers import read_segments
-from spar_d2.engine.setup import load_config, prepare
+from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import Trainer
 from spar_d2.utils.errors import readable_errors
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import as_json, replacing
 from spar_d2.visualization import draw_panels
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "toy" / "panoptic.yaml"
@@ -59,21 +58,22 @@ def main() -> None:
             folder = args.output / name.lower().replace(" ", "_")
             overrides = ["MODEL.SPAR.PRETRAINED", path, "OUTPUT_DIR", str(folder), "SEED", args.seed]
             cfg = load_config(args.config_file, [*args.opts, *overrides])
-            print(f"{name}: {cfg.SOLVER.MAX_ITER} steps (log: {folder}/log.txt) ...")
-            scores[name], models[name] = fine_tune(cfg, args)
+            scores[name], models[name] = fine_tune(cfg, args, name)
         table = markdown(scores)
-        for name, content in (("table.md", table + "\n"), ("scores.json", json.dumps(scores, indent=1))):
+        for name, content in (("table.md", table + "\n"), ("scores.json", as_json(scores, indent=1))):
             with replacing(args.output / name) as temporary:
                 temporary.write_text(content)
         draw(base.DATASETS.TEST[0], models, args.output / "panoptic.png")
     print(f"\n{table}\n\nThe table and a picture are in {args.output}; {time.time() - started:.0f} s in all.")
 
 
-def fine_tune(cfg: CfgNode, args: argparse.Namespace) -> tuple[dict[str, float], nn.Module]:
+def fine_tune(cfg: CfgNode, args: argparse.Namespace, name: str) -> tuple[dict[str, float], nn.Module]:
     """Train by a config; returns the scores and the model."""
-    prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    with clean_start(cfg.OUTPUT_DIR):
+        prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+    print(f"{name}: {cfg.SOLVER.MAX_ITER} steps (log: {cfg.OUTPUT_DIR}/log.txt) ...")
     trainer.train()
     if trainer.iter < trainer.max_iter:
         raise SystemExit("stopped; the same command with --resume goes on")

@@ -24,7 +24,7 @@ def main(args: argparse.Namespace):
         if lazy.is_lazy(args.config_file):
             return lazy.run(args)
         cfg = load_config(args.config_file, args.opts)
-        with clean_start(cfg.OUTPUT_DIR):
+        with clean_start(cfg.OUTPUT_DIR, trains=not args.eval_only):
             prepare(cfg, args)
             if args.eval_only:
                 if not cfg.DATASETS.TEST:

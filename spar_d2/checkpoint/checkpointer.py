@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Names the checkpoint that --resume goes on from.
 LAST = "last_checkpoint"
+# Names checkpoints of runs that were in the folder before this one, which are not this one's to remove.
+EARLIER = "earlier_checkpoints"
 
 
 class UnsavedError(RuntimeError):
@@ -57,6 +59,8 @@ class Checkpointer(DetectionCheckpointer):
                 torch.save({"model": self.model.state_dict(), **states, **kwargs}, temporary)
                 add_origin(temporary, self._origin())
             self.tag_last_checkpoint(os.path.basename(path))
+            if os.path.basename(path) in self.earlier:
+                self.earlier = self.earlier - {os.path.basename(path)}
         except (OSError, RuntimeError) as error:
             free = shutil.disk_usage(self.save_dir).free / 2**30
             raise UnsavedError(
@@ -72,6 +76,17 @@ class Checkpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, LAST)) as temporary:
             temporary.write_text(last_filename_basename)
+
+    @property
+    def earlier(self) -> set[str]:
+        """Names of checkpoints in the folder that are neither this run's nor of the one that it resumes."""
+        path = Path(self.save_dir) / EARLIER
+        return set(path.read_text().splitlines()) if path.is_file() else set()
+
+    @earlier.setter
+    def earlier(self, names: set[str]) -> None:
+        with replacing(Path(self.save_dir) / EARLIER) as temporary:
+            temporary.write_text("".join(f"{name}\n" for name in sorted(names)))
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint, or encoder weights.
@@ -151,18 +166,22 @@ class Checkpoints(PeriodicCheckpointer):
     def _set_aside(self) -> None:
         """A run that begins anew must not be resumed from what an earlier one left in its folder."""
         tag = Path(self.checkpointer.save_dir) / LAST
+        names = {path.name for path in tag.parent.glob("*.pth")}
+        if self.checkpointer.save_to_disk and names - self.checkpointer.earlier:
+            self.checkpointer.earlier = names
         if self.checkpointer.save_to_disk and tag.is_file():
             os.replace(tag, tag.with_name(f"{LAST}.previous"))
             message = "%s holds an earlier run, and this one begins anew: its %s is now called %s.previous"
             logger.info(message, tag.parent, LAST, LAST)
 
     def _remove_old(self) -> None:
-        """As the folder shows them: no list outlives a run that is killed."""
+        """Of this run, as the folder shows them: no list of its own outlives a run that is killed."""
         if not self.keep or not self.checkpointer.save_to_disk:
             return
         paths = Path(self.checkpointer.save_dir).glob(f"{self.file_prefix}_[0-9]*.pth")
-        written = {int(path.stem.split("_")[-1]): path for path in paths}
-        # Later ones are of a run before, and not in the way.
+        earlier = self.checkpointer.earlier
+        written = {int(path.stem.split("_")[-1]): path for path in paths if path.name not in earlier}
+        # Later ones are of before an earlier one was gone back to, and not in the way.
         for iteration in sorted(i for i in written if i <= self.trainer.iter)[: -self.keep]:
             written[iteration].unlink(missing_ok=True)
 

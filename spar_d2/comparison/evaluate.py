@@ -18,7 +18,7 @@ from spar_d2.comparison.protocol import config_for
 from spar_d2.comparison.tables import Score
 from spar_d2.encoders.weights import fingerprint
 from spar_d2.modeling.build import precision_from_config
-from spar_d2.utils.io import replacing, signature
+from spar_d2.utils.io import signature, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,7 @@ def evaluate_methods(
                     result = measure(own, name, method, model, limit, progress)
                 numbers = (len(result.seconds), result.scores, result.seconds_per_image)
                 kept[identity] = Score(method.name, name, identity, *numbers)
-                with replacing(folder / FINISHED) as temporary:
-                    temporary.write_text(json.dumps([score.plain() for score in kept.values()]), encoding="utf-8")
+                write_json([score.plain() for score in kept.values()], folder / FINISHED)
                 progress.finish()
             scores.append(kept[identity])
             logger.info("%s, %s: mIoU %.2f", method.name, name, scores[-1].scores["mIoU"])

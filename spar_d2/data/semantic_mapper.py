@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
+from torch.utils.data import get_worker_info
 
 from spar_d2.data.datasets.scenes import IGNORE_LABEL
-from spar_d2.utils.images import check_image_file, read_labels
+from spar_d2.utils.images import check_image_file, of_one_class, read_labels
+
+logger = logging.getLogger(__name__)
 
 # Of 16 bits, all of which augmentations set in pixels that they add.
 _ADDED = 2**16 - 1
+# Label maps without a second class, one after another, before that is told.
+_PATIENCE = 8
 
 
 class ImageMapper(DatasetMapper):
@@ -35,19 +41,25 @@ class SemanticMapper(ImageMapper):
 
     Detectron2's own reads them as gray images: a palette's colors become gray values, and 16 bits are cut to 255.
 
+    Label maps in which the second class may have been ignored, such as masks of 0 and 255, are told once.
+
     Args:
         ignore_label: of pixels that augmentations add where labels have 16 bits; 65535 there is ignored, too.
+        classes: how many there are.
         arguments: of ``DatasetMapper``.
     """
 
     @configurable
-    def __init__(self, *, ignore_label: int = IGNORE_LABEL, **arguments: Any) -> None:
+    def __init__(self, *, ignore_label: int = IGNORE_LABEL, classes: int = 2, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self._ignored, self._seen, self._patience = ignore_label, set(), _PATIENCE if classes > 1 else 0
         self.augmentations = _WithLabels(self.augmentations, ignore_label)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
-        return {**super().from_config(cfg, is_train), "ignore_label": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE}
+        head = cfg.MODEL.SEM_SEG_HEAD
+        own = {"ignore_label": head.IGNORE_VALUE, "classes": head.NUM_CLASSES}
+        return {**super().from_config(cfg, is_train), **own}
 
     def __call__(self, dataset_dict: dict) -> dict:
         """A dataset dict with what it names: "image", and "sem_seg" (H, W) int64 where it has a label map.
@@ -57,7 +69,20 @@ class SemanticMapper(ImageMapper):
         """
         file = dataset_dict.get("sem_seg_file_name")
         self.augmentations.labels = None if file is None else read_labels(file)
+        if self._patience and file is not None:
+            self._look_at(self.augmentations.labels, file)
         return super().__call__(dataset_dict)
+
+    def _look_at(self, labels: np.ndarray, file: str) -> None:
+        """Until a second class was seen, or the first label maps have none."""
+        self._seen.update(np.unique(labels).tolist())
+        classes = self._seen - {self._ignored}
+        self._patience = self._patience - 1 if len(classes) < 2 else 0
+        # Of several loading processes, one says it.
+        is_first = get_worker_info() is None or get_worker_info().id == 0
+        if len(classes) < 2 and not self._patience and self._ignored in self._seen and is_first:
+            what = of_one_class(classes, self._ignored)
+            logger.warning("DATASETS.TRAIN, %d label maps up to %s: %s", _PATIENCE, file, what)
 
 
 class _WithLabels:

@@ -79,12 +79,12 @@ def _is_tar(path: str) -> bool:
     return path.lower().endswith(TAR)
 
 
-def _files(path: str, name: str, line: str = "") -> list[_File]:
-    """Photos and tar files of one source, which calls a photo by ``name``; ``line`` says where a list has it."""
+def _files(path: str, name: str, listed: bool = False) -> list[_File]:
+    """Photos and tar files of one source, or of a line of a list, which calls a photo by ``name``."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{KEY}: there is no file or folder {path}{line}") from None
+        raise FileNotFoundError(f"{KEY}: there is no file or folder {path}") from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     lower = path.lower()
@@ -94,15 +94,15 @@ def _files(path: str, name: str, line: str = "") -> list[_File]:
         return [_File(path, name, os.path.realpath(path))]
     if _is_tar(path):
         if not stat.S_ISREG(mode):
-            raise ValueError(f"{KEY}: {path} is no file{line}")
+            raise ValueError(f"{KEY}: {path} is no file")
         _check_readable(path)
         return [_File(path, os.path.basename(path), os.path.realpath(path))]
     if lower.endswith(COMPRESSED):
-        raise ValueError(f"{KEY}: tar files are read in place, so decompress {path}{line}")
-    if lower.endswith(".txt") and stat.S_ISREG(mode) and not line:
+        raise ValueError(f"{KEY}: tar files are read in place, so decompress {path}")
+    if lower.endswith(".txt") and stat.S_ISREG(mode) and not listed:
         return _files_in_list(path)
-    allowed = f"a folder, a tar file, a photo ({', '.join(EXTENSIONS)})" + ("" if line else " or a list (.txt)")
-    raise ValueError(f"{KEY} must name {allowed}, got {path}{line}")
+    allowed = f"a folder, a tar file, a photo ({', '.join(EXTENSIONS)})" + ("" if listed else " or a list (.txt)")
+    raise ValueError(f"{KEY} must name {allowed}, got {path}")
 
 
 def _files_in_list(path: str) -> list[_File]:
@@ -111,13 +111,17 @@ def _files_in_list(path: str) -> list[_File]:
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
     folder = os.path.dirname(path)
-    entries = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
-    return [
-        file
-        for number, entry in entries
-        if entry
-        for file in _files(os.path.join(folder, entry), entry, f" (line {number} of {path})")
-    ]
+    files, wrong = [], []
+    for number, entry in enumerate(map(str.strip, lines), start=1):
+        try:
+            files += _files(os.path.join(folder, entry), entry, listed=True) if entry else []
+        except (OSError, ValueError) as error:
+            wrong.append((number, error))
+    if wrong:
+        number, error = wrong[0]
+        more = f"; {len(wrong) - 1} more lines of it are wrong" if len(wrong) > 1 else ""
+        raise type(error)(f"{error} (line {number} of {path}){more}") from error
+    return files
 
 
 def _files_in_folder(folder: str) -> list[_File]:

@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from spar_d2.demo.inputs import VIDEOS, Source, stem_of
-from spar_d2.utils.io import replacing
+from spar_d2.utils.images import DAMAGE, open_image
+from spar_d2.utils.io import as_json, replacing, shortened
 
 FLAG = "--output"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO = ".mp4"
 _QUALITY = 92
-# Bytes; file systems allow 255 with endings and numbers.
+# Bytes, without endings and numbers; file systems allow 255.
 _LONGEST_NAME = 200
+_WRITTEN_OF = "spar_d2 demo of"
 # Masks of more classes than a palette holds are 16-bit pictures.
 PALETTE_SIZE = 256
 
@@ -76,7 +79,8 @@ def plan_outputs(
         targets, taken = [], set()
         for source in sources:
             # Of a name such as "...jpg" nothing is left.
-            stem = _shortened(Path(output) / (stem_of(source.name).strip(".") or "_"))
+            stem = Path(output) / (stem_of(source.name).strip(".") or "_")
+            stem = stem.with_name(shortened(stem.name, _LONGEST_NAME))
             suffix = VIDEO if source.is_video else PICTURES[0]
             number = 1
             while True:
@@ -91,14 +95,11 @@ def plan_outputs(
             taken |= keys
             targets.append(target)
     inputs = {os.path.realpath(source.record.get("tar", source.path)) for source in sources}
-    for target in targets:
+    for source, target in zip(sources, targets):
         _check_places(target, inputs)
+        if source.is_video and target.masks:
+            _check_masks(target.masks, source.path)
     return targets
-
-
-def _shortened(stem: Path) -> Path:
-    """A name that leaves room for endings and numbers within what file systems allow."""
-    return stem.with_name(os.fsencode(stem.name)[:_LONGEST_NAME].decode(errors="ignore"))
 
 
 def _target(picture: Path, stem: Path, is_video: bool, masks: bool, records: bool) -> Target:
@@ -135,6 +136,34 @@ def _check_places(target: Target, inputs: Collection[str]) -> None:
             raise ValueError(f"{FLAG}: {path} is a {'file' if is_folder else 'folder'}, and cannot be replaced")
 
 
+def frame_masks(folder: Path) -> dict[int, Path]:
+    """Files that are called as masks of a video's frames, by the numbers of these."""
+    return {int(path.stem): path for path in folder.glob("[0-9]" * 6 + ".png")}
+
+
+def _check_masks(folder: Path, video: str) -> None:
+    others = [path for path in frame_masks(folder).values() if not is_mask_of(path, video)]
+    if others:
+        raise ValueError(
+            f"{FLAG}: {min(others)} is not of an earlier demo of {video}, and would be replaced or removed; name "
+            f"another folder, or remove {folder}"
+        )
+
+
+def is_mask_of(path: Path, source: str) -> bool:
+    """Whether it is what :func:`write_mask` wrote of that source."""
+    try:
+        with open_image(path, ["PNG"]) as image:
+            return image.info.get(_WRITTEN_OF) == _name(source)
+    except DAMAGE:
+        return False
+
+
+def _name(source: str) -> str:
+    # Names of files may hold bytes that are no text.
+    return ascii(os.path.basename(source))
+
+
 def _is_record(path: Path) -> bool:
     """Whether it is what :func:`write_record` wrote, and no annotations of somebody's photo."""
     try:
@@ -161,18 +190,23 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
             raise ValueError(f"{FLAG}: {path} of {width}x{height} pixels cannot be written: {error}") from error
 
 
-def write_mask(labels: np.ndarray, colours: Sequence[tuple[int, int, int]], path: Path) -> None:
-    """Write (H, W) class numbers as a PNG: with the colours of up to 256 classes as its palette, or else in 16 bits."""
+def write_mask(labels: np.ndarray, colours: Sequence[tuple[int, int, int]], path: Path, source: str) -> None:
+    """Write (H, W) class numbers as a PNG: with the colours of up to 256 classes as its palette, or else in 16 bits.
+
+    The name of the file that they are of stands in it, see :func:`is_mask_of`.
+    """
     if len(colours) <= PALETTE_SIZE:
         mask = Image.fromarray(labels.astype(np.uint8))
         mask.putpalette([int(value) for colour in colours for value in colour])
     else:
         mask = Image.fromarray(labels.astype(np.uint16))
+    text = PngInfo()
+    text.add_text(_WRITTEN_OF, _name(source))
     with replacing(path) as temporary:
-        mask.save(temporary)
+        mask.save(temporary, pnginfo=text)
 
 
 def write_record(content: dict, path: Path) -> None:
     """Write JSON in UTF-8."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(as_json(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

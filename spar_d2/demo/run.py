@@ -86,7 +86,7 @@ def _photo(demo: Demo, source: Source, target: Target, tally: Tally) -> None:
     seen = demo.see(image)
     write_picture(demo.draw(image, seen), target.picture)
     if target.masks:
-        write_mask(seen.labels, demo.colours, target.masks)
+        write_mask(seen.labels, demo.colours, target.masks, source.path)
     if target.record:
         write_record(demo.record(seen.labels), target.record)
     tally.photos.append(seen.seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from spar_d2.demo.outputs import Target, write_mask, write_record
+from spar_d2.demo.outputs import Target, frame_masks, is_mask_of, write_mask, write_record
 from spar_d2.demo.predictor import Demo, Seen
 from spar_d2.utils.io import replacing
 from spar_d2.visualization import fit_pca_colours
@@ -23,6 +24,13 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 # A legend lists all classes in every frame, so that it stands still; with more than these there is none.
 _MOST_LISTED = 40
+# How files of videos begin. Others may be playlists, whatever they are called: FFmpeg opens the files and addresses in
+# them, and draws what may not be theirs.
+_BEGINNINGS = re.compile(
+    rb"....(ftyp|moov|mdat|free|skip|wide|pnot)|RIFF....AVI |\x1aE\xdf\xa3|\x00\x00\x01|0&\xb2u|FLV\x01|OggS"
+    rb"|\x47.{187}\x47|....\x47.{191}\x47",
+    re.DOTALL,
+)
 # Where a file does not say how many frames a second it has.
 _USUAL_RATE = 25.0
 
@@ -67,11 +75,15 @@ class Video:
 def _capture(path: str) -> Iterator[cv2.VideoCapture]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"video: there is no file {path}")
-    capture = cv2.VideoCapture(path)
+    with open(path, "rb") as file:
+        is_video = _BEGINNINGS.match(file.read(1024))
+    # Absolute, as FFmpeg takes what stands before a colon for a protocol.
+    capture = cv2.VideoCapture(os.path.abspath(path)) if is_video else cv2.VideoCapture()
     try:
         if not capture.isOpened():
             raise ValueError(
-                f"video: {path} cannot be opened: it is damaged, no video, or of a kind OpenCV cannot read"
+                f"video: {path} cannot be opened: it is damaged, no video (playlists are none), or of a kind OpenCV "
+                "cannot read"
             )
         yield capture
     finally:
@@ -140,11 +152,14 @@ def segment_video(demo: Demo, path: str, target: Target) -> tuple[list[float], l
                 if seen.labels is not None:
                     areas.append(_shares(demo, seen))
                 if target.masks:
-                    write_mask(seen.labels, demo.colours, target.masks / f"{number:06d}.png")
+                    write_mask(seen.labels, demo.colours, target.masks / f"{number:06d}.png", path)
         finally:
             writer.close()
     if target.masks:
-        _remove_after(target.masks, len(seconds))
+        for number, mask in frame_masks(target.masks).items():
+            # Of an earlier, longer video of this name.
+            if number > len(seconds) and is_mask_of(mask, path):
+                mask.unlink()
     if target.record:
         write_record(_record(demo, size, video.rate, areas), target.record)
     return seconds, np.mean(areas, axis=0).tolist() if areas else []
@@ -152,13 +167,6 @@ def segment_video(demo: Demo, path: str, target: Target) -> tuple[list[float], l
 
 def _shares(demo: Demo, seen: Seen) -> np.ndarray:
     return np.bincount(seen.labels.ravel(), minlength=len(demo.names)) / seen.labels.size
-
-
-def _remove_after(folder: Path, last: int) -> None:
-    """Remove masks of frames after the last, which an earlier, longer video left."""
-    for path in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"):
-        if int(path.stem) > last:
-            path.unlink()
 
 
 def _record(demo: Demo, size: tuple[int, int], rate: float, areas: list[np.ndarray]) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 
@@ -39,7 +40,7 @@ class DistillationHook(HookBase):
 
     Args:
         teacher: gives the targets.
-        weight: factor on the loss.
+        weight: factor on the loss, above 0.
         windows_per_image: windows that the teacher encodes for each image, drawn at random; 0 for all.
         seed: of the random windows; a run that is resumed draws on as if it had not stopped.
         average: the loss is the mean over the cells of each "image", then over images, or over every "cell" of the
@@ -47,7 +48,7 @@ class DistillationHook(HookBase):
         cache: keeps the full targets; with ``windows_per_image`` it is only read.
 
     Raises:
-        ValueError: a negative ``weight`` or ``windows_per_image``, another ``average``.
+        ValueError: a ``weight`` that is not above 0, a negative ``windows_per_image``, another ``average``.
     """
 
     @configurable
@@ -60,8 +61,8 @@ class DistillationHook(HookBase):
         average: str = "image",
         cache: TargetCache | None = None,
     ) -> None:
-        if weight < 0:
-            raise ValueError(f"weight (SPAR.DISTILL.WEIGHT) must not be negative, got {weight}")
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight (SPAR.DISTILL.WEIGHT) must be above 0 (or ENABLED False), got {weight}")
         if windows_per_image < 0:
             raise ValueError(
                 f"windows_per_image (SPAR.TEACHER.WINDOWS_PER_IMAGE) must be 0 (all) or more, got {windows_per_image}"

@@ -19,6 +19,7 @@ from torch import nn
 from spar_d2.checkpoint.checkpointer import Checkpointer
 from spar_d2.engine.hooks import PatientWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
+from spar_d2.engine.setup import clean_start
 from spar_d2.engine.solver import count_parameters
 from spar_d2.engine.train_step import Step
 from spar_d2.utils.errors import make_logs_printable, short_tracebacks
@@ -65,19 +66,27 @@ def run(args: argparse.Namespace) -> dict | None:
     """Train, or with ``args.eval_only`` test, as Detectron2's flags say; returns the scores of that test."""
     cfg = load_lazy_config(args.config_file, args.opts)
     own = {"name": "spar_d2", "abbrev_name": "spar_d2"}
-    make_logs_printable(setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), **own))
-    default_setup(cfg, args)
-    model = instantiate(cfg.model).to(cfg.train.device)
-    logger.info("Parameters:\n%s", count_parameters(model))
-    if args.eval_only:
-        checkpointer = Checkpointer(model, cfg.train.output_dir)
-        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-        return _test(cfg, model)
-    _train(cfg, model, args.resume)
+    with clean_start(cfg.train.output_dir, trains=not args.eval_only):
+        make_logs_printable(setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), **own))
+        default_setup(cfg, args)
+        model = instantiate(cfg.model).to(cfg.train.device)
+        logger.info("Parameters:\n%s", count_parameters(model))
+        if args.eval_only:
+            checkpointer = Checkpointer(model, cfg.train.output_dir)
+            checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+            return _test(cfg, model)
+        trainer, start = _trainer(cfg, model, args.resume)
+    logger.info("Output goes to %s", os.path.abspath(cfg.train.output_dir))
+    try:
+        with short_tracebacks("detectron2.engine.train_loop"):
+            trainer.train(start, cfg.train.max_iter)
+    except Interrupted as stop:
+        logger.info("Training %s", stop)
     return None
 
 
-def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
+def _trainer(cfg: DictConfig, model: nn.Module, resume: bool) -> tuple[Step, int]:
+    """What trains, and the iteration that it begins at."""
     train = cfg.train
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -107,13 +116,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
         ]
     )
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
-    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    logger.info("Output goes to %s", os.path.abspath(train.output_dir))
-    try:
-        with short_tracebacks("detectron2.engine.train_loop"):
-            trainer.train(start, train.max_iter)
-    except Interrupted as stop:
-        logger.info("Training %s", stop)
+    return trainer, trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
 
 
 def _test(cfg: DictConfig, model: nn.Module) -> dict | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter, OrderedDict
@@ -17,8 +16,8 @@ from pycocotools import mask as coco_mask
 
 from spar_d2.evaluation.confusion_matrix import boundary_confusion_matrix, confusion_matrix, segmentation_scores
 from spar_d2.evaluation.device_confusion import DeviceConfusion
-from spar_d2.utils.images import read_labels
-from spar_d2.utils.io import replacing
+from spar_d2.utils.images import of_one_class, read_labels
+from spar_d2.utils.io import write_json
 from spar_d2.utils.processes import gather_when_done
 
 logger = logging.getLogger(__name__)
@@ -84,6 +83,7 @@ class SemanticEvaluator(DatasetEvaluator):
         self._dumped: list[dict] = []
         # Pixels of labels that are neither a class nor ignored.
         self._strange: Counter[int] = Counter()
+        self._pixels = 0
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Count one batch.
@@ -100,6 +100,7 @@ class SemanticEvaluator(DatasetEvaluator):
                 )
             self._count(labels, truth)
             self._note_strange(truth)
+            self._pixels += truth.size
             if self.boundary_iou:
                 arguments = (labels.cpu().numpy(), truth, len(self.names), self.ignore_label)
                 self._boundary += boundary_confusion_matrix(*arguments)
@@ -131,42 +132,46 @@ class SemanticEvaluator(DatasetEvaluator):
         """What was counted so far, without dumped masks; :meth:`load_state_dict` goes on from it."""
         self._take_from_device()
         counts = {"confusion": self._confusion, "strange": np.array(sorted(self._strange.items())).reshape(-1, 2)}
+        counts["pixels"] = np.array(self._pixels)
         return counts | ({"boundary": self._boundary} if self.boundary_iou else {})
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Go on from what :meth:`state_dict` gave. Raises ``ValueError`` for counts of other classes."""
-        own, given = ({k: v for k, v in counts.items() if k != "strange"} for counts in (self.state_dict(), state))
+        apart = ("strange", "pixels")
+        own, given = ({k: v for k, v in counts.items() if k not in apart} for counts in (self.state_dict(), state))
         if {name: counts.shape for name, counts in own.items()} != {name: given[name].shape for name in given}:
             raise ValueError(f"these counts are not of the {len(self.names)} classes of {self.dataset_name!r}")
         for name, counts in own.items():
             counts[:] = given[name]
         self._strange = Counter(dict(state.get("strange", np.zeros((0, 2), int)).tolist()))
+        self._pixels = int(state.get("pixels", 0))
 
     def evaluate(self) -> OrderedDict | None:
         """Scores as {"sem_seg": {...}}, see :func:`segmentation_scores`; None in all processes but the first."""
         self._take_from_device()
         confusion, boundary, dumped, strange = self._confusion, self._boundary, self._dumped, self._strange
+        pixels = self._pixels
         if self.distributed:
-            gathered = gather_when_done((confusion, boundary, dumped, strange))
+            gathered = gather_when_done((confusion, boundary, dumped, strange, pixels))
             if not comm.is_main_process():
                 return None
-            confusions, boundaries, dumps, stranges = zip(*gathered)
+            confusions, boundaries, dumps, stranges, sizes = zip(*gathered)
             confusion = np.sum(confusions, axis=0)
             boundary = np.sum(boundaries, axis=0) if self.boundary_iou else None
             dumped = [mask for part in dumps for mask in part]
-            strange = sum(stranges, Counter())
-        self._warn(strange, confusion)
+            strange, pixels = sum(stranges, Counter()), sum(sizes)
+        self._warn(strange, confusion, pixels - int(confusion.sum()) - sum(strange.values()))
         scores = segmentation_scores(confusion, self.names, boundary)
         if self.output_dir:
-            _write_json(scores, self.output_dir / "sem_seg_scores.json")
+            write_json(scores, self.output_dir / "sem_seg_scores.json")
             if self.dump_predictions:
-                _write_json(dumped, self.output_dir / "sem_seg_predictions.json")
+                write_json(dumped, self.output_dir / "sem_seg_predictions.json")
         summary = ", ".join(f"{name} {scores[name]:.2f}" for name in _SUMMARY)
         logger.info("%s: %s", self.dataset_name, summary)
         return OrderedDict(sem_seg=scores)
 
-    def _warn(self, strange: Counter[int], confusion: np.ndarray) -> None:
-        """Once for a data set and what is found, however often it is evaluated."""
+    def _warn(self, strange: Counter[int], confusion: np.ndarray, ignored: int) -> None:
+        """Once for a data set and what is found, however often it is evaluated; ``ignored`` is a count of pixels."""
         found = (self.dataset_name, tuple(sorted(strange.items())), tuple(confusion.any(1).tolist()))
         if found in _WARNED:
             return
@@ -180,6 +185,9 @@ class SemanticEvaluator(DatasetEvaluator):
                 self.dataset_name, len(strange), len(self.names) - 1, self.ignore_label,
                 listed, ", ..." if len(strange) > _MOST_LISTED else "",
             )  # fmt: skip
+        seen = np.flatnonzero(confusion.any(1)).tolist()
+        if ignored > 0 and len(seen) < min(2, len(self.names)):
+            logger.warning("%s: %s", self.dataset_name, of_one_class(seen, self.ignore_label))
         absent = [name for name, row in zip(self.names, confusion) if not row.any()]
         if absent:
             more = ", ..." if len(absent) > _MOST_LISTED else ""
@@ -221,8 +229,3 @@ class SemanticEvaluator(DatasetEvaluator):
             category = int(self._dataset_id.get(int(label), label))
             masks.append({"file_name": file_name, "category_id": category, "segmentation": encoded})
         return masks
-
-
-def _write_json(content: object, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content))

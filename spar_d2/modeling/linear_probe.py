@@ -29,7 +29,7 @@ class LinearProbe(nn.Module):
         in_feature: the output that is probed.
         norm: for Detectron2's ``get_norm``; "" is none.
         ignore_value: label that has no loss.
-        loss_weight: factor on the loss.
+        loss_weight: factor on the loss, above 0.
 
     Raises:
         ValueError: an argument that is not allowed.
@@ -57,6 +57,8 @@ class LinearProbe(nn.Module):
         if norm not in NORMS:
             allowed = ", ".join(map(repr, NORMS))
             raise ValueError(f"norm (MODEL.SEM_SEG_HEAD.NORM) must be one of {allowed}; got {norm!r}")
+        if not 0 < loss_weight < math.inf:
+            raise ValueError(f"loss_weight (MODEL.SEM_SEG_HEAD.LOSS_WEIGHT) must be above 0, got {loss_weight}")
         shape = input_shape[in_feature]
         self.in_feature, self.stride = in_feature, shape.stride
         self.num_classes, self.ignore_value, self.loss_weight = num_classes, ignore_value, loss_weight

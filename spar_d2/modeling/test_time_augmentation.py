@@ -11,6 +11,7 @@ from fvcore.transforms import HFlipTransform
 from torch import nn
 
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor, result_size, with_vocabulary
+from spar_d2.utils.images import check_sides
 
 
 class SegmentorWithTTA(nn.Module):
@@ -24,7 +25,8 @@ class SegmentorWithTTA(nn.Module):
         tta_mapper: makes the views of an input; default: Detectron2's.
 
     Raises:
-        ValueError: a model that is no :class:`OpenVocabularySegmentor`, or one that returns features, or no sizes.
+        ValueError: a model that is no :class:`OpenVocabularySegmentor`, or one that returns features, or no sizes, or
+            absurd ones.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module, tta_mapper: Callable[[dict], list[dict]] | None = None) -> None:
@@ -43,6 +45,7 @@ class SegmentorWithTTA(nn.Module):
             raise ValueError(
                 f"TEST.AUG.MIN_SIZES must have at least one short side in pixels, such as (400, 500), got {sizes}"
             )
+        check_sides("TEST.AUG.MIN_SIZES", sizes)
         self.model = segmentor
         self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
 

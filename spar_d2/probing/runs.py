@@ -32,7 +32,7 @@ from spar_d2.probing.feature_loader import check_probing
 from spar_d2.probing.feature_store import stamp
 from spar_d2.probing.trainer import ProbeTrainer
 from spar_d2.utils.images import read_labels
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import write_json
 from spar_d2.visualization import draw_panels
 
 logger = logging.getLogger(__name__)
@@ -139,12 +139,12 @@ def train_probe(cfg: CfgNode, method: Method, folder: Path, resume: bool) -> Pro
     trainer = ProbeTrainer(own)
     count, total = parameter_counts(trainer.model)
     record = {"identity": identity, "trained": count, "frozen": total - count}
-    _write(record, folder / _RECORD)
     trainer.resume_or_load(resume=resume and same)
+    write_json(record, folder / _RECORD)
     trainer.train()
     if trainer.iter < trainer.max_iter:
         raise Interrupted(f"stopped while training {method.name}")
-    _write({**record, "finished": True}, folder / _RECORD)
+    write_json({**record, "finished": True}, folder / _RECORD)
     return Probe(trained, record["trained"], record["frozen"])
 
 
@@ -245,8 +245,3 @@ def _read(path: Path) -> dict:
         logger.warning("%s is damaged (%s); beginning anew", path, error)
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def _write(record: dict, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(record), encoding="utf-8")

@@ -12,6 +12,10 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+_WARNED: set[int] = set()
+# Of one kind; more become one line.
+_MOST_SAID = 3
+
 _BUILT_IN = Path(__file__).parent / "vocabularies"
 # Their class 0 is what is none of the others: its words say what is usually seen there, and none of them is its name.
 _WITH_BACKGROUND = ("voc21", "context60", "coco_object")
@@ -46,20 +50,37 @@ class Vocabulary:
             _check_names(names, len(lists))
         if not any(lists):
             raise ValueError("the vocabulary is empty: it must have at least one class with one word")
-        self.classes: tuple[tuple[str, ...], ...] = _distinct(lists)
+        dropped: list[str] = []
+        self.classes: tuple[tuple[str, ...], ...] = _distinct(lists, dropped)
         if names is None:
             names = [(kept or words or [""])[0] for kept, words in zip(self.classes, lists)]
         self._names = tuple(names)
-        self._warn_of_classes_without_words()
+        self._warn(dropped)
 
-    def _warn_of_classes_without_words(self) -> None:
-        for number, (words, name) in enumerate(zip(self.classes, self._names)):
-            if not words:
-                logger.warning(
-                    "Class %d of the vocabulary, %r, has no word that is not of another class: it is never predicted.",
-                    number,
-                    name,
-                )
+    def _warn(self, dropped: list[str]) -> None:
+        """Of a vocabulary once, however often it is made (images may bring their own), and of many words in one line.
+
+        ``dropped`` has a sentence for every word.
+        """
+        silent = [(number, name) for number, name in enumerate(self._names) if not self.classes[number]]
+        found = hash((self, *dropped))
+        if found in _WARNED:
+            return
+        if silent or dropped:
+            _WARNED.add(found)
+        if len(dropped) > _MOST_SAID:
+            first = " ".join(dropped[:_MOST_SAID])
+            dropped = [f"{len(dropped)} words of the vocabulary are dropped, as they are there already. {first} ..."]
+        for text in dropped:
+            logger.warning("%s", text)
+        if len(silent) > _MOST_SAID:
+            first = ", ".join(f"{number} {name!r}" for number, name in silent[:_MOST_SAID])
+            what = "%d classes of the vocabulary have no word that is of no other: none is ever predicted (%s, ...)."
+            logger.warning(what, len(silent), first)
+            return
+        for number, name in silent:
+            what = "Class %d of the vocabulary, %r, has no word that is not of another class: it is never predicted."
+            logger.warning(what, number, name)
 
     @staticmethod
     def built_in() -> list[str]:
@@ -184,8 +205,8 @@ def _folded(word: str) -> str:
     return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", word).casefold()).split())
 
 
-def _distinct(lists: list[list[str]]) -> tuple[tuple[str, ...], ...]:
-    """The words of every class, less those that another class has."""
+def _distinct(lists: list[list[str]], warnings: list[str]) -> tuple[tuple[str, ...], ...]:
+    """The words of every class, less those that another class has; adds to ``warnings`` what is dropped."""
     owners: dict[str, int] = {}
     for number, words in enumerate(lists):
         if words:
@@ -199,11 +220,11 @@ def _distinct(lists: list[list[str]]) -> tuple[tuple[str, ...], ...]:
             if owner != number:
                 dropped.append((word, words[0], lists[owner][0]))
             elif _folded(word) in kept:
-                logger.warning("The word %r is in the class %r more than once; dropped.", word, words[0])
+                warnings.append(f"The word {word!r} is in the class {words[0]!r} more than once; dropped.")
             else:
                 kept[_folded(word)] = word
         # Where nothing is left, one warning says it all.
         for word, own, other in dropped if kept else ():
-            logger.warning("The word %r of the class %r is dropped: the class %r has it.", word, own, other)
+            warnings.append(f"The word {word!r} of the class {own!r} is dropped: the class {other!r} has it.")
         classes.append(tuple(kept.values()))
     return tuple(classes)

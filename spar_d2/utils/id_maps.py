@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 # A picture has one colour for each: id = R + 256 G + 65536 B.
 IDS = 256**3
@@ -22,13 +21,6 @@ def as_colours(ids: np.ndarray) -> np.ndarray:
     """
     colours = np.ascontiguousarray(ids, "<u4").view(np.uint8).reshape(*ids.shape, 4)
     return np.ascontiguousarray(colours[..., :3])
-
-
-def ids_in(picture: Image.Image) -> np.ndarray:
-    """The ids that the colours of an RGB picture are: (H, W) uint32."""
-    # Pillow has four bytes to a pixel, too: the quickest way out.
-    packed = picture.tobytes("raw", "RGBX")
-    return np.frombuffer(packed, "<u4").reshape(picture.size[::-1]) & np.uint32(IDS - 1)
 
 
 def runs(*maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

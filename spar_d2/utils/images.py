@@ -1,4 +1,4 @@
-"""Opening image files of others, and reading label maps. Needs no Detectron2."""
+"""Opening image files of others, and reading maps of labels and of segments. Needs no Detectron2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO
 
 import numpy as np
@@ -21,6 +21,8 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF
 LABEL_FORMATS = ("PNG", "TIFF", "BMP")
 # Names the largest image that is opened, in pixels.
 LIMIT_VARIABLE = "SPAR_MAX_PIXELS"
+# Pixels that images may be resized to on their short side.
+LONGEST_SIDE = 2**14
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _LARGEST_LABEL = 2**16 - 1
 
@@ -101,6 +103,57 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
             f"label map: {path} must have numbers of 0 to {_LARGEST_LABEL}, it has {labels.min()} to {largest}"
         )
     return labels.astype(np.uint8 if largest < 256 else np.uint16, copy=False)
+
+
+def read_ids(path: str | os.PathLike) -> np.ndarray:
+    """Read a panoptic PNG.
+
+    Args:
+        path: RGB; RGBA and palettes count by their colours.
+
+    Returns:
+        (H, W) uint32, R + 256 G + 65536 B.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or no PNG, or grey.
+    """
+    try:
+        with open_image(path, ["PNG"]) as image:
+            mode = image.mode
+            if mode in ("RGBA", "P"):
+                # By way of RGBA, for a palette may have transparent colours.
+                image = image.convert("RGBA").convert("RGB")
+            ids = _ids_in(image) if image.mode == "RGB" else None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no panoptic PNG {path}") from error
+    except DAMAGE as error:
+        raise ValueError(f"the panoptic PNG {path} cannot be read: {error}") from error
+    if ids is None:
+        raise ValueError(f"the panoptic PNG {path} must be RGB, with ids R + 256 G + 65536 B, its mode is {mode}")
+    return ids
+
+
+def _ids_in(picture: Image.Image) -> np.ndarray:
+    """The ids that the colours of an RGB picture are: (H, W) uint32."""
+    # Pillow has four bytes to a pixel, too: the quickest way out.
+    packed = picture.tobytes("raw", "RGBX")
+    return np.frombuffer(packed, "<u4").reshape(picture.size[::-1]) & np.uint32(0xFFFFFF)
+
+
+def of_one_class(classes: Iterable[int], ignored: int) -> str:
+    """What to say of label maps in which there is nothing but ignored pixels and one class, or none."""
+    return (
+        f"all pixels of its label maps are {''.join(f'of class {number} or ' for number in classes)}ignored "
+        f"({ignored}). Where {ignored} marks a second class, as in masks of 0 and 255, write it as 1 instead"
+    )
+
+
+def check_sides(key: str, sides: object) -> None:
+    """Raise ``ValueError``, naming the config key, for a side, or one of several, that is negative or absurdly long."""
+    for side in sides if isinstance(sides, (tuple, list)) else (sides,):
+        if isinstance(side, (int, float)) and not 0 <= side <= LONGEST_SIDE:
+            raise ValueError(f"{key} must be in 0..{LONGEST_SIDE} pixels, got {side}")
 
 
 def reason(error: BaseException) -> str:

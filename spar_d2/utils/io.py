@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import os
 import re
 import secrets
@@ -14,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -26,6 +29,7 @@ _STALE_SECONDS = 24 * 3600
 # Of a name, in bytes; and of a suffix that may still be one of a format.
 _LONGEST_NAME, _LONGEST_SUFFIX = 255, 32
 _MOST_LINKS = 40
+LOCK = ".lock"
 
 
 def signature(path: str | os.PathLike) -> tuple[int, int]:
@@ -122,9 +126,7 @@ def _new_temporary(path: Path, suffix: str) -> tuple[Path, int | None]:
     """A new, empty file beside ``path``, and what holds a lock on it, to be closed; None where there are no locks."""
     while True:
         ending = f".{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp{suffix}"
-        stem = path.stem
-        while len(os.fsencode(f".{stem}{ending}")) > _LONGEST_NAME:
-            stem = stem[:-1]
+        stem = shortened(path.stem, _LONGEST_NAME - len(os.fsencode(f".{ending}")))
         temporary = path.with_name(f".{stem}{ending}")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if fcntl is None:
@@ -136,6 +138,35 @@ def _new_temporary(path: Path, suffix: str) -> tuple[Path, int | None]:
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
         os.close(descriptor)
+
+
+def shortened(name: str, most: int) -> str:
+    """The beginning of a name that has no more than so many bytes on disk."""
+    while len(os.fsencode(name)) > most:
+        name = name[:-1]
+    return name
+
+
+def write_json(content: object, path: str | os.PathLike, **options: Any) -> None:
+    """Write :func:`as_json` in UTF-8; readers see all of it or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(as_json(content, **options), encoding="utf-8")
+
+
+def as_json(content: object, **options: Any) -> str:
+    """JSON, with the options of ``json.dumps``; numbers that are NaN or infinite, which JSON has not, become null."""
+    try:
+        return json.dumps(content, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(content), allow_nan=False, **options)
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def check_not_read(output: str | os.PathLike, inputs: Mapping[str, str | os.PathLike | None]) -> None:
@@ -160,7 +191,7 @@ def used_by_one(folder: str | os.PathLike) -> Iterator[None]:
     Raises:
         RuntimeError: another process is within it.
     """
-    with open(Path(folder) / ".lock", "w") as file:
+    with open(Path(folder) / LOCK, "w") as file:
         try:
             # Of this process alone: what it forks does not hold on to it.
             if fcntl:

@@ -1,10 +1,12 @@
 """Labels that are trained on are the numbers that the evaluator reads."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MapDataset, MetadataCatalog
 from detectron2.data import transforms as T
 from PIL import Image
 
@@ -104,3 +106,23 @@ def test_labels_that_are_no_class_stop_the_training_of_detectron2s_heads(dataset
     cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, 0
     with pytest.raises(ValueError, match=r"labels of .*labels\.png must be in 0\.\."):
         next(iter(build_labeled_loader(cfg, 0)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("last", "told"), [(255, 1), (1, 0)])
+def test_masks_of_0_and_255_are_told_once(tmp_path, workers, last, told):
+    """Beside one whose other images have a second class."""
+    Image.fromarray(reference_image(*SIZE)).save(tmp_path / "image.png")
+    records = []
+    for number in range(20):
+        mask = np.zeros(SIZE, dtype=np.uint8)
+        mask[:, 20:] = 255 if number < 4 else last
+        Image.fromarray(mask).save(tmp_path / f"{number}.png")
+        records.append({"file_name": str(tmp_path / "image.png"), "sem_seg_file_name": str(tmp_path / f"{number}.png")})
+    loader = torch.utils.data.DataLoader(MapDataset(records, mapper()), num_workers=workers, collate_fn=list)
+    # Loading processes share it.
+    handler = logging.FileHandler(tmp_path / "log.txt")
+    logging.getLogger("spar_d2").addHandler(handler)
+    assert len(list(loader)) == 20
+    logging.getLogger("spar_d2").removeHandler(handler)
+    assert (tmp_path / "log.txt").read_text().count("of class 0 or ignored (255)") == told

@@ -210,6 +210,13 @@ def test_lists_with_mistakes(photo_folder):
     for content, error, message in (
         ("a.jpg\nnone.jpg", FileNotFoundError, r"none\.jpg \(line 2 of .*list\.txt\)"),
         ("other.txt", ValueError, r"a folder, a tar file, a photo \(.*\), got .*other\.txt \(line 1 of"),
+        ("a.jpg\n\nb\0.jpg", ValueError, r"cannot be read: .* \(line 3 of .*list\.txt\)$"),
+        (f"{'b' * 300}.jpg\na.jpg", ValueError, r"cannot be read: .* \(line 1 of .*list\.txt\)$"),
+        (
+            "none.jpg\na.jpg\n\nnone\na.csv",
+            FileNotFoundError,
+            r"\(line 1 of .*list\.txt\); 2 more lines of it are wrong",
+        ),
         ("\n\n", ValueError, "no photos"),
         (b"\xff\xfe\x00", ValueError, r"list\.txt cannot be read"),
     ):

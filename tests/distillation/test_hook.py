@@ -1,6 +1,7 @@
 """The hook in Detectron2's own trainers."""
 
 import copy
+from math import inf, nan
 
 import pytest
 import torch
@@ -206,7 +207,10 @@ def test_a_model_without_encoder_or_with_two_is_named():
         trainer.train(0, 1)
 
 
-@pytest.mark.parametrize(("key", "arguments"), [("WEIGHT", {"weight": -1}), ("WINDOWS", {"windows_per_image": -1})])
+@pytest.mark.parametrize(
+    ("key", "arguments"),
+    [("WINDOWS", {"windows_per_image": -1}), *(("WEIGHT", {"weight": number}) for number in (-1, 0, nan, inf))],
+)
 def test_wrong_arguments_are_named(key, arguments):
     teacher = SlidingWindowTeacher(example_encoder(sorted(FAMILIES)[0]))
     with pytest.raises(ValueError, match=key):

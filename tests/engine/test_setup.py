@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import urllib.request
 
 import pytest
@@ -15,6 +17,49 @@ def test_files_that_are_no_config(tmp_path, content):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"c\.yaml with its overrides cannot be read as a config"):
         load_config(str(tmp_path / "c.yaml"), [])
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefghi", "bcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"b\.yaml is empty, and must have lines of KEY: VALUE"),
+        ("# nothing\n", r"b\.yaml is empty"),
+        ("- SEED: 3\n", r"b\.yaml is a sequence, and must"),
+        ("_BASE_: 3\n", r"_BASE_ in \S*b\.yaml must be the name of a file, or a list of names, got '3'"),
+        ("_BASE_:\n", r"_BASE_ in \S*b\.yaml must be the name of a file"),
+        ("_BASE_: [a.yaml, 3]\n", r"_BASE_ in \S*b\.yaml must be the name of a file"),
+        ("_BASE_: {a: 3}\n", r"_BASE_ in \S*b\.yaml must be the name of a file"),
+        ("SEED: &a [*a]\n", r"an alias .* in \S*b\.yaml stands within what it names"),
+        ("SOLVER: &a {SOLVER: *a}\n", r"an alias .* in \S*b\.yaml stands within what it names"),
+        (f"{BOMB}OUTPUT_DIR: *j\n", r"b\.yaml has more than 100000 values"),
+        (f"OUTPUT_DIR: {'[' * 3000}\n", r"nested too deeply"),
+        ("SOLVER: &a {<<: *a}\n", r"an alias .* in \S*b\.yaml stands within what it names"),
+        (BOMB.replace("[", "{<<: [").replace("]", "]}").replace("1", "{k: 1}"), r"more than 100000 values"),
+        ("<<: 3\n", r"b\.yaml.*expected a mapping"),
+        ("3: 4\n", r"keys must be text \(\S*b\.yaml, line 1\), got '3'"),
+        ("? [SEED]\n: 4\n", r"keys must be text \(\S*b\.yaml, line 1\), got a sequence"),
+        ("SOLVER: {null: 4}\n", r"keys must be text \(\S*b\.yaml, line 1\), got 'null'"),
+    ],
+)
+@pytest.mark.parametrize("inherited", [False, True])
+def test_yaml_that_is_no_config_is_named_in_one_line(tmp_path, content, message, inherited):
+    (tmp_path / "b.yaml").write_text(content)
+    (tmp_path / "c.yaml").write_text("_BASE_: b.yaml\n")
+    with pytest.raises(ValueError, match=message) as raised:
+        load_config(str(tmp_path / ("c.yaml" if inherited else "b.yaml")), [])
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
+
+
+def test_anchors_and_merge_keys_are_read(tmp_path):
+    (tmp_path / "c.yaml").write_text("SOLVER: &a {MAX_ITER: 7}\nSPAR: {DISTILL: {<<: {WEIGHT: 2.0}, ENABLED: True}}\n")
+    cfg = load_config(str(tmp_path / "c.yaml"), [])
+    assert (cfg.SOLVER.MAX_ITER, cfg.SPAR.DISTILL.WEIGHT, cfg.SPAR.DISTILL.ENABLED) == (7, 2.0, True)
 
 
 UNSAFE = "OUTPUT_DIR: !!python/object/apply:os.system ['touch {}/ran']\n"
@@ -86,6 +131,15 @@ def test_no_config_and_a_missing_one(tmp_path):
         (["DATASETS.TEST", "('spar_scenes_vall',)"], "DATASETS.TEST.*near names: spar_scenes_val"),
         (["DATASETS.TRAIN", "('nope',)"], "DATASETS.TRAIN"),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR"),
+        (
+            ["TEST.AUG.MIN_SIZES", "(400, 100000000)"],
+            r"TEST\.AUG\.MIN_SIZES must be in 0\.\.16384 pixels, got 100000000",
+        ),
+        (["INPUT.MIN_SIZE_TEST", "100000000"], r"INPUT\.MIN_SIZE_TEST must be in 0\.\.16384 pixels"),
+        (["INPUT.MIN_SIZE_TEST", "-1"], r"INPUT\.MIN_SIZE_TEST must be in"),
+        (["INPUT.MIN_SIZE_TRAIN", "(20000,)"], r"INPUT\.MIN_SIZE_TRAIN must be in"),
+        (["SPAR.DATA.SCALE_BOX", "(200000, 1024)"], r"SPAR\.DATA\.SCALE_BOX must be in"),
+        (["SPAR.TEACHER.WINDOW", "100000000"], r"SPAR\.TEACHER\.WINDOW must be in"),
     ],
 )
 def test_wrong_overrides_are_named(overrides, message):
@@ -187,3 +241,25 @@ def test_a_start_that_is_interrupted_leaves_no_folder(tmp_path):
     with pytest.raises(KeyboardInterrupt), clean_start(str(tmp_path / "run")):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_a_start_in_a_folder_where_another_run_trains_changes_nothing(tmp_path):
+    (tmp_path / "config.yaml").write_text("theirs")
+    hold = f"with used_by_one({str(tmp_path)!r}):\n    print(flush=True)\n    input()"
+    code = f"from spar_d2.utils.io import used_by_one\n{hold}"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(RuntimeError, match="in use by another run"), clean_start(str(tmp_path)):
+            (tmp_path / "config.yaml").write_text("mine")
+        with clean_start(str(tmp_path), trains=False):
+            pass
+        other.communicate(b"\n")
+    assert (tmp_path / "config.yaml").read_text() == "theirs"
+
+
+def test_a_failed_start_leaves_an_earlier_config(tmp_path):
+    (tmp_path / "config.yaml").write_text("theirs")
+    with pytest.raises(KeyError), clean_start(str(tmp_path)):
+        (tmp_path / "config.yaml").write_text("mine")
+        raise KeyError
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.yaml", "theirs")]

@@ -3,12 +3,14 @@
 import logging
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from small_trainers import Crash
 from spar_d2.checkpoint.checkpointer import UnsavedError
 from spar_d2.data.datasets.scenes import SCENE_SPLITS
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
@@ -98,6 +100,31 @@ def test_only_the_latest_checkpoints_are_kept(cfg):
     Trainer(cfg).train()
     kept = [name for name in names(cfg.OUTPUT_DIR) if name.endswith(".pth")]
     assert kept == ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
+
+
+def test_checkpoints_of_an_earlier_run_are_never_removed(cfg):
+    """Also by a run that begins anew in its folder, is stopped, and goes on."""
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    cfg.SPAR.KEEP_CHECKPOINTS = 1
+    Trainer(cfg).train()
+    folder = Path(cfg.OUTPUT_DIR)
+    shutil.copy(folder / "model_0000003.pth", folder / "model_0000000.pth")
+    (folder / "model_0000003.pth").rename(folder / "model_0000001.pth")
+    (folder / "model_final.pth").unlink()
+    theirs = (folder / "model_0000000.pth").read_bytes()
+    cfg.SOLVER.MAX_ITER, cfg.SEED = 5, 17
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    trainer = Trainer(cfg)
+    trainer.register_hooks([Crash(3)])
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert (folder / "model_0000000.pth").read_bytes() == theirs
+    assert (folder / "model_0000001.pth").read_bytes() != theirs, "this one was written anew"
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    kept = [name for name in names(cfg.OUTPUT_DIR) if name.endswith(".pth")]
+    assert kept == ["model_0000000.pth", "model_0000003.pth", "model_final.pth"]
 
 
 @pytest.fixture

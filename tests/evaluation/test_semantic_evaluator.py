@@ -262,3 +262,30 @@ def test_right_labels_say_nothing(dataset, caplog):
     evaluator.process([{"file_name": "x", "sem_seg": truth}], [{"sem_seg_labels": torch.from_numpy(truth)}])
     evaluator.evaluate()
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(("values", "said"), [((0, 255), "of class 0 or ignored (255)"), ((255, 255), "are ignored")])
+def test_masks_of_0_and_255_are_told(dataset, caplog, values, said):
+    """Also by an evaluator that goes on from another's counts."""
+    evaluator = SemanticEvaluator(dataset, False)
+    truth = np.array([values, values], dtype=np.uint8)
+    evaluator.process([{"file_name": "x", "sem_seg": truth}], [{"sem_seg_labels": torch.zeros(2, 2).long()}])
+    again = SemanticEvaluator(dataset, False)
+    again.load_state_dict(evaluator.state_dict())
+    again.evaluate()
+    (told,) = (text for text in caplog.messages if "second class" in text)
+    assert said in told and told.startswith(f"{dataset}: ") and "write it as 1" in told
+
+
+def test_score_files_are_json(dataset, tmp_path):
+    """Also where classes have no score."""
+    evaluator = SemanticEvaluator(dataset, False, tmp_path)
+    truth = np.zeros((2, 2), dtype=np.uint8)
+    evaluator.process([{"file_name": "x", "sem_seg": truth}], [{"sem_seg_labels": torch.zeros(2, 2).long()}])
+    scores = evaluator.evaluate()["sem_seg"]
+    text = (tmp_path / "sem_seg_scores.json").read_text()
+    read = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert None in read.values()
+    assert {name: np.nan if value is None else value for name, value in read.items()} == pytest.approx(
+        scores, nan_ok=True
+    )

@@ -88,3 +88,9 @@ def test_sizes_that_are_none_are_named(cfg, sizes):
     cfg.TEST.AUG.MIN_SIZES = sizes
     with pytest.raises(ValueError, match=r"TEST\.AUG\.MIN_SIZES must have at least one short side in pixels"):
         SegmentorWithTTA(cfg, build_model(cfg).eval())
+
+
+def test_absurd_sizes_are_named(cfg):
+    cfg.TEST.AUG.MIN_SIZES = (400, 10**8)
+    with pytest.raises(ValueError, match=r"TEST\.AUG\.MIN_SIZES must be in 0\.\.16384 pixels, got 100000000"):
+        SegmentorWithTTA(cfg, build_model(cfg).eval())

@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 
 import pytest
 
@@ -235,3 +236,19 @@ def test_a_pipe_is_no_vocabulary(tmp_path):
     os.mkfifo(tmp_path / "words.txt")
     with pytest.raises(FileNotFoundError, match=r"there is no vocabulary file .*words\.txt"):
         Vocabulary.load(str(tmp_path / "words.txt"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["cat"] * 300, r"^299 classes .*: none is ever predicted \(1 'cat', 2 'cat', 3 'cat', \.\.\.\)\.$"),
+        ([["cow"] * 300], r"^299 words of the vocabulary are dropped"),
+        (["emu", *(["ox", "emu"] for _ in range(1)), *([f"x{n}", "emu"] for n in range(9))], "^10 words"),
+    ],
+)
+def test_many_words_that_repeat_are_one_warning_however_often(classes, message, caplog):
+    for _ in range(3):
+        assert len(Vocabulary(classes)) == len(classes)
+    (told,) = caplog.messages
+    assert re.search(message, told)
+    assert len(told) < 300

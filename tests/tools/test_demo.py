@@ -14,6 +14,7 @@ from PIL import Image
 
 import spar_d2
 from reference import ROOT, reference_image
+from spar_d2.demo.outputs import write_mask
 from spar_d2.demo.panoptic import PanopticDemo
 from spar_d2.demo.predictor import Seen
 from spar_d2.engine.setup import load_config
@@ -228,7 +229,7 @@ def test_features_need_no_words(demo, photo, tmp_path, capsys):
 
 def test_a_video_and_back(demo, video, tmp_path, capsys):
     (tmp_path / "out" / "clip_masks").mkdir(parents=True)
-    (tmp_path / "out" / "clip_masks" / "000099.png").write_bytes(b"of an earlier run")
+    write_mask(np.zeros((2, 2), int), [(0, 0, 0)], tmp_path / "out" / "clip_masks" / "000099.png", str(video))
     arguments = ("--input", video, "--vocabulary", WORDS, "--output", "out", "--masks", "--json")
     assert demo(*arguments, "--show", "overlay", "pca") == 0
     masks = [f"clip_masks/{number:06d}.png" for number in range(1, 6)]
@@ -251,6 +252,17 @@ def test_a_video_and_back(demo, video, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "clip.avi: 5 frames, median" in printed.out
     assert "1 video, 5 frames" in printed.out
+
+
+@pytest.mark.parametrize("name", ["000002.png", "000099.png"])
+def test_masks_of_others_are_never_removed_or_replaced(demo, video, tmp_path, capsys, name):
+    """Also those of another video."""
+    path = tmp_path / "out" / "clip_masks" / name
+    write_mask(np.zeros((2, 2), int), [(0, 0, 0)], path, "other.avi")
+    before = path.read_bytes()
+    assert demo("--input", video, "--vocabulary", WORDS, "--output", "out", "--masks") == 1
+    assert f"{name} is not of an earlier demo of" in capsys.readouterr().err
+    assert path.read_bytes() == before and files_in(tmp_path / "out") == [f"clip_masks/{name}"]
 
 
 def test_videos_in_folders_are_taken_too(demo, photo, video, tmp_path):

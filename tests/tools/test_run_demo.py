@@ -49,11 +49,14 @@ def test_a_wrong_config_file_is_one_line(run_demo, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "wrong", [["MODEL.SPAR.TRAINABLE", "blk_99"], ["SOLVER.IMS_PER_BATCH", "0"], ["MODEL.SPAR.ENCODER", "none"]]
 )
-def test_an_earlier_student_outlives_a_run_that_cannot_begin(run_demo, monkeypatch, tmp_path, wrong):
+def test_an_earlier_student_outlives_a_run_that_cannot_begin(run_demo, monkeypatch, tmp_path, capsys, wrong):
     student = tmp_path / "output" / "student.safetensors"
     student.parent.mkdir()
     student.write_bytes(b"earlier")
+    (student.parent / "config.yaml").write_text("earlier")
     monkeypatch.setattr(sys, "argv", ["run_demo.py", "--output", str(student.parent), *wrong])
     with pytest.raises(SystemExit):
         run_demo.main()
     assert student.read_bytes() == b"earlier"
+    assert (student.parent / "config.yaml").read_text() == "earlier"
+    assert "Distilling" not in capsys.readouterr().out

@@ -1,3 +1,5 @@
+import json
+import math
 import multiprocessing
 import os
 import re
@@ -11,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spar_d2.utils.io import remove_leftovers, replacing, used_by_one
+from spar_d2.utils.io import remove_leftovers, replacing, used_by_one, write_json
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path):
@@ -227,3 +229,12 @@ def test_what_another_process_of_the_same_name_writes_is_not_removed(tmp_path):
 def test_a_pipe_with_the_name_of_a_leftover_is_left_alone(tmp_path):
     os.mkfifo(tmp_path / ".file.elsewhere-1-00000000.tmp.txt")
     assert remove_leftovers(tmp_path) == []
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path):
+    content = {"a": [math.nan, 1.5, (math.inf, "NaN")], "b": {"c": -math.inf, "d": None, "é": True}}
+    write_json(content, tmp_path / "a.json")
+    read = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
+    assert read == {"a": [None, 1.5, [None, "NaN"]], "b": {"c": None, "d": None, "é": True}}
+    write_json({"a": 1}, tmp_path / "a.json", indent=1)
+    assert (tmp_path / "a.json").read_text() == '{\n "a": 1\n}'

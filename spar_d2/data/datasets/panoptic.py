@@ -21,8 +21,7 @@ from spar_d2.data.preparation import ade20k_panoptic, cityscapes_panoptic
 from spar_d2.data.preparation.common import datasets_root
 from spar_d2.data.preparation.panoptic import areas_and_boxes
 from spar_d2.toy import scenes
-from spar_d2.utils.id_maps import ids_in
-from spar_d2.utils.images import DAMAGE, open_image, read_labels
+from spar_d2.utils.images import read_ids, read_labels
 from spar_d2.utils.io import replacing
 
 # Detectron2's number of instances that a class may have in an image, where a segment's number tells its class.
@@ -267,20 +266,5 @@ def _scene_segments(masks: Path, labels: str) -> list[dict]:
 
 
 def read_segment_ids(path: str | os.PathLike) -> np.ndarray:
-    """Numbers of the segments in a mask in COCO's panoptic form: (H, W) int32, R + 256 G + 65536 B.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it cannot be read, or is no RGB picture.
-    """
-    try:
-        with open_image(path, ["PNG"]) as file:
-            mode = file.mode
-            ids = ids_in(file) if mode == "RGB" else None
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no panoptic mask {path}") from error
-    except DAMAGE as error:
-        raise ValueError(f"the panoptic mask {path} cannot be read: {error}") from error
-    if ids is None:
-        raise ValueError(f"the panoptic mask {path} must be an RGB picture, its mode is {mode}")
-    return ids.view(np.int32)
+    """Numbers of the segments in a mask in COCO's panoptic form, (H, W) int32; see :func:`read_ids`."""
+    return read_ids(path).view(np.int32)

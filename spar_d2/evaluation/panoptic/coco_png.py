@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,12 @@ from tqdm import tqdm
 from spar_d2.evaluation.panoptic.coco_json import FoundImage, GroundTruth
 from spar_d2.evaluation.panoptic.quality import panoptic_quality
 from spar_d2.evaluation.panoptic.scores import PanopticCounts
-from spar_d2.utils.id_maps import IDS, as_colours, ids_in
-from spar_d2.utils.images import DAMAGE, open_image
-from spar_d2.utils.io import replacing
+from spar_d2.utils.id_maps import IDS, as_colours
+from spar_d2.utils.images import read_ids
+from spar_d2.utils.io import (
+    replacing,
+    write_json,  # noqa: F401  for those that write what belongs to the PNGs
+)
 
 
 def compare_image(
@@ -71,35 +73,6 @@ def check_complete(truth: GroundTruth, predictions: Container, hint: str = "") -
         )
 
 
-def read_ids(path: str | os.PathLike) -> np.ndarray:
-    """Read a panoptic PNG.
-
-    Args:
-        path: RGB; RGBA and palettes count by their colours.
-
-    Returns:
-        (H, W) uint32, R + 256 G + 65536 B.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged, or no PNG, or grey.
-    """
-    try:
-        with open_image(path, ["PNG"]) as image:
-            mode = image.mode
-            if mode in ("RGBA", "P"):
-                # By way of RGBA, for a palette may have transparent colours.
-                image = image.convert("RGBA").convert("RGB")
-            ids = ids_in(image) if image.mode == "RGB" else None
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no panoptic PNG {path}") from error
-    except DAMAGE as error:
-        raise ValueError(f"the panoptic PNG {path} cannot be read: {error}") from error
-    if ids is None:
-        raise ValueError(f"the panoptic PNG {path} must be RGB, with ids R + 256 G + 65536 B, its mode is {mode}")
-    return ids
-
-
 def write_ids(ids: np.ndarray, path: str | os.PathLike) -> None:
     """Write an (H, W) map of integers as a panoptic PNG.
 
@@ -110,9 +83,3 @@ def write_ids(ids: np.ndarray, path: str | os.PathLike) -> None:
         raise ValueError(f"ids must be in 0..{IDS - 1} to be colours of {path}, got {ids.min()}..{ids.max()}")
     with replacing(path) as temporary:
         Image.fromarray(as_colours(ids)).save(temporary, format="PNG")
-
-
-def write_json(content: object, path: str | os.PathLike) -> None:
-    """Write JSON; readers see all of it or nothing."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content))
