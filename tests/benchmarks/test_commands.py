@@ -2,19 +2,19 @@
 
 import ast
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 
 from reference import ROOT
-from tool_modules import load_tool
 
 TINY = "vit_nano_patch8_dinov3"
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    tool = load_tool("benchmark")
+    tool = import_module("benchmarks.__main__")
 
     def run(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -10,7 +11,6 @@ from reference import ROOT
 from spar_d2.distillation import fill_cache as caching
 from spar_d2.distillation.fill_cache import fill_cache
 from spar_d2.engine.trainer import Trainer
-from tool_modules import load_tool
 
 
 @pytest.fixture
@@ -123,6 +123,6 @@ def test_wrong_flags_of_the_tool_are_one_line(arguments, message, cfg, tmp_path,
     (tmp_path / "config.yaml").write_text(cfg.dump())
     monkeypatch.setattr(sys, "argv", ["fill_cache.py", "--config-file", str(tmp_path / "config.yaml"), *arguments])
     with pytest.raises(SystemExit) as exit_:
-        load_tool("fill_cache").main()
+        import_module("spar_d2.cli.cache_teacher").main()
     assert exit_.value.code == 1
     assert f"error: {message}" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from importlib import import_module
 
 import open_clip
 import pytest
@@ -11,7 +12,6 @@ from reference import TINY_CONFIG, fill_with_reference
 from spar_d2.encoders import build_encoder, build_text_tower
 from spar_d2.encoders.fit import check_values
 from spar_d2.encoders.weights import read_state_dict, write_safetensors
-from tool_modules import load_tool
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_of_two_containers_one_must_be_named(tiny_model, tmp_path, state, monkey
         build_encoder(tiny_model[0], str(path), pretrained_part="teacher")
     arguments = ["--encoder", tiny_model[0], "--input", str(path), "--output", str(tmp_path / "out.pt")]
     monkeypatch.setattr("sys.argv", ["convert_weights.py", *arguments, "--part", "state_dict_ema"])
-    load_tool("convert_weights").main()
+    import_module("spar_d2.cli.convert").main()
     assert holds(tiny_model, tmp_path / "out.pt", state)
 
 

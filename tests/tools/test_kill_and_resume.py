@@ -45,8 +45,11 @@ def test_checkpoints_kept_are_as_many_after_kills_and_never_the_one_to_go_on_fro
             last = folder / (folder / "last_checkpoint").read_text()
             assert last.name == f"model_{start:07d}.pth"
             assert last.is_file()
-        Run(folder, keep).train(4, 6)
-        assert len(list(folder.glob("*.pth"))) == keep
+        run = Run(folder, keep)
+        run.train(4, 6)
+        # What was there when it was begun anew is another run's, and stays.
+        assert run.checkpointer.earlier == {"model_0000002.pth"}
+        assert len({path.name for path in folder.glob("*.pth")} - run.checkpointer.earlier) == keep
 
 
 def test_a_run_killed_before_its_final_checkpoint_still_writes_it(tmp_path):

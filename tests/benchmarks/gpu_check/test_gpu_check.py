@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ from benchmarks.gpu_check.runner import Outcome, Runner
 from benchmarks.gpu_check.settings import small
 from pretended_cuda import PretendedCuda
 from spar_d2.encoders import compilation
-from tool_modules import load_tool
 
 CPU = torch.device("cpu")
 SLOW = ("demo", "torchrun")
@@ -151,7 +151,7 @@ def test_a_failed_check_fails_the_tool(tmp_path, monkeypatch, capsys):
 
 def run_tool(monkeypatch, folder, *options: str) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(folder), *options])
-    load_tool("gpu_check").main()
+    import_module("benchmarks.gpu_check.run").main()
 
 
 def test_a_part_over_its_limit_is_cut_and_the_others_go_on(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from importlib import import_module
 
 import cv2
 import numpy as np
@@ -19,7 +20,6 @@ from spar_d2.demo.panoptic import PanopticDemo
 from spar_d2.demo.predictor import Seen
 from spar_d2.engine.setup import load_config
 from spar_d2.visualization import class_colours
-from tool_modules import load_tool
 
 CONFIG = ROOT / "configs" / "toy" / "distill.yaml"
 MODEL = [str(ROOT / "configs/toy/tiny_clip.json"), str(ROOT / "configs/toy/tiny_clip.safetensors")]
@@ -30,10 +30,10 @@ WORDS = "grass, meadow; circle; star; été"
 def demo(monkeypatch, tmp_path):
     """Runs the tool in a folder of its own; gives its exit code."""
     monkeypatch.chdir(tmp_path)
-    tool = load_tool("demo")
+    tool = import_module("spar_d2.cli.segment")
 
     def call(*arguments, config=CONFIG):
-        monkeypatch.setattr(sys, "argv", ["demo.py", "--config-file", str(config), *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["segment", "--config-file", str(config), *map(str, arguments)])
         try:
             tool.main()
         except SystemExit as stop:

@@ -23,17 +23,17 @@ from spar_d2.distillation import DistillationHook
 from spar_d2.engine.hooks import StepTimer
 from spar_d2.engine.setup import load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
+from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
 from spar_d2.utils.io import replacing, write_json
 
-DEMO = Path(__file__).resolve().parents[1] / "configs" / "toy" / "distill.yaml"
 TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"
 TEACHERS = ["all", "cached", "16", "8", "4"]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default=str(DEMO))
+    parser.add_argument("--config-file", default=get_config_file("toy/distill.yaml"))
     parser.add_argument(
         "--teachers",
         nargs="+",

@@ -1,13 +1,13 @@
 """The demo from end to end, with fewer scenes and steps."""
 
 import sys
+from importlib import import_module
 
 import pytest
 from PIL import Image
 
 from reference import ROOT
 from spar_d2.data.datasets.scenes import SCENE_SPLITS
-from tool_modules import load_tool
 
 
 @pytest.fixture
@@ -16,14 +16,14 @@ def run_demo(monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     monkeypatch.setitem(SCENE_SPLITS, "train", (101, 10))
     monkeypatch.setitem(SCENE_SPLITS, "val", (303, 12))
-    return load_tool("run_demo")
+    return import_module("spar_d2.cli.toy")
 
 
 def test_table_pictures_and_student(run_demo, monkeypatch, tmp_path, capsys):
     config = tmp_path / "short.yaml"
     config.write_text(f"_BASE_: {ROOT}/configs/toy/distill.yaml\nSOLVER:\n  MAX_ITER: 25\n")
     output = tmp_path / "output"
-    monkeypatch.setattr(sys, "argv", ["run_demo.py", "--config-file", str(config), "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["toy", "--config-file", str(config), "--output", str(output)])
     run_demo.main()
     table = (output / "table.md").read_text()
     assert table in capsys.readouterr().out
@@ -40,7 +40,7 @@ def test_table_pictures_and_student(run_demo, monkeypatch, tmp_path, capsys):
 
 
 def test_a_wrong_config_file_is_one_line(run_demo, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run_demo.py", "--config-file", "none.yaml"])
+    monkeypatch.setattr(sys, "argv", ["toy", "--config-file", "none.yaml"])
     with pytest.raises(SystemExit):
         run_demo.main()
     assert capsys.readouterr().err.startswith("error: --config-file: there is no file none.yaml")
@@ -54,7 +54,7 @@ def test_an_earlier_student_outlives_a_run_that_cannot_begin(run_demo, monkeypat
     student.parent.mkdir()
     student.write_bytes(b"earlier")
     (student.parent / "config.yaml").write_text("earlier")
-    monkeypatch.setattr(sys, "argv", ["run_demo.py", "--output", str(student.parent), *wrong])
+    monkeypatch.setattr(sys, "argv", ["toy", "--output", str(student.parent), *wrong])
     with pytest.raises(SystemExit):
         run_demo.main()
     assert student.read_bytes() == b"earlier"

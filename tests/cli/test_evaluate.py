@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from label_trees import make_tree
 from reference import ROOT
 from spar_d2.comparison.progress import Progress
 from spar_d2.data.preparation import prepare
-from tool_modules import load_tool
 
 CONFIG = str(ROOT / "configs" / "segment" / "openclip_vit_b_16.yaml")
 
@@ -18,7 +18,7 @@ CONFIG = str(ROOT / "configs" / "segment" / "openclip_vit_b_16.yaml")
 @pytest.fixture
 def evaluate(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
-    tool = load_tool("evaluate")
+    tool = import_module("spar_d2.cli.evaluate")
 
     def run(*arguments, opts=()):
         keys = ["MODEL.DEVICE", "cpu", "MODEL.SPAR.ENCODER", tiny_model[0], "MODEL.SPAR.PRETRAINED", tiny_model[1]]

@@ -18,12 +18,12 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     monkeypatch.setitem(SCENE_SPLITS, "train", (101, 4))
     monkeypatch.setitem(SCENE_SPLITS, "val", (303, 12))
-    tool = load_tool("run_panoptic_demo")
+    tool = load_tool("toy/panoptic")
 
     def call(*arguments: str) -> None:
         short = ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1", "INPUT.MIN_SIZE_TRAIN", "(64,)"]
         few = ["INPUT.MIN_SIZE_TEST", "64", "TEST.DETECTIONS_PER_IMAGE", "3", "MODEL.RPN.POST_NMS_TOPK_TEST", "10"]
-        monkeypatch.setattr(sys, "argv", ["run_panoptic_demo.py", *arguments, *short, *few])
+        monkeypatch.setattr(sys, "argv", ["panoptic.py", *arguments, *short, *few])
         tool.main()
 
     return call

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from label_trees import tree
 from processes import run_tool, start_tool
 from reference import ROOT
 from spar_d2.data.preparation import prepare
-from tool_modules import load_tool
 
 TOOL = str(ROOT / "tools" / "train_net.py")
 CONFIG = str(ROOT / "configs" / "distill" / "Base-distill.yaml")
@@ -105,9 +105,9 @@ def test_bad_input_gives_one_message_and_no_debris(wrong, message, tiny_model, p
     places["corrupt"].write_bytes(b"corrupt")
     output = tmp_path / "run"
     arguments = [str(a) for a in arguments_for(tiny_model, photo_folder, output) + wrong]
-    train_net = load_tool("train_net")
+    train = import_module("spar_d2.cli.train")
     with pytest.raises(SystemExit) as exit_:
-        train_net.main(default_argument_parser().parse_args([a.format(**places) for a in arguments]))
+        train.work(default_argument_parser().parse_args([a.format(**places) for a in arguments]))
     assert exit_.value.code == 1
     assert message.format(**places) in capsys.readouterr().err
     assert not output.exists()
@@ -123,7 +123,7 @@ def test_missing_gpu(tmp_path, capsys):
 
     arguments = ["--config-file", CONFIG, "--eval-only", "MODEL.DEVICE", "cuda", "OUTPUT_DIR", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as exit_:
-        load_tool("train_net").main(default_argument_parser().parse_args(arguments))
+        import_module("spar_d2.cli.train").work(default_argument_parser().parse_args(arguments))
     assert exit_.value.code == 1
     errors = capsys.readouterr().err
     assert "nothing to evaluate on: DATASETS.TEST is empty" in errors

@@ -4,13 +4,13 @@ import hashlib
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from reference import ROOT
-from tool_modules import load_tool
 
 TOOL = ROOT / "tools" / "install_detectron2.py"
 
@@ -27,7 +27,7 @@ def load(filename, copy=False, dtype=None):
 
 @pytest.fixture
 def installer():
-    return load_tool("install_detectron2")
+    return import_module("spar_d2.cli.install_detectron2")
 
 
 @pytest.fixture

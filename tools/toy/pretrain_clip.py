@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from spar_d2.encoders import describe_encoder
+from spar_d2.model_zoo import config_folder
 from spar_d2.toy.scenes import GROUNDS, SCENE_CLASSES, training_scene
 
-DEMO = Path(__file__).resolve().parents[1] / "configs" / "toy"
+DEMO = config_folder() / "toy"
 POOL_SEED = 1
 CAPTION_STARTS = ("a photo of", "a picture of", "an image of", "")
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from spar_d2.data.datasets.scenes import SCENE_SPLITS
 from spar_d2.encoders.weights import write_safetensors
 from spar_d2.engine.hooks import StepSeed
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
-from tool_modules import load_tool
 
 QUICK = ["SOLVER.MAX_ITER", "4", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "1", "SEED", "0"]
 QUICK += ["SPAR.TEACHER.STRIDE", "40", "DATASETS.TEST", "('spar_scenes_tune',)"]
@@ -47,11 +47,11 @@ def probe(drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(drawn))
     monkeypatch.setitem(SCENE_SPLITS, "train", (101, 4))
     monkeypatch.setitem(SCENE_SPLITS, "tune", (202, 3))
-    tool = load_tool("linear_probe")
+    tool = import_module("spar_d2.cli.probe")
 
     def run(*arguments, opts=()):
         output = ["--output", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", ["linear_probe.py", *arguments, *output, *QUICK, *opts])
+        monkeypatch.setattr(sys, "argv", ["probe", *arguments, *output, *QUICK, *opts])
         tool.main()
         return capsys.readouterr().out
 

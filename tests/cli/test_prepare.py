@@ -1,5 +1,7 @@
 """The whole way from official files to label files that Detectron2 reads, on the command line."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
@@ -8,7 +10,6 @@ from PIL import Image
 from label_trees import make_tree, use_trees
 from spar_d2.data.datasets.catalog import LABELLED_SETS
 from spar_d2.data.preparation.registry import GROUPS, PREPARATIONS
-from tool_modules import load_tool
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +20,8 @@ def root(tmp_path, monkeypatch):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["prepare_datasets.py", *map(str, arguments)])
-    load_tool("prepare_datasets").main()
+    monkeypatch.setattr("sys.argv", ["prepare", *map(str, arguments)])
+    import_module("spar_d2.cli.prepare").main()
 
 
 def tree(name, root):
@@ -139,12 +140,12 @@ def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
 
 def test_ctrl_c(root, monkeypatch):
     tree("voc21", root)
-    tool = load_tool("prepare_datasets")
+    tool = import_module("spar_d2.cli.prepare")
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tool, "prepare", interrupt)
-    monkeypatch.setattr("sys.argv", ["prepare_datasets.py", "voc21"])
+    monkeypatch.setattr("sys.argv", ["prepare", "voc21"])
     with pytest.raises(SystemExit, match="stopped; the same command goes on from there"):
         tool.main()

@@ -1,15 +1,15 @@
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 from spar_d2.encoders import build_encoder
-from tool_modules import load_tool
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["convert_weights.py", *map(str, arguments)])
-    load_tool("convert_weights").main()
+    monkeypatch.setattr("sys.argv", ["convert", *map(str, arguments)])
+    import_module("spar_d2.cli.convert").main()
 
 
 def test_converts_a_file(monkeypatch, capsys, tmp_path, tiny_model, reference_clip):

@@ -1,0 +1,67 @@
+"""Fill the cache of teacher targets (SPAR.TEACHER.CACHE_DIR) ahead of training, in one process or several.
+
+Each process takes its share of the photos. Targets that are there are left alone, so that it can be stopped and started
+again. Several machines fill one folder with --num-machines and --machine-rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from detectron2.utils.logger import setup_logger
+
+import spar_d2  # noqa: F401  registers
+from spar_d2.distillation.fill_cache import check_caching, fill_cache
+from spar_d2.engine.launch import check_launch
+from spar_d2.engine.setup import load_config
+from spar_d2.utils.errors import make_logs_printable, readable_errors
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpus = torch.cuda.device_count()
+    parser.add_argument("--config-file", default="", metavar="FILE", help="that of the training")
+    parser.add_argument(
+        "--processes", type=int, default=max(1, gpus), help="on this machine (default: one for each GPU, or one)"
+    )
+    parser.add_argument("--num-machines", type=int, default=1, help="that fill the folder together")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys, as for the training")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with readable_errors():
+        if args.processes < 1:
+            raise ValueError(f"--processes must be at least 1, got {args.processes}")
+        check_launch(1, args.num_machines, args.machine_rank)
+        check_caching(load_config(args.config_file, args.opts))
+    if args.processes == 1:
+        work(0, args)
+        return
+    context = torch.multiprocessing.start_processes(work, (args,), args.processes, join=False, start_method="spawn")
+    try:
+        while not context.join():
+            pass
+    except torch.multiprocessing.ProcessExitedException:
+        raise SystemExit("error: a process failed, see its message above; what was kept stays") from None
+
+
+def work(number: int, args: argparse.Namespace) -> None:
+    """One process."""
+    make_logs_printable(setup_logger(name="spar_d2", distributed_rank=number))
+    with readable_errors():
+        cfg = load_config(args.config_file, args.opts)
+        if cfg.MODEL.DEVICE == "cuda":
+            cfg.MODEL.DEVICE = f"cuda:{number % torch.cuda.device_count()}"
+        elif args.processes > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // args.processes))
+        share, shares = args.machine_rank * args.processes + number, args.num_machines * args.processes
+        filled = fill_cache(cfg, share, shares, show=number == 0)
+    print(
+        f"process {number}: {filled.computed} targets computed, {filled.found} were there, "
+        f"{filled.damaged} photos damaged; in {cfg.SPAR.TEACHER.CACHE_DIR}",
+        flush=True,
+    )

@@ -1,0 +1,82 @@
+"""Linear probes side by side: pre-trained single pass, sliding window, and a SPAR student.
+
+For each row a probe is trained on features of an encoder that stays as it is, and evaluated. Finished rows are kept in
+the output folder and not done again, as long as they would come out the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import spar_d2  # noqa: F401  registers
+from spar_d2.engine.setup import clean_start, load_config, prepare
+from spar_d2.model_zoo import get_config_file
+from spar_d2.probing.runs import (
+    ROWS,
+    check_rows,
+    draw_probes,
+    evaluate_probes,
+    probe_methods,
+    probe_summary,
+    probe_table,
+    train_probe,
+)
+from spar_d2.utils.errors import printable, readable_errors
+from spar_d2.utils.io import as_json, replacing, used_by_one
+
+TITLES = {"single_pass": "single pass", "sliding_window": "sliding window", "student": "SPAR student"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--config-file",
+        default=get_config_file("toy/linear_probe.yaml"),
+        metavar="FILE",
+        help="what to probe and how (default: the demo's)",
+    )
+    add("--student", default="", metavar="FILE", help="a distilled student, for a row of its own")
+    add("--rows", nargs="+", choices=ROWS, help="rows of the table (default: all, the student's where there is one)")
+    add("--output", type=Path, metavar="DIR", help="folder for everything written (default: OUTPUT_DIR)")
+    add("--resume", action="store_true", help="go on with a probe that was stopped; without, it is trained anew")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config keys to override, after all flags and a --")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with readable_errors():
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    # Quoted, as a name such as "2024" would be taken for a number.
+    output = ["OUTPUT_DIR", repr(str(args.output))] if args.output else []
+    cfg = load_config(args.config_file, [*args.opts, *output])
+    folder = Path(cfg.OUTPUT_DIR)
+    check_rows(cfg)
+    methods = probe_methods(cfg, args.rows, args.student)
+    with clean_start(cfg.OUTPUT_DIR):
+        prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)
+    probes = {}
+    try:
+        with used_by_one(folder):
+            for row, method in methods.items():
+                print(f"{method.name} (log: {folder}/log.txt) ...", flush=True)
+                probes[row] = train_probe(cfg, method, folder / row, args.resume)
+                print(f"  {probes[row].trained:,} parameters trained, {probes[row].frozen:,} frozen", flush=True)
+            scores = evaluate_probes(cfg, list(probes.values()), folder)
+            draw_probes(cfg, {TITLES[row]: probe for row, probe in probes.items()}, folder / "predictions.png")
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the same command with --resume goes on") from None
+    table = probe_table(list(probes.values()), scores)
+    written = {
+        "table.md": table + "\n",
+        "table.json": as_json(probe_summary(list(probes.values()), scores), indent=1),
+    }
+    for name, text in written.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(f"\n{printable(table)}\n\nTable, picture and probes are in {folder}.")

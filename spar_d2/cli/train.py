@@ -1,0 +1,46 @@
+"""Distil, train and evaluate: Detectron2's usual flags, with this project's config keys; LazyConfigs (*.py) too."""
+
+from __future__ import annotations
+
+import argparse
+
+from detectron2.engine import default_argument_parser
+
+import spar_d2  # noqa: F401  registers
+from spar_d2.engine.launch import run
+from spar_d2.engine.setup import clean_start, load_config, prepare
+from spar_d2.utils.errors import readable_errors
+
+
+def main() -> None:
+    """Parse the command line, and work in one process or several."""
+    arguments = default_argument_parser().parse_args()
+    with readable_errors():
+        run(work, arguments)
+
+
+def work(args: argparse.Namespace) -> object:
+    """The work of one process."""
+    from spar_d2.checkpoint.checkpointer import Checkpointer
+    from spar_d2.encoders import DenseEncoder
+    from spar_d2.engine import lazy
+    from spar_d2.engine.trainer import Trainer
+    from spar_d2.probing.trainer import trainer_class
+
+    with readable_errors():
+        if lazy.is_lazy(args.config_file):
+            return lazy.run(args)
+        cfg = load_config(args.config_file, args.opts)
+        with clean_start(cfg.OUTPUT_DIR, trains=not args.eval_only):
+            prepare(cfg, args)
+            if args.eval_only:
+                if not cfg.DATASETS.TEST:
+                    raise ValueError("nothing to evaluate on: DATASETS.TEST is empty")
+                model = Trainer.build_model(cfg)
+                Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+                for encoder in (part for part in model.modules() if isinstance(part, DenseEncoder)):
+                    encoder.freeze()
+                return Trainer.test(cfg, model)
+            trainer = trainer_class(cfg)(cfg)
+            trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
