@@ -48,7 +48,7 @@ def test_checkpoints_kept_are_as_many_after_kills_and_never_the_one_to_go_on_fro
         run = Run(folder, keep)
         run.train(4, 6)
         # What was there when it was begun anew is another run's, and stays.
-        assert run.checkpointer.earlier == {"model_0000002.pth"}
+        assert run.checkpointer.earlier == {f"model_{number:07d}.pth" for number in range(3 - keep, 3)}
         assert len({path.name for path in folder.glob("*.pth")} - run.checkpointer.earlier) == keep
 
 
