@@ -102,15 +102,18 @@ def measure(
         progress: keeps what was done, so that a run that is stopped goes on from there.
     """
     records = DatasetCatalog.get(dataset)[:limit]
-    model = model or build_method(cfg, method)
+    if model is None:
+        model = build_method(cfg, method)
     tested = SegmentorWithTTA(cfg, model) if cfg.TEST.AUG.ENABLED else model
     evaluator = SemanticEvaluator(dataset, distributed=False)
     result = Result(method, {})
     if progress:
         result.seconds += progress.restore(evaluator)
     done = len(result.seconds)
-    mapper = ImageMapper(cfg, is_train=False)
-    loader = build_detection_test_loader(dataset=records[done:], mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    # pyright: ignore comments: Detectron2's @configurable hides what may be given.
+    mapper = ImageMapper(cfg, is_train=False)  # pyright: ignore[reportCallIssue]
+    options = {"mapper": mapper, "num_workers": cfg.DATALOADER.NUM_WORKERS}
+    loader = build_detection_test_loader(records[done:], **options)  # pyright: ignore[reportCallIssue, reportOptionalCall]
     bar = tqdm(pinned(loader), desc=f"{method.name}, {dataset}", unit="image", initial=done, total=len(records))
     whole = True
     try:

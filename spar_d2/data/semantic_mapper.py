@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class SemanticMapper(ImageMapper):
 class _WithLabels:
     """Augmentations that also change ``labels``, (H, W) as they were read or None, and hand them over."""
 
-    def __init__(self, augmentations: T.AugmentationList, ignore_label: int) -> None:
+    def __init__(self, augmentations: Callable[[T.AugInput], T.Transform], ignore_label: int) -> None:
         self.augmentations, self.ignore_label = augmentations, ignore_label
         self.labels: np.ndarray | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def _named(
     """Name and colour, if it has one, of the class of each of the model's numbers, in their order."""
     lists = {key: metadata.get(f"{kind}_{key}") or () for key in ("classes", "colors")}
 
-    def entry(key: str, contiguous: int, place: int) -> object:
+    def entry(key: str, contiguous: int, place: int) -> Any:
         values = lists[key]
         if len(values) > max(numbers):
             return values[contiguous]

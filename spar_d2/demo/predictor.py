@@ -54,6 +54,16 @@ class Seen:
     seconds: float = 0.0
     segments: np.ndarray | None = None
 
+    def needed_labels(self) -> np.ndarray:
+        """``labels``.
+
+        Raises:
+            ValueError: they were not asked for.
+        """
+        if self.labels is None:
+            raise ValueError("labels must be True for masks and records: the demo was built to show features alone")
+        return self.labels
+
 
 class Demo:
     """A segmentor with the way photos go in and pictures come out.
@@ -82,13 +92,14 @@ class Demo:
         augmented = self.needs_labels and cfg.TEST.AUG.ENABLED
         self._segmentor = SegmentorWithTTA(cfg, self.model) if augmented else self.model
         self.vocabulary: Vocabulary | None = self.model.vocabulary
-        if self.needs_labels and self.vocabulary is None:
-            raise ValueError(f"the data set under test has no names of classes; name them, for example {EXAMPLE}")
-        self.names = self.vocabulary.names if self.needs_labels else []
-        self.colours = self._class_colours()
+        self.names: list[str] = []
         if self.needs_labels:
+            if self.vocabulary is None:
+                raise ValueError(f"the data set under test has no names of classes; name them, for example {EXAMPLE}")
+            self.names = self.vocabulary.names
             # So that the first photo takes no longer than the others.
             self.model.embeddings(self.vocabulary)
+        self.colours = self._class_colours()
 
     def _set_look(self, cfg: CfgNode, shown: Sequence[str], alpha: float) -> None:
         if not 0 <= alpha <= 1:
@@ -194,7 +205,7 @@ class Demo:
             return parts[0]
         legend = listed is None or len(listed) > 0
         look = (self.names, self.colours, self.alpha, legend, listed, parts, seen.segments)
-        return draw_overlay(image, seen.labels, *look)
+        return draw_overlay(image, seen.needed_labels(), *look)
 
     @staticmethod
     def _enlarged(colours: np.ndarray, covered: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

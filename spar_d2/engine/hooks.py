@@ -9,6 +9,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,6 +130,9 @@ class StudentWriter(HookBase):
         path: file to write, see :func:`export_student`.
         weights: within the context that it gives, the model has the weights to write.
     """
+
+    # Any that has a model.
+    trainer: Any
 
     def __init__(
         self,

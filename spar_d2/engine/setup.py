@@ -89,7 +89,8 @@ def _check_yaml(config_file: str) -> None:
         tag = re.search(r"'tag:yaml\.org,2002:(python/[^']*)'", str(error.problem))
         if tag is None:
             raise
-        place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}"
+        mark = error.problem_mark
+        place = f"{mark.name}, line {mark.line + 1}" if mark else config_file
         refusal = f"!!{tag[1]} ({place}) is refused, as reading it would run code; write the value itself"
         raise ValueError(refusal) from error
     except RecursionError as error:
@@ -123,9 +124,8 @@ def _is_whole(value: object) -> bool:
 
 def _find_files(cfg: CfgNode, config_file: str) -> None:
     """Files named in a config may lie relative to the working folder, the config's folder, or one above it."""
-    kinds = dict.fromkeys(("ENCODER", "PRETRAINED", "DINOV3_BACKBONE", "VOCABULARY", "TEMPLATES"), os.path.isfile)
-    kinds["DINOV3_REPO"] = os.path.isdir
-    for key, is_there in kinds.items():
+    for key in ("ENCODER", "PRETRAINED", "DINOV3_BACKBONE", "VOCABULARY", "TEMPLATES", "DINOV3_REPO"):
+        is_there = os.path.isdir if key == "DINOV3_REPO" else os.path.isfile
         value = cfg.MODEL.SPAR[key]
         if not value or os.path.exists(value):
             continue

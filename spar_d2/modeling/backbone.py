@@ -61,14 +61,14 @@ class SPARViT(TextHooks, Backbone):
     ) -> None:
         super().__init__()
         spec = encoder if isinstance(encoder, EncoderSpec) else None
-        self.encoder = build(spec) if spec else encoder
+        self.encoder: DenseEncoder = build(encoder) if isinstance(encoder, EncoderSpec) else encoder
         if text_width not in (None, self.encoder.embed_dim):
             name = spec.name if spec else type(self.encoder).__name__
             raise ValueError(f"{WIDTH_KEY} must be {self.encoder.embed_dim}, as {name} has it; got {text_width}")
-        self.pixels = None
+        self.pixels: PixelConversion | None = None
         if pixel_mean is not None:
             if input_format is None:
-                # A wrong guess would swap colours, and nothing would say so.
+                # A wrong guess would swap colors, and nothing would say so.
                 raise ValueError('input_format must be "BGR" or "RGB" where pixel_mean is given (INPUT.FORMAT)')
             own = (self.encoder.pixel_mean, self.encoder.pixel_std)
             self.pixels = PixelConversion(pixel_mean, [1.0] * 3 if pixel_std is None else pixel_std, input_format, *own)
@@ -122,7 +122,7 @@ class SPARViT(TextHooks, Backbone):
         Args:
             x: images of any size.
             multiple: pad them at the right and bottom to a multiple of so many pixels, with the encoder's zero, which
-                is its mean colour.
+                is its mean color.
         """
         x = self.convert(x)
         return self.encoder(F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple)))

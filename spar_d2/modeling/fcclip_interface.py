@@ -100,7 +100,7 @@ class TextHooks:
         # No property: what one raises, a module would replace by words of its own.
         if name == "clip_model" and "text_side" in vars(self):
             return self._clip_model()
-        return super().__getattr__(name)
+        return super().__getattr__(name)  # pyright: ignore[reportAttributeAccessIssue]  # of nn.Module, beside it
 
     def _clip_model(self) -> _ClipModel:
         """Has ``logit_scale``, a number as a tensor: the logarithm of the factor on cosines that the model learnt.

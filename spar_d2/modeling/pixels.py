@@ -21,6 +21,9 @@ class PixelConversion(nn.Module):
         ValueError: another format, not three numbers, or a deviation that is not positive.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(
         self,
         mean: Sequence[float],
@@ -39,9 +42,9 @@ class PixelConversion(nn.Module):
             )
         self.flip = format == "BGR"
         order = [2, 1, 0] if self.flip else [0, 1, 2]
-        mean, std = (torch.tensor(values, dtype=torch.float64)[order] / 255 for values in (mean, std))
-        encoder_mean, encoder_std = (torch.tensor(v, dtype=torch.float64) for v in (encoder_mean, encoder_std))
-        scale, shift = std / encoder_std, (mean - encoder_mean) / encoder_std
+        undone, divided = (torch.tensor(values, dtype=torch.float64)[order] / 255 for values in (mean, std))
+        center, deviation = (torch.tensor(values, dtype=torch.float64) for values in (encoder_mean, encoder_std))
+        scale, shift = divided / deviation, (undone - center) / deviation
         self.register_buffer("scale", scale.float().view(3, 1, 1), persistent=False)
         self.register_buffer("shift", shift.float().view(3, 1, 1), persistent=False)
 

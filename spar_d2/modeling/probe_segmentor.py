@@ -60,7 +60,9 @@ class ProbeSegmentor(DenseInference, SemanticSegmentor):
                 raise ValueError(
                     f"MODEL.{key}.NAME must be {kind.__name__} for ProbeSegmentor, got {type(part).__name__}"
                 )
-        super().__init__(backbone=backbone, sem_seg_head=sem_seg_head, pixel_mean=pixel_mean, pixel_std=pixel_std)
+        # Detectron2's @configurable hides the arguments of what it wraps.
+        arguments = {"backbone": backbone, "sem_seg_head": sem_seg_head}
+        super().__init__(**arguments, pixel_mean=pixel_mean, pixel_std=pixel_std)  # pyright: ignore[reportCallIssue]
         check_choice("OUTPUT", output, OUTPUTS)
         self._infer_by(inference, window, stride, window_batch)
         encoder = backbone.encoder

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, SimpleFeaturePyramid
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from torch import nn
 
 from spar_d2.modeling.backbone import CLIP_DENSE, DENSE, SPARViT
@@ -104,8 +105,9 @@ class SPARPyramid(TextHooks, Backbone):
         scale = self._base / stride
         halvings = max(0, round(math.log2(_LEAST_SCALE / scale)))
         shape = {DENSE: ShapeSpec(channels=self.net.encoder.embed_dim, stride=self._base * 2**halvings)}
-        # Detectron2's own "LN" is none of torch's types, which optimizer builders leave out of weight decay.
-        kind = LayerNorm2d if norm == "LN" else norm
+        # Detectron2's own "LN" is none of torch's types, which optimizer builders leave out of weight decay. Types are
+        # taken as well as names, whatever it declares.
+        kind = cast("str", LayerNorm2d) if norm == "LN" else norm
         stage = SimpleFeaturePyramid(_Shape(shape), DENSE, channels, (scale * 2**halvings,), norm=kind).stages[0]
         return nn.Sequential(nn.MaxPool2d(2**halvings), stage) if halvings else stage
 

@@ -27,6 +27,9 @@ class SegmentorWithTTA(nn.Module):
         ValueError: a model that is no :class:`OpenVocabularySegmentor`, or one that returns features, or no sizes.
     """
 
+    model: OpenVocabularySegmentor
+    tta_mapper: Callable[[dict], list[dict]]
+
     def __init__(self, cfg: CfgNode, model: nn.Module, tta_mapper: Callable[[dict], list[dict]] | None = None) -> None:
         super().__init__()
         segmentor = getattr(model, "module", model)
@@ -44,7 +47,9 @@ class SegmentorWithTTA(nn.Module):
                 f"TEST.AUG.MIN_SIZES must have at least one short side in pixels, such as (400, 500), got {sizes}"
             )
         self.model = segmentor
-        self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
+        if tta_mapper is None:
+            tta_mapper = DatasetMapperTTA(cfg)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
+        self.tta_mapper = tta_mapper
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -201,7 +202,7 @@ def draw_probes(cfg: CfgNode, probes: Mapping[str, Probe], path: Path, count: in
     palette[: len(colours)] = colours
     every = DatasetCatalog.get(dataset)
     records = every[:: -(-len(every) // count)]
-    mapper = ImageMapper(cfg, is_train=False)
+    mapper = ImageMapper(cfg, is_train=False)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
     columns = [
         [read_rgb(record["file_name"]) for record in records],
         [palette[read_labels(record["sem_seg_file_name"])] for record in records],
@@ -231,7 +232,8 @@ def _identity(cfg: CfgNode) -> str:
         own.SPAR.TEACHER.WINDOW = own.SPAR.TEACHER.STRIDE = 0
     for node in (own.TEST, own.SPAR.TEST):
         node.clear()
-    records = get_detection_dataset_dicts(own.DATASETS.TRAIN, filter_empty=own.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    filter_empty = own.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    records = cast("list[dict]", get_detection_dataset_dicts(own.DATASETS.TRAIN, filter_empty=filter_empty))
     files = [stamp(record[key]) for record in records for key in ("file_name", "sem_seg_file_name")]
     return hashlib.sha256("\n".join([own.dump(), *weights, *files]).encode()).hexdigest()[:16]
 

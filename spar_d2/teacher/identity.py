@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from spar_d2.encoders import DenseEncoder
-from spar_d2.teacher.sliding import SlidingWindowTeacher
 
 # Changes with the way that targets are computed.
 _ALGORITHM = 1
@@ -20,7 +21,19 @@ _ENCODER_SETTINGS = ("reference_compat", "_precision", "patch_size", "native_siz
 _PIXEL_STEPS = 64
 
 
-def teacher_identity(teacher: SlidingWindowTeacher) -> str:
+class Teacher(Protocol):
+    """What keeping targets needs of a teacher."""
+
+    encoder: DenseEncoder
+    window: int
+    stride: int
+
+    def targets(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The targets (1, D, h, w) of images (3, H, W), as the encoder takes them."""
+        ...
+
+
+def teacher_identity(teacher: Teacher) -> str:
     """32 hexadecimal digits that change with the teacher's window, stride, precision, architecture or weights."""
     digest = hashlib.sha256()
     settings = [str(getattr(teacher.encoder, name)) for name in _ENCODER_SETTINGS]

@@ -25,10 +25,12 @@ class TextEncoder(Protocol):
     """What the embeddings need of a text tower."""
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts to (n, D), not normalised."""
+        """Texts to (n, D), not normalized."""
+        ...
 
     def reads_all(self, text: str) -> bool:
         """Whether it sees a text to its end."""
+        ...
 
 
 class TextEmbeddings:

@@ -60,8 +60,8 @@ def draw_overlay(
     found = [int(number) for number in np.argsort(-areas, kind="stable") if areas[number]]
     pixels = font_pixels(*labels.shape)
     letters = Letters([names[number] for number in found if areas[number] >= pixels**2], pixels)
-    colours, parts = np.asarray(colours, dtype=np.uint8), labels if segments is None else segments
-    picture = _blend(image, colours[labels], parts, alpha, letters.pixels)
+    palette, parts = np.asarray(colours, dtype=np.uint8), labels if segments is None else segments
+    picture = _blend(image, palette[labels], parts, alpha, letters.pixels)
     for number in found:
         if names[number].strip().lower() == _BACKGROUND:
             # What is nothing in particular stays as it is.
@@ -73,7 +73,7 @@ def draw_overlay(
     listed = found if listed is None else listed
     if not legend or not len(listed):
         return picture
-    entries = list_classes(areas / labels.size, names, colours, listed)
+    entries = list_classes((areas / labels.size).tolist(), names, colours, listed)
     letters = Letters([entry.name for entry in entries], letters.pixels)
     return _with_legend(picture, lay_out(entries, picture.shape[:2], letters), letters)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from spar_d2.data.datasets import class_names
 from spar_d2.data.datasets.class_names import BACKGROUND
@@ -127,4 +128,4 @@ TRAINING_SPLITS: dict[str, LabelledSet] = {
 }
 
 # All of them, the benchmarks first.
-LABELLED_SETS: Mapping[str, LabelledSet] = ChainMap(TRAINING_SPLITS, BENCHMARKS)
+LABELLED_SETS: Mapping[str, LabelledSet] = ChainMap(TRAINING_SPLITS, cast("dict[str, LabelledSet]", BENCHMARKS))
