@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.modeling import build_model
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from spar_d2.checkpoint.checkpointer import Checkpointer
@@ -110,10 +112,10 @@ def measure(
     if progress:
         result.seconds += progress.restore(evaluator)
     done = len(result.seconds)
-    # pyright: ignore comments: Detectron2's @configurable hides what may be given.
-    mapper = ImageMapper(cfg, is_train=False)  # pyright: ignore[reportCallIssue]
-    options = {"mapper": mapper, "num_workers": cfg.DATALOADER.NUM_WORKERS}
-    loader = build_detection_test_loader(records[done:], **options)  # pyright: ignore[reportCallIssue, reportOptionalCall]
+    mapper = ImageMapper(cfg, is_train=False)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
+    # @configurable hides its arguments and what it returns.
+    build_loader = cast("Callable[..., DataLoader]", build_detection_test_loader)
+    loader = build_loader(dataset=records[done:], mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
     bar = tqdm(pinned(loader), desc=f"{method.name}, {dataset}", unit="image", initial=done, total=len(records))
     whole = True
     try:
@@ -136,7 +138,9 @@ def measure(
         if progress and whole:
             progress.keep(evaluator, result.seconds, now=True)
         raise
-    result.scores = evaluator.evaluate()["sem_seg"]
+    scores = evaluator.evaluate()
+    assert scores is not None  # only in other processes
+    result.scores = scores["sem_seg"]
     return result
 
 

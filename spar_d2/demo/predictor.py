@@ -166,7 +166,8 @@ class Demo:
             return size
         patch = self.model.backbone.encoder.patch_size
         sides = zip(features.shape[1:], x.shape[1:], size)
-        return tuple(max(math.ceil(cells * patch * own / given), own) for cells, given, own in sides)
+        height, width = (max(math.ceil(cells * patch * own / given), own) for cells, given, own in sides)
+        return height, width
 
     def find(self, labels: np.ndarray) -> list[Found]:
         """The classes in a picture, by area."""

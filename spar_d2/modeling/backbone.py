@@ -17,6 +17,7 @@ from spar_d2.encoders.trainable import parameter_counts
 from spar_d2.modeling.build import encoder_spec, precision_from_config
 from spar_d2.modeling.fcclip_interface import WIDTH_KEY, TextHooks, TextSide
 from spar_d2.modeling.pixels import PixelConversion
+from spar_d2.utils.registering import registered
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ DENSE = "dense"
 CLIP_DENSE = "clip_vis_dense"
 
 
-@BACKBONE_REGISTRY.register()
+@registered(BACKBONE_REGISTRY)
 class SPARViT(TextHooks, Backbone):
     """A dense encoder as a Detectron2 backbone, with one output at the stride of the patch.
 

@@ -16,11 +16,12 @@ from torch import nn
 
 from spar_d2.data.label_check import check_labels
 from spar_d2.modeling.backbone import DENSE
+from spar_d2.utils.registering import registered
 
 NORMS = ("", "BN", "SyncBN", "naiveSyncBN", "naiveSyncBN_N", "FrozenBN", "GN", "LN")
 
 
-@SEM_SEG_HEADS_REGISTRY.register()
+@registered(SEM_SEG_HEADS_REGISTRY)
 class LinearProbe(nn.Module):
     """A norm over the channels of one feature map, and one linear layer (a 1x1 convolution) to the classes.
 

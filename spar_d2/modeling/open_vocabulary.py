@@ -19,12 +19,13 @@ from spar_d2.modeling.dense_inference import DenseInference, check_choice
 from spar_d2.modeling.postprocessing import cosine_scores, score_probabilities, segment_scores
 from spar_d2.modeling.words import text_embeddings
 from spar_d2.text import TextEmbeddings, Vocabulary
+from spar_d2.utils.registering import registered
 
 OUTPUTS = ("labels", "scores", "features")
 _VOCABULARIES_KEPT = 8
 
 
-@META_ARCH_REGISTRY.register()
+@registered(META_ARCH_REGISTRY)
 class OpenVocabularySegmentor(DenseInference, nn.Module):
     """Segments images into the classes of any vocabulary, without training on labels.
 

@@ -15,11 +15,12 @@ from spar_d2.modeling.dense_inference import DenseInference, check_choice
 from spar_d2.modeling.linear_probe import LinearProbe
 from spar_d2.modeling.open_vocabulary import result_size
 from spar_d2.modeling.postprocessing import score_probabilities, segment_scores
+from spar_d2.utils.registering import registered
 
 OUTPUTS = ("labels", "scores")
 
 
-@META_ARCH_REGISTRY.register()
+@registered(META_ARCH_REGISTRY)
 class ProbeSegmentor(DenseInference, SemanticSegmentor):
     """Detectron2's segmentor for a :class:`LinearProbe`, with the same weights by the same names, that
 

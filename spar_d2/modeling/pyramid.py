@@ -17,6 +17,7 @@ from torch import nn
 
 from spar_d2.modeling.backbone import CLIP_DENSE, DENSE, SPARViT
 from spar_d2.modeling.fcclip_interface import TextHooks
+from spar_d2.utils.registering import registered
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ _BASES = (4, 8, 16)
 _LEAST_SCALE = 0.5
 
 
-@BACKBONE_REGISTRY.register()
+@registered(BACKBONE_REGISTRY)
 class SPARPyramid(TextHooks, Backbone):
     """Levels of strides 4 to 128 on the dense map, by Detectron2's simple feature pyramid (ViTDet, arXiv:2203.16527).
 
@@ -93,7 +94,7 @@ class SPARPyramid(TextHooks, Backbone):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
         spar = cfg.MODEL.SPAR
-        plain = SPARViT.from_config(cfg, input_shape) | {"out_features": (DENSE,)}
+        plain: dict = {**SPARViT.from_config(cfg, input_shape), "out_features": (DENSE,)}
         return {
             "net": SPARViT(**plain),
             "out_features": spar.OUT_FEATURES or DEFAULT_OUT_FEATURES,
