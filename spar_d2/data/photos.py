@@ -1,4 +1,4 @@
-"""Unlabelled photos, read and augmented."""
+"""Unlabeled photos, read and augmented."""
 
 from __future__ import annotations
 

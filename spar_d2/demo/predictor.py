@@ -73,7 +73,7 @@ class Demo:
         shown: one or both of ``SHOWN``; of both, the features are to the right of the overlay.
         weights: a student; "" for the config's ``MODEL.WEIGHTS`` or, where there are none, the pre-trained encoder.
         labels: also find labels where they are not shown.
-        alpha: opacity of the classes' colours.
+        alpha: opacity of the classes' colors.
 
     Raises:
         ValueError: no vocabulary where one is needed, or an argument that is not allowed.
@@ -99,7 +99,7 @@ class Demo:
             self.names = self.vocabulary.names
             # So that the first photo takes no longer than the others.
             self.model.embeddings(self.vocabulary)
-        self.colours = self._class_colours()
+        self.colours = self._class_colors()
 
     def _set_look(self, cfg: CfgNode, shown: Sequence[str], alpha: float) -> None:
         if not 0 <= alpha <= 1:
@@ -111,12 +111,12 @@ class Demo:
         """Words of every class, or its name where the model does not look for words."""
         return [list(words) for words in self.vocabulary.classes] if self.vocabulary else [[n] for n in self.names]
 
-    def _class_colours(self) -> list[tuple[int, int, int]]:
+    def _class_colors(self) -> list[tuple[int, int, int]]:
         """Those of the data set where the classes are, or else ours."""
         if not self.cfg.MODEL.SPAR.VOCABULARY and self.names:
             known = MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).get("stuff_colors") or ()
             if len(known) == len(self.names):
-                return [tuple(colour) for colour in known]
+                return [tuple(color) for color in known]
         return class_colours(self.names)
 
     @torch.no_grad()
@@ -200,8 +200,8 @@ class Demo:
         """
         parts = []
         if seen.features is not None:
-            colours = (colouring or fit_pca_colours([seen.features]))(seen.features)
-            parts.append(self._enlarged(colours.numpy(), seen.covered, image.shape[:2]))
+            colors = (colouring or fit_pca_colours([seen.features]))(seen.features)
+            parts.append(self._enlarged(colors.numpy(), seen.covered, image.shape[:2]))
         if "overlay" not in self.shown:
             return parts[0]
         legend = listed is None or len(listed) > 0
@@ -209,9 +209,9 @@ class Demo:
         return draw_overlay(image, seen.needed_labels(), *look)
 
     @staticmethod
-    def _enlarged(colours: np.ndarray, covered: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    def _enlarged(colors: np.ndarray, covered: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
         """(h, w, 3) in 0..1 to (H, W, 3) uint8."""
-        pixels = (colours * 255).round().astype(np.uint8)
+        pixels = (colors * 255).round().astype(np.uint8)
         height, width = size
         large = cv2.resize(pixels, (covered[1], covered[0]), interpolation=cv2.INTER_NEAREST)
         return np.ascontiguousarray(large[:height, :width])

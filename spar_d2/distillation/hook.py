@@ -263,7 +263,7 @@ class DistillationHook(HookBase):
         if found is None or one.records[0]["image"].shape != one.image.shape:
             return None
         if self._looks_up is None:
-            # Once: a model may do more to images than to normalise them.
+            # Once: a model may do more to images than to normalize them.
             self._looks_up = image_identity(one.image, self.teacher.encoder) == found.key
         return found if self._looks_up else None
 

@@ -32,9 +32,9 @@ class SPARViT(TextHooks, Backbone):
 
     Args:
         encoder: the image encoder, or what to build it from; only then it also has a text side.
-        pixel_mean, pixel_std: what the framework normalises with, in the order of its channels, for pixels in 0..255
+        pixel_mean, pixel_std: what the framework normalizes with, in the order of its channels, for pixels in 0..255
             (``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``); it is undone, and the encoder's own applied. None: the input
-            is in the encoder's normalisation, in RGB, already.
+            is in the encoder's normalization, in RGB, already.
         input_format: order of the framework's channels, "BGR" or "RGB" (``INPUT.FORMAT``); needed with ``pixel_mean``.
         trainable: what is trained, see :func:`spar_d2.encoders.set_trainable`; None leaves the encoder as it is.
         precision, compile, checkpointing: see :meth:`spar_d2.encoders.DenseEncoder.accelerate`; None leaves all three.
@@ -110,15 +110,15 @@ class SPARViT(TextHooks, Backbone):
         return {"size_divisibility": self.size_divisibility}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) as the framework normalised it, any size, to {"dense": (B, D, ceil(H / p), ceil(W / p))}."""
+        """(B, 3, H, W) as the framework normalized it, any size, to {"dense": (B, D, ceil(H / p), ceil(W / p))}."""
         return dict.fromkeys(self._out_features, self.encode(x))
 
     def convert(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) as the framework normalised it, to RGB as the encoder takes it."""
+        """(B, 3, H, W) as the framework normalized it, to RGB as the encoder takes it."""
         return x if self.pixels is None else self.pixels(x)
 
     def encode(self, x: torch.Tensor, multiple: int = 1) -> torch.Tensor:
-        """The dense map (B, D, h, w) of (B, 3, H, W) as the framework normalised it.
+        """The dense map (B, D, h, w) of (B, 3, H, W) as the framework normalized it.
 
         Args:
             x: images of any size.

@@ -108,7 +108,7 @@ class LinearProbe(nn.Module):
         Raises:
             ValueError: as :meth:`losses`, or no labels to train with.
         """
-        logits = self.predictor(self._normalised(features[self.in_feature]))
+        logits = self.predictor(self._normalized(features[self.in_feature]))
         if not self.training:
             return _upsample(logits.float(), self.stride), {}
         if targets is None:
@@ -127,7 +127,7 @@ class LinearProbe(nn.Module):
             raise ValueError("maps must have at least one map of features, got none")
         # (1, D, 1, N) of the cells of all maps.
         cells = torch.cat([features.flatten(1) for features in maps], dim=1)[None, :, None]
-        logits = self.predictor(self._normalised(cells))[0, :, 0]
+        logits = self.predictor(self._normalized(cells))[0, :, 0]
         sizes = [features.shape[1] * features.shape[2] for features in maps]
         parts = zip(logits.split(sizes, dim=1), maps)
         return [part.unflatten(1, features.shape[1:]) for part, features in parts]
@@ -160,7 +160,7 @@ class LinearProbe(nn.Module):
         total = _PixelLoss.apply(labels, self.stride, self.ignore_value, *(cells.float() for cells in logits))
         return {"loss_sem_seg": self.loss_weight * total / count}
 
-    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+    def _normalized(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.norm, nn.SyncBatchNorm) and self.training and not x.is_cuda:
             raise ValueError(
                 'MODEL.SEM_SEG_HEAD.NORM "SyncBN" needs GPUs; "BN" and, for several processes, "naiveSyncBN_N" do not'

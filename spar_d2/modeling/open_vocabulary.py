@@ -213,7 +213,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
 
     @torch.no_grad()
     def _encode(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
-        """For each image (3, H, W), normalised, (D, h, w)."""
+        """For each image (3, H, W), normalized, (D, h, w)."""
         dense: dict[int, torch.Tensor] = {}
         for same in _of_one_size(images):
             x = torch.stack([images[index] for index in same])

@@ -1,4 +1,4 @@
-"""From the pixels that a framework normalised to those that an encoder was trained with."""
+"""From the pixels that a framework normalized to those that an encoder was trained with."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 
 class PixelConversion(nn.Module):
-    """Undoes a framework's normalisation and applies an encoder's, in one multiplication and one addition.
+    """Undoes a framework's normalization and applies an encoder's, in one multiplication and one addition.
 
     Args:
-        mean, std: what the framework normalised with, three numbers in the order of its channels, for pixels in 0..255
+        mean, std: what the framework normalized with, three numbers in the order of its channels, for pixels in 0..255
             (``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``).
         format: order of the framework's channels, "RGB" or "BGR" (``INPUT.FORMAT``).
         encoder_mean, encoder_std: what the encoder wants, RGB, for pixels in 0..1.
@@ -49,7 +49,7 @@ class PixelConversion(nn.Module):
         self.register_buffer("shift", shift.float().view(3, 1, 1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalised by the framework, to RGB normalised for the encoder."""
+        """(B, 3, H, W) normalized by the framework, to RGB normalized for the encoder."""
         if self.flip:
             x = x.flip(1)
         return x * self.scale + self.shift

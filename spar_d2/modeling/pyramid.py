@@ -42,7 +42,7 @@ class SPARPyramid(TextHooks, Backbone):
     patches than 4, 8 and 16, all start from the dense map resampled to a stride of 16. "p4" and "res4" are the same
     level. Images are padded inside, at the right and bottom, to a multiple of the coarsest stride; a level covers
     ceil(H / stride) x ceil(W / stride) cells. At multiples of ``size_divisibility``, which frameworks pad to,
-    neighbouring levels differ by exactly 2 in height and width.
+    neighboring levels differ by exactly 2 in height and width.
 
     Args:
         net: the plain backbone.
@@ -122,7 +122,7 @@ class SPARPyramid(TextHooks, Backbone):
         return {"size_divisibility": self._multiple, "square_size": self.square_pad}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) as the framework normalised it, any size, to (B, C, ceil(H / stride), ceil(W / stride)) each."""
+        """(B, 3, H, W) as the framework normalized it, any size, to (B, C, ceil(H / stride), ceil(W / stride)) each."""
         sides = x.shape[-2:]
         padded = [side + -side % self._multiple for side in sides]
         dense = self.net.encode(x, self._multiple)
@@ -144,7 +144,7 @@ class SPARPyramid(TextHooks, Backbone):
         return known[level]
 
     def _resampled(self, dense: torch.Tensor, padded: list[int]) -> torch.Tensor:
-        """The dense map at a stride of ``_base``, so that cell centres keep their places in the image."""
+        """The dense map at a stride of ``_base``, so that cell centers keep their places in the image."""
         factor = self.net.encoder.patch_size / self._base
         resampled = F.interpolate(dense, scale_factor=factor, mode="bilinear", recompute_scale_factor=False)
         return resampled[..., : padded[0] // self._base, : padded[1] // self._base]

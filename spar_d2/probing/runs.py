@@ -193,13 +193,13 @@ def draw_probes(cfg: CfgNode, probes: Mapping[str, Probe], path: Path, count: in
     """
     dataset = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(dataset)
-    colours = metadata.get("stuff_colors")
-    if not colours:
-        logger.warning("%s has no colours (stuff_colors): no picture is drawn", dataset)
+    colors = metadata.get("stuff_colors")
+    if not colors:
+        logger.warning("%s has no colors (stuff_colors): no picture is drawn", dataset)
         return
     # What has no class is black.
     palette = np.zeros((256, 3), dtype=np.uint8)
-    palette[: len(colours)] = colours
+    palette[: len(colors)] = colors
     every = DatasetCatalog.get(dataset)
     records = every[:: -(-len(every) // count)]
     mapper = ImageMapper(cfg, is_train=False)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
@@ -211,7 +211,7 @@ def draw_probes(cfg: CfgNode, probes: Mapping[str, Probe], path: Path, count: in
         model = build_method(cfg, probe.method)
         outputs = [model([mapper(record)])[0]["sem_seg_labels"] for record in records]
         columns.append([palette[labels.cpu().numpy()] for labels in outputs])
-    legend = dict(zip(metadata.stuff_classes, colours)) if len(colours) <= 28 else None
+    legend = dict(zip(metadata.stuff_classes, colors)) if len(colors) <= 28 else None
     draw_panels(list(zip(*columns)), ["image", "ground truth", *probes], path, legend)
 
 

@@ -48,11 +48,11 @@ def teacher_identity(teacher: Teacher) -> str:
 def image_identity(image: torch.Tensor, encoder: DenseEncoder) -> str:
     """32 hexadecimal digits that change with the pixels that an encoder is given.
 
-    Images count as the same where no pixel differs by a 64th of a grey level, so that rounding in their normalisation,
+    Images count as the same where no pixel differs by a 64th of a gray level, so that rounding in their normalization,
     which differs between machines, plays no part.
 
     Args:
-        image: (3, H, W), normalised for the encoder.
+        image: (3, H, W), normalized for the encoder.
     """
     mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
     steps = ((image.float() * std + mean) * (255 * _PIXEL_STEPS)).round()
@@ -61,7 +61,7 @@ def image_identity(image: torch.Tensor, encoder: DenseEncoder) -> str:
 
 
 def pixel_identity(pixels: torch.Tensor) -> str:
-    """What :func:`image_identity` gives for the normalised image, from its pixels (3, H, W) uint8 in RGB."""
+    """What :func:`image_identity` gives for the normalized image, from its pixels (3, H, W) uint8 in RGB."""
     return _steps_identity(pixels.to(torch.int16) * _PIXEL_STEPS)
 
 

@@ -36,7 +36,7 @@ class TextEncoder(Protocol):
 class TextEmbeddings:
     """Unit vectors of a vocabulary's words, kept in memory word by word and, if wanted, on disk.
 
-    Every word is put into all templates; the vectors of the sentences are normalised, averaged, and normalised again.
+    Every word is put into all templates; the vectors of the sentences are normalized, averaged, and normalized again.
 
     Args:
         build_tower: makes the text tower. Called only when something must be computed; the tower is freed afterwards.

@@ -35,7 +35,7 @@ class LabelledSet:
     vocabulary: str = ""
 
     def colours(self) -> list[list[int]]:
-        """An RGB colour, 0..255, for every class: VOC's of its label, black for a background."""
+        """An RGB color, 0..255, for every class: VOC's of its label, black for a background."""
         first = 0 if self.classes[0] == BACKGROUND else 1
         return voc_colours(first + len(self.classes))[first:].tolist()
 
