@@ -5,7 +5,12 @@ Importing the package makes Detectron2 know its backbones, its meta-architecture
 ``import spar_d2`` itself costs next to nothing.
 """
 
+from typing import TYPE_CHECKING
+
 from spar_d2.registration import register_all
+
+if TYPE_CHECKING:
+    from spar_d2.predict import segment
 
 __version__ = "0.1.0"
 __all__ = ["segment"]

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ[_SCRIPT_VARIABLE] = str(script)
     module = ModuleType("__main__")
     module.__file__ = str(script)
-    module.__builtins__ = __builtins__
+    module.__dict__["__builtins__"] = __builtins__
     # Spawned processes import the main module by the name in its spec.
     module.__spec__ = ModuleSpec(__name__, None)
     sys.modules["__main__"] = module
@@ -123,6 +123,7 @@ def _import_file(name: str, path: Path) -> None:
     if path.stem in sys.modules:
         raise SystemExit(f"error: --import: {name} has the name of a module that is imported already; rename it")
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
     sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[path.stem])
 

@@ -7,6 +7,7 @@ import numbers
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from spar_d2.modeling.pixels import PixelConversion
 from spar_d2.modeling.postprocessing import segment_features
 from spar_d2.modeling.words import text_embeddings
 from spar_d2.text import TextEmbeddings, Vocabulary
+
+if TYPE_CHECKING:
+    from spar_d2.encoders.origin import Triple
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,18 @@ def segment(
     """
     vocabulary = Vocabulary.of(vocabulary)
     _check_numbers(logit_scale=logit_scale or 0, prob_threshold=prob_threshold, area_threshold=area_threshold or 0)
-    templates = _as_text(templates=templates)["templates"]
-    files = {"pretrained": pretrained, "dinov3_repo": dinov3_repo, "dinov3_backbone": dinov3_backbone}
-    named = _as_text(**files, pretrained_part=pretrained_part)
-    expected = {"pixel_mean": pixel_mean, "pixel_std": pixel_std, "quick_gelu": quick_gelu}
-    spec = EncoderSpec(*_as_text(encoder=encoder).values(), **named, **expected)
+    templates = _as_text("templates", templates)
+    spec = EncoderSpec(
+        _as_text("encoder", encoder),
+        _as_text("pretrained", pretrained),
+        dinov3_repo=_as_text("dinov3_repo", dinov3_repo),
+        dinov3_backbone=_as_text("dinov3_backbone", dinov3_backbone),
+        # Any sequence; building checks them.
+        pixel_mean=cast("Triple | None", pixel_mean),
+        pixel_std=cast("Triple | None", pixel_std),
+        quick_gelu=quick_gelu,
+        pretrained_part=_as_text("pretrained_part", pretrained_part),
+    )
     check_has_text(spec.name)
     if precision not in (*PRECISIONS, AUTO):
         raise ValueError(f"precision must be one of {', '.join((*PRECISIONS, AUTO))}; got {precision!r}")
@@ -120,7 +131,8 @@ def segment(
         features = model(loaded.pixels(pixels[None].float()))[0]
     padded = (features.shape[1] * model.patch_size, features.shape[2] * model.patch_size)
     scale = model.logit_scale if logit_scale is None else logit_scale
-    arguments = (features, text, query_class, pixels.shape[1:], padded, scale, prob_threshold, area_threshold)
+    size = (pixels.shape[1], pixels.shape[2])
+    arguments = (features, text, query_class, size, padded, scale, prob_threshold, area_threshold)
     labels = segment_features(*arguments).cpu().numpy()
     areas = np.bincount(labels.ravel(), minlength=len(vocabulary)) / labels.size
     found = {name: float(area) for name, area in zip(vocabulary.names, areas) if area > 0}
@@ -133,11 +145,10 @@ def _check_numbers(**values: object) -> None:
             raise ValueError(f"{name} must be a number, got {value!r}")
 
 
-def _as_text(**values: object) -> dict[str, str]:
-    for name, value in values.items():
-        if not isinstance(value, (str, os.PathLike)):
-            raise ValueError(f"{name} must be a name or a path, got {value!r}")
-    return {name: os.fspath(value) for name, value in values.items()}
+def _as_text(name: str, value: object) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{name} must be a name or a path, got {value!r}")
+    return os.fspath(value)
 
 
 def _device(name: str | torch.device) -> str:
@@ -172,7 +183,8 @@ class _Loaded:
     def text(self, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors (Q, D) and classes (Q,)."""
         if vocabulary != self._vocabulary:
-            self._text = tuple(tensor.to(self._device) for tensor in self._embeddings(vocabulary))
+            text, query_class = self._embeddings(vocabulary)
+            self._text = text.to(self._device), query_class.to(self._device)
             self._vocabulary = vocabulary
         return self._text
 

@@ -96,6 +96,7 @@ class _ActionLoader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None  # it is being imported
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         self.action()

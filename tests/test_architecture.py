@@ -1,6 +1,7 @@
 """The packages and what each may import."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,9 @@ def test_what_registers_can_be_imported_first():
         "    os.waitpid(child, 0)\n"
     )
     assert run(code) == ""
+
+
+@pytest.mark.parametrize("package", sorted(name_of(path) for path in PACKAGE.rglob("__init__.py")))
+def test_all_that_a_package_names_is_there(package):
+    module = importlib.import_module(package.removesuffix(".__init__"))
+    assert [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)] == []

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there, and the student as a file of its own."""
+"""Checkpoints that are complete or absent."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine.hooks import PeriodicCheckpointer
 
-from spar_d2.encoders import DenseEncoder, EncoderSpec
-from spar_d2.encoders.convert import as_format
+from spar_d2.encoders import DenseEncoder
 from spar_d2.encoders.origin import Origin, add_origin
-from spar_d2.encoders.registry import build_text, find_family
-from spar_d2.encoders.settling import origin_of, settled
-from spar_d2.encoders.weights import write_safetensors
 from spar_d2.modeling.encoder_state import KEY, read_for_model
 from spar_d2.utils.io import replacing
 
@@ -123,89 +118,3 @@ class Checkpointer(DetectionCheckpointer):
         if filename.endswith(".pkl"):
             raise ValueError(f"{KEY}: {filename} is a pickle, which can run code; use .pth or .safetensors weights")
         return read_for_model(self.model, filename, averages=not self._resumes)
-
-
-class Checkpoints(PeriodicCheckpointer):
-    """Detectron2's periodic checkpoints; one that cannot be written does not stop the training, but for the last.
-
-    Args:
-        checkpointer: writes them.
-        period: iterations between them.
-        keep: how many of the latest stay, beside the final one; 0 for all.
-    """
-
-    def __init__(self, checkpointer: Checkpointer, period: int, keep: int = 0) -> None:
-        super().__init__(checkpointer, period)
-        self.keep = keep
-
-    def before_train(self) -> None:
-        super().before_train()
-        trainer, final = self.trainer, f"{self.file_prefix}_final"
-        if trainer.start_iter == 0:
-            self._set_aside()
-        if trainer.start_iter < trainer.max_iter:
-            return
-        # No step is left. A run that was killed between its last two checkpoints still needs the final one, with the
-        # number of the step it is of.
-        trainer.iter = trainer.start_iter - 1
-        if Path(self.checkpointer.get_checkpoint_file()).stem != final:
-            self.checkpointer.save(final, iteration=trainer.iter)
-        self._remove_old()
-
-    def after_step(self) -> None:
-        try:
-            super().after_step()
-        except UnsavedError as error:
-            if self.trainer.iter + 1 >= self.trainer.max_iter:
-                raise
-            logger.error("Training goes on without a checkpoint: %s", error)
-        else:
-            if (self.trainer.iter + 1) % self.period == 0:
-                self._remove_old()
-
-    def _set_aside(self) -> None:
-        """A run that begins anew must not be resumed from what an earlier one left in its folder."""
-        tag = Path(self.checkpointer.save_dir) / LAST
-        names = {path.name for path in tag.parent.glob("*.pth")}
-        if self.checkpointer.save_to_disk and names - self.checkpointer.earlier:
-            self.checkpointer.earlier = names
-        if self.checkpointer.save_to_disk and tag.is_file():
-            os.replace(tag, tag.with_name(f"{LAST}.previous"))
-            message = "%s holds an earlier run, and this one begins anew: its %s is now called %s.previous"
-            logger.info(message, tag.parent, LAST, LAST)
-
-    def _remove_old(self) -> None:
-        """Of this run, as the folder shows them: no list of its own outlives a run that is killed."""
-        if not self.keep or not self.checkpointer.save_to_disk:
-            return
-        paths = Path(self.checkpointer.save_dir).glob(f"{self.file_prefix}_[0-9]*.pth")
-        earlier = self.checkpointer.earlier
-        written = {int(path.stem.split("_")[-1]): path for path in paths if path.name not in earlier}
-        # Later ones are of before an earlier one was gone back to, and not in the way.
-        for iteration in sorted(i for i in written if i <= self.trainer.iter)[: -self.keep]:
-            written[iteration].unlink(missing_ok=True)
-
-
-def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.PathLike) -> None:
-    """Write a student, with the text tower it belongs to where there is one, as a weight file of its library.
-
-    ``open_clip.create_model(name, pretrained=path)``, or for a model of timm's
-    ``timm.create_model(name, checkpoint_path=path)``, loads the file, as do ``MODEL.SPAR.PRETRAINED`` and
-    ``MODEL.WEIGHTS`` here. Where the student is from, and what it expects, is in the file's metadata.
-
-    Args:
-        encoder: the student.
-        spec: what it was built from.
-        path: ``*.safetensors`` to write.
-    """
-    family = find_family(spec.name)
-    origin = encoder.origin or origin_of(settled(spec, family))
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        if family.has_text:
-            tensors.update(build_text(spec).model.state_dict())
-    except (RuntimeError, ValueError, OSError) as error:  # hours of training must not be lost over the text
-        logger.warning("The student is written without a text tower: %s", error)
-    tensors.update(encoder.state_dict())
-    write_safetensors(as_format(tensors, family, family.file_format), path, origin)
-    logger.info("Wrote the student to %s", path)

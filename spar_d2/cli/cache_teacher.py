@@ -10,6 +10,7 @@ import argparse
 
 import torch
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 import spar_d2  # noqa: F401  registers
 from spar_d2.distillation.fill_cache import check_caching, fill_cache
@@ -41,11 +42,9 @@ def main() -> None:
     if args.processes == 1:
         work(0, args)
         return
-    context = torch.multiprocessing.start_processes(work, (args,), args.processes, join=False, start_method="spawn")
     try:
-        while not context.join():
-            pass
-    except torch.multiprocessing.ProcessExitedException:
+        spawn(work, (args,), args.processes)
+    except ProcessExitedException:
         raise SystemExit("error: a process failed, see its message above; what was kept stays") from None
 
 

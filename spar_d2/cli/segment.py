@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from pathlib import Path
@@ -84,7 +85,8 @@ def main() -> None:
     args = parse_args()
     show_warnings()
     # File names may hold bytes that are no text.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     with readable_errors():
         sources = find_inputs(args.input, args.output)
         # The features alone go beside an overlay of an earlier run.

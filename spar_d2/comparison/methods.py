@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.modeling import build_model
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from spar_d2.checkpoint.checkpointer import Checkpointer
@@ -102,15 +104,18 @@ def measure(
         progress: keeps what was done, so that a run that is stopped goes on from there.
     """
     records = DatasetCatalog.get(dataset)[:limit]
-    model = model or build_method(cfg, method)
+    if model is None:
+        model = build_method(cfg, method)
     tested = SegmentorWithTTA(cfg, model) if cfg.TEST.AUG.ENABLED else model
     evaluator = SemanticEvaluator(dataset, distributed=False)
     result = Result(method, {})
     if progress:
         result.seconds += progress.restore(evaluator)
     done = len(result.seconds)
-    mapper = ImageMapper(cfg, is_train=False)
-    loader = build_detection_test_loader(dataset=records[done:], mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    mapper = ImageMapper(cfg, is_train=False)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
+    # @configurable hides its arguments and what it returns.
+    build_loader = cast("Callable[..., DataLoader]", build_detection_test_loader)
+    loader = build_loader(dataset=records[done:], mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
     bar = tqdm(pinned(loader), desc=f"{method.name}, {dataset}", unit="image", initial=done, total=len(records))
     whole = True
     try:
@@ -133,7 +138,9 @@ def measure(
         if progress and whole:
             progress.keep(evaluator, result.seconds, now=True)
         raise
-    result.scores = evaluator.evaluate()["sem_seg"]
+    scores = evaluator.evaluate()
+    assert scores is not None  # only in other processes
+    result.scores = scores["sem_seg"]
     return result
 
 

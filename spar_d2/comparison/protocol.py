@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -37,7 +38,8 @@ def config_for(cfg: CfgNode, dataset: str) -> CfgNode:
     benchmark = BENCHMARKS.get(dataset)
     if benchmark is not None and cfg.SPAR.TEST.PROTOCOL == "paper":
         settings = benchmark.settings(find_family(cfg.MODEL.SPAR.ENCODER).name)
-        own.merge_from_list([word for pair in settings.items() for word in pair])
+        words: list[Any] = [word for pair in settings.items() for word in pair]
+        own.merge_from_list(words)
         shown = ", ".join(f"{key} {value}" for key, value in settings.items())
         logger.info("%s by the paper's protocol (SPAR.TEST.PROTOCOL): %s", dataset, shown)
     check_vocabulary(own, dataset)

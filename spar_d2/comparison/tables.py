@@ -92,8 +92,8 @@ def _cell(row: dict[str, Score], dataset: str, value: Callable[[Score], float]) 
 
 
 def _mean(row: dict[str, Score], value: Callable[[Score], float]) -> float | None:
-    cells = [_cell(row, name, value) for name in _IN_MEAN]
-    return None if None in cells else statistics.mean(cells)
+    cells = [value(row[name]) for name in _IN_MEAN if name in row]
+    return statistics.mean(cells) if len(cells) == len(_IN_MEAN) else None
 
 
 def _notes(scores: Sequence[Score], missing: Sequence[str]) -> list[str]:

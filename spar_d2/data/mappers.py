@@ -55,7 +55,7 @@ class PanopticMapper:
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         augmentations = detection_utils.build_augmentation(cfg, is_train)
         if cfg.INPUT.CROP.ENABLED and is_train:
-            augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+            augmentations = [T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE), *augmentations]
         numbers = _numbers(cfg.DATASETS.TRAIN) if is_train else None
         form = {"image_format": cfg.INPUT.FORMAT, "numbers": numbers}
         return {"is_train": is_train, "augmentations": augmentations, **form}
@@ -90,6 +90,7 @@ class PanopticMapper:
             augmented = T.AugInput(image)
             self.augmentations(augmented)
             image = augmented.image
+        assert image is not None
         result["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return result
 
@@ -98,6 +99,7 @@ class PanopticMapper:
         augmented = T.AugInput(image, sem_seg=owners.astype(np.uint8))
         transforms = self.augmentations(augmented)
         low = augmented.sem_seg
+        assert augmented.image is not None and low is not None
         return augmented.image, low if largest < 255 else joined(transforms, owners, low)
 
     def _renumbered(self, segment: dict) -> dict:

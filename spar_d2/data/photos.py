@@ -68,6 +68,7 @@ class PhotoDataset(Dataset):
         place = (0, 0) if self.frozen else (self.seed, 1 + sample_index.epoch)
         with seeded_numpy(*place, zlib.crc32(os.fsencode(name))):
             self.augmentations(sample)
+        assert sample.image is not None
         # (H, W, 3) -> (3, H, W)
         image = torch.from_numpy(np.ascontiguousarray(cast(np.ndarray, sample.image).transpose(2, 0, 1)))
         found = self.look_up(image.flip(0) if self.format == "BGR" else image) if self.look_up else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -68,9 +69,10 @@ class SemanticMapper(ImageMapper):
             FileNotFoundError, ValueError: as :class:`ImageMapper` and :func:`spar_d2.utils.images.read_labels`.
         """
         file = dataset_dict.get("sem_seg_file_name")
-        self.augmentations.labels = None if file is None else read_labels(file)
-        if self._patience and file is not None:
-            self._look_at(self.augmentations.labels, file)
+        labels = None if file is None else read_labels(file)
+        if self._patience and file is not None and labels is not None:
+            self._look_at(labels, file)
+        self.augmentations.labels = labels
         return super().__call__(dataset_dict)
 
     def _look_at(self, labels: np.ndarray, file: str) -> None:
@@ -79,7 +81,8 @@ class SemanticMapper(ImageMapper):
         classes = self._seen - {self._ignored}
         self._patience = self._patience - 1 if len(classes) < 2 else 0
         # Of several loading processes, one says it.
-        is_first = get_worker_info() is None or get_worker_info().id == 0
+        worker = get_worker_info()
+        is_first = worker is None or worker.id == 0
         if len(classes) < 2 and not self._patience and self._ignored in self._seen and is_first:
             what = of_one_class(classes, self._ignored)
             logger.warning("DATASETS.TRAIN, %d label maps up to %s: %s", _PATIENCE, file, what)
@@ -88,7 +91,7 @@ class SemanticMapper(ImageMapper):
 class _WithLabels:
     """Augmentations that also change ``labels``, (H, W) as they were read or None, and hand them over."""
 
-    def __init__(self, augmentations: T.AugmentationList, ignore_label: int) -> None:
+    def __init__(self, augmentations: Callable[[T.AugInput], T.Transform], ignore_label: int) -> None:
         self.augmentations, self.ignore_label = augmentations, ignore_label
         self.labels: np.ndarray | None = None
 

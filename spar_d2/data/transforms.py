@@ -26,6 +26,15 @@ class ScaleAndCrop(T.Augmentation):
         multiple: sides become a multiple of this, in pixels; smaller sides stay as they are.
     """
 
+    # Set by Detectron2's `_init`.
+    box: tuple[int, int]
+    factor: tuple[float, float]
+    min_short: int
+    crop_prob: float
+    crop_fraction: float
+    crop_side: int
+    multiple: int
+
     def __init__(
         self,
         box: tuple[int, int],
@@ -113,7 +122,7 @@ def build_augmentations(
     for key, share in shares.items():
         if not _is_number(share, numbers.Real) or not 0 <= share <= 1:
             raise ValueError(f"SPAR.DATA.{key} must be in 0..1, got {share!r}")
-    box, factor = tuple(scale_box), tuple(scale_range)
+    box, factor = (scale_box[0], scale_box[1]), (scale_range[0], scale_range[1])
     return [
         ScaleAndCrop(box, factor, min_short_side, crop_prob, crop_min_fraction, crop_min_side, side_multiple),
         T.RandomFlip(flip_prob),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class PanopticDemo(Demo):
         shown: ("overlay",): its features have several scales.
         weights: a checkpoint; "" for ``MODEL.WEIGHTS``.
         labels: has no effect, there are always labels.
-        alpha: opacity of the classes' colours.
+        alpha: opacity of the classes' colors.
 
     Raises:
         ValueError: an argument that is not allowed, or no data set, or one that has no classes.
@@ -70,7 +71,7 @@ class PanopticDemo(Demo):
         known = [(_REST, None), *stuff.values(), *things.values()]
         self.names = [name for name, _ in known]
         own = class_colours(self.names)
-        self.colours = [own[place] if colour is None else colour for place, (_, colour) in enumerate(known)]
+        self.colours = [own[place] if color is None else color for place, (_, color) in enumerate(known)]
         self.vocabulary = None
         self.model = build_model(cfg).eval()
         if weights or cfg.MODEL.WEIGHTS:
@@ -88,10 +89,10 @@ class PanopticDemo(Demo):
 def _named(
     metadata: Metadata, kind: str, numbers: Mapping[int, int], categories: Mapping[int, int]
 ) -> dict[int, tuple[str, tuple[int, int, int] | None]]:
-    """Name and colour, if it has one, of the class of each of the model's numbers, in their order."""
+    """Name and color, if it has one, of the class of each of the model's numbers, in their order."""
     lists = {key: metadata.get(f"{kind}_{key}") or () for key in ("classes", "colors")}
 
-    def entry(key: str, contiguous: int, place: int) -> object:
+    def entry(key: str, contiguous: int, place: int) -> Any:
         values = lists[key]
         if len(values) > max(numbers):
             return values[contiguous]
@@ -99,6 +100,6 @@ def _named(
 
     found = {}
     for place, (contiguous, number) in enumerate(sorted(numbers.items())):
-        name, colour = entry("classes", contiguous, place), entry("colors", contiguous, place)
-        found[number] = (str(categories[number]) if name is None else name, None if colour is None else tuple(colour))
+        name, color = entry("classes", contiguous, place), entry("colors", contiguous, place)
+        found[number] = (str(categories[number]) if name is None else name, None if color is None else tuple(color))
     return found

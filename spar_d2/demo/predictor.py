@@ -54,6 +54,16 @@ class Seen:
     seconds: float = 0.0
     segments: np.ndarray | None = None
 
+    def needed_labels(self) -> np.ndarray:
+        """``labels``.
+
+        Raises:
+            ValueError: they were not asked for.
+        """
+        if self.labels is None:
+            raise ValueError("labels must be True for masks and records: the demo was built to show features alone")
+        return self.labels
+
 
 class Demo:
     """A segmentor with the way photos go in and pictures come out.
@@ -63,7 +73,7 @@ class Demo:
         shown: one or both of ``SHOWN``; of both, the features are to the right of the overlay.
         weights: a student; "" for the config's ``MODEL.WEIGHTS`` or, where there are none, the pre-trained encoder.
         labels: also find labels where they are not shown.
-        alpha: opacity of the classes' colours.
+        alpha: opacity of the classes' colors.
 
     Raises:
         ValueError: no vocabulary where one is needed, or an argument that is not allowed.
@@ -82,13 +92,14 @@ class Demo:
         augmented = self.needs_labels and cfg.TEST.AUG.ENABLED
         self._segmentor = SegmentorWithTTA(cfg, self.model) if augmented else self.model
         self.vocabulary: Vocabulary | None = self.model.vocabulary
-        if self.needs_labels and self.vocabulary is None:
-            raise ValueError(f"the data set under test has no names of classes; name them, for example {EXAMPLE}")
-        self.names = self.vocabulary.names if self.needs_labels else []
-        self.colours = self._class_colours()
+        self.names: list[str] = []
         if self.needs_labels:
+            if self.vocabulary is None:
+                raise ValueError(f"the data set under test has no names of classes; name them, for example {EXAMPLE}")
+            self.names = self.vocabulary.names
             # So that the first photo takes no longer than the others.
             self.model.embeddings(self.vocabulary)
+        self.colours = self._class_colors()
 
     def _set_look(self, cfg: CfgNode, shown: Sequence[str], alpha: float) -> None:
         if not 0 <= alpha <= 1:
@@ -100,12 +111,12 @@ class Demo:
         """Words of every class, or its name where the model does not look for words."""
         return [list(words) for words in self.vocabulary.classes] if self.vocabulary else [[n] for n in self.names]
 
-    def _class_colours(self) -> list[tuple[int, int, int]]:
+    def _class_colors(self) -> list[tuple[int, int, int]]:
         """Those of the data set where the classes are, or else ours."""
         if not self.cfg.MODEL.SPAR.VOCABULARY and self.names:
             known = MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).get("stuff_colors") or ()
             if len(known) == len(self.names):
-                return [tuple(colour) for colour in known]
+                return [tuple(color) for color in known]
         return class_colours(self.names)
 
     @torch.no_grad()
@@ -155,7 +166,8 @@ class Demo:
             return size
         patch = self.model.backbone.encoder.patch_size
         sides = zip(features.shape[1:], x.shape[1:], size)
-        return tuple(max(math.ceil(cells * patch * own / given), own) for cells, given, own in sides)
+        height, width = (max(math.ceil(cells * patch * own / given), own) for cells, given, own in sides)
+        return height, width
 
     def find(self, labels: np.ndarray) -> list[Found]:
         """The classes in a picture, by area."""
@@ -188,18 +200,18 @@ class Demo:
         """
         parts = []
         if seen.features is not None:
-            colours = (colouring or fit_pca_colours([seen.features]))(seen.features)
-            parts.append(self._enlarged(colours.numpy(), seen.covered, image.shape[:2]))
+            colors = (colouring or fit_pca_colours([seen.features]))(seen.features)
+            parts.append(self._enlarged(colors.numpy(), seen.covered, image.shape[:2]))
         if "overlay" not in self.shown:
             return parts[0]
         legend = listed is None or len(listed) > 0
         look = (self.names, self.colours, self.alpha, legend, listed, parts, seen.segments)
-        return draw_overlay(image, seen.labels, *look)
+        return draw_overlay(image, seen.needed_labels(), *look)
 
     @staticmethod
-    def _enlarged(colours: np.ndarray, covered: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    def _enlarged(colors: np.ndarray, covered: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
         """(h, w, 3) in 0..1 to (H, W, 3) uint8."""
-        pixels = (colours * 255).round().astype(np.uint8)
+        pixels = (colors * 255).round().astype(np.uint8)
         height, width = size
         large = cv2.resize(pixels, (covered[1], covered[0]), interpolation=cv2.INTER_NEAREST)
         return np.ascontiguousarray(large[:height, :width])

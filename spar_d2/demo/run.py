@@ -84,11 +84,13 @@ def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target]) -> Tal
 def _photo(demo: Demo, source: Source, target: Target, tally: Tally) -> None:
     image = read_photo(source.record)
     seen = demo.see(image)
+    if target.masks or target.record:
+        seen.needed_labels()
     write_picture(demo.draw(image, seen), target.picture)
     if target.masks:
-        write_mask(seen.labels, demo.colours, target.masks, source.path)
+        write_mask(seen.needed_labels(), demo.colours, target.masks, source.path)
     if target.record:
-        write_record(demo.record(seen.labels), target.record)
+        write_record(demo.record(seen.needed_labels()), target.record)
     tally.photos.append(seen.seconds)
     size = f"{image.shape[1]}x{image.shape[0]}"
     _say(f"{source.path}: {size}, {seen.seconds:.3f} s, written to {target.picture}")

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from spar_d2.demo.outputs import Target, frame_masks, is_mask_of, write_mask, write_record
-from spar_d2.demo.predictor import Demo, Seen
+from spar_d2.demo.predictor import Demo
 from spar_d2.utils.io import replacing
 from spar_d2.visualization import fit_pca_colours
 
@@ -102,7 +102,7 @@ class _Writer:
         if self._writer is None:
             height, width = picture.shape[:2]
             self._size = (width + width % 2, height + height % 2)
-            self._writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, self._size)
+            self._writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, self._size)
             if not self._writer.isOpened():
                 wanted = f"{width}x{height} pixels at {self.rate:g} frames a second"
                 raise OSError(f"video: OpenCV cannot write a video of {wanted} to {self.path.parent}")
@@ -144,15 +144,15 @@ def segment_video(demo: Demo, path: str, target: Target) -> tuple[list[float], l
             for number, frame in enumerate(bar, start=1):
                 seen = demo.see(frame)
                 if seen.features is not None and colouring is None:
-                    # One projection for the whole video, so that its colours do not flicker.
+                    # One projection for the whole video, so that its colors do not flicker.
                     colouring = fit_pca_colours([seen.features])
                 writer.write(demo.draw(frame, seen, colouring, listed))
                 seconds.append(seen.seconds)
                 size = frame.shape[:2]
-                if seen.labels is not None:
-                    areas.append(_shares(demo, seen))
+                if seen.labels is not None or target.masks or target.record:
+                    areas.append(_shares(demo, seen.needed_labels()))
                 if target.masks:
-                    write_mask(seen.labels, demo.colours, target.masks / f"{number:06d}.png", path)
+                    write_mask(seen.needed_labels(), demo.colours, target.masks / f"{number:06d}.png", path)
         finally:
             writer.close()
     if target.masks:
@@ -165,8 +165,8 @@ def segment_video(demo: Demo, path: str, target: Target) -> tuple[list[float], l
     return seconds, np.mean(areas, axis=0).tolist() if areas else []
 
 
-def _shares(demo: Demo, seen: Seen) -> np.ndarray:
-    return np.bincount(seen.labels.ravel(), minlength=len(demo.names)) / seen.labels.size
+def _shares(demo: Demo, labels: np.ndarray) -> np.ndarray:
+    return np.bincount(labels.ravel(), minlength=len(demo.names)) / labels.size
 
 
 def _record(demo: Demo, size: tuple[int, int], rate: float, areas: list[np.ndarray]) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -50,6 +51,9 @@ class DistillationHook(HookBase):
     Raises:
         ValueError: a ``weight`` that is not above 0, a negative ``windows_per_image``, another ``average``.
     """
+
+    # Any that has a model.
+    trainer: Any
 
     @configurable
     def __init__(
@@ -206,7 +210,8 @@ class DistillationHook(HookBase):
         for one, target in zip(encoded, targets):
             student = one.features[None]
             sampled = isinstance(target, SampledTarget)
-            losses.append((sampled_distillation_loss if sampled else distillation_loss)(student, target))
+            loss = sampled_distillation_loss(student, target) if sampled else distillation_loss(student, target)
+            losses.append(loss)
             self._cosines.append(mean_cosine(student, target))
         self._images += len(encoded)
         if self.average == "image":
@@ -227,9 +232,10 @@ class DistillationHook(HookBase):
 
     def _sampled_targets(self, encoded: list[EncodedImage]) -> list[torch.Tensor | SampledTarget]:
         found = [self.cache.read(one.image, self._looked_up(one)) if self.cache else None for one in encoded]
+        cached: list[torch.Tensor | SampledTarget] = [target for target in found if target is not None]
+        if len(cached) == len(found):
+            return cached
         left = [one for one, target in zip(encoded, found) if target is None]
-        if not left:
-            return found
         shifts = torch.stack([self._shift(one) for one in left])
         samples = self.teacher.samples([one.image for one in left], self.windows_per_image, shifts)
         self._note_norms("the teacher's features", [sample.weighted_sum for sample in samples], left)
@@ -258,7 +264,7 @@ class DistillationHook(HookBase):
         if found is None or one.records[0]["image"].shape != one.image.shape:
             return None
         if self._looks_up is None:
-            # Once: a model may do more to images than to normalise them.
+            # Once: a model may do more to images than to normalize them.
             self._looks_up = image_identity(one.image, self.teacher.encoder) == found.key
         return found if self._looks_up else None
 
@@ -280,7 +286,8 @@ class DistillationHook(HookBase):
 
     def _note_norms(self, what: str, tensors: list[torch.Tensor], encoded: list[EncodedImage]) -> None:
         """Remember lengths of tensors, which are finite where the tensors are; on a GPU they are looked at later."""
-        norms = torch._foreach_norm([tensor.detach() for tensor in tensors])
+        detached = [tensor.detach() for tensor in tensors]
+        norms = torch._foreach_norm(detached)  # pyright: ignore[reportPrivateImportUsage]
         self._norms += [(what, one, norm) for one, norm in zip(encoded, norms)]
         if not norms[0].is_cuda:
             self._raise_if_not_finite()

@@ -34,7 +34,8 @@ class WeightAverage(HookBase):
 
     def after_step(self) -> None:
         new = [self._parameters[name].detach().float() for name in self._averages]
-        torch._foreach_lerp_(list(self._averages.values()), new, 1 - self.decay)
+        averages = list(self._averages.values())
+        torch._foreach_lerp_(averages, new, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

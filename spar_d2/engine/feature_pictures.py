@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class FeaturePictures(HookBase):
-    """Every so often, draws an image, the teacher's features and the student's, in colours of one shared projection.
+    """Every so often, draws an image, the teacher's features and the student's, in colors of one shared projection.
 
     The image is the same throughout a run, so that pictures can be compared. The teacher encodes all of its windows
     once, for the first picture. TensorBoard shows the pictures too.
@@ -57,17 +57,15 @@ class FeaturePictures(HookBase):
 
     @torch.no_grad()
     def _draw(self) -> None:
-        if self._image is None:
-            self._image = self.load()["image"]
-        x = self.model.encoder_input(self._image)
-        if self._target is None:
-            self._target = self.teacher(x)[0].cpu()
+        loaded = self._image = self.load()["image"] if self._image is None else self._image
+        x = self.model.encoder_input(loaded)
+        target = self._target = self.teacher(x)[0].cpu() if self._target is None else self._target
         features = self.model.backbone.encoder(x)[0]
-        colours = [part.numpy() for part in shared_pca_colours([self._target, features.cpu()])]
-        image = self._image.numpy().transpose(1, 2, 0)
-        row = [image[..., ::-1] if self.channels == "BGR" else image, *colours]
+        colors = [part.numpy() for part in shared_pca_colours([target, features.cpu()])]
+        image = loaded.numpy().transpose(1, 2, 0)
+        row = [image[..., ::-1] if self.channels == "BGR" else image, *colors]
         path = os.path.join(self.folder, f"iter_{self.trainer.iter:07d}.png")
         draw_panels([row], ["image", "teacher", f"student after {self.trainer.iter + 1} steps"], path)
         # (h, 2 w, 3) -> (3, h, 2 w)
-        side_by_side = np.concatenate(colours, axis=1).transpose(2, 0, 1)
+        side_by_side = np.concatenate(colors, axis=1).transpose(2, 0, 1)
         self.trainer.storage.put_image("distill/teacher_student", side_by_side)

@@ -9,6 +9,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 from tqdm import tqdm
 
-from spar_d2.checkpoint.checkpointer import export_student
+from spar_d2.checkpoint.export import export_student
 from spar_d2.encoders import EncoderSpec, find_encoder
 
 logger = logging.getLogger(__name__)
@@ -129,6 +130,9 @@ class StudentWriter(HookBase):
         path: file to write, see :func:`export_student`.
         weights: within the context that it gives, the model has the weights to write.
     """
+
+    # Any that has a model.
+    trainer: Any
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -91,7 +92,8 @@ def _trainer(cfg: DictConfig, model: nn.Module, resume: bool) -> tuple[Step, int
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     gpu = next(model.parameters()).is_cuda
-    model = create_ddp_model(model, **train.ddp, **({} if gpu else {"device_ids": None}))
+    parallel: dict[str, Any] = {**train.ddp, **({} if gpu else {"device_ids": None})}
+    model = create_ddp_model(model, **parallel)
     if train.amp.enabled and not gpu:
         logger.warning("train.amp.enabled: without a GPU it would only be slower, so training is in float32")
     precision = torch.float16 if train.amp.enabled and gpu else None

@@ -95,7 +95,7 @@ class _LocalConfig(CfgNode):
 def _check_yaml(root: yaml.Node | None, file: str) -> None:
     """Raise ``ValueError`` for yaml that is no config, would run code, or never ends."""
     if not isinstance(root, yaml.MappingNode):
-        what = "is empty" if root is None or root.tag == f"{_TAG}null" else f"is a {root.id}"
+        what = "is empty" if root is None or root.tag == f"{_TAG}null" else f"is a {getattr(root, 'id', 'value')}"
         raise ValueError(f"{file} {what}, and must have lines of KEY: VALUE")
     if _size(root, {}, file) > _MOST_VALUES:
         raise ValueError(f"{file} has more than {_MOST_VALUES} values, counting what its aliases (*NAME) stand for")
@@ -153,9 +153,8 @@ def _is_whole(value: object) -> bool:
 
 def _find_files(cfg: CfgNode, config_file: str) -> None:
     """Files named in a config may lie relative to the working folder, the config's folder, or one above it."""
-    kinds = dict.fromkeys(("ENCODER", "PRETRAINED", "DINOV3_BACKBONE", "VOCABULARY", "TEMPLATES"), os.path.isfile)
-    kinds["DINOV3_REPO"] = os.path.isdir
-    for key, is_there in kinds.items():
+    for key in ("ENCODER", "PRETRAINED", "DINOV3_BACKBONE", "VOCABULARY", "TEMPLATES", "DINOV3_REPO"):
+        is_there = os.path.isdir if key == "DINOV3_REPO" else os.path.isfile
         value = cfg.MODEL.SPAR[key]
         if not value or os.path.exists(value):
             continue

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping, reduce_param_groups
@@ -38,7 +41,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         raise ValueError(f"nothing to train: MODEL.SPAR.TRAINABLE is {cfg.MODEL.SPAR.TRAINABLE!r}")
     kind = getattr(torch.optim, cfg.SPAR.OPTIMIZER)
     momentum = {"momentum": cfg.SOLVER.MOMENTUM} if cfg.SPAR.OPTIMIZER == "SGD" else {}
-    return maybe_add_gradient_clipping(cfg, kind)(groups, lr=cfg.SOLVER.BASE_LR, **momentum)
+    clipping = cast("Callable[..., torch.optim.Optimizer]", maybe_add_gradient_clipping(cfg, kind))
+    return clipping(groups, lr=cfg.SOLVER.BASE_LR, **momentum)
 
 
 def optimizer_params(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -55,6 +55,7 @@ class Step(SimpleTrainer):
 
         Raises:
             FloatingPointError: a loss or gradient that is NaN or infinite; the weights are as they were.
+            RuntimeError: the model returned no loss.
         """
         started = time.perf_counter()
         data = next(self._data_loader_iter)
@@ -62,12 +63,12 @@ class Step(SimpleTrainer):
         self.optimizer.zero_grad()
         size = math.ceil(len(data) / self.parts)
         starts = range(0, len(data), size)
-        losses: Counter = Counter()
+        losses: dict[str, torch.Tensor] = {}
         for start in starts:
             part = data[start : start + size]
             with self._gradients_stay_here(start != starts[-1]):
                 for name, loss in self._backward(part, len(part) / len(data)).items():
-                    losses[name] += loss
+                    losses[name] = losses[name] + loss if name in losses else loss
         self.after_backward()
         self.scaler.unscale_(self.optimizer)
         self._check_finite(losses, data)
@@ -107,8 +108,13 @@ class Step(SimpleTrainer):
             losses = self.model(part)
         if isinstance(losses, torch.Tensor):
             losses = {"total_loss": losses}
+        if not isinstance(losses, dict) or not losses:
+            got = "an empty dict" if isinstance(losses, dict) else type(losses).__name__
+            raise RuntimeError(
+                f"{type(self.model).__name__} must return a loss or a dict of losses in training, it returned {got}"
+            )
         losses = {name: loss * share for name, loss in losses.items()}
-        self.scaler.scale(sum(losses.values())).backward()
+        self.scaler.scale(functools.reduce(torch.add, losses.values())).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _gradients_stay_here(self, stay: bool) -> contextlib.AbstractContextManager:
@@ -120,7 +126,8 @@ class Step(SimpleTrainer):
         numbers = list(losses.values())
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradients and not self.scaler.is_enabled():  # a scaler leaves out such steps and lowers its factor
-            numbers.append(torch.stack(torch._foreach_norm(gradients)).norm())
+            norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+            numbers.append(torch.stack(norms).norm())
         # All at once, so that a GPU is waited for once.
         finite = torch.stack([number.float() for number in numbers]).isfinite()
         if finite.all():

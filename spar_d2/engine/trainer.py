@@ -21,7 +21,8 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.utils.data import DataLoader
 
-from spar_d2.checkpoint.checkpointer import Checkpointer, Checkpoints
+from spar_d2.checkpoint.checkpointer import Checkpointer
+from spar_d2.checkpoint.periodic import Checkpoints
 from spar_d2.comparison.methods import build_teacher_encode
 from spar_d2.comparison.protocol import check_vocabulary, config_for
 from spar_d2.data.build import PANOPTIC_FPN, build_labeled_loader, build_photo_loader, check_panoptic, pinned
@@ -136,7 +137,7 @@ class Trainer(DefaultTrainer):
             return None
         folder = os.path.join(self.cfg.OUTPUT_DIR, "pictures")
         return FeaturePictures(
-            self._module,
+            cast(OpenVocabularySegmentor, self._module),
             self._distillation.teacher,
             lambda: photos[SampleIndex(0, 0, 0)],
             period,

@@ -1,11 +1,17 @@
 """Measuring segmentations and features."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from spar_d2.evaluation.confusion_matrix import confusion_matrix, segmentation_scores
 
 # At once, for importing the module of that name later would put it in the function's place.
 from spar_d2.evaluation.panoptic.quality import panoptic_quality
+
+if TYPE_CHECKING:
+    from spar_d2.evaluation.feature_evaluator import FeatureEvaluator
+    from spar_d2.evaluation.panoptic.evaluator import PanopticEvaluator
+    from spar_d2.evaluation.semantic_evaluator import SemanticEvaluator
 
 __all__ = [
     "FeatureEvaluator",

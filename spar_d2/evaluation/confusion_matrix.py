@@ -51,7 +51,8 @@ def boundary_confusion_matrix(
     if classes >= 255:
         raise ValueError(f"boundary IoU is for less than 255 classes, got {classes}")
     maps = (_scaled(labels, classes, ignored, 1) for labels, ignored in ((prediction, None), (truth, ignore_label)))
-    return confusion_matrix(*map(_boundary, maps), classes, ignore_label=classes)
+    found, true = map(_boundary, maps)
+    return confusion_matrix(found, true, classes, ignore_label=classes)
 
 
 def _boundary(labels: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter, OrderedDict
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -57,9 +58,10 @@ class SemanticEvaluator(DatasetEvaluator):
         boundary_iou: bool = False,
     ) -> None:
         metadata = MetadataCatalog.get(dataset_name)
-        self.names = metadata.get("stuff_classes")
-        if not self.names:
+        names = metadata.get("stuff_classes")
+        if not names:
             raise ValueError(f"the data set {dataset_name!r} has no stuff_classes in its metadata, nothing to evaluate")
+        self.names: list[str] = names
         if dump_predictions and not output_dir:
             raise ValueError("dump_predictions needs an output_dir to write to")
         if boundary_iou and len(self.names) >= 255:
@@ -101,7 +103,7 @@ class SemanticEvaluator(DatasetEvaluator):
             self._count(labels, truth)
             self._note_strange(truth)
             self._pixels += truth.size
-            if self.boundary_iou:
+            if self._boundary is not None:
                 arguments = (labels.cpu().numpy(), truth, len(self.names), self.ignore_label)
                 self._boundary += boundary_confusion_matrix(*arguments)
             if self.dump_predictions:
@@ -133,7 +135,7 @@ class SemanticEvaluator(DatasetEvaluator):
         self._take_from_device()
         counts = {"confusion": self._confusion, "strange": np.array(sorted(self._strange.items())).reshape(-1, 2)}
         counts["pixels"] = np.array(self._pixels)
-        return counts | ({"boundary": self._boundary} if self.boundary_iou else {})
+        return counts if self._boundary is None else {**counts, "boundary": self._boundary}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Go on from what :meth:`state_dict` gave. Raises ``ValueError`` for counts of other classes."""
@@ -172,7 +174,7 @@ class SemanticEvaluator(DatasetEvaluator):
 
     def _warn(self, strange: Counter[int], confusion: np.ndarray, ignored: int) -> None:
         """Once for a data set and what is found, however often it is evaluated; ``ignored`` is a count of pixels."""
-        found = (self.dataset_name, tuple(sorted(strange.items())), tuple(confusion.any(1).tolist()))
+        found = (self.dataset_name, tuple(sorted(strange.items())), tuple(np.any(confusion, axis=1).tolist()))
         if found in _WARNED:
             return
         _WARNED.add(found)
@@ -211,7 +213,7 @@ class SemanticEvaluator(DatasetEvaluator):
             known = self.dataset_name in DatasetCatalog
             dicts = DatasetCatalog.get(self.dataset_name) if known else []
             self._truth_files = {d["file_name"]: d["sem_seg_file_name"] for d in dicts if "sem_seg_file_name" in d}
-        return self._truth_files.get(image)
+        return None if image is None else self._truth_files.get(image)
 
     def _labels(self, output: dict) -> torch.Tensor:
         """(H, W) integers, on their device."""
@@ -225,7 +227,8 @@ class SemanticEvaluator(DatasetEvaluator):
         masks = []
         for label in np.unique(labels):
             encoded = coco_mask.encode(np.asfortranarray(labels == label))
-            encoded["counts"] = encoded["counts"].decode()
+            counts = cast("bytes", encoded["counts"])  # whatever its stubs say
+            segmentation = {**encoded, "counts": counts.decode()}
             category = int(self._dataset_id.get(int(label), label))
-            masks.append({"file_name": file_name, "category_id": category, "segmentation": encoded})
+            masks.append({"file_name": file_name, "category_id": category, "segmentation": segmentation})
         return masks

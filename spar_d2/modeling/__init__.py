@@ -6,6 +6,7 @@ Only the last needs no Detectron2. The rest registers itself when Detectron2's r
 
 import contextlib
 import importlib
+from typing import TYPE_CHECKING
 
 # That registers the modules of this room, which must not happen half-way through one of them.
 with contextlib.suppress(ImportError):
@@ -13,13 +14,26 @@ with contextlib.suppress(ImportError):
 
 from spar_d2.modeling.postprocessing import class_probabilities, segment_features
 
+if TYPE_CHECKING:
+    from spar_d2.modeling.backbone import SPARViT
+    from spar_d2.modeling.linear_probe import LinearProbe
+    from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
+    from spar_d2.modeling.pyramid import SPARPyramid
+
 _WITH_DETECTRON2 = {
     "LinearProbe": "linear_probe",
-    "OpenVocabularySegmentor": "open_vocab",
+    "OpenVocabularySegmentor": "open_vocabulary",
     "SPARPyramid": "pyramid",
     "SPARViT": "backbone",
 }
-__all__ = [*_WITH_DETECTRON2, "class_probabilities", "segment_features"]
+__all__ = [
+    "LinearProbe",
+    "OpenVocabularySegmentor",
+    "SPARPyramid",
+    "SPARViT",
+    "class_probabilities",
+    "segment_features",
+]
 
 
 def __getattr__(name: str):

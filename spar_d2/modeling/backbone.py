@@ -17,6 +17,7 @@ from spar_d2.encoders.trainable import parameter_counts
 from spar_d2.modeling.build import encoder_spec, precision_from_config
 from spar_d2.modeling.fcclip_interface import WIDTH_KEY, TextHooks, TextSide
 from spar_d2.modeling.pixels import PixelConversion
+from spar_d2.utils.registering import registered
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +26,15 @@ DENSE = "dense"
 CLIP_DENSE = "clip_vis_dense"
 
 
-@BACKBONE_REGISTRY.register()
+@registered(BACKBONE_REGISTRY)
 class SPARViT(TextHooks, Backbone):
     """A dense encoder as a Detectron2 backbone, with one output at the stride of the patch.
 
     Args:
         encoder: the image encoder, or what to build it from; only then it also has a text side.
-        pixel_mean, pixel_std: what the framework normalises with, in the order of its channels, for pixels in 0..255
+        pixel_mean, pixel_std: what the framework normalizes with, in the order of its channels, for pixels in 0..255
             (``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``); it is undone, and the encoder's own applied. None: the input
-            is in the encoder's normalisation, in RGB, already.
+            is in the encoder's normalization, in RGB, already.
         input_format: order of the framework's channels, "BGR" or "RGB" (``INPUT.FORMAT``); needed with ``pixel_mean``.
         trainable: what is trained, see :func:`spar_d2.encoders.set_trainable`; None leaves the encoder as it is.
         precision, compile, checkpointing: see :meth:`spar_d2.encoders.DenseEncoder.accelerate`; None leaves all three.
@@ -61,14 +62,14 @@ class SPARViT(TextHooks, Backbone):
     ) -> None:
         super().__init__()
         spec = encoder if isinstance(encoder, EncoderSpec) else None
-        self.encoder = build(spec) if spec else encoder
+        self.encoder: DenseEncoder = build(encoder) if isinstance(encoder, EncoderSpec) else encoder
         if text_width not in (None, self.encoder.embed_dim):
             name = spec.name if spec else type(self.encoder).__name__
             raise ValueError(f"{WIDTH_KEY} must be {self.encoder.embed_dim}, as {name} has it; got {text_width}")
-        self.pixels = None
+        self.pixels: PixelConversion | None = None
         if pixel_mean is not None:
             if input_format is None:
-                # A wrong guess would swap colours, and nothing would say so.
+                # A wrong guess would swap colors, and nothing would say so.
                 raise ValueError('input_format must be "BGR" or "RGB" where pixel_mean is given (INPUT.FORMAT)')
             own = (self.encoder.pixel_mean, self.encoder.pixel_std)
             self.pixels = PixelConversion(pixel_mean, [1.0] * 3 if pixel_std is None else pixel_std, input_format, *own)
@@ -109,20 +110,20 @@ class SPARViT(TextHooks, Backbone):
         return {"size_divisibility": self.size_divisibility}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) as the framework normalised it, any size, to {"dense": (B, D, ceil(H / p), ceil(W / p))}."""
+        """(B, 3, H, W) as the framework normalized it, any size, to {"dense": (B, D, ceil(H / p), ceil(W / p))}."""
         return dict.fromkeys(self._out_features, self.encode(x))
 
     def convert(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) as the framework normalised it, to RGB as the encoder takes it."""
+        """(B, 3, H, W) as the framework normalized it, to RGB as the encoder takes it."""
         return x if self.pixels is None else self.pixels(x)
 
     def encode(self, x: torch.Tensor, multiple: int = 1) -> torch.Tensor:
-        """The dense map (B, D, h, w) of (B, 3, H, W) as the framework normalised it.
+        """The dense map (B, D, h, w) of (B, 3, H, W) as the framework normalized it.
 
         Args:
             x: images of any size.
             multiple: pad them at the right and bottom to a multiple of so many pixels, with the encoder's zero, which
-                is its mean colour.
+                is its mean color.
         """
         x = self.convert(x)
         return self.encoder(F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple)))

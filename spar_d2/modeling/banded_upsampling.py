@@ -24,7 +24,8 @@ def covered_size(cells: Sequence[int], patch: int, given: Sequence[int], size: S
         size: (H, W) of the result, in pixels.
     """
     # Whole numbers first and one division last: the result is rounded once and never below `size`.
-    return tuple(number * patch * wanted / side for number, wanted, side in zip(cells, size, given))
+    height, width = (number * patch * wanted / side for number, wanted, side in zip(cells, size, given))
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,15 @@ class UpsampledScores:
         size, device, queries: (H, W), where the scores are, and Q.
 
     Raises:
-        ValueError: a size that is not positive, or a ``padded_size`` smaller than ``size``.
+        ValueError: no maps, a size that is not positive, or a ``padded_size`` smaller than ``size``.
     """
 
     def __init__(self, maps: Sequence[ScoreMap], size: tuple[int, int]) -> None:
         height, width = size
         if min(size) < 1:
             raise ValueError(f"size must be at least 1x1, got {height}x{width}")
+        if not len(maps):
+            raise ValueError("maps must have at least one map of scores, got none")
         self.size = (height, width)
         self.maps: list[ScoreMap] = []
         self.grids: list[Upsampling] = []

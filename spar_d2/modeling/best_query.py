@@ -99,9 +99,9 @@ def _replace_in_bands(
         return
     few = upsampled.device.type == "cpu" and removed < _FEW * best.numel()
     for place, scores in upsampled.pixels(~allowed[best]) if few else upsampled.bands():
-        highest = scores.amax(-1) if prob_threshold > 0 else None
         top, best[place] = scores.masked_fill(~allowed, -torch.inf).max(-1)
         if prob_threshold > 0:
+            highest = scores.amax(-1)
             total = _exponentials(scores, highest, logit_scale)
             weak[place] = ((top - highest) * logit_scale).exp() / total < prob_threshold
 
@@ -126,7 +126,7 @@ def _fused(
     global _unusable
     if upsampled.device.type != "cuda" or _operator is None or _unusable or os.environ.get(SWITCH) == "0":
         return None
-    covered = [float(side) for grid in upsampled.maps for side in grid.padded_size]
+    covered = [float(side.covered) for grid in upsampled.grids for side in (grid.down, grid.across)]
     maps = [grid.scores for grid in upsampled.maps], covered, [grid.mirrored for grid in upsampled.maps]
     try:
         return _operator(*maps, *upsampled.size, logit_scale, prob_threshold, allowed, best, weak)

@@ -128,7 +128,8 @@ def best_query_kernel(
                 top = tl.where(better, candidate, top)
                 index = tl.where(better, query, index)
             winner = tl.max(top, 1)
-            found = tl.min(tl.where(top == winner[:, None], index, queries), 1).to(tl.int64)
+            # pyright: ignore comments: Triton's own types say tuples where these are tensors.
+            found = tl.min(tl.where(top == winner[:, None], index, queries), 1).to(tl.int64)  # pyright: ignore
             # 0 where no query can win: scores that are no numbers, or none that are allowed.
             found = tl.where(winner > NEVER / 2, found, 0)
             if AGAIN:
@@ -137,8 +138,8 @@ def best_query_kernel(
             if PROBABILITIES:
                 peaks = highest if AGAIN else top
                 peak = tl.max(peaks, 1)
-                total = tl.sum(total * tl.exp2((peaks - peak[:, None]) * scale), 1)
-                low = tl.exp2((winner - peak) * scale) / total < threshold
+                total = tl.sum(total * tl.exp2((peaks - peak[:, None]) * scale), 1)  # pyright: ignore
+                low = tl.exp2((winner - peak) * scale) / total < threshold  # pyright: ignore
                 if AGAIN:
                     low = tl.where(gone, low, tl.load(old_weak + pixels, mask=inside, other=0) != 0)
                 tl.store(weak + pixels, low, mask=inside)
@@ -174,14 +175,14 @@ def launch(
         begin += grid.down.cells * row
     down = torch.cat([grid.down.fraction for grid in upsampled.grids])
     across = torch.cat([grid.across.position for grid in upsampled.grids])
-    again = best is not None
-    if again:
-        allowed = F.pad(allowed, (0, extra), value=False)
     new_best = torch.empty(height, width, dtype=torch.int64, device=scores.device)
     probabilities = prob_threshold > 0
     new_weak = torch.empty((height, width) if probabilities else 0, dtype=torch.bool, device=scores.device)
-    # Pointers that are not looked at.
-    old = (allowed, best, weak) if again else (new_weak, new_best, new_weak)
+    again = best is not None
+    if allowed is None or best is None or weak is None:
+        old = new_weak, new_best, new_weak  # pointers that are not looked at
+    else:
+        old = F.pad(allowed, (0, extra), value=False), best, weak
     warps = 1 if queries <= _QUERIES_OF_WARP else 2
     rows, columns = TILE
     tiles = triton.cdiv(height, rows) * triton.cdiv(width, columns)
@@ -208,6 +209,6 @@ def launch(
             ROWS=rows,
             PIXELS=columns,
             QUERIES=_QUERIES_OF_WARP * warps,
-            num_warps=warps,
+            num_warps=warps,  # pyright: ignore[reportCallIssue]  # an option of Triton's, which kernels do not declare
         )
     return new_best, new_weak

@@ -76,8 +76,8 @@ class _ClipModel:
     @property
     def logit_scale(self) -> torch.Tensor:
         encoder = self._text_side.encoder
-        learnt = getattr(self._text_side.tower().model, "logit_scale", None)
-        scale = torch.tensor(math.log(encoder.logit_scale)) if learnt is None else learnt.detach()
+        learned = getattr(self._text_side.tower().model, "logit_scale", None)
+        scale = torch.tensor(math.log(encoder.logit_scale)) if learned is None else learned.detach()
         return scale.float().to(next(encoder.parameters()).device)
 
 
@@ -100,10 +100,10 @@ class TextHooks:
         # No property: what one raises, a module would replace by words of its own.
         if name == "clip_model" and "text_side" in vars(self):
             return self._clip_model()
-        return super().__getattr__(name)
+        return super().__getattr__(name)  # pyright: ignore[reportAttributeAccessIssue]  # of nn.Module, beside it
 
     def _clip_model(self) -> _ClipModel:
-        """Has ``logit_scale``, a number as a tensor: the logarithm of the factor on cosines that the model learnt.
+        """Has ``logit_scale``, a number as a tensor: the logarithm of the factor on cosines that the model learned.
 
         Raises:
             AttributeError: the encoder has no text side.
@@ -120,7 +120,7 @@ class TextHooks:
             device: where they are encoded.
 
         Returns:
-            (n, D) float32, not normalised, without gradient.
+            (n, D) float32, not normalized, without gradient.
 
         Raises:
             ValueError: the model has no text side, or ``text_list`` is no list of texts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -15,11 +16,12 @@ from torch import nn
 
 from spar_d2.data.label_check import check_labels
 from spar_d2.modeling.backbone import DENSE
+from spar_d2.utils.registering import registered
 
 NORMS = ("", "BN", "SyncBN", "naiveSyncBN", "naiveSyncBN_N", "FrozenBN", "GN", "LN")
 
 
-@SEM_SEG_HEADS_REGISTRY.register()
+@registered(SEM_SEG_HEADS_REGISTRY)
 class LinearProbe(nn.Module):
     """A norm over the channels of one feature map, and one linear layer (a 1x1 convolution) to the classes.
 
@@ -60,11 +62,17 @@ class LinearProbe(nn.Module):
         if not 0 < loss_weight < math.inf:
             raise ValueError(f"loss_weight (MODEL.SEM_SEG_HEAD.LOSS_WEIGHT) must be above 0, got {loss_weight}")
         shape = input_shape[in_feature]
+        if shape.channels is None or shape.stride is None:
+            raise ValueError(
+                f"in_feature (MODEL.SEM_SEG_HEAD.IN_FEATURES) of LinearProbe must be an output with channels and a "
+                f"stride; the backbone's output_shape() says of {in_feature!r} {shape}"
+            )
         self.in_feature, self.stride = in_feature, shape.stride
         self.num_classes, self.ignore_value, self.loss_weight = num_classes, ignore_value, loss_weight
         self.norm = get_norm(norm, shape.channels) or nn.Identity()
         self.predictor = nn.Conv2d(shape.channels, num_classes, kernel_size=1)
         nn.init.normal_(self.predictor.weight, std=0.01)
+        assert self.predictor.bias is not None
         nn.init.zeros_(self.predictor.bias)
 
     @classmethod
@@ -102,7 +110,7 @@ class LinearProbe(nn.Module):
         Raises:
             ValueError: as :meth:`losses`, or no labels to train with.
         """
-        logits = self.predictor(self._normalised(features[self.in_feature]))
+        logits = self.predictor(self._normalized(features[self.in_feature]))
         if not self.training:
             return _upsample(logits.float(), self.stride), {}
         if targets is None:
@@ -113,10 +121,15 @@ class LinearProbe(nn.Module):
         """Logits (C, h, w) of maps (D, h, w) of any sizes; in training the norm's statistics are over all their cells.
 
         Nothing is padded, so that no cell counts that is not an image's.
+
+        Raises:
+            ValueError: no maps.
         """
+        if not len(maps):
+            raise ValueError("maps must have at least one map of features, got none")
         # (1, D, 1, N) of the cells of all maps.
         cells = torch.cat([features.flatten(1) for features in maps], dim=1)[None, :, None]
-        logits = self.predictor(self._normalised(cells))[0, :, 0]
+        logits = self.predictor(self._normalized(cells))[0, :, 0]
         sizes = [features.shape[1] * features.shape[2] for features in maps]
         parts = zip(logits.split(sizes, dim=1), maps)
         return [part.unflatten(1, features.shape[1:]) for part, features in parts]
@@ -136,16 +149,20 @@ class LinearProbe(nn.Module):
 
         Raises:
             ValueError: labels that are no class (looked for on a CPU only, see :func:`check_labels`), or of another
-                size.
+                size; no logits, or labels of another number of images.
         """
+        if not len(logits) or len(logits) != len(labels):
+            raise ValueError(
+                f"logits and labels must be of the same images, at least one; got {len(logits)} and {len(labels)}"
+            )
         for cells, numbers in zip(logits, labels):
             self._check_labels(cells, numbers)
         labels = [numbers.long() for numbers in labels]
-        count = sum((numbers != self.ignore_value).sum() for numbers in labels).clamp(min=1)
+        count = functools.reduce(torch.add, [(numbers != self.ignore_value).sum() for numbers in labels]).clamp(min=1)
         total = _PixelLoss.apply(labels, self.stride, self.ignore_value, *(cells.float() for cells in logits))
         return {"loss_sem_seg": self.loss_weight * total / count}
 
-    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+    def _normalized(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.norm, nn.SyncBatchNorm) and self.training and not x.is_cuda:
             raise ValueError(
                 'MODEL.SEM_SEG_HEAD.NORM "SyncBN" needs GPUs; "BN" and, for several processes, "naiveSyncBN_N" do not'

@@ -19,12 +19,13 @@ from spar_d2.modeling.dense_inference import DenseInference, check_choice
 from spar_d2.modeling.postprocessing import cosine_scores, score_probabilities, segment_scores
 from spar_d2.modeling.words import text_embeddings
 from spar_d2.text import TextEmbeddings, Vocabulary
+from spar_d2.utils.registering import registered
 
 OUTPUTS = ("labels", "scores", "features")
 _VOCABULARIES_KEPT = 8
 
 
-@META_ARCH_REGISTRY.register()
+@registered(META_ARCH_REGISTRY)
 class OpenVocabularySegmentor(DenseInference, nn.Module):
     """Segments images into the classes of any vocabulary, without training on labels.
 
@@ -190,7 +191,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         """What :meth:`forward` returns for an image, from its score maps."""
         _, query_class = self._text_vectors(inputs)
         if self.output == "scores":
-            classes = len(inputs.get("vocabulary") or self.vocabulary)
+            classes = len(self._vocabulary_of(inputs))
             return {"sem_seg": score_probabilities(maps, query_class, size, self.logit_scale, classes)}
         arguments = (maps, query_class, size, self.logit_scale, self.prob_threshold, self.area_threshold)
         return {"sem_seg_labels": segment_scores(*arguments)}
@@ -212,28 +213,33 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
 
     @torch.no_grad()
     def _encode(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
-        """For each image (3, H, W), normalised, (D, h, w)."""
-        dense: list[torch.Tensor] = [None] * len(images)
+        """For each image (3, H, W), normalized, (D, h, w)."""
+        dense: dict[int, torch.Tensor] = {}
         for same in _of_one_size(images):
             x = torch.stack([images[index] for index in same])
             # By the backbone itself where it can, so that hooks on it see every image.
             single_pass = self.inference == "single_pass"
             maps = self.backbone(x)[DENSE] if single_pass else self.dense_maps(self.backbone.convert(x))
-            for index, features in zip(same, maps):
-                dense[index] = features
-        return dense
+            dense.update(zip(same, maps))
+        return [dense[index] for index in range(len(images))]
 
     def _text_vectors(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors (Q, D) and classes (Q,) of the words of an image, on the model's device."""
-        vocabulary = inputs.get("vocabulary") or self.vocabulary
-        if vocabulary is None:
-            raise RuntimeError("no classes to segment: set MODEL.SPAR.VOCABULARY or call set_vocabulary()")
+        vocabulary = self._vocabulary_of(inputs)
         if vocabulary not in self._text:
             # Those of the last few, which the images of a batch may alternate between.
             while len(self._text) >= _VOCABULARIES_KEPT:
                 self._text.pop(next(iter(self._text)))
-            self._text[vocabulary] = tuple(tensor.to(self.pixel_mean.device) for tensor in self.embeddings(vocabulary))
+            text, query_class = self.embeddings(vocabulary)
+            device = self.pixel_mean.device
+            self._text[vocabulary] = text.to(device), query_class.to(device)
         return self._text[vocabulary]
+
+    def _vocabulary_of(self, inputs: dict) -> Vocabulary:
+        vocabulary = inputs.get("vocabulary") or self.vocabulary
+        if vocabulary is None:
+            raise RuntimeError("no classes to segment: set MODEL.SPAR.VOCABULARY or call set_vocabulary()")
+        return vocabulary
 
 
 def with_vocabulary(inputs: dict) -> dict:

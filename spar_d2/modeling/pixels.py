@@ -1,4 +1,4 @@
-"""From the pixels that a framework normalised to those that an encoder was trained with."""
+"""From the pixels that a framework normalized to those that an encoder was trained with."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 
 class PixelConversion(nn.Module):
-    """Undoes a framework's normalisation and applies an encoder's, in one multiplication and one addition.
+    """Undoes a framework's normalization and applies an encoder's, in one multiplication and one addition.
 
     Args:
-        mean, std: what the framework normalised with, three numbers in the order of its channels, for pixels in 0..255
+        mean, std: what the framework normalized with, three numbers in the order of its channels, for pixels in 0..255
             (``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``).
         format: order of the framework's channels, "RGB" or "BGR" (``INPUT.FORMAT``).
         encoder_mean, encoder_std: what the encoder wants, RGB, for pixels in 0..1.
@@ -20,6 +20,9 @@ class PixelConversion(nn.Module):
     Raises:
         ValueError: another format, not three numbers, or a deviation that is not positive.
     """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
 
     def __init__(
         self,
@@ -39,14 +42,14 @@ class PixelConversion(nn.Module):
             )
         self.flip = format == "BGR"
         order = [2, 1, 0] if self.flip else [0, 1, 2]
-        mean, std = (torch.tensor(values, dtype=torch.float64)[order] / 255 for values in (mean, std))
-        encoder_mean, encoder_std = (torch.tensor(v, dtype=torch.float64) for v in (encoder_mean, encoder_std))
-        scale, shift = std / encoder_std, (mean - encoder_mean) / encoder_std
+        undone, divided = (torch.tensor(values, dtype=torch.float64)[order] / 255 for values in (mean, std))
+        center, deviation = (torch.tensor(values, dtype=torch.float64) for values in (encoder_mean, encoder_std))
+        scale, shift = divided / deviation, (undone - center) / deviation
         self.register_buffer("scale", scale.float().view(3, 1, 1), persistent=False)
         self.register_buffer("shift", shift.float().view(3, 1, 1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalised by the framework, to RGB normalised for the encoder."""
+        """(B, 3, H, W) normalized by the framework, to RGB normalized for the encoder."""
         if self.flip:
             x = x.flip(1)
         return x * self.scale + self.shift

@@ -15,11 +15,12 @@ from spar_d2.modeling.dense_inference import DenseInference, check_choice
 from spar_d2.modeling.linear_probe import LinearProbe
 from spar_d2.modeling.open_vocabulary import result_size
 from spar_d2.modeling.postprocessing import score_probabilities, segment_scores
+from spar_d2.utils.registering import registered
 
 OUTPUTS = ("labels", "scores")
 
 
-@META_ARCH_REGISTRY.register()
+@registered(META_ARCH_REGISTRY)
 class ProbeSegmentor(DenseInference, SemanticSegmentor):
     """Detectron2's segmentor for a :class:`LinearProbe`, with the same weights by the same names, that
 
@@ -60,7 +61,9 @@ class ProbeSegmentor(DenseInference, SemanticSegmentor):
                 raise ValueError(
                     f"MODEL.{key}.NAME must be {kind.__name__} for ProbeSegmentor, got {type(part).__name__}"
                 )
-        super().__init__(backbone=backbone, sem_seg_head=sem_seg_head, pixel_mean=pixel_mean, pixel_std=pixel_std)
+        # Detectron2's @configurable hides the arguments of what it wraps.
+        arguments = {"backbone": backbone, "sem_seg_head": sem_seg_head}
+        super().__init__(**arguments, pixel_mean=pixel_mean, pixel_std=pixel_std)  # pyright: ignore[reportCallIssue]
         check_choice("OUTPUT", output, OUTPUTS)
         self._infer_by(inference, window, stride, window_batch)
         encoder = backbone.encoder

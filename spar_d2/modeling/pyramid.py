@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, SimpleFeaturePyramid
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from torch import nn
 
 from spar_d2.modeling.backbone import CLIP_DENSE, DENSE, SPARViT
 from spar_d2.modeling.fcclip_interface import TextHooks
+from spar_d2.utils.registering import registered
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ _BASES = (4, 8, 16)
 _LEAST_SCALE = 0.5
 
 
-@BACKBONE_REGISTRY.register()
+@registered(BACKBONE_REGISTRY)
 class SPARPyramid(TextHooks, Backbone):
     """Levels of strides 4 to 128 on the dense map, by Detectron2's simple feature pyramid (ViTDet, arXiv:2203.16527).
 
@@ -40,7 +42,7 @@ class SPARPyramid(TextHooks, Backbone):
     patches than 4, 8 and 16, all start from the dense map resampled to a stride of 16. "p4" and "res4" are the same
     level. Images are padded inside, at the right and bottom, to a multiple of the coarsest stride; a level covers
     ceil(H / stride) x ceil(W / stride) cells. At multiples of ``size_divisibility``, which frameworks pad to,
-    neighbouring levels differ by exactly 2 in height and width.
+    neighboring levels differ by exactly 2 in height and width.
 
     Args:
         net: the plain backbone.
@@ -92,7 +94,7 @@ class SPARPyramid(TextHooks, Backbone):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
         spar = cfg.MODEL.SPAR
-        plain = SPARViT.from_config(cfg, input_shape) | {"out_features": (DENSE,)}
+        plain: dict = {**SPARViT.from_config(cfg, input_shape), "out_features": (DENSE,)}
         return {
             "net": SPARViT(**plain),
             "out_features": spar.OUT_FEATURES or DEFAULT_OUT_FEATURES,
@@ -104,8 +106,9 @@ class SPARPyramid(TextHooks, Backbone):
         scale = self._base / stride
         halvings = max(0, round(math.log2(_LEAST_SCALE / scale)))
         shape = {DENSE: ShapeSpec(channels=self.net.encoder.embed_dim, stride=self._base * 2**halvings)}
-        # Detectron2's own "LN" is none of torch's types, which optimizer builders leave out of weight decay.
-        kind = LayerNorm2d if norm == "LN" else norm
+        # Detectron2's own "LN" is none of torch's types, which optimizer builders leave out of weight decay. Types are
+        # taken as well as names, whatever it declares.
+        kind = cast("str", LayerNorm2d) if norm == "LN" else norm
         stage = SimpleFeaturePyramid(_Shape(shape), DENSE, channels, (scale * 2**halvings,), norm=kind).stages[0]
         return nn.Sequential(nn.MaxPool2d(2**halvings), stage) if halvings else stage
 
@@ -119,7 +122,7 @@ class SPARPyramid(TextHooks, Backbone):
         return {"size_divisibility": self._multiple, "square_size": self.square_pad}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) as the framework normalised it, any size, to (B, C, ceil(H / stride), ceil(W / stride)) each."""
+        """(B, 3, H, W) as the framework normalized it, any size, to (B, C, ceil(H / stride), ceil(W / stride)) each."""
         sides = x.shape[-2:]
         padded = [side + -side % self._multiple for side in sides]
         dense = self.net.encode(x, self._multiple)
@@ -141,7 +144,7 @@ class SPARPyramid(TextHooks, Backbone):
         return known[level]
 
     def _resampled(self, dense: torch.Tensor, padded: list[int]) -> torch.Tensor:
-        """The dense map at a stride of ``_base``, so that cell centres keep their places in the image."""
+        """The dense map at a stride of ``_base``, so that cell centers keep their places in the image."""
         factor = self.net.encoder.patch_size / self._base
         resampled = F.interpolate(dense, scale_factor=factor, mode="bilinear", recompute_scale_factor=False)
         return resampled[..., : padded[0] // self._base, : padded[1] // self._base]

@@ -29,6 +29,9 @@ class SegmentorWithTTA(nn.Module):
             absurd ones.
     """
 
+    model: OpenVocabularySegmentor
+    tta_mapper: Callable[[dict], list[dict]]
+
     def __init__(self, cfg: CfgNode, model: nn.Module, tta_mapper: Callable[[dict], list[dict]] | None = None) -> None:
         super().__init__()
         segmentor = getattr(model, "module", model)
@@ -47,7 +50,9 @@ class SegmentorWithTTA(nn.Module):
             )
         check_sides("TEST.AUG.MIN_SIZES", sizes)
         self.model = segmentor
-        self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
+        if tta_mapper is None:
+            tta_mapper = DatasetMapperTTA(cfg)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
+        self.tta_mapper = tta_mapper
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -192,16 +193,16 @@ def draw_probes(cfg: CfgNode, probes: Mapping[str, Probe], path: Path, count: in
     """
     dataset = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(dataset)
-    colours = metadata.get("stuff_colors")
-    if not colours:
-        logger.warning("%s has no colours (stuff_colors): no picture is drawn", dataset)
+    colors = metadata.get("stuff_colors")
+    if not colors:
+        logger.warning("%s has no colors (stuff_colors): no picture is drawn", dataset)
         return
     # What has no class is black.
     palette = np.zeros((256, 3), dtype=np.uint8)
-    palette[: len(colours)] = colours
+    palette[: len(colors)] = colors
     every = DatasetCatalog.get(dataset)
     records = every[:: -(-len(every) // count)]
-    mapper = ImageMapper(cfg, is_train=False)
+    mapper = ImageMapper(cfg, is_train=False)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
     columns = [
         [read_rgb(record["file_name"]) for record in records],
         [palette[read_labels(record["sem_seg_file_name"])] for record in records],
@@ -210,7 +211,7 @@ def draw_probes(cfg: CfgNode, probes: Mapping[str, Probe], path: Path, count: in
         model = build_method(cfg, probe.method)
         outputs = [model([mapper(record)])[0]["sem_seg_labels"] for record in records]
         columns.append([palette[labels.cpu().numpy()] for labels in outputs])
-    legend = dict(zip(metadata.stuff_classes, colours)) if len(colours) <= 28 else None
+    legend = dict(zip(metadata.stuff_classes, colors)) if len(colors) <= 28 else None
     draw_panels(list(zip(*columns)), ["image", "ground truth", *probes], path, legend)
 
 
@@ -231,7 +232,8 @@ def _identity(cfg: CfgNode) -> str:
         own.SPAR.TEACHER.WINDOW = own.SPAR.TEACHER.STRIDE = 0
     for node in (own.TEST, own.SPAR.TEST):
         node.clear()
-    records = get_detection_dataset_dicts(own.DATASETS.TRAIN, filter_empty=own.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    filter_empty = own.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    records = cast("list[dict]", get_detection_dataset_dicts(own.DATASETS.TRAIN, filter_empty=filter_empty))
     files = [stamp(record[key]) for record in records for key in ("file_name", "sem_seg_file_name")]
     return hashlib.sha256("\n".join([own.dump(), *weights, *files]).encode()).hexdigest()[:16]
 

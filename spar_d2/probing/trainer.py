@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from detectron2.config import CfgNode
+from torch import nn
 
 from spar_d2.data.loaders import LabeledLoader, TrainLoader
 from spar_d2.engine.trainer import Trainer
@@ -18,6 +19,9 @@ class ProbeTrainer(Trainer):
     Raises:
         ValueError: as the other trainer, or a folder for features that cannot be kept.
     """
+
+    # Detectron2 gives its trainers a model in a way that no checker sees.
+    model: nn.Module
 
     def __init__(self, cfg: CfgNode) -> None:
         check_probing(cfg)

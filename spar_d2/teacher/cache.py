@@ -12,8 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spar_d2.teacher.identity import image_identity, pixel_identity, teacher_identity, tensor_identity
-from spar_d2.teacher.sliding import SlidingWindowTeacher
+from spar_d2.teacher.identity import Teacher, image_identity, pixel_identity, teacher_identity, tensor_identity
 from spar_d2.utils.io import remove_leftovers, replacing
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class TargetCache:
         ValueError: ``folder`` is a file, or cannot be made.
     """
 
-    def __init__(self, folder: str | os.PathLike, teacher: SlidingWindowTeacher) -> None:
+    def __init__(self, folder: str | os.PathLike, teacher: Teacher) -> None:
         self.teacher = teacher
         self.identity = teacher_identity(teacher)
         self.folder = Path(folder) / self.identity

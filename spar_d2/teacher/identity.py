@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from spar_d2.encoders import DenseEncoder
-from spar_d2.teacher.sliding import SlidingWindowTeacher
 
 # Changes with the way that targets are computed.
 _ALGORITHM = 1
@@ -20,7 +21,19 @@ _ENCODER_SETTINGS = ("reference_compat", "_precision", "patch_size", "native_siz
 _PIXEL_STEPS = 64
 
 
-def teacher_identity(teacher: SlidingWindowTeacher) -> str:
+class Teacher(Protocol):
+    """What keeping targets needs of a teacher."""
+
+    encoder: DenseEncoder
+    window: int
+    stride: int
+
+    def targets(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The targets (1, D, h, w) of images (3, H, W), as the encoder takes them."""
+        ...
+
+
+def teacher_identity(teacher: Teacher) -> str:
     """32 hexadecimal digits that change with the teacher's window, stride, precision, architecture or weights."""
     digest = hashlib.sha256()
     settings = [str(getattr(teacher.encoder, name)) for name in _ENCODER_SETTINGS]
@@ -35,11 +48,11 @@ def teacher_identity(teacher: SlidingWindowTeacher) -> str:
 def image_identity(image: torch.Tensor, encoder: DenseEncoder) -> str:
     """32 hexadecimal digits that change with the pixels that an encoder is given.
 
-    Images count as the same where no pixel differs by a 64th of a grey level, so that rounding in their normalisation,
+    Images count as the same where no pixel differs by a 64th of a gray level, so that rounding in their normalization,
     which differs between machines, plays no part.
 
     Args:
-        image: (3, H, W), normalised for the encoder.
+        image: (3, H, W), normalized for the encoder.
     """
     mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
     steps = ((image.float() * std + mean) * (255 * _PIXEL_STEPS)).round()
@@ -48,7 +61,7 @@ def image_identity(image: torch.Tensor, encoder: DenseEncoder) -> str:
 
 
 def pixel_identity(pixels: torch.Tensor) -> str:
-    """What :func:`image_identity` gives for the normalised image, from its pixels (3, H, W) uint8 in RGB."""
+    """What :func:`image_identity` gives for the normalized image, from its pixels (3, H, W) uint8 in RGB."""
     return _steps_identity(pixels.to(torch.int16) * _PIXEL_STEPS)
 
 

@@ -65,10 +65,15 @@ class SlidingWindowTeacher(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The full target, see :func:`sliding_window_features`."""
         check_images(x)
-        return torch.cat(self.targets(x))
+        return torch.cat(self.targets(x.unbind()))
 
     def targets(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The full targets (1, D, h, w) of images (3, H, W) of any sizes, whose windows are encoded together."""
+        """The full targets (1, D, h, w) of images (3, H, W) of any sizes, whose windows are encoded together.
+
+        Raises:
+            ValueError: no images.
+        """
+        _check_any(images)
         picks, factors = zip(*(_every_window(self.plan(*image.shape[-2:])) for image in images))
         return [sample.weighted_sum for sample in self._encode_windows(images, picks, factors)]
 
@@ -84,8 +89,9 @@ class SlidingWindowTeacher(nn.Module):
             A target of one image, (1, ...), for each.
 
         Raises:
-            ValueError: ``windows`` is below 1.
+            ValueError: no images, or ``windows`` is below 1.
         """
+        _check_any(images)
         if windows < 1:
             raise ValueError(f"windows must be at least 1, got {windows}")
 
@@ -107,7 +113,7 @@ class SlidingWindowTeacher(nn.Module):
             ValueError: ``windows`` is below 1, or ``x`` has another form.
         """
         check_images(x)
-        return _together(self.samples(x, windows, torch.rand(len(x), 2, generator=generator)))
+        return _together(self.samples(x.unbind(), windows, torch.rand(len(x), 2, generator=generator)))
 
     def encode_windows(self, x: torch.Tensor, picks: torch.Tensor, factors: torch.Tensor) -> SampledTarget:
         """Encode chosen windows of images of one size.
@@ -117,7 +123,7 @@ class SlidingWindowTeacher(nn.Module):
             picks: (B, k) int64, numbers of windows in each image's plan.
             factors: (B, k), how often each counts.
         """
-        return _together(self._encode_windows(x, picks, factors))
+        return _together(self._encode_windows(x.unbind(), picks.unbind(), factors.unbind()))
 
     def _encode_windows(
         self, images: Sequence[torch.Tensor], picks: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]
@@ -147,7 +153,7 @@ def sliding_window_features(
     window, stride, batch_size = check_window(encoder, window, stride, batch_size)
     check_images(x)
     picks, factors = _every_window(plan_windows(encoder, x.shape[-2], x.shape[-1], window, stride))
-    samples = _encode(encoder, x, window, stride, [picks] * len(x), [factors] * len(x), batch_size)
+    samples = _encode(encoder, x.unbind(), window, stride, [picks] * len(x), [factors] * len(x), batch_size)
     return _together(samples).weighted_sum
 
 
@@ -185,6 +191,11 @@ def plan_windows(encoder: DenseEncoder, height: int, width: int, window: int, st
 _plan = functools.lru_cache(maxsize=64)(WindowPlan)
 
 
+def _check_any(images: Sequence[torch.Tensor]) -> None:
+    if not len(images):
+        raise ValueError("images must have at least one image (3, H, W), got none")
+
+
 def _every_window(plan: WindowPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of all windows, and how often each counts: once."""
     return torch.arange(len(plan)), torch.ones(len(plan), dtype=torch.float64)
@@ -200,7 +211,7 @@ def _encode(
     factors: Sequence[torch.Tensor],
     batch_size: int,
 ) -> list[SampledTarget]:
-    sizes = [tuple(image.shape[-2:]) for image in images]
+    sizes = [(image.shape[-2], image.shape[-1]) for image in images]
     plans = [plan_windows(encoder, *size, window, stride) for size in sizes]
     grids = [target_grid(encoder, *size) for size in sizes]
     stitched = stitch(encoder, images, plans, picks, factors, batch_size)

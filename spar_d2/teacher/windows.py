@@ -131,7 +131,8 @@ class WindowPlan:
             Rows (tops, h, w) and columns (lefts, h, w), float32: to h patches of the image from w of the window.
         """
         sides = zip(self.starts, self._counts_along_sides, (self.height, self.width))
-        return tuple(self._shares_along(*side) for side in sides)
+        rows, columns = (self._shares_along(*side) for side in sides)
+        return rows, columns
 
     def _shares_along(self, starts: torch.Tensor, seen: torch.Tensor, length: int) -> torch.Tensor:
         refine = F.interpolate(

@@ -25,16 +25,18 @@ class TextEncoder(Protocol):
     """What the embeddings need of a text tower."""
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts to (n, D), not normalised."""
+        """Texts to (n, D), not normalized."""
+        ...
 
     def reads_all(self, text: str) -> bool:
         """Whether it sees a text to its end."""
+        ...
 
 
 class TextEmbeddings:
     """Unit vectors of a vocabulary's words, kept in memory word by word and, if wanted, on disk.
 
-    Every word is put into all templates; the vectors of the sentences are normalised, averaged, and normalised again.
+    Every word is put into all templates; the vectors of the sentences are normalized, averaged, and normalized again.
 
     Args:
         build_tower: makes the text tower. Called only when something must be computed; the tower is freed afterwards.

@@ -17,7 +17,8 @@ _SIZES = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 5, "num_he
 @register_model
 def vit_nano_patch8_siglip_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """SigLIP's ViT with 5 blocks of 128 channels; there are no weights for it."""
-    return cast(VisionTransformer, timm.create_model("vit_base_patch16_siglip_224", **{**_SIZES, **kwargs}))
+    model = timm.create_model("vit_base_patch16_siglip_224", **{**_SIZES, **kwargs})
+    return cast("VisionTransformer", model)
 
 
 @register_model
@@ -26,4 +27,5 @@ def vit_nano_patch8_dinov3(pretrained: bool = False, **kwargs: Any) -> Eva:
 
     Its layer scale starts at 1: DINOv3's own 1e-5 makes the blocks of an untrained model do next to nothing.
     """
-    return cast(Eva, timm.create_model("vit_small_patch16_dinov3", **{**_SIZES, "init_values": 1.0, **kwargs}))
+    model = timm.create_model("vit_small_patch16_dinov3", **{**_SIZES, "init_values": 1.0, **kwargs})
+    return cast("Eva", model)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 # What Pillow raises on damaged files, depending on the format and on where the damage is.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -27,7 +27,7 @@ _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _LARGEST_LABEL = 2**16 - 1
 
 
-def open_image(file: str | os.PathLike | IO[bytes], formats: Sequence[str] = FORMATS) -> Image.Image:
+def open_image(file: str | os.PathLike | IO[bytes], formats: Sequence[str] = FORMATS) -> ImageFile.ImageFile:
     """Open an image file of one of the formats; its pixels are read later.
 
     Raises:

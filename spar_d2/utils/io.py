@@ -209,16 +209,17 @@ def mark_in_use(folder: str | os.PathLike) -> Callable[[], bool]:
     Returns:
         Tells whether no other process has marked it; False where locks are not supported.
     """
-    if fcntl is None:
+    locks = fcntl
+    if locks is None:
         return lambda: False
     # Never closed: the mark ends with the process, however that ends.
     descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        locks.flock(descriptor, locks.LOCK_SH | locks.LOCK_NB)
 
     def is_alone() -> bool:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.flock(descriptor, locks.LOCK_EX | locks.LOCK_NB)
         except OSError:
             return False
         return True

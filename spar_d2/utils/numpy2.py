@@ -27,7 +27,7 @@ def mend_evaluator() -> None:
 
     sem_seg_evaluation.load_image_into_numpy_array = load_image_into_numpy_array
     # The class holds it as the default of an argument.
-    defaults = sem_seg_evaluation.SemSegEvaluator.__init__.__kwdefaults__
-    for name, value in (defaults or {}).items():
+    defaults = sem_seg_evaluation.SemSegEvaluator.__init__.__kwdefaults__ or {}
+    for name, value in defaults.items():
         if value is original:
             defaults[name] = load_image_into_numpy_array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 THINGS, STUFF = "thing_dataset_id_to_contiguous_id", "stuff_dataset_id_to_contiguous_id"
 # Detectron2's name for the class of stuff that stands for all things.
@@ -25,7 +26,7 @@ class SeparateNumbers:
     own_stuff: Mapping[int, int]
 
 
-def separate_numbers(name: str, metadata: Mapping[str, object]) -> SeparateNumbers:
+def separate_numbers(name: str, metadata: Mapping[str, Any]) -> SeparateNumbers:
     """Numbers for a data set in either of Detectron2's forms: things and stuff counted together, or apart.
 
     Args:

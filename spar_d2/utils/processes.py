@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from detectron2.utils import comm
@@ -17,17 +17,23 @@ _PATIENCE = datetime.timedelta(days=7)
 
 @functools.lru_cache(maxsize=1)
 def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)  # every process is in it
+    return group
 
 
 def gather_when_done(data: T) -> list[T]:
     """What every process has, in their order, in the first one; empty in the others. Waits for the slowest."""
-    return comm.gather(data, group=_patient_group(dist.group.WORLD)) if comm.get_world_size() > 1 else [data]
+    if comm.get_world_size() == 1:
+        return [data]
+    return cast("list[T]", comm.gather(data, group=_patient_group(dist.group.WORLD)))
 
 
 def all_gather_when_done(data: T) -> list[T]:
     """What every process has, in their order, in all of them. Waits for the slowest."""
-    return comm.all_gather(data, group=_patient_group(dist.group.WORLD)) if comm.get_world_size() > 1 else [data]
+    if comm.get_world_size() == 1:
+        return [data]
+    return cast("list[T]", comm.all_gather(data, group=_patient_group(dist.group.WORLD)))
 
 
 def wait_for_all() -> None:

@@ -1,4 +1,4 @@
-"""Segmentations over their photos: colours, outlines, labels and a legend. Needs Detectron2.
+"""Segmentations over their photos: colors, outlines, labels and a legend. Needs Detectron2.
 
 Detectron2's ``Visualizer`` writes the texts, each into a piece of the picture that is just large enough. Its
 ``draw_binary_mask`` is not used: it sends a mask's polygons, or where the mask has holes a layer of the whole picture,
@@ -22,7 +22,7 @@ _WHITE = 255
 # Where outlines would cover more than this share of a picture, as in tiny or noisy ones, they would hide the classes.
 _MOST_OUTLINES = 0.2
 _BACKGROUND = "background"
-_TEXT_COLOUR = (0.1, 0.1, 0.1)
+_TEXT_COLOR = (0.1, 0.1, 0.1)
 
 
 def draw_overlay(
@@ -43,7 +43,7 @@ def draw_overlay(
         labels: (H, W) numbers of classes.
         names: of every class.
         colours: RGB in 0..255 of every class, such as :func:`spar_d2.visualization.class_colours` gives.
-        alpha: opacity of the colours, 0..1.
+        alpha: opacity of the colors, 0..1.
         legend: add one, below the picture or beside it.
         listed: numbers of the classes in the legend; default: those found, by area.
         beside: more pictures (H, w, 3) uint8, put to the right, any w.
@@ -60,8 +60,8 @@ def draw_overlay(
     found = [int(number) for number in np.argsort(-areas, kind="stable") if areas[number]]
     pixels = font_pixels(*labels.shape)
     letters = Letters([names[number] for number in found if areas[number] >= pixels**2], pixels)
-    colours, parts = np.asarray(colours, dtype=np.uint8), labels if segments is None else segments
-    picture = _blend(image, colours[labels], parts, alpha, letters.pixels)
+    palette, parts = np.asarray(colours, dtype=np.uint8), labels if segments is None else segments
+    picture = _blend(image, palette[labels], parts, alpha, letters.pixels)
     for number in found:
         if names[number].strip().lower() == _BACKGROUND:
             # What is nothing in particular stays as it is.
@@ -73,7 +73,7 @@ def draw_overlay(
     listed = found if listed is None else listed
     if not legend or not len(listed):
         return picture
-    entries = list_classes(areas / labels.size, names, colours, listed)
+    entries = list_classes((areas / labels.size).tolist(), names, colours, listed)
     letters = Letters([entry.name for entry in entries], letters.pixels)
     return _with_legend(picture, lay_out(entries, picture.shape[:2], letters), letters)
 
@@ -105,9 +105,9 @@ def _check(
         raise ValueError(f"pictures beside must be {image.shape[0]} high, got {[o.shape for o in beside]}")
 
 
-def _blend(image: np.ndarray, colours: np.ndarray, parts: np.ndarray, alpha: float, pixels: float) -> np.ndarray:
-    """The photo under the colours (H, W, 3) of its classes, with outlines of its parts (H, W)."""
-    picture = cv2.addWeighted(image, 1 - alpha, colours, alpha, 0)
+def _blend(image: np.ndarray, colors: np.ndarray, parts: np.ndarray, alpha: float, pixels: float) -> np.ndarray:
+    """The photo under the colors (H, W, 3) of its classes, with outlines of its parts (H, W)."""
+    picture = cv2.addWeighted(image, 1 - alpha, colors, alpha, 0)
     edges = np.zeros(parts.shape, dtype=np.uint8)
     edges[1:] |= parts[1:] != parts[:-1]
     edges[:, 1:] |= parts[:, 1:] != parts[:, :-1]
@@ -173,11 +173,11 @@ def _drawn(legend: Legend, letters: Letters) -> np.ndarray:
         if entry.colour is not None:
             paper[top + inset : top + inset + legend.patch, left : left + legend.patch] = entry.colour
     visualizer = Visualizer(paper)
-    # The Visualizer's own `draw_text` writes in light colours on black.
+    # The Visualizer's own `draw_text` writes in light colors on black.
     style = {
         "size": _points(visualizer, letters.pixels),
         "family": letters.families,
-        "color": _TEXT_COLOUR,
+        "color": _TEXT_COLOR,
         "verticalalignment": "center_baseline",
         "parse_math": False,
     }

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
 from spar_d2.utils.io import replacing
@@ -36,9 +37,9 @@ def draw_panels(
     width = 2.4
     heights = [max(picture.shape[0] / picture.shape[1] for picture in row) * width for row in rows]
     legend_height = 0.32 * -(-len(legend) // 7) + 0.1 if legend else 0.0
-    figure = Figure(figsize=(width * len(titles), sum(heights) + 0.3 + legend_height), dpi=110, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+    figure = Figure(figsize=(width * len(titles), sum(heights) + 0.3 + legend_height), dpi=110, layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
     axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
     for number, (row, places) in enumerate(zip(rows, axes)):
         for picture, place, title in zip(row, places, titles):
@@ -47,7 +48,7 @@ def draw_panels(
             if number == 0:
                 place.set_title(title, fontsize=10)
     if legend:
-        patches = [Patch(color=np.asarray(colour) / 255, label=name) for name, colour in legend.items()]
+        patches = [Patch(color=(r / 255, g / 255, b / 255), label=name) for name, (r, g, b) in legend.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")

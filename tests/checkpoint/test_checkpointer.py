@@ -6,7 +6,8 @@ import torch
 from detectron2.modeling import build_model
 
 from reference import TINY_CONFIG
-from spar_d2.checkpoint.checkpointer import Checkpointer, export_student
+from spar_d2.checkpoint.checkpointer import Checkpointer
+from spar_d2.checkpoint.export import export_student
 from spar_d2.encoders import EncoderSpec, build_encoder
 from spar_d2.encoders.weights import write_safetensors
 

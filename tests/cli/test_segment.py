@@ -15,9 +15,11 @@ from PIL import Image
 
 import spar_d2
 from reference import ROOT, reference_image
-from spar_d2.demo.outputs import write_mask
+from spar_d2.demo.inputs import find_inputs
+from spar_d2.demo.outputs import Target, write_mask
 from spar_d2.demo.panoptic import PanopticDemo
-from spar_d2.demo.predictor import Seen
+from spar_d2.demo.predictor import Demo, Seen
+from spar_d2.demo.run import run
 from spar_d2.engine.setup import load_config
 from spar_d2.visualization import class_colours
 
@@ -398,3 +400,14 @@ def test_what_panoptic_models_cannot_show(demo, photo, capfd, arguments, message
     lines = capfd.readouterr().err.splitlines()
     assert any(line.startswith("error: ") and message in line for line in lines)
     assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize("wanted", ["masks", "record"])
+@pytest.mark.parametrize("kind", ["photo", "video"])
+def test_masks_of_a_demo_that_looks_for_no_labels_are_refused(kind, wanted, photo, video, tmp_path):
+    cfg = load_config(str(CONFIG), ["MODEL.DEVICE", "cpu", "MODEL.SPAR.ENCODER", MODEL[0]])
+    source = find_inputs([str(photo if kind == "photo" else video)], "output")[0]
+    target = Target(tmp_path / f"out{'.png' if kind == 'photo' else '.mp4'}", **{wanted: tmp_path / "more"})
+    with pytest.raises(ValueError, match="labels must be True for masks and records: the demo was"):
+        run(Demo(cfg, ["pca"]), [source], [target])
+    assert not list(tmp_path.glob("out*")) and not (tmp_path / "more").exists()

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from reference import ROOT, TINY_CONFIG
-from spar_d2.checkpoint.checkpointer import export_student
+from spar_d2.checkpoint.export import export_student
 from spar_d2.encoders import EncoderSpec, build_encoder, build_text_tower, describe_encoder
 from spar_d2.encoders.convert import convert_weights, known_origin, write_weights
 from spar_d2.encoders.registry import build

@@ -105,3 +105,15 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_nothing():
     with EventStorage(), pytest.raises(FloatingPointError, match=r"^loss_b of the losses.*iteration 7, for 0\.jpg"):
         step.run_step()
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters()))
+
+
+@pytest.mark.parametrize(("returned", "named"), [({}, "an empty dict"), (None, "NoneType"), ([1.0], "list")])
+def test_a_model_without_losses_is_named(returned, named):
+    class Silent(Model):
+        def forward(self, inputs):
+            return returned
+
+    model = Silent()
+    step = Step(model, [inputs(2)], torch.optim.AdamW(model.parameters()))
+    with pytest.raises(RuntimeError, match=f"Silent must return a loss or a dict of losses in training, .* {named}$"):
+        step.run_step()

@@ -8,7 +8,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from reference import ROOT
-from spar_d2.checkpoint.checkpointer import export_student
+from spar_d2.checkpoint.export import export_student
 from spar_d2.encoders import EncoderSpec, build_encoder, find_encoder
 from spar_d2.encoders.convert import convert_weights, formats_of, write_weights
 from spar_d2.encoders.registry import find_family

@@ -346,3 +346,23 @@ def test_what_is_missing_in_training_is_named():
         model([{**labelled(9, 9), "image": torch.zeros(9, 9)}])
     with pytest.raises(ValueError, match=r'NORM "SyncBN" needs GPUs; "BN" and'):
         head(norm="SyncBN").train()({"dense": torch.randn(1, 64, 2, 2)}, torch.zeros(1, 8, 8).long())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda probe: probe.classify([]), "maps must have at least one map of features, got none"),
+        (lambda probe: probe.losses([], []), "logits and labels must be of the same images, at least one; got 0 and 0"),
+        (lambda probe: probe.losses([torch.zeros(CLASSES, 2, 2)], []), "got 1 and 0"),
+        (lambda probe: probe.losses([torch.zeros(CLASSES, 2, 2)], [torch.zeros(8, 8).long()] * 2), "got 1 and 2"),
+    ],
+)
+def test_no_images_and_images_without_labels_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(head().train())
+
+
+@pytest.mark.parametrize("shape", [ShapeSpec(channels=8), ShapeSpec(stride=4)])
+def test_a_backbone_that_does_not_say_its_shape_is_named(shape):
+    with pytest.raises(ValueError, match=r"IN_FEATURES\) of LinearProbe must be .* channels and a stride; .*'x'"):
+        LinearProbe({"x": shape}, num_classes=2, in_feature="x")

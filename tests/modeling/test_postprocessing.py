@@ -202,3 +202,17 @@ def test_number_of_classes_can_be_given():
     probabilities = class_probabilities(features, text, classes, (30, 40), classes=5)
     assert torch.equal(probabilities[:3], class_probabilities(features, text, classes, (30, 40)))
     assert probabilities.shape[0] == 5 and not probabilities[3:].any()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: UpsampledScores([], (4, 4)),
+        lambda: segment_scores([], torch.zeros(1).long(), (4, 4)),
+        lambda: score_probabilities([], torch.zeros(1).long(), (4, 4), 40.0, 1),
+    ],
+    ids=["upsampled", "labels", "probabilities"],
+)
+def test_no_maps_are_refused(read):
+    with pytest.raises(ValueError, match="maps must have at least one map of scores, got none"):
+        read()

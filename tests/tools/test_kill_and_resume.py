@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import torch
 
 from kill_and_resume import Moment, check, shortened
-from spar_d2.checkpoint.checkpointer import Checkpointer, Checkpoints
+from spar_d2.checkpoint.checkpointer import Checkpointer
+from spar_d2.checkpoint.periodic import Checkpoints
 
 
 def test_a_killed_and_resumed_training_ends_as_one_that_was_not(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from spar_d2.data.datasets import class_names
 from spar_d2.data.datasets.class_names import BACKGROUND
@@ -34,7 +35,7 @@ class LabelledSet:
     vocabulary: str = ""
 
     def colours(self) -> list[list[int]]:
-        """An RGB colour, 0..255, for every class: VOC's of its label, black for a background."""
+        """An RGB color, 0..255, for every class: VOC's of its label, black for a background."""
         first = 0 if self.classes[0] == BACKGROUND else 1
         return voc_colours(first + len(self.classes))[first:].tolist()
 
@@ -127,4 +128,4 @@ TRAINING_SPLITS: dict[str, LabelledSet] = {
 }
 
 # All of them, the benchmarks first.
-LABELLED_SETS: Mapping[str, LabelledSet] = ChainMap(TRAINING_SPLITS, BENCHMARKS)
+LABELLED_SETS: Mapping[str, LabelledSet] = ChainMap(TRAINING_SPLITS, cast("dict[str, LabelledSet]", BENCHMARKS))

@@ -39,12 +39,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Task:
-    """An image, its official label files, and the prepared one to write, which is kept where it is there."""
+    """An image, its official label files and what reads them, and the prepared one to write, kept where it is there."""
 
     name: str
     image: Path
     sources: tuple[Path, ...]
     target: Path
+    labels: Labels
 
 
 def prepare(
@@ -88,7 +89,7 @@ def prepare(
     written = sum(not task.target.is_file() for task in tasks)
     if index is not None and tasks:
         index.unlink(missing_ok=True)
-    entries = _write_all(name, tasks, labels, workers, ready)
+    entries = _write_all(name, tasks, workers, ready)
     if tasks:
         preparation.finish(folder, entries)
     return Summary(name, ready + len(tasks), written, preparation.folder(folder))
@@ -101,10 +102,12 @@ def _is_ready(image: Path, target: Path) -> bool:
 def _find_tasks(
     preparation: Preparation, root: Path, labels: Labels | None, images: dict[str, Path]
 ) -> tuple[list[_Task], list[Path]]:
-    """What can be done of these images, and the files that the others lack."""
+    """What can be done of these images, and the files that the others lack; ``labels`` are there if images are."""
     tasks, missing = [], []
+    if labels is None:
+        return tasks, missing
     for key, image in images.items():
-        task = _Task(key, image, labels.files(key), preparation.prepared(root, key))
+        task = _Task(key, image, labels.files(key), preparation.prepared(root, key), labels)
         lacking = [path for path in (image, *task.sources) if not path.is_file()]
         missing += lacking
         if not lacking:
@@ -124,7 +127,7 @@ def _check_count(preparation: Preparation, found: int, missing: list[Path], root
     raise ValueError(f"{whole}, with labels there are {found} in {root}{shown}{hint}")
 
 
-def _write_all(name: str, tasks: list[_Task], labels: Labels | None, workers: int, ready: int) -> dict[str, Any]:
+def _write_all(name: str, tasks: list[_Task], workers: int, ready: int) -> dict[str, Any]:
     """Do all tasks in threads: nearly all of the time goes into decoding and encoding, which run side by side there.
 
     Returns:
@@ -135,7 +138,7 @@ def _write_all(name: str, tasks: list[_Task], labels: Labels | None, workers: in
         tqdm(total=total, initial=ready, desc=f"preparing {name}", unit="label", disable=None) as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
-        futures = {task.name: pool.submit(_write, task, labels) for task in tasks}
+        futures = {task.name: pool.submit(_write, task, task.labels) for task in tasks}
         try:
             for future in as_completed(futures.values()):
                 future.result()

@@ -52,7 +52,8 @@ class GroundTruth:
         """The id by which the file knows an image; "0012" and 12 are the same where that leaves no choice."""
         if image_id in self.images:
             return image_id
-        same = self._by_number.get(_number(image_id), ())
+        number = _number(image_id)
+        same = () if number is None else self._by_number.get(number, ())
         return same[0] if len(same) == 1 else None
 
     @functools.cached_property

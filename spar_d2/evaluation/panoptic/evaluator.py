@@ -91,7 +91,8 @@ class PanopticEvaluator(DatasetEvaluator):
             if image_id is None:
                 self._strange.add(record["image_id"])
                 continue
-            ids, categories = form.read(*output["panoptic_seg"], f"the prediction for the image {image_id}")
+            panoptic, segments = output["panoptic_seg"]
+            ids, categories = form.read(panoptic, segments, f"the prediction for the image {image_id}")
             self._count(truth, image_id, ids, categories)
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -176,6 +177,7 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def _dump(self, truth: GroundTruth, image_id: int | str, ids: np.ndarray, categories: dict[int, int]) -> dict:
         file_name = truth.images[image_id].file_name
+        assert self.output_dir is not None  # no dump without one
         write_ids(ids, self.output_dir / _DUMP / file_name)
         segments = [{"id": number, "category_id": category} for number, category in categories.items()]
         return {"image_id": image_id, "file_name": file_name, "segments_info": segments}

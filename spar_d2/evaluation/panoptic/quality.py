@@ -33,7 +33,7 @@ def panoptic_quality(
     prediction: np.ndarray,
     predicted: Mapping[int, int],
     truth: np.ndarray,
-    segments: Iterable[TrueSegment | tuple],
+    segments: Iterable[tuple],
     categories: Sequence[int],
     image: object = None,
 ) -> PanopticCounts:
