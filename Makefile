@@ -1,5 +1,5 @@
 # make test   run all tests
-# make demo   distil a student in a small drawn world and compare it with its teacher
+# make demo   distill a student in a small drawn world and compare it with its teacher
 # Each sets up what is missing first: a virtual environment in .venv, the dependencies, Detectron2.
 
 PYTHON ?= python3

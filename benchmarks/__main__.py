@@ -184,7 +184,7 @@ def run_postprocess(args: argparse.Namespace) -> None:
     image = postprocess.picture(args.image, args.long_side)
     device = torch.device(args.device)
     encoder = build_encoder(args.encoder).to(device)
-    options = (postprocess.normalised(image, encoder), args.words, args.repeats, int(args.room * 1e9))
+    options = (postprocess.normalized(image, encoder), args.words, args.repeats, int(args.room * 1e9))
     measurements = {args.encoder: postprocess.measure_postprocess(encoder, *options)}
     what = args.image.name if args.image else "a drawn scene"
     total = 2 * len(args.words)

@@ -109,8 +109,8 @@ def _through_files(folder: Path, pictures: list[_Picture]) -> tuple[float, dict[
     totals: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(4))
     started = time.perf_counter()
     for picture in pictures:
-        colours = np.stack([picture.ids // 256**channel % 256 for channel in range(3)], axis=2)
-        Image.fromarray(colours.astype(np.uint8)).save(file)
+        colors = np.stack([picture.ids // 256**channel % 256 for channel in range(3)], axis=2)
+        Image.fromarray(colors.astype(np.uint8)).save(file)
         _count(_read(file), picture.found, _read(picture.truth), picture.segments, totals)
     seconds = time.perf_counter() - started
     scores = {number: 100 * iou / (tp + (fp + fn) / 2) for number, (iou, tp, fp, fn) in totals.items()}
@@ -119,8 +119,8 @@ def _through_files(folder: Path, pictures: list[_Picture]) -> tuple[float, dict[
 
 def _read(file: Path) -> np.ndarray:
     with Image.open(file) as image:
-        colours = np.asarray(image).astype(np.int64)
-    return colours[..., 0] + 256 * colours[..., 1] + 256**2 * colours[..., 2]
+        colors = np.asarray(image).astype(np.int64)
+    return colors[..., 0] + 256 * colors[..., 1] + 256**2 * colors[..., 2]
 
 
 def _count(
@@ -154,9 +154,9 @@ def _count(
 
 def _draw(root: Path, size: tuple[int, int], count: int, seed: int) -> _Picture:
     rng = np.random.default_rng([count, seed])
-    centres = rng.random((count, 2)) * size
-    true = _regions(rng, centres, size)
-    guess = _regions(rng, centres + rng.normal(0, 6, centres.shape), size)
+    centers = rng.random((count, 2)) * size
+    true = _regions(rng, centers, size)
+    guess = _regions(rng, centers + rng.normal(0, 6, centers.shape), size)
     categories = rng.integers(1, 134, count)
     guessed = np.where(rng.random(count) < 0.8, categories, rng.integers(1, 134, count))
     # Some regions are void, and some true ones a crowd.
@@ -179,12 +179,12 @@ def _draw(root: Path, size: tuple[int, int], count: int, seed: int) -> _Picture:
     return _Picture({"image_id": seed}, numbers[guess], found, file, segments)
 
 
-def _regions(rng: np.random.Generator, centres: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) which centre is nearest, with edges as uneven as those of things in photos."""
+def _regions(rng: np.random.Generator, centers: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) which center is nearest, with edges as uneven as those of things in photos."""
     height, width = size
     places = np.mgrid[:height, :width].astype(np.float32)
     for places_along in places:
         for cell, spread in ((32, 14), (4, 3)):
             noise = rng.normal(0, spread, (height // cell, width // cell)).astype(np.float32)
             places_along += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
-    return np.argmin([((places - centre[:, None, None]) ** 2).sum(axis=0) for centre in centres], axis=0)
+    return np.argmin([((places - center[:, None, None]) ** 2).sum(axis=0) for center in centers], axis=0)

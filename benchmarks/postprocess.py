@@ -62,7 +62,7 @@ TABLE = Table(
         PEAK_NOTE,
         "full maps: cosines upsampled by torch's interpolate to words x height x width, softmax where there is a "
         "threshold, arg max.",
-        "other labels: share of pixels labelled differently, which lie so close to a tie that rounding decides.",
+        "other labels: share of pixels labeled differently, which lie so close to a tie that rounding decides.",
     ],
     sometimes={
         NO_PEAK: lambda m: m.peak is None,
@@ -79,7 +79,7 @@ def picture(path: Path | None, long_side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def normalised(pixels: np.ndarray, encoder: DenseEncoder) -> torch.Tensor:
+def normalized(pixels: np.ndarray, encoder: DenseEncoder) -> torch.Tensor:
     """(H, W, 3) uint8 RGB to (1, 3, H, W) as an encoder wants it, on its device."""
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).to(next(encoder.parameters()).device)
     mean, std = (
@@ -96,7 +96,7 @@ def measure_postprocess(
 
     Args:
         encoder: on the device to measure on.
-        image: (1, 3, H, W), normalised, on that device.
+        image: (1, 3, H, W), normalized, on that device.
         words: numbers of words, whose vectors are random.
         repeats: calls whose median time is taken.
         room: bytes that full maps may take; larger ones are left out.

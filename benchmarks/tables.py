@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import atomic_write
 
 PEAK_NOTE = (
     "peak: beside weights and image; of tensors on a GPU, of the process, with some tens of MiB of buffers, on a CPU."
@@ -86,5 +86,5 @@ def ratio(value: float | None, other: float | None) -> str:
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
     """Write a text file that either is complete or is not there."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Mean and deviation of pixels in 0..1 (red, green, blue) that the weights were trained with, "[0.5, 0.5, 0.5]", and
     # whether their activation is QuickGELU (open_clip's ViTs alone). None is what the weight file says of itself, or
     # else what the tag, the JSON config or the model's name does. Not to be mixed up with MODEL.PIXEL_MEAN and
-    # PIXEL_STD, which are what the framework normalises with, and are undone.
+    # PIXEL_STD, which are what the framework normalizes with, and are undone.
     cfg.MODEL.SPAR.PIXEL_MEAN = None
     cfg.MODEL.SPAR.PIXEL_STD = None
     cfg.MODEL.SPAR.QUICK_GELU = None
@@ -56,7 +56,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     # What is trained: "all", "none", or words joined by commas, of "last_blocks:N", "blk_I" (block I; negative: from
     # the end), "qkv_I", "mlp_I" (parts of it), "posembed", "patchembed", "attn_pool_kv" (SigLIP).
     cfg.MODEL.SPAR.TRAINABLE = "last_blocks:2"
-    # Bring the framework's normalised input (PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT) to the encoder's own mean and
+    # Bring the framework's normalized input (PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT) to the encoder's own mean and
     # deviation in RGB. Set it to False only where those keys already are the encoder's.
     cfg.MODEL.SPAR.CONVERT_PIXELS = True
     # What the backbone returns. SPARPyramid: any of "p2" to "p7" and "res2" to "res5" (strides 4 to 128), "dense" (the
@@ -115,7 +115,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.SPAR.DISTILL.AVERAGE = "image"
 
     cfg.SPAR.DATA = CN()
-    # Photos to distil on: a folder (with all its sub-folders, and the tar files in them), a tar file, or a list (*.txt,
+    # Photos to distill on: a folder (with its sub-folders, and the tar files in them), a tar file, or a list (*.txt,
     # one photo, folder or tar file per line); several are joined as in PATH ("a:b"). "" uses DATASETS.TRAIN.
     cfg.SPAR.DATA.IMAGES = ""
     # Damaged photos are skipped and named in the log; more than this many stop the run.

@@ -54,10 +54,10 @@ class Segmentation:
             ValueError: a photo of another size, or one that cannot be read.
             FileNotFoundError: no such file.
         """
-        from spar_d2.visualization import class_colours
+        from spar_d2.visualization import class_colors
         from spar_d2.visualization.overlay import draw_overlay
 
-        return draw_overlay(_read(image), self.labels, self.names, class_colours(self.names))
+        return draw_overlay(_read(image), self.labels, self.names, class_colors(self.names))
 
 
 def segment(

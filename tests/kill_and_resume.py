@@ -30,7 +30,7 @@ from reference import ROOT, TINY_CONFIG, fill_with_reference, reference_image
 
 CONFIG = str(ROOT / "configs" / "distill" / "Base-distill.yaml")
 STEPS, PERIOD, KEPT = 20, 2, 2
-# Of the files that `spar_d2.utils.io.replacing` writes to.
+# Of the files that `spar_d2.utils.io.atomic_write` writes to.
 TEMPORARY = re.compile(r"\..*\.tmp(\.|$)")
 # What the name of a temporary file begins with, by what is written.
 TARGETS = {

@@ -17,16 +17,16 @@ SIZES = ((37, 53), (64, 41), (50, 50))
 IGNORED = 255
 # Forms that official labels come in; the first is the default.
 FORMS = {
-    "voc21": ("palette", "colours", "beside"),
-    "voc20": ("palette", "colours", "beside"),
+    "voc21": ("palette", "colors", "beside"),
+    "voc20": ("palette", "colors", "beside"),
     "cityscapes": ("ids",),
-    "ade20k": ("grey",),
+    "ade20k": ("gray",),
     "context60": ("59", "59 unlisted", "459", "converted"),
     "context59": ("59", "59 unlisted", "459", "converted"),
     "coco_object": ("stuff things", "folder of the archive"),
-    "voc21_train": ("palette", "colours", "beside"),
+    "voc21_train": ("palette", "colors", "beside"),
     "cityscapes_train": ("ids",),
-    "ade20k_train": ("grey",),
+    "ade20k_train": ("gray",),
 }
 # Panoptic data sets, and those with the same images, whose trees are theirs too.
 PANOPTIC = {
@@ -37,7 +37,7 @@ PANOPTIC = {
 }
 CASES = [(name, form) for name, forms in FORMS.items() for form in forms]
 # Red, green and blue of VOC's labels 0, 1, ..., 20.
-VOC_COLOURS = """
+VOC_COLORS = """
     0 0 0, 128 0 0, 0 128 0, 128 128 0, 0 0 128, 128 0 128, 0 128 128, 128 128 128, 64 0 0, 192 0 0, 64 128 0,
     192 128 0, 64 0 128, 192 0 128, 64 128 128, 192 128 128, 0 64 0, 128 64 0, 0 192 0, 128 192 0, 0 64 128
 """
@@ -111,7 +111,7 @@ def _write_photo(path: Path, rng: np.random.Generator, size: tuple[int, int]) ->
     Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
 
 
-def _write_grey(path: Path, values: np.ndarray) -> None:
+def _write_gray(path: Path, values: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(values).save(path)
 
@@ -129,14 +129,14 @@ def _make_voc(root: Path, rng: np.random.Generator, form: str, background: bool,
     keys = ["2007_000039", "2007_000063", "2011_003276"] if train else ["2007_000033", "2007_000042", "2011_003271"]
     official = _draw(rng, keys, [*range(21), IGNORED])
     palette = np.zeros((256, 3), dtype=np.uint8)
-    palette[:21] = [[int(part) for part in colour.split()] for colour in VOC_COLOURS.split(",")]
+    palette[:21] = [[int(part) for part in color.split()] for color in VOC_COLORS.split(",")]
     palette[IGNORED] = VOC_BORDER
     (folder / "SegmentationClass").mkdir(parents=True, exist_ok=True)
     for key, values in official.items():
         _write_photo(folder / "JPEGImages" / f"{key}.jpg", rng, values.shape)
         image = Image.fromarray(values)
         image.putpalette(palette.tobytes())
-        (image.convert("RGB") if form == "colours" else image).save(folder / "SegmentationClass" / f"{key}.png")
+        (image.convert("RGB") if form == "colors" else image).save(folder / "SegmentationClass" / f"{key}.png")
     # One that is in neither list, in the same folder.
     _write_photo(folder / "JPEGImages" / "2007_000027.jpg", rng, (9, 9))
     _write_lines(folder / "ImageSets/Segmentation" / ("train.txt" if train else "val.txt"), official)
@@ -162,7 +162,7 @@ def _make_context(root: Path, rng: np.random.Generator, form: str, background: b
             _write_lines(folder / "59_labels.txt", (f"{number}: {name}" for number, name in enumerate(names[1:], 1)))
         images = voc / "SegmentationClassContext" if form == "converted" else folder / "59_context_labels"
         for key, values in official.items():
-            _write_grey(images / f"{key}.png", values)
+            _write_gray(images / f"{key}.png", values)
     for key, values in official.items():
         _write_photo(voc / "JPEGImages" / f"{key}.jpg", rng, values.shape)
     _write_lines(voc / "ImageSets/Main/val.txt", (f"{key}  1" for key in official))
@@ -189,8 +189,8 @@ def _make_ade20k(root: Path, rng: np.random.Generator, form: str, background: bo
     official = _draw(rng, [f"ADE_{short}_{number:08d}" for number in (1, 2, 3)], list(range(151)))
     for key, values in official.items():
         _write_photo(folder / "images" / part / f"{key}.jpg", rng, values.shape)
-        _write_grey(folder / "annotations" / part / f"{key}.png", values)
-        _write_grey(folder / "annotations_instance" / part / f"{key}.png", _draw_instances(rng, values.shape))
+        _write_gray(folder / "annotations" / part / f"{key}.png", values)
+        _write_gray(folder / "annotations_instance" / part / f"{key}.png", _draw_instances(rng, values.shape))
     return official, _less_one
 
 
@@ -214,11 +214,11 @@ def _make_cityscapes(root: Path, rng: np.random.Generator, form: str, background
     official = _draw(rng, keys, list(range(34)))
     for key, values in official.items():
         _write_photo(folder / "leftImg8bit" / split / f"{key}_leftImg8bit.png", rng, values.shape)
-        _write_grey(folder / "gtFine" / split / f"{key}_gtFine_labelIds.png", values)
+        _write_gray(folder / "gtFine" / split / f"{key}_gtFine_labelIds.png", values)
         # Some pixels of classes that have instances are of none.
         single = (values >= 24) & (rng.random(values.shape) < 0.7)
         instances = np.where(single, values.astype(np.int64) * 1000 + rng.integers(0, 4, values.shape), values)
-        _write_grey(folder / "gtFine" / split / f"{key}_gtFine_instanceIds.png", instances.astype(np.uint16))
+        _write_gray(folder / "gtFine" / split / f"{key}_gtFine_instanceIds.png", instances.astype(np.uint16))
     evaluated = {category["id"]: category["trainId"] for category in CITYSCAPES_CATEGORIES}
     return official, lambda value: evaluated.get(value, IGNORED)
 
@@ -231,7 +231,7 @@ def _make_coco(root: Path, rng: np.random.Generator, form: str, background: bool
     official = _draw(rng, ["000000000139", "000000000285", "000000000632"], [*range(182), IGNORED])
     for key, values in official.items():
         _write_photo(folder / "val2017" / f"{key}.jpg", rng, values.shape)
-        _write_grey(folder / maps / "val2017" / f"{key}.png", values)
+        _write_gray(folder / maps / "val2017" / f"{key}.png", values)
     things = [category["id"] for category in COCO_CATEGORIES if category["isthing"]]
     classes = {identity - 1: number for number, identity in enumerate(things, 1)}
     return official, lambda value: IGNORED if value == IGNORED else classes.get(value, 0)

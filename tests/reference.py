@@ -86,7 +86,7 @@ def reference_image(height: int, width: int, index: int = 0) -> np.ndarray:
     return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
-def normalised(image: np.ndarray, encoder) -> torch.Tensor:
+def normalized(image: np.ndarray, encoder) -> torch.Tensor:
     """(H, W, 3) uint8 to (1, 3, H, W) as the encoder wants it."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
     return ((torch.from_numpy(image).permute(2, 0, 1).float() / 255 - mean) / std)[None]
@@ -107,7 +107,7 @@ def golden_input(arrays: dict[str, np.ndarray], encoder) -> torch.Tensor:
     """(n, 3, H, W), stored or made from the stored image."""
     if "x" in arrays:
         return torch.from_numpy(arrays["x"])
-    return torch.cat([normalised(image, encoder) for image in arrays["image_u8"]])
+    return torch.cat([normalized(image, encoder) for image in arrays["image_u8"]])
 
 
 def cells_of(plan, windows: torch.Tensor) -> torch.Tensor:

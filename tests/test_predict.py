@@ -132,13 +132,13 @@ def test_thresholds_and_scale_are_those_of_segment_features(tiny_model):
 
 
 def test_it_is_drawn_over_its_photo(tiny_model):
-    from spar_d2.visualization import class_colours
+    from spar_d2.visualization import class_colors
     from spar_d2.visualization.overlay import draw_overlay
 
     image = reference_image(64, 80)
     result = spar_d2.segment(image, "cat; dog", *tiny_model, templates="simple")
     picture = result.draw(Image.fromarray(image))
-    assert np.array_equal(picture, draw_overlay(image, result.labels, ["cat", "dog"], class_colours(2)))
+    assert np.array_equal(picture, draw_overlay(image, result.labels, ["cat", "dog"], class_colors(2)))
     with pytest.raises(ValueError, match="labels must be"):
         result.draw(image[:-1])
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu_check.checks import FACTS, Fact
-from benchmarks.gpu_check.labelled_image import NEAR, LabelledImage, random_image
+from benchmarks.gpu_check.labeled_image import NEAR, LabeledImage, random_image
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.settings import Settings
 from benchmarks.gpu_check.waits import check_waits
@@ -35,7 +35,7 @@ class Agreement:
         words: text vectors.
         views: of each image, whose scores are averaged.
         pixels: all of them.
-        different: pixels that are labelled differently.
+        different: pixels that are labeled differently.
         unequal: those of them whose two labels do not have equal scores up to rounding.
     """
 
@@ -90,7 +90,7 @@ def check_labels(record: Record, settings: Settings) -> None:
 def _pairs(
     device: torch.device, words: int, size: tuple[int, int], views: int, thresholds: str
 ) -> dict[str, tuple[int, int, int]]:
-    """Pixels of one image, those labelled differently and those of them not near a tie, by the ways compared."""
+    """Pixels of one image, those labeled differently and those of them not near a tie, by the ways compared."""
     image = random_image(words, size, views)
     probability = _PROBABILITY if "probability" in thresholds else 0.0
     area = _middle_area(image.labels(0.0, None)) if "area" in thresholds else None
@@ -105,7 +105,7 @@ def _pairs(
     return {way: (found.numel(), *image.disagreement(*pair, probability)) for way, pair in pairs.items()}
 
 
-def _check_kernel(record: Record, image: LabelledImage) -> None:
+def _check_kernel(record: Record, image: LabeledImage) -> None:
     """Whether the kernel runs where it should, for it is replaced without an error where it cannot."""
     complaints: list[str] = []
     handler = logging.Handler()

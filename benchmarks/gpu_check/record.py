@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu_check.machine import describe
 from benchmarks.tables import Table
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import atomic_write
 
 
 class Record:
@@ -73,7 +73,7 @@ class Record:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that either is complete or is as it was."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

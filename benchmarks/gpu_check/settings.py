@@ -32,7 +32,7 @@ class Settings:
         compiled: how many of the models are compiled, and of the examples.
         sizes: (H, W) of the images that features are compared for.
         precisions: beside float32.
-        words: numbers of text vectors that pixels are labelled with.
+        words: numbers of text vectors that pixels are labeled with.
         label_sizes: (H, W) of labels, and what is covered by 16-pixel cells that are padded.
         speed_sizes: sides of square images.
         teacher_sizes: (width, height), and the windows that are encoded: all, or only the first ones.

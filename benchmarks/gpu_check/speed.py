@@ -60,7 +60,7 @@ def measure_teachers(record: Record, settings: Settings) -> None:
     """Targets beside the straightforward way, and single passes over the same images."""
     for precision in _PRECISIONS:
         for name in settings.models:
-            # In float32, which nobody distils in on a GPU, a quarter of the windows will do.
+            # In float32, which nobody distills in on a GPU, a quarter of the windows will do.
             windows = settings.teacher_windows
             windows = windows // 4 if windows and precision == "float32" else windows
             measured = teacher.measure_teacher(
@@ -83,7 +83,7 @@ def measure_labels(record: Record, settings: Settings) -> None:
     """From features to labels beside full maps; and evaluating label maps beside Detectron2's evaluator."""
     name = settings.models[0]
     encoder = build_encoder(name).requires_grad_(False).to(settings.device)
-    image = postprocess.normalised(postprocess.picture(None, settings.label_side), encoder)
+    image = postprocess.normalized(postprocess.picture(None, settings.label_side), encoder)
     options = (list(settings.words), settings.repeats, int(_SHARE * _free_bytes(settings.device)))
     for found in postprocess.measure_postprocess(encoder, image, *options):
         record.add(f"From features of {name} to labels", postprocess.TABLE, found)

@@ -14,7 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from spar_d2.encoders import DenseEncoder
 from spar_d2.encoders.origin import Origin, add_origin
 from spar_d2.modeling.encoder_state import KEY, read_for_model
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Checkpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         try:
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 torch.save({"model": self.model.state_dict(), **states, **kwargs}, temporary)
                 add_origin(temporary, self._origin())
             self.tag_last_checkpoint(os.path.basename(path))
@@ -69,7 +69,7 @@ class Checkpointer(DetectionCheckpointer):
         return origins[0] if len(origins) == 1 else None
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with replacing(os.path.join(self.save_dir, LAST)) as temporary:
+        with atomic_write(os.path.join(self.save_dir, LAST)) as temporary:
             temporary.write_text(last_filename_basename)
 
     @property
@@ -80,7 +80,7 @@ class Checkpointer(DetectionCheckpointer):
 
     @earlier.setter
     def earlier(self, names: set[str]) -> None:
-        with replacing(Path(self.save_dir) / EARLIER) as temporary:
+        with atomic_write(Path(self.save_dir) / EARLIER) as temporary:
             temporary.write_text("".join(f"{name}\n" for name in sorted(names)))
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:

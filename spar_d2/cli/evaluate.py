@@ -17,7 +17,7 @@ from spar_d2.data.datasets.semantic import found, missing
 from spar_d2.engine.setup import load_config, prepare
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import printable, readable_errors
-from spar_d2.utils.io import as_json, replacing, used_by_one
+from spar_d2.utils.io import as_json, atomic_write, file_lock
 
 ROWS = ("single_pass", "sliding_window", "student")
 
@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> None:
     prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=True), quiet=True)
     print(f"Data sets: {', '.join(datasets)}. Everything is kept in {args.output}.", flush=True)
     try:
-        with used_by_one(args.output):
+        with file_lock(args.output):
             scores = evaluate_methods(cfg, methods, datasets, args.output, args.limit)
     except KeyboardInterrupt:
         raise SystemExit(f"\nstopped; the same command goes on from what is in {args.output}") from None
     table = paper_table(scores, absent)
     written = {"table.md": table + "\n", "table.json": as_json(summary(scores, absent), indent=1)}
     for name, text in written.items():
-        with replacing(args.output / name) as temporary:
+        with atomic_write(args.output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(f"\n{printable(table)}\n\nWritten to {' and '.join(str(args.output / name) for name in written)}.")
 

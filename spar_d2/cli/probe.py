@@ -23,7 +23,7 @@ from spar_d2.probing.runs import (
     train_probe,
 )
 from spar_d2.utils.errors import printable, readable_errors
-from spar_d2.utils.io import as_json, replacing, used_by_one
+from spar_d2.utils.io import as_json, atomic_write, file_lock
 
 TITLES = {"single_pass": "single pass", "sliding_window": "sliding window", "student": "SPAR student"}
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)
     probes = {}
     try:
-        with used_by_one(folder):
+        with file_lock(folder):
             for row, method in methods.items():
                 print(f"{method.name} (log: {folder}/log.txt) ...", flush=True)
                 probes[row] = train_probe(cfg, method, folder / row, args.resume)
@@ -77,6 +77,6 @@ def run(args: argparse.Namespace) -> None:
         "table.json": as_json(probe_summary(list(probes.values()), scores), indent=1),
     }
     for name, text in written.items():
-        with replacing(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(f"\n{printable(table)}\n\nTable, picture and probes are in {folder}.")

@@ -65,10 +65,10 @@ def parse_args() -> argparse.Namespace:
         choices=SHOWN,
         default=["overlay"],
         metavar="WHAT",
-        help='"overlay": classes over the photo, "pca": features as colours; with both they are side by side '
+        help='"overlay": classes over the photo, "pca": features as colors; with both they are side by side '
         "(default: overlay)",
     )
-    add("--alpha", type=float, default=0.55, help="opacity of the classes' colours, 0..1 (default: %(default)s)")
+    add("--alpha", type=float, default=0.55, help="opacity of the classes' colors, 0..1 (default: %(default)s)")
     add("--masks", action="store_true", help="also write class numbers, as NAME_mask.png or NAME_masks/000001.png ...")
     add("--json", action="store_true", help="also write the classes found and their areas, as NAME.json")
     add(

@@ -1,4 +1,4 @@
-"""The demo: distil a student in a small drawn world, compare it with its teacher, and draw what they see."""
+"""The demo: distill a student in a small drawn world, compare it with its teacher, and draw what they see."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
-from spar_d2.utils.io import replacing
-from spar_d2.visualization import draw_panels, shared_pca_colours
+from spar_d2.utils.io import atomic_write
+from spar_d2.visualization import draw_panels, shared_pca_colors
 
 SHOWN_SCENES = (4, 1, 10)
 VAL = "spar_scenes_val"
@@ -27,7 +27,7 @@ VAL = "spar_scenes_val"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--config-file", default=get_config_file("toy/distill.yaml"), help="what to distil and how")
+    parser.add_argument("--config-file", default=get_config_file("toy/distill.yaml"), help="what to distill and how")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for everything written")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
@@ -50,7 +50,7 @@ def main() -> None:
             raise SystemExit("stopped before the student was finished")
         results = [measure(cfg, VAL, method) for method in methods(cfg, student)]
         table = markdown_table(results, baseline=results[2])
-        with replacing(args.output / "table.md") as temporary:
+        with atomic_write(args.output / "table.md") as temporary:
             temporary.write_text(table + "\n")
         draw(cfg, [results[0].method, results[2].method, results[3].method], args.output / "pictures")
     print(f"\n{table}\n")
@@ -80,7 +80,7 @@ def methods(cfg: CfgNode, student: Path) -> list[Method]:
 def draw(cfg: CfgNode, shown: list[Method], folder: Path) -> None:
     """Write pictures of predictions and of features for a few scenes."""
     metadata = MetadataCatalog.get(VAL)
-    colours = np.asarray(metadata.stuff_colors, dtype=np.uint8)
+    colors = np.asarray(metadata.stuff_colors, dtype=np.uint8)
     records = [DatasetCatalog.get(VAL)[index] for index in SHOWN_SCENES]
     images = [detection_utils.read_image(record["file_name"], "RGB") for record in records]
     truths = [detection_utils.read_image(record["sem_seg_file_name"]) for record in records]
@@ -93,12 +93,12 @@ def draw(cfg: CfgNode, shown: list[Method], folder: Path) -> None:
     names = ["single pass", "teacher", "SPAR student"]
     legend = dict(zip(metadata.stuff_classes, metadata.stuff_colors))
     rows = [
-        [image, colours[truth], *(colours[predicted[i]] for predicted in labels)]
+        [image, colors[truth], *(colors[predicted[i]] for predicted in labels)]
         for i, (image, truth) in enumerate(zip(images, truths))
     ]
     draw_panels(rows, ["image", "ground truth", *names], folder / "predictions.png", legend)
     rows = [
-        [image, *(part.numpy() for part in shared_pca_colours([maps[i] for maps in features]))]
+        [image, *(part.numpy() for part in shared_pca_colors([maps[i] for maps in features]))]
         for i, image in enumerate(images)
     ]
     draw_panels(rows, ["image", *(f"{name}: features" for name in names)], folder / "features.png")

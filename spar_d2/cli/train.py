@@ -1,4 +1,4 @@
-"""Distil, train and evaluate: Detectron2's usual flags, with this project's config keys; LazyConfigs (*.py) too."""
+"""Distill, train and evaluate: Detectron2's usual flags, with this project's config keys; LazyConfigs (*.py) too."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from spar_d2.comparison.methods import Method, build_method, measure
 from spar_d2.comparison.progress import Progress
 from spar_d2.comparison.protocol import config_for
 from spar_d2.comparison.tables import Score
-from spar_d2.encoders.weights import fingerprint
+from spar_d2.encoders.weights import source_checksum
 from spar_d2.modeling.build import precision_from_config
 from spar_d2.utils.io import signature, write_json
 
@@ -47,7 +47,7 @@ def evaluate_methods(
     # One that is not there should not be found out after hours.
     contents = {name: _content(DatasetCatalog.get(name)[:limit]) for name in datasets}
     # The same weights are asked for again with every data set.
-    read_once = functools.cache(fingerprint)
+    read_once = functools.cache(source_checksum)
     kept = {score.identity: score for score in _read(folder / FINISHED)}
     scores = []
     for method in methods:

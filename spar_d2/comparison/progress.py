@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from spar_d2.evaluation import SemanticEvaluator
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Progress:
         if not now and time.monotonic() - self._written < self.period:
             return
         state = {"seconds": np.asarray(seconds), **evaluator.state_dict()}
-        with replacing(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             save_file(state, temporary, {"identity": self.identity})
         self._written = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""From a config to the photos that are distilled on, to labelled images, and to the images of tests."""
+"""From a config to the photos that are distilled on, to labeled images, and to the images of tests."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def build_photos(cfg: CfgNode, seed: int) -> PhotoDataset:
     elif cfg.DATASETS.TRAIN:
         dicts = cast(list, get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False))
     else:
-        raise ValueError("nothing to distil on: set SPAR.DATA.IMAGES to a folder of photos, or DATASETS.TRAIN")
+        raise ValueError("nothing to distill on: set SPAR.DATA.IMAGES to a folder of photos, or DATASETS.TRAIN")
     augmentations = build_augmentations(**{key.lower(): data[key] for key in _AUGMENTATION})
     logger.info("Distilling on %d images", len(dicts))
     # Detectron2's list keeps its dicts packed: processes share them, and millions fit.

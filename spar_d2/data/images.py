@@ -20,7 +20,7 @@ def read_rgb(source: str | os.PathLike | Image.Image) -> np.ndarray:
     EXIF rotation is applied, deep images are scaled to 8 bits, transparent ones are laid on white.
 
     Args:
-        source: a file or a PIL image; grey, RGB, RGBA, palette, CMYK, 16 or 32 bits, floats.
+        source: a file or a PIL image; gray, RGB, RGBA, palette, CMYK, 16 or 32 bits, floats.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -94,7 +94,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _shallow(image: Image.Image) -> Image.Image:
-    """Grey pixels of more than 8 bits, which Pillow would clip, scaled to 8.
+    """Gray pixels of more than 8 bits, which Pillow would clip, scaled to 8.
 
     Whole numbers span 16 bits, or 31 where they are larger. Floats span 0..1, or 0..255 or 16 bits likewise.
     """

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from spar_d2.demo.inputs import VIDEOS, Source, stem_of
 from spar_d2.utils.images import DAMAGE, open_image
-from spar_d2.utils.io import as_json, replacing, shortened
+from spar_d2.utils.io import as_json, atomic_write, shortened
 
 FLAG = "--output"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -180,7 +180,7 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
         ValueError: the format cannot hold it, as JPEG and WebP cannot hold very large pictures.
     """
     options: dict[str, Any] = {"compress_level": 4} if path.suffix.lower() == ".png" else {"quality": _QUALITY}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             Image.fromarray(pixels).save(temporary, **options)
         except (ValueError, OSError) as error:
@@ -190,23 +190,23 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
             raise ValueError(f"{FLAG}: {path} of {width}x{height} pixels cannot be written: {error}") from error
 
 
-def write_mask(labels: np.ndarray, colours: Sequence[tuple[int, int, int]], path: Path, source: str) -> None:
-    """Write (H, W) class numbers as a PNG: with the colours of up to 256 classes as its palette, or else in 16 bits.
+def write_mask(labels: np.ndarray, colors: Sequence[tuple[int, int, int]], path: Path, source: str) -> None:
+    """Write (H, W) class numbers as a PNG: with the colors of up to 256 classes as its palette, or else in 16 bits.
 
     The name of the file that they are of stands in it, see :func:`is_mask_of`.
     """
-    if len(colours) <= PALETTE_SIZE:
+    if len(colors) <= PALETTE_SIZE:
         mask = Image.fromarray(labels.astype(np.uint8))
-        mask.putpalette([int(value) for colour in colours for value in colour])
+        mask.putpalette([int(value) for color in colors for value in color])
     else:
         mask = Image.fromarray(labels.astype(np.uint16))
     text = PngInfo()
     text.add_text(_WRITTEN_OF, _name(source))
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         mask.save(temporary, pnginfo=text)
 
 
 def write_record(content: dict, path: Path) -> None:
     """Write JSON in UTF-8."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(as_json(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -13,10 +13,10 @@ from detectron2.modeling import build_model
 
 from spar_d2.checkpoint.checkpointer import Checkpointer
 from spar_d2.data.build import PANOPTIC_FPN
-from spar_d2.demo.predictor import Demo, Seen
+from spar_d2.demo.predictor import Demo, Prediction
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.utils.panoptic_numbers import separate_numbers
-from spar_d2.visualization import class_colours
+from spar_d2.visualization import class_colors
 
 # Class 0 is what the model left out; it is drawn as the photo.
 _REST = "background"
@@ -70,20 +70,20 @@ class PanopticDemo(Demo):
         }
         known = [(_REST, None), *stuff.values(), *things.values()]
         self.names = [name for name, _ in known]
-        own = class_colours(self.names)
-        self.colours = [own[place] if color is None else color for place, (_, color) in enumerate(known)]
+        own = class_colors(self.names)
+        self.colors = [own[place] if color is None else color for place, (_, color) in enumerate(known)]
         self.vocabulary = None
         self.model = build_model(cfg).eval()
         if weights or cfg.MODEL.WEIGHTS:
             Checkpointer(self.model).load(weights or cfg.MODEL.WEIGHTS)
 
-    def _run(self, x: torch.Tensor, size: tuple[int, int]) -> Seen:
+    def _run(self, x: torch.Tensor, size: tuple[int, int]) -> Prediction:
         ids, segments = self.model([{"image": x, "height": size[0], "width": size[1]}])[0]["panoptic_seg"]
         ids = ids.cpu().numpy()
         labels = np.zeros(ids.shape, dtype=np.int64)
         for segment in segments:
             labels[ids == segment["id"]] = self._places[segment["isthing"], segment["category_id"]]
-        return Seen(labels, None, size, segments=ids)
+        return Prediction(labels, None, size, segments=ids)
 
 
 def _named(

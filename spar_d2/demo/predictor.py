@@ -18,16 +18,16 @@ from detectron2.data import transforms as T
 from spar_d2.comparison.methods import Method, build_method
 from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
 from spar_d2.text import Vocabulary
-from spar_d2.visualization import class_colours, fit_pca_colours
+from spar_d2.visualization import class_colors, fit_pca_colors
 from spar_d2.visualization.overlay import draw_overlay
 
 SHOWN = ("overlay", "pca")
 EXAMPLE = '--vocabulary "cat, kitten; dog; sky"'
-Colouring = Callable[[torch.Tensor], torch.Tensor]
+Coloring = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Found:
+class ClassArea:
     """A class that was found in a picture; ``area`` is its share, 0..1."""
 
     number: int
@@ -37,7 +37,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Prediction:
     """What the model makes of a photo.
 
     Attributes:
@@ -99,7 +99,7 @@ class Demo:
             self.names = self.vocabulary.names
             # So that the first photo takes no longer than the others.
             self.model.embeddings(self.vocabulary)
-        self.colours = self._class_colors()
+        self.colors = self._class_colors()
 
     def _set_look(self, cfg: CfgNode, shown: Sequence[str], alpha: float) -> None:
         if not 0 <= alpha <= 1:
@@ -117,10 +117,10 @@ class Demo:
             known = MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).get("stuff_colors") or ()
             if len(known) == len(self.names):
                 return [tuple(color) for color in known]
-        return class_colours(self.names)
+        return class_colors(self.names)
 
     @torch.no_grad()
-    def see(self, image: np.ndarray) -> Seen:
+    def see(self, image: np.ndarray) -> Prediction:
         """Run the model.
 
         Args:
@@ -140,14 +140,14 @@ class Demo:
             raise ValueError(f"the GPU has too little memory for an image of {size} pixels; {remedy}") from error
         return dataclasses.replace(seen, seconds=time.perf_counter() - started)
 
-    def _run(self, x: torch.Tensor, size: tuple[int, int]) -> Seen:
+    def _run(self, x: torch.Tensor, size: tuple[int, int]) -> Prediction:
         labels = features = None
         if self.needs_labels:
             output = self._segmentor([{"image": x, "height": size[0], "width": size[1]}])[0]
             labels = output["sem_seg_labels"].cpu().numpy()
         if "pca" in self.shown:
             features = self.model.encode(x).float().cpu()
-        return Seen(labels, features, self._covered(features, x, size))
+        return Prediction(labels, features, self._covered(features, x, size))
 
     def _input(self, image: np.ndarray) -> torch.Tensor:
         """(3, H, W) uint8 in the config's order of channels, resized as in Detectron2's tests."""
@@ -169,30 +169,30 @@ class Demo:
         height, width = (max(math.ceil(cells * patch * own / given), own) for cells, given, own in sides)
         return height, width
 
-    def find(self, labels: np.ndarray) -> list[Found]:
+    def find(self, labels: np.ndarray) -> list[ClassArea]:
         """The classes in a picture, by area."""
         areas = np.bincount(labels.ravel(), minlength=len(self.names))
         found = sorted(np.flatnonzero(areas).tolist(), key=lambda number: -areas[number])
-        return [Found(k, self.names[k], int(areas[k]), float(areas[k] / labels.size)) for k in found]
+        return [ClassArea(k, self.names[k], int(areas[k]), float(areas[k] / labels.size)) for k in found]
 
     def record(self, labels: np.ndarray) -> dict:
         """What was found, for a JSON file."""
         classes = [
-            {"number": f.number, "name": f.name, "area": f.area, "pixels": f.pixels, "colour": self.colours[f.number]}
+            {"number": f.number, "name": f.name, "area": f.area, "pixels": f.pixels, "color": self.colors[f.number]}
             for f in self.find(labels)
         ]
         height, width = labels.shape
         return {"width": width, "height": height, "classes": classes, "vocabulary": self.words}
 
     def draw(
-        self, image: np.ndarray, seen: Seen, colouring: Colouring | None = None, listed: Sequence[int] | None = None
+        self, image: np.ndarray, seen: Prediction, coloring: Coloring | None = None, listed: Sequence[int] | None = None
     ) -> np.ndarray:
         """The picture to show.
 
         Args:
             image: (H, W, 3) uint8 RGB.
             seen: what :meth:`see` gave for it.
-            colouring: of features; default: fitted to these.
+            coloring: of features; default: fitted to these.
             listed: classes in the legend; default: those found.
 
         Returns:
@@ -200,12 +200,12 @@ class Demo:
         """
         parts = []
         if seen.features is not None:
-            colors = (colouring or fit_pca_colours([seen.features]))(seen.features)
+            colors = (coloring or fit_pca_colors([seen.features]))(seen.features)
             parts.append(self._enlarged(colors.numpy(), seen.covered, image.shape[:2]))
         if "overlay" not in self.shown:
             return parts[0]
         legend = listed is None or len(listed) > 0
-        look = (self.names, self.colours, self.alpha, legend, listed, parts, seen.segments)
+        look = (self.names, self.colors, self.alpha, legend, listed, parts, seen.segments)
         return draw_overlay(image, seen.needed_labels(), *look)
 
     @staticmethod

@@ -23,7 +23,7 @@ _SKIPPED_NAMED = 5
 
 
 @dataclass
-class Tally:
+class RunSummary:
     """What was done.
 
     Attributes:
@@ -54,7 +54,7 @@ class Tally:
         return "; ".join(parts)
 
 
-def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target]) -> Tally:
+def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target]) -> RunSummary:
     """Segment all inputs, write what was asked for, and print a few lines on each.
 
     Of several inputs, one that cannot be read is named and skipped.
@@ -68,7 +68,7 @@ def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target]) -> Tal
         ValueError, FileNotFoundError: the only input cannot be read.
         OSError: a result cannot be written.
     """
-    tally, many = Tally(), len(sources) > 1
+    tally, many = RunSummary(), len(sources) > 1
     jobs = list(zip(sources, targets))
     for source, target in tqdm(jobs, desc="segmenting", unit="file", disable=None if many else True, leave=False):
         try:
@@ -81,14 +81,14 @@ def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target]) -> Tal
     return tally
 
 
-def _photo(demo: Demo, source: Source, target: Target, tally: Tally) -> None:
+def _photo(demo: Demo, source: Source, target: Target, tally: RunSummary) -> None:
     image = read_photo(source.record)
     seen = demo.see(image)
     if target.masks or target.record:
         seen.needed_labels()
     write_picture(demo.draw(image, seen), target.picture)
     if target.masks:
-        write_mask(seen.needed_labels(), demo.colours, target.masks, source.path)
+        write_mask(seen.needed_labels(), demo.colors, target.masks, source.path)
     if target.record:
         write_record(demo.record(seen.needed_labels()), target.record)
     tally.photos.append(seen.seconds)
@@ -98,7 +98,7 @@ def _photo(demo: Demo, source: Source, target: Target, tally: Tally) -> None:
         _say_classes((found.name, found.area) for found in demo.find(seen.labels))
 
 
-def _video(demo: Demo, source: Source, target: Target, tally: Tally) -> None:
+def _video(demo: Demo, source: Source, target: Target, tally: RunSummary) -> None:
     seconds, areas = segment_video(demo, source.path, target)
     tally.frames += seconds
     tally.videos += 1

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from spar_d2.demo.outputs import Target, frame_masks, is_mask_of, write_mask, write_record
 from spar_d2.demo.predictor import Demo
-from spar_d2.utils.io import replacing
-from spar_d2.visualization import fit_pca_colours
+from spar_d2.utils.io import atomic_write
+from spar_d2.visualization import fit_pca_colors
 
 # Its readers print what they think of damaged files; here that is said in one line.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -136,23 +136,23 @@ def segment_video(demo: Demo, path: str, target: Target) -> tuple[list[float], l
     """
     video = Video.open(path)
     listed = range(len(demo.names)) if len(demo.names) <= _MOST_LISTED else ()
-    seconds, areas, colouring, size = [], [], None, (0, 0)
-    with replacing(target.picture) as temporary:
+    seconds, areas, coloring, size = [], [], None, (0, 0)
+    with atomic_write(target.picture) as temporary:
         writer = _Writer(temporary, video.rate)
         try:
             bar = tqdm(video.read(), desc=Path(path).name, total=video.frames or None, unit="frame", leave=False)
             for number, frame in enumerate(bar, start=1):
                 seen = demo.see(frame)
-                if seen.features is not None and colouring is None:
+                if seen.features is not None and coloring is None:
                     # One projection for the whole video, so that its colors do not flicker.
-                    colouring = fit_pca_colours([seen.features])
-                writer.write(demo.draw(frame, seen, colouring, listed))
+                    coloring = fit_pca_colors([seen.features])
+                writer.write(demo.draw(frame, seen, coloring, listed))
                 seconds.append(seen.seconds)
                 size = frame.shape[:2]
                 if seen.labels is not None or target.masks or target.record:
                     areas.append(_shares(demo, seen.needed_labels()))
                 if target.masks:
-                    write_mask(seen.needed_labels(), demo.colours, target.masks / f"{number:06d}.png", path)
+                    write_mask(seen.needed_labels(), demo.colors, target.masks / f"{number:06d}.png", path)
         finally:
             writer.close()
     if target.masks:
@@ -171,7 +171,7 @@ def _shares(demo: Demo, labels: np.ndarray) -> np.ndarray:
 
 def _record(demo: Demo, size: tuple[int, int], rate: float, areas: list[np.ndarray]) -> dict:
     found = [int(number) for number in np.flatnonzero(np.sum(areas, axis=0))]
-    classes = [{"number": number, "name": demo.names[number], "colour": demo.colours[number]} for number in found]
+    classes = [{"number": number, "name": demo.names[number], "color": demo.colors[number]} for number in found]
     frames = [{demo.names[n]: float(shares[n]) for n in found if shares[n]} for shares in areas]
     return {
         "width": size[1],

@@ -58,7 +58,7 @@ def check_caching(cfg: CfgNode) -> None:
 
 
 def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True) -> Filled:
-    """Compute and keep the targets of a share of the photos that a config distils on, those that are missing.
+    """Compute and keep the targets of a share of the photos that a config distills on, those that are missing.
 
     It can be stopped at any time, and started again.
 
@@ -139,7 +139,7 @@ def check_room(photos: PhotoDataset, cache: TargetCache, stop: bool = False) -> 
             f"{RESERVE / 2**30:.0f} GiB are left free, but there are {free / 2**30:.1f} GiB"
         )
         if stop:
-            raise RuntimeError(f"{message}. Choose another folder, or distil with SPAR.TEACHER.WINDOWS_PER_IMAGE 16")
+            raise RuntimeError(f"{message}. Choose another folder, or distill with SPAR.TEACHER.WINDOWS_PER_IMAGE 16")
         logger.warning("%s: images that do not fit will be encoded in every epoch", message)
 
 

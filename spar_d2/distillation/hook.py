@@ -21,7 +21,7 @@ from spar_d2.encoders import DenseEncoder, find_encoder
 from spar_d2.modeling.build import teacher_from_config
 from spar_d2.teacher import SampledTarget, SlidingWindowTeacher, TargetCache
 from spar_d2.teacher.cache import LookedUp, TargetLookUp
-from spar_d2.teacher.identity import image_identity
+from spar_d2.teacher.keys import image_key
 
 LOSS_NAME = "loss_distill"
 AVERAGES = ("image", "cell")
@@ -265,7 +265,7 @@ class DistillationHook(HookBase):
             return None
         if self._looks_up is None:
             # Once: a model may do more to images than to normalize them.
-            self._looks_up = image_identity(one.image, self.teacher.encoder) == found.key
+            self._looks_up = image_key(one.image, self.teacher.encoder) == found.key
         return found if self._looks_up else None
 
     def _planned(self, one: EncodedImage) -> int:

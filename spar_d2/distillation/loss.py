@@ -12,7 +12,7 @@ def distillation_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tens
     """Mean squared difference over all elements (SPAR, the training objective).
 
     Args:
-        student, target: (B, D, h, w), not normalised; computed in float32 whatever their types.
+        student, target: (B, D, h, w), not normalized; computed in float32 whatever their types.
 
     Raises:
         ValueError: shapes differ.

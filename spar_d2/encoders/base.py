@@ -152,10 +152,10 @@ class DenseEncoder(nn.Module, ABC):
             self._cast_blocks = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Dense features of the last layer, in the space of the text vectors where there are some, not normalised.
+        """Dense features of the last layer, in the space of the text vectors where there are some, not normalized.
 
         Args:
-            x: (B, 3, H, W) of any floating-point type, RGB, normalised with ``pixel_mean`` and ``pixel_std``; any
+            x: (B, 3, H, W) of any floating-point type, RGB, normalized with ``pixel_mean`` and ``pixel_std``; any
                 H, W >= 1. The right and bottom are padded with zeros to whole patches.
 
         Returns:

@@ -12,7 +12,7 @@ from spar_d2.encoders.origin import Origin, add_origin
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, Tensors, build, build_text, find_family
 from spar_d2.encoders.settling import guesses, origin_of, settled
 from spar_d2.encoders.weights import OPTIONAL_KEYS, read_state_dict, write_safetensors
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import atomic_write
 
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 
@@ -97,7 +97,7 @@ def write_weights(tensors: dict[str, torch.Tensor], path: str | os.PathLike, ori
     if Path(path).suffix == ".safetensors":
         write_safetensors(tensors, path, origin)
         return
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
         add_origin(temporary, origin)
 

@@ -140,7 +140,7 @@ def _checked(visual: nn.Module) -> Eva:
             f"DINOv3Encoder takes a DINOv3 ViT of timm (vit_*_patch16_dinov3*), got {type(visual).__name__}"
         )
     reasons = {
-        "a learnt position table": visual.pos_embed is not None,
+        "a learned position table": visual.pos_embed is not None,
         "no rotary positions": visual.rope is None,
         "rotations that differ between blocks": visual.rope_mixed,
         "rotations other than DINOv3's": not getattr(visual.rope, "rotate_half", False),

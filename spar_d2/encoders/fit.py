@@ -73,7 +73,7 @@ def check_values(
 
 def _what_is_wrong(own: torch.Tensor, tensor: torch.Tensor) -> str:
     if tensor.is_quantized:
-        return f"is quantised ({tensor.dtype})"
+        return f"is quantized ({tensor.dtype})"
     if tensor.layout is not torch.strided or tensor.is_nested:
         return f"is sparse or nested ({tensor.layout})"
     if tensor.is_meta:

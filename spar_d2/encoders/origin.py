@@ -77,7 +77,7 @@ class Origin:
 
 
 def check_triple(value: Sequence[float], what: str, above: float = -math.inf) -> Triple:
-    """Three finite floats for the colours of pixels in 0..1.
+    """Three finite floats for the colors of pixels in 0..1.
 
     Args:
         value: the numbers.

@@ -1,4 +1,4 @@
-"""Resampling of learnt position tables to any grid."""
+"""Resampling of learned position tables to any grid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def resample_positions(
 
     Args:
         table: (native_h * native_w, C), in raster order.
-        native: (native_h, native_w), the grid that the table was learnt on.
+        native: (native_h, native_w), the grid that the table was learned on.
         grid: (h, w), the grid wanted.
         margin: cells by which the grid is taken to be larger than it is when sampling positions are computed.
         raster_if_same_count: return the table unchanged also where only the number of cells is equal.

@@ -18,7 +18,7 @@ PART_KEY = "MODEL.SPAR.PRETRAINED_PART"
 _PLAIN = ("state_dict", "model", "model_state_dict", "model_state", "module")
 _PARTS = (*_PLAIN, "state_dict_ema", "ema_state_dict", "model_ema", "ema", "teacher", "student")
 # Where this project's checkpoints keep the moving averages of weights.
-_AVERAGES = ("trainer", "hooks", "WeightAverage", "averages")
+_AVERAGES = ("trainer", "hooks", "ModelEma", "averages")
 # What torch.compile and PyTorch's wrappers put into keys, at any place.
 _WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # What distributed training puts before keys.

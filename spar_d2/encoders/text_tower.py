@@ -30,7 +30,7 @@ class TextTower(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
-        """Encode texts to (n, D) float32, not normalised, on the device of the model.
+        """Encode texts to (n, D) float32, not normalized, on the device of the model.
 
         It computes in float32 also within ``torch.autocast``: vectors are kept on disk for others.
         """

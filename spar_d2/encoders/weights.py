@@ -16,7 +16,7 @@ from spar_d2.encoders.messages import KEY, first_line
 from spar_d2.encoders.origin import ENTRY, Origin
 from spar_d2.encoders.state_dicts import take_state_dict
 from spar_d2.encoders.weight_files import files_of, read_checkpoint
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import atomic_write
 
 # Without them a contrastive model still encodes; files differ in whether they have them.
 OPTIONAL_KEYS = {"logit_scale", "logit_bias"}
@@ -62,12 +62,12 @@ def write_safetensors(
     """Write tensors, and where they are from, to a safetensors file that either is complete or is not there."""
     # A single entry: safetensors writes several in any order, and equal runs would give different files.
     metadata = {ENTRY: origin.text()} if origin else None
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, temporary, metadata)
 
 
-def fingerprint(source: str) -> str:
+def source_checksum(source: str) -> str:
     """Text that changes with what it stands for: a file's SHA-256, with its shards, or else a name or tag itself."""
     if not Path(source).is_file():
         return source

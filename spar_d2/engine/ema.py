@@ -10,7 +10,7 @@ from detectron2.engine import HookBase
 from torch import nn
 
 
-class WeightAverage(HookBase):
+class ModelEma(HookBase):
     """Keeps an exponential moving average of the trained weights, which is saved with checkpoints.
 
     Args:

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.teacher import SlidingWindowTeacher
-from spar_d2.visualization import draw_panels, shared_pca_colours
+from spar_d2.visualization import draw_panels, shared_pca_colors
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class FeaturePictures(HookBase):
         x = self.model.encoder_input(loaded)
         target = self._target = self.teacher(x)[0].cpu() if self._target is None else self._target
         features = self.model.backbone.encoder(x)[0]
-        colors = [part.numpy() for part in shared_pca_colours([target, features.cpu()])]
+        colors = [part.numpy() for part in shared_pca_colors([target, features.cpu()])]
         image = loaded.numpy().transpose(1, 2, 0)
         row = [image[..., ::-1] if self.channels == "BGR" else image, *colors]
         path = os.path.join(self.folder, f"iter_{self.trainer.iter:07d}.png")

@@ -22,7 +22,7 @@ from spar_d2.engine.hooks import PatientWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.setup import clean_start
 from spar_d2.engine.solver import count_parameters
-from spar_d2.engine.train_step import Step
+from spar_d2.engine.train_step import TrainStep
 from spar_d2.utils.errors import make_logs_printable, short_tracebacks
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> dict | None:
     return None
 
 
-def _trainer(cfg: DictConfig, model: nn.Module, resume: bool) -> tuple[Step, int]:
+def _trainer(cfg: DictConfig, model: nn.Module, resume: bool) -> tuple[TrainStep, int]:
     """What trains, and the iteration that it begins at."""
     train = cfg.train
     cfg.optimizer.params.model = model
@@ -98,7 +98,7 @@ def _trainer(cfg: DictConfig, model: nn.Module, resume: bool) -> tuple[Step, int
         logger.warning("train.amp.enabled: without a GPU it would only be slower, so training is in float32")
     precision = torch.float16 if train.amp.enabled and gpu else None
     loader = instantiate(cfg.dataloader.train)
-    trainer = Step(model, loader, optimizer, precision=precision, scale=precision is torch.float16)
+    trainer = TrainStep(model, loader, optimizer, precision=precision, scale=precision is torch.float16)
     checkpointer = Checkpointer(model, train.output_dir, trainer=trainer)
     main = comm.is_main_process()
     kept = {"max_to_keep": train.checkpointer.max_to_keep}

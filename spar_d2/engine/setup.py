@@ -26,7 +26,7 @@ from fvcore.common.config import BASE_KEY
 
 from spar_d2.utils.errors import make_logs_printable
 from spar_d2.utils.images import check_sides
-from spar_d2.utils.io import LOCK, mark_in_use, replacing, used_by_one
+from spar_d2.utils.io import LOCK, atomic_write, file_lock, mark_in_use
 
 # Of one file; Detectron2's largest has some hundreds.
 _MOST_VALUES = 100_000
@@ -225,7 +225,7 @@ def clean_start(output_dir: str, trains: bool = True) -> Iterator[None]:
         return
     folder = Path(output_dir).absolute()
     if trains and (folder / LOCK).exists():
-        with used_by_one(folder):
+        with file_lock(folder):
             pass
     made = _make_folders(folder)
     config = folder / "config.yaml"
@@ -239,7 +239,7 @@ def clean_start(output_dir: str, trains: bool = True) -> Iterator[None]:
             for name in os.listdir(folder):
                 (folder / name).unlink()
         if earlier is not None:
-            with replacing(config) as temporary:
+            with atomic_write(config) as temporary:
                 temporary.write_bytes(earlier)
         with contextlib.suppress(OSError):  # not empty: somebody else uses it
             for path in made:

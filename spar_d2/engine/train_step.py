@@ -19,7 +19,7 @@ from spar_d2.distillation.match_inputs import name_of
 from spar_d2.distillation.readings import Readings
 
 
-class Step(SimpleTrainer):
+class TrainStep(SimpleTrainer):
     """Detectron2's training step with gradient accumulation and mixed precision, on a GPU or a CPU.
 
     On a GPU it waits once a step, to see that losses and gradients are finite; losses are written many steps at once.

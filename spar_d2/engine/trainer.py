@@ -35,18 +35,18 @@ from spar_d2.encoders import DenseEncoder, find_encoder
 from spar_d2.encoders.origin import Origin
 from spar_d2.engine import resumption
 from spar_d2.engine.checks import check_config, check_sides, mixed_precision
-from spar_d2.engine.ema import WeightAverage
+from spar_d2.engine.ema import ModelEma
 from spar_d2.engine.feature_pictures import FeaturePictures
 from spar_d2.engine.hooks import AfterBackward, DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.solver import build_optimizer, count_parameters
-from spar_d2.engine.train_step import Step
+from spar_d2.engine.train_step import TrainStep
 from spar_d2.evaluation import FeatureEvaluator, PanopticEvaluator, SemanticEvaluator
 from spar_d2.modeling.build import encoder_spec
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
 from spar_d2.utils.errors import short_tracebacks
-from spar_d2.utils.io import remove_leftovers, used_by_one
+from spar_d2.utils.io import file_lock, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ STUDENT_FILE = "student.safetensors"
 class Trainer(DefaultTrainer):
     """Trains and tests what a config describes.
 
-    With ``SPAR.DISTILL.ENABLED`` it distils on photos (``SPAR.DATA``) and writes the student to ``OUTPUT_DIR``;
+    With ``SPAR.DISTILL.ENABLED`` it distills on photos (``SPAR.DATA``) and writes the student to ``OUTPUT_DIR``;
     without, it trains like Detectron2's own trainer, with this project's optimizer and step.
 
     A run that is stopped at any moment and resumed goes on as if it had not been: every step's random numbers and
@@ -91,7 +91,7 @@ class Trainer(DefaultTrainer):
             check_sides(cfg, find_encoder(model).patch_size)
         devices: dict[str, Any] = {} if next(model.parameters()).is_cuda else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
-        self._trainer = Step(model, loader, optimizer, cfg.SPAR.ACCUMULATION_STEPS, *mixed_precision(cfg))
+        self._trainer = TrainStep(model, loader, optimizer, cfg.SPAR.ACCUMULATION_STEPS, *mixed_precision(cfg))
         self._trainer.max_iter = self.max_iter
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
@@ -101,15 +101,15 @@ class Trainer(DefaultTrainer):
         self._set_seed(cfg.SEED if cfg.SEED >= 0 else cast(int, comm.shared_random_seed()))
 
     def build_hooks(self) -> list[HookBase | None]:
-        cfg, distil = self.cfg, self.cfg.SPAR.DISTILL.ENABLED
-        if distil and not cfg.MODEL.SPAR.PRETRAINED:
+        cfg, distill = self.cfg, self.cfg.SPAR.DISTILL.ENABLED
+        if distill and not cfg.MODEL.SPAR.PRETRAINED:
             logger.warning("MODEL.SPAR.PRETRAINED is empty: the teacher has random weights, which teach nothing of use")
-        self._distillation: DistillationHook | None = cast(Any, DistillationHook)(cfg) if distil else None
+        self._distillation: DistillationHook | None = cast(Any, DistillationHook)(cfg) if distill else None
         if self._distillation:
             encoder, teacher = find_encoder(self._module), self._distillation.teacher
             origin = encoder.origin or Origin()
             encoder.origin = dataclasses.replace(origin, window=teacher.window, stride=teacher.stride)
-        average = WeightAverage(self._module, cfg.SPAR.EMA_DECAY) if cfg.SPAR.EMA_DECAY else None
+        average = ModelEma(self._module, cfg.SPAR.EMA_DECAY) if cfg.SPAR.EMA_DECAY else None
         applied = average.applied if average else contextlib.nullcontext
 
         def evaluate() -> dict:
@@ -126,7 +126,7 @@ class Trainer(DefaultTrainer):
         theirs = [replaced[type(hook)]() if type(hook) in replaced else hook for hook in super().build_hooks()]
         # The student is written before the evaluation at the end, which may fail.
         student = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
-        writer = StudentWriter(encoder_spec(cfg), student, applied) if distil else None
+        writer = StudentWriter(encoder_spec(cfg), student, applied) if distill else None
         # Last, so that all other hooks have finished the step when it stops.
         ending = [ProgressBar(), StopOnInterrupt(self.checkpointer)]
         return [StepSeed(self), self._distillation, average, writer, self._pictures(), *theirs, *ending]
@@ -192,7 +192,7 @@ class Trainer(DefaultTrainer):
         logger.info("Output goes to %s", os.path.abspath(self.cfg.OUTPUT_DIR))
         self.data_loader.start_at(self.start_iter)
         try:
-            alone = used_by_one(self.cfg.OUTPUT_DIR) if comm.is_main_process() else contextlib.nullcontext()
+            alone = file_lock(self.cfg.OUTPUT_DIR) if comm.is_main_process() else contextlib.nullcontext()
             with short_tracebacks("detectron2.engine.train_loop"), alone:
                 if self.start_iter < self.max_iter:
                     self.data_loader = self.prepare_loader(self.data_loader)

@@ -35,7 +35,7 @@ class DenseInference:
 
     def encoder_input(self, image: torch.Tensor) -> torch.Tensor:
         """What the encoder is given for an image: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (1, 3, H, W)."""
-        return self.backbone.convert(self._normalise(image)[None])
+        return self.backbone.convert(self._normalize(image)[None])
 
     def dense_maps(self, x: torch.Tensor) -> torch.Tensor:
         """What is read: images (B, 3, H, W) as the encoder takes them to (B, D, ceil(H / p), ceil(W / p))."""
@@ -43,7 +43,7 @@ class DenseInference:
             return self.backbone.encoder(x)
         return sliding_window_features(self.backbone.encoder, x, *self.windows)
 
-    def _normalise(self, image: torch.Tensor) -> torch.Tensor:
+    def _normalize(self, image: torch.Tensor) -> torch.Tensor:
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f'"image" must be (3, H, W), in the order of INPUT.FORMAT; got {tuple(image.shape)}')
         # As they are, usually one byte a value: cast on the device, and without waiting where memory is pinned.

@@ -151,7 +151,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
             RuntimeError: training without a distillation hook, or inference without a vocabulary.
             ValueError: an image of another shape.
         """
-        images = [self._normalise(inputs["image"]) for inputs in batched_inputs]
+        images = [self._normalize(inputs["image"]) for inputs in batched_inputs]
         if not self.training:
             batched_inputs = [with_vocabulary(inputs) for inputs in batched_inputs]
             if self.output != "features":
@@ -183,7 +183,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
             mirrored: for each view whether it shows the mirror image.
             size: (H, W) of the result.
         """
-        dense = self._encode([self._normalise(view["image"]) for view in views])
+        dense = self._encode([self._normalize(view["image"]) for view in views])
         return [self._score_map(*arguments) for arguments in zip(views, dense, [size] * len(views), mirrored)]
 
     @torch.no_grad()
@@ -209,7 +209,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Dense features as inference uses them: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (D, h, w)."""
-        return self._encode([self._normalise(image)])[0]
+        return self._encode([self._normalize(image)])[0]
 
     @torch.no_grad()
     def _encode(self, images: list[torch.Tensor]) -> list[torch.Tensor]:

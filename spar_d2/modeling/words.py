@@ -7,7 +7,7 @@ import functools
 from spar_d2.encoders import EncoderSpec, TextTower
 from spar_d2.encoders.registry import build_text, find_family
 from spar_d2.encoders.settling import settled
-from spar_d2.encoders.weights import fingerprint
+from spar_d2.encoders.weights import source_checksum
 from spar_d2.text import TextEmbeddings, load_templates
 
 
@@ -40,4 +40,4 @@ def _identity(spec: EncoderSpec) -> str:
     taken = settled(spec, family).quick_gelu
     activation = "" if taken == usual else f" quick_gelu={taken}"
     part = f" {spec.pretrained_part}" if spec.pretrained_part else ""
-    return f"{fingerprint(spec.name)} {fingerprint(spec.pretrained)}{activation}{part}"
+    return f"{source_checksum(spec.name)} {source_checksum(spec.pretrained)}{activation}{part}"

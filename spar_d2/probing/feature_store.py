@@ -1,4 +1,4 @@
-"""Features of labelled images on disk, which a linear probe is trained on."""
+"""Features of labeled images on disk, which a linear probe is trained on."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from spar_d2.data.semantic_mapper import transformed_labels
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.teacher import TargetCache
-from spar_d2.teacher.identity import tensor_identity
+from spar_d2.teacher.keys import tensor_checksum
 from spar_d2.utils.images import read_labels
-from spar_d2.utils.io import replacing, signature
+from spar_d2.utils.io import atomic_write, signature
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class FeatureStore(TargetCache):
     def write_index(self) -> None:
         """Remember it beyond this process; without, images are only read again, not encoded."""
         try:
-            with replacing(self._index_file) as temporary:
+            with atomic_write(self._index_file) as temporary:
                 temporary.write_text(json.dumps(self._index), encoding="utf-8")
         except OSError as error:
             logger.warning("%s cannot be written: %s", self._index_file, error)
@@ -170,7 +170,7 @@ def read_features(path: str | os.PathLike) -> torch.Tensor:
             stored, checksum = file.get_tensor(name), (file.metadata() or {}).get("checksum")
     except (OSError, SafetensorError, ValueError) as error:
         raise RuntimeError(f"{_again(path)}: {error}") from error
-    if tensor_identity(stored) != checksum:
+    if tensor_checksum(stored) != checksum:
         raise RuntimeError(f"{_again(path)}: its checksum is another")
     return stored[0]
 

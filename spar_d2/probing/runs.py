@@ -24,7 +24,7 @@ from spar_d2.comparison.tables import Score
 from spar_d2.data.images import read_rgb
 from spar_d2.data.semantic_mapper import ImageMapper
 from spar_d2.encoders.trainable import parameter_counts
-from spar_d2.encoders.weights import fingerprint
+from spar_d2.encoders.weights import source_checksum
 from spar_d2.engine.interrupt import Interrupted
 from spar_d2.modeling.build import precision_from_config
 from spar_d2.modeling.linear_probe import check_classes
@@ -220,7 +220,7 @@ def _identity(cfg: CfgNode) -> str:
     own = cfg.clone()
     own.defrost()
     spar = own.MODEL.SPAR
-    read = functools.cache(fingerprint)
+    read = functools.cache(source_checksum)
     sources = (own.MODEL.WEIGHTS, spar.ENCODER, spar.PRETRAINED, spar.DINOV3_BACKBONE)
     weights = [read(source) for source in sources]
     spar.PRECISION = precision_from_config(own)

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spar_d2.teacher.identity import Teacher, image_identity, pixel_identity, teacher_identity, tensor_identity
-from spar_d2.utils.io import remove_leftovers, replacing
+from spar_d2.teacher.keys import Teacher, image_key, pixel_checksum, teacher_key, tensor_checksum
+from spar_d2.utils.io import atomic_write, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class TargetCache:
 
     def __init__(self, folder: str | os.PathLike, teacher: Teacher) -> None:
         self.teacher = teacher
-        self.identity = teacher_identity(teacher)
+        self.identity = teacher_key(teacher)
         self.folder = Path(folder) / self.identity
         self.hits = self.misses = 0
         self.writable = True
@@ -79,7 +79,7 @@ class TargetCache:
 
     def path(self, image: torch.Tensor) -> Path:
         """Where the target of an image (3, H, W), as the encoder takes it, is kept."""
-        return _entry(self.folder, image_identity(image, self.teacher.encoder))
+        return _entry(self.folder, image_key(image, self.teacher.encoder))
 
     def look_up(self) -> TargetLookUp:
         """What finds targets ahead of training, in the processes that read images."""
@@ -111,13 +111,13 @@ class TargetCache:
         return kept.float()
 
     def _store(self, path: Path, stored: torch.Tensor) -> None:
-        metadata = {"teacher": self.identity, "checksum": tensor_identity(stored)}
+        metadata = {"teacher": self.identity, "checksum": tensor_checksum(stored)}
         try:
             free = shutil.disk_usage(self.folder).free
             if free - stored.nbytes < RESERVE:
                 self._stop_writing(f"{free / 2**30:.1f} GiB are free on its disk, {RESERVE / 2**30:.0f} are left so")
                 return
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 save_file({_NAME: stored}, temporary, metadata)
         except (OSError, SafetensorError) as error:
             self._stop_writing(str(error))
@@ -155,7 +155,7 @@ class TargetLookUp:
 
     def __call__(self, pixels: torch.Tensor) -> dict[str, LookedUp]:
         """From pixels (3, H, W) uint8 in RGB to an entry of the image's dict."""
-        key = pixel_identity(pixels)
+        key = pixel_checksum(pixels)
         return {self.NAME: LookedUp(key, load_target(_entry(self._folder, key), self._identity))}
 
 
@@ -173,7 +173,7 @@ def load_target(path: Path, identity: str) -> torch.Tensor | None:
     except (OSError, SafetensorError) as error:
         logger.warning("Cached target %s cannot be read and is computed again: %s", path, error)
         return None
-    if metadata != {"teacher": identity, "checksum": tensor_identity(target)}:
+    if metadata != {"teacher": identity, "checksum": tensor_checksum(target)}:
         logger.warning("Cached target %s is damaged and is computed again", path)
         return None
     return target

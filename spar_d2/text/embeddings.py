@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from spar_d2.text.vocabulary import Vocabulary
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def _read(file: Path, words: int) -> torch.Tensor | None:
 
 def _write(file: Path, vectors: torch.Tensor) -> None:
     try:
-        with replacing(file) as temporary:
+        with atomic_write(file) as temporary:
             save_file({"text": vectors}, temporary)
     except OSError as error:
         logger.warning("Text vectors could not be stored in %s (%s); going on without.", file.parent, error)

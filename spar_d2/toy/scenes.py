@@ -1,6 +1,6 @@
 """Procedurally drawn scenes with exact labels: a small world in which everything can be tried without downloads.
 
-Grounds are textures, objects are filled shapes. Every class has its own hue with some spread, so that both colour and
+Grounds are textures, objects are filled shapes. Every class has its own hue with some spread, so that both color and
 form carry information. A scene is drawn at its own size, never enlarged: a larger scene shows more objects, not
 bigger ones.
 """
@@ -108,16 +108,16 @@ def large_scene(seed: int, index: int) -> Scene:
     return draw_scene(np.random.default_rng([seed, index]), height, width, (13, 20), (9, 44), (2, 5))
 
 
-def class_colours() -> list[list[int]]:
-    """An RGB colour, 0..255, for every class, of its middle hue: for legends and label pictures."""
+def class_colors() -> list[list[int]]:
+    """An RGB color, 0..255, for every class, of its middle hue: for legends and label pictures."""
     hues = [_HUE_SLOTS[name] / len(SCENE_CLASSES) for name in SCENE_CLASSES]
     # Grounds pale, objects strong, so that the two can be told apart.
     tones = [(0.35, 0.75)] * len(GROUNDS) + [(0.9, 0.9)] * len(OBJECTS)
     return [[round(255 * part) for part in colorsys.hsv_to_rgb(hue, *tone)] for hue, tone in zip(hues, tones)]
 
 
-def _colour(rng: np.random.Generator, name: str) -> np.ndarray:
-    """A random colour of the class, (3,) float32 in 0..255."""
+def _color(rng: np.random.Generator, name: str) -> np.ndarray:
+    """A random color of the class, (3,) float32 in 0..255."""
     hue = _HUE_SLOTS[name] / len(SCENE_CLASSES) + rng.uniform(-_HUE_SPREAD, _HUE_SPREAD)
     saturation, value = rng.uniform(0.45, 0.95), rng.uniform(0.5, 0.95)
     return np.asarray(colorsys.hsv_to_rgb(hue % 1.0, saturation, value), dtype=np.float32) * 255
@@ -130,7 +130,7 @@ def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float
 
 
 def _ground_texture(rng: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
-    """(height, width) float32 brightness offsets in grey levels."""
+    """(height, width) float32 brightness offsets in gray levels."""
     ys, xs = np.mgrid[:height, :width].astype(np.float32)
     if name == "grass":  # short upright blades
         return 26 * cv2.resize(rng.standard_normal((height // 5 + 2, width)).astype(np.float32), (width, height))
@@ -160,7 +160,7 @@ def _draw_grounds(rng: np.random.Generator, height: int, width: int, regions: in
     labels = np.empty((height, width), dtype=np.uint8)
     for region, name in enumerate(names):
         inside = owner == region
-        filled = _colour(rng, name) + _ground_texture(rng, name, height, width)[..., None]
+        filled = _color(rng, name) + _ground_texture(rng, name, height, width)[..., None]
         image[inside] = filled[inside]
         labels[inside] = SCENE_CLASSES.index(name)
     return image, labels
@@ -235,8 +235,8 @@ def _draw_object(
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     shape = [polygon * (aspect**0.5, aspect**-0.5) * radius @ rotation for polygon in _outline(name)]
     for _ in range(_PLACEMENT_TRIES):
-        centre = rng.uniform((0, 0), (width, height))
-        alpha = _coverage([polygon + centre for polygon in shape], height, width)
+        center = rng.uniform((0, 0), (width, height))
+        alpha = _coverage([polygon + center for polygon in shape], height, width)
         inside = alpha >= 0.5
         if inside.any() and (owner[inside] > 0).mean() <= _MAX_OVERLAP:
             break
@@ -244,7 +244,7 @@ def _draw_object(
         return
     y0, y1, x0, x1 = _bounding_box(alpha > 0)
     alpha = alpha[y0:y1, x0:x1, None]
-    filled = _colour(rng, name) + _object_pattern(rng, y1 - y0, x1 - x0)[..., None]
+    filled = _color(rng, name) + _object_pattern(rng, y1 - y0, x1 - x0)[..., None]
     image[y0:y1, x0:x1] = alpha * filled + (1 - alpha) * image[y0:y1, x0:x1]
     labels[inside] = SCENE_CLASSES.index(name)
     owner[inside] = number

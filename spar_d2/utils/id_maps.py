@@ -1,4 +1,4 @@
-"""Maps of segments' ids: as the colours of a picture in COCO's panoptic form, by runs, and as places in a list."""
+"""Maps of segments' ids: as the colors of a picture in COCO's panoptic form, by runs, and as places in a list."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# A picture has one colour for each: id = R + 256 G + 65536 B.
+# A picture has one color for each: id = R + 256 G + 65536 B.
 IDS = 256**3
 
 
-def as_colours(ids: np.ndarray) -> np.ndarray:
-    """Ids of segments as colours.
+def as_colors(ids: np.ndarray) -> np.ndarray:
+    """Ids of segments as colors.
 
     Args:
         ids: (H, W) integers, 0 to ``IDS`` - 1.
@@ -19,8 +19,8 @@ def as_colours(ids: np.ndarray) -> np.ndarray:
     Returns:
         (H, W, 3) uint8, with id = R + 256 G + 65536 B.
     """
-    colours = np.ascontiguousarray(ids, "<u4").view(np.uint8).reshape(*ids.shape, 4)
-    return np.ascontiguousarray(colours[..., :3])
+    colors = np.ascontiguousarray(ids, "<u4").view(np.uint8).reshape(*ids.shape, 4)
+    return np.ascontiguousarray(colors[..., :3])
 
 
 def runs(*maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

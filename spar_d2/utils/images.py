@@ -109,20 +109,20 @@ def read_ids(path: str | os.PathLike) -> np.ndarray:
     """Read a panoptic PNG.
 
     Args:
-        path: RGB; RGBA and palettes count by their colours.
+        path: RGB; RGBA and palettes count by their colors.
 
     Returns:
         (H, W) uint32, R + 256 G + 65536 B.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged, or no PNG, or grey.
+        ValueError: it is damaged, or no PNG, or gray.
     """
     try:
         with open_image(path, ["PNG"]) as image:
             mode = image.mode
             if mode in ("RGBA", "P"):
-                # By way of RGBA, for a palette may have transparent colours.
+                # By way of RGBA, for a palette may have transparent colors.
                 image = image.convert("RGBA").convert("RGB")
             ids = _ids_in(image) if image.mode == "RGB" else None
     except FileNotFoundError as error:
@@ -135,7 +135,7 @@ def read_ids(path: str | os.PathLike) -> np.ndarray:
 
 
 def _ids_in(picture: Image.Image) -> np.ndarray:
-    """The ids that the colours of an RGB picture are: (H, W) uint32."""
+    """The ids that the colors of an RGB picture are: (H, W) uint32."""
     # Pillow has four bytes to a pixel, too: the quickest way out.
     packed = picture.tobytes("raw", "RGBX")
     return np.frombuffer(packed, "<u4").reshape(picture.size[::-1]) & np.uint32(0xFFFFFF)

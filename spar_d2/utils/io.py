@@ -39,7 +39,7 @@ def signature(path: str | os.PathLike) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name to write to; what is there takes the place of ``path`` when the block ends well.
 
     The folder is made if needed. When the block fails, nothing is left and ``path`` is as it was. Several processes may
@@ -149,7 +149,7 @@ def shortened(name: str, most: int) -> str:
 
 def write_json(content: object, path: str | os.PathLike, **options: Any) -> None:
     """Write :func:`as_json` in UTF-8; readers see all of it or nothing."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(as_json(content, **options), encoding="utf-8")
 
 
@@ -185,7 +185,7 @@ def check_not_read(output: str | os.PathLike, inputs: Mapping[str, str | os.Path
 
 
 @contextlib.contextmanager
-def used_by_one(folder: str | os.PathLike) -> Iterator[None]:
+def file_lock(folder: str | os.PathLike) -> Iterator[None]:
     """Within it, no other process can enter it for the same folder; where locks are not supported, any can.
 
     Raises:

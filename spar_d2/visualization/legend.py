@@ -17,11 +17,11 @@ _WIDEST_SHARE = "100.0%"
 
 @dataclass(frozen=True)
 class Entry:
-    """A class in a legend, its share of the picture as text; what sums up several has no colour."""
+    """A class in a legend, its share of the picture as text; what sums up several has no color."""
 
     name: str
     share: str
-    colour: tuple[int, int, int] | None
+    color: tuple[int, int, int] | None
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Legend:
     Attributes:
         entries: with names as long as there is room for.
         places: left and top of each entry.
-        patch: side of a colour patch.
+        patch: side of a color patch.
         name_at, share_ends_at: offsets of the two texts from an entry's left.
         line: height of an entry.
         width, height: of the whole.
@@ -55,17 +55,17 @@ def percent(share: float) -> str:
 
 
 def list_classes(
-    shares: Sequence[float], names: Sequence[str], colours: Sequence[tuple[int, int, int]], listed: Sequence[int]
+    shares: Sequence[float], names: Sequence[str], colors: Sequence[tuple[int, int, int]], listed: Sequence[int]
 ) -> list[Entry]:
     """Entries of a legend.
 
     Args:
         shares: of the picture, 0..1, for every class.
-        names, colours: of every class.
+        names, colors: of every class.
         listed: numbers of the classes to list, in this order; of very many the last are summed up.
     """
     shown = listed if len(listed) <= _MOST_ENTRIES else listed[: _MOST_ENTRIES - 1]
-    entries = [Entry(names[number], percent(shares[number]), colours[number]) for number in shown]
+    entries = [Entry(names[number], percent(shares[number]), colors[number]) for number in shown]
     rest = listed[len(shown) :]
     if rest:
         share = percent(sum(shares[number] for number in rest))
@@ -106,5 +106,5 @@ def lay_out(entries: Sequence[Entry], picture: tuple[int, int], letters: Letters
     # Column by column beside the picture, where it has few, and row by row below.
     grid = [(n // rows, n % rows) if beside else (n % columns, n // columns) for n in range(count)]
     places = [(margin + column * cell, margin + row * line) for column, row in grid]
-    entries = [Entry(name, entry.share, entry.colour) for name, entry in zip(names, entries)]
+    entries = [Entry(name, entry.share, entry.color) for name, entry in zip(names, entries)]
     return Legend(entries, places, patch, name_at, share_ends_at, line, *size(columns, rows), beside)

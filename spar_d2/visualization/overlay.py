@@ -29,7 +29,7 @@ def draw_overlay(
     image: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str],
-    colours: Sequence[tuple[int, int, int]],
+    colors: Sequence[tuple[int, int, int]],
     alpha: float = 0.55,
     legend: bool = True,
     listed: Sequence[int] | None = None,
@@ -42,7 +42,7 @@ def draw_overlay(
         image: (H, W, 3) uint8 RGB.
         labels: (H, W) numbers of classes.
         names: of every class.
-        colours: RGB in 0..255 of every class, such as :func:`spar_d2.visualization.class_colours` gives.
+        colors: RGB in 0..255 of every class, such as :func:`spar_d2.visualization.class_colors` gives.
         alpha: opacity of the colors, 0..1.
         legend: add one, below the picture or beside it.
         listed: numbers of the classes in the legend; default: those found, by area.
@@ -55,12 +55,12 @@ def draw_overlay(
     Raises:
         ValueError: shapes that do not go together, a number that is no class, or an alpha outside of 0..1.
     """
-    _check(image, labels, names, colours, alpha, beside)
+    _check(image, labels, names, colors, alpha, beside)
     areas = np.bincount(labels.ravel(), minlength=len(names))
     found = [int(number) for number in np.argsort(-areas, kind="stable") if areas[number]]
     pixels = font_pixels(*labels.shape)
     letters = Letters([names[number] for number in found if areas[number] >= pixels**2], pixels)
-    palette, parts = np.asarray(colours, dtype=np.uint8), labels if segments is None else segments
+    palette, parts = np.asarray(colors, dtype=np.uint8), labels if segments is None else segments
     picture = _blend(image, palette[labels], parts, alpha, letters.pixels)
     for number in found:
         if names[number].strip().lower() == _BACKGROUND:
@@ -73,7 +73,7 @@ def draw_overlay(
     listed = found if listed is None else listed
     if not legend or not len(listed):
         return picture
-    entries = list_classes((areas / labels.size).tolist(), names, colours, listed)
+    entries = list_classes((areas / labels.size).tolist(), names, colors, listed)
     letters = Letters([entry.name for entry in entries], letters.pixels)
     return _with_legend(picture, lay_out(entries, picture.shape[:2], letters), letters)
 
@@ -87,7 +87,7 @@ def _check(
     image: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str],
-    colours: Sequence[tuple[int, int, int]],
+    colors: Sequence[tuple[int, int, int]],
     alpha: float,
     beside: Sequence[np.ndarray],
 ) -> None:
@@ -95,8 +95,8 @@ def _check(
         raise ValueError(f"image must be (H, W, 3) uint8 RGB, got {image.dtype} {image.shape}")
     if labels.shape != image.shape[:2] or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels must be whole numbers {image.shape[:2]}, got {labels.dtype} {labels.shape}")
-    if len(names) != len(colours):
-        raise ValueError(f"names and colours must be of the same number, got {len(names)} and {len(colours)}")
+    if len(names) != len(colors):
+        raise ValueError(f"names and colors must be of the same number, got {len(names)} and {len(colors)}")
     if labels.min() < 0 or labels.max() >= len(names):
         raise ValueError(f"labels must be in 0..{len(names) - 1}, got {labels.min()}..{labels.max()}")
     if not 0 <= alpha <= 1:
@@ -170,8 +170,8 @@ def _drawn(legend: Legend, letters: Letters) -> np.ndarray:
     paper = np.full((legend.height, legend.width, 3), _WHITE, dtype=np.uint8)
     inset = (legend.line - legend.patch) // 2
     for entry, (left, top) in zip(legend.entries, legend.places):
-        if entry.colour is not None:
-            paper[top + inset : top + inset + legend.patch, left : left + legend.patch] = entry.colour
+        if entry.color is not None:
+            paper[top + inset : top + inset + legend.patch, left : left + legend.patch] = entry.color
     visualizer = Visualizer(paper)
     # The Visualizer's own `draw_text` writes in light colors on black.
     style = {

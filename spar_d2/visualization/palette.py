@@ -1,4 +1,4 @@
-"""A colour for every class."""
+"""A color for every class."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _STEP = 15
 _TAKEN = ((0, 0, 0), (255, 255, 255))
 
 
-def class_colours(classes: int | Sequence[str]) -> list[tuple[int, int, int]]:
-    """Colours that are easy to tell apart, the same for the same number of a class.
+def class_colors(classes: int | Sequence[str]) -> list[tuple[int, int, int]]:
+    """Colors that are easy to tell apart, the same for the same number of a class.
 
-    Each is as different as can be from those before it, so that a class keeps its colour when others are added at the
+    Each is as different as can be from those before it, so that a class keeps its color when others are added at the
     end. Some 3,000 are unique, after that they repeat.
 
     Args:
@@ -29,9 +29,9 @@ def class_colours(classes: int | Sequence[str]) -> list[tuple[int, int, int]]:
     count = classes if isinstance(classes, int) else len(classes)
     background = not isinstance(classes, int) and count > 0 and classes[0].strip().lower() == "background"
     wanted = count - background
-    colours = _distinct(min(wanted, len(_candidates())))
-    colours = [colours[number % len(colours)] for number in range(wanted)]
-    return [_BACKGROUND, *colours] if background else colours
+    colors = _distinct(min(wanted, len(_candidates())))
+    colors = [colors[number % len(colors)] for number in range(wanted)]
+    return [_BACKGROUND, *colors] if background else colors
 
 
 @functools.lru_cache(maxsize=8)
@@ -51,20 +51,20 @@ def _distinct(count: int) -> list[tuple[int, int, int]]:
 
 @functools.lru_cache(maxsize=1)
 def _candidates() -> np.ndarray:
-    """(n, 3) RGB in 0..255: neither nearly black or white, nor grey, nor glaring."""
+    """(n, 3) RGB in 0..255: neither nearly black or white, nor gray, nor glaring."""
     levels = np.arange(0, 256, _STEP)
-    colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    lab = _lab(colours)
+    colors = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    lab = _lab(colors)
     chroma = np.hypot(lab[:, 1], lab[:, 2])
-    return colours[(lab[:, 0] > 32) & (lab[:, 0] < 90) & (chroma > 24) & (chroma < 90)]
+    return colors[(lab[:, 0] > 32) & (lab[:, 0] < 90) & (chroma > 24) & (chroma < 90)]
 
 
-def _lab(colours: np.ndarray) -> np.ndarray:
-    """(n, 3) sRGB in 0..255 to CIE L*a*b* under D65, where distance is about how different colours look.
+def _lab(colors: np.ndarray) -> np.ndarray:
+    """(n, 3) sRGB in 0..255 to CIE L*a*b* under D65, where distance is about how different colors look.
 
-    Rounded, so that which of two colours is farther does not hang on the last bit of a machine's arithmetic.
+    Rounded, so that which of two colors is farther does not hang on the last bit of a machine's arithmetic.
     """
-    rgb = colours / 255
+    rgb = colors / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     # Relative to white, which is (1, 1, 1) in RGB.

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import atomic_write
 
 
 def draw_panels(
@@ -50,5 +50,5 @@ def draw_panels(
     if legend:
         patches = [Patch(color=(r / 255, g / 255, b / 255), label=name) for name, (r, g, b) in legend.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -137,13 +137,13 @@ def _places(region: Region, height: int) -> list[tuple[float, float]]:
     return [(region.x + x, region.y + y) for x, y in shifts if math.hypot(x, y) < max(region.depth, 1)]
 
 
-def _box(centre: tuple[float, float], width: int, height: int, picture: tuple[int, int]) -> Box | None:
+def _box(center: tuple[float, float], width: int, height: int, picture: tuple[int, int]) -> Box | None:
     """A box about a point, moved into the picture; None where it is too large for that."""
     rows, columns = picture
     if width > columns or height > rows:
         return None
-    left = min(max(round(centre[0] - width / 2), 0), columns - width)
-    top = min(max(round(centre[1] - height / 2), 0), rows - height)
+    left = min(max(round(center[0] - width / 2), 0), columns - width)
+    top = min(max(round(center[1] - height / 2), 0), rows - height)
     return Box(left, top, left + width, top + height)
 
 

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from label_trees import make_tree, use_trees
-from spar_d2.data.datasets.catalog import LABELLED_SETS
+from spar_d2.data.datasets.catalog import LABELED_SETS
 from spar_d2.data.preparation.registry import GROUPS, PREPARATIONS
 
 
@@ -28,7 +28,7 @@ def tree(name, root):
     return make_tree(name, root, np.random.default_rng(1))
 
 
-@pytest.mark.parametrize("name", LABELLED_SETS)
+@pytest.mark.parametrize("name", LABELED_SETS)
 def test_prepares(name, root, monkeypatch, capsys):
     expected = tree(name, root)
     run(monkeypatch, name)

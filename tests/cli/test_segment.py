@@ -18,10 +18,10 @@ from reference import ROOT, reference_image
 from spar_d2.demo.inputs import find_inputs
 from spar_d2.demo.outputs import Target, write_mask
 from spar_d2.demo.panoptic import PanopticDemo
-from spar_d2.demo.predictor import Demo, Seen
+from spar_d2.demo.predictor import Demo, Prediction
 from spar_d2.demo.run import run
 from spar_d2.engine.setup import load_config
-from spar_d2.visualization import class_colours
+from spar_d2.visualization import class_colors
 
 CONFIG = ROOT / "configs" / "toy" / "distill.yaml"
 MODEL = [str(ROOT / "configs/toy/tiny_clip.json"), str(ROOT / "configs/toy/tiny_clip.safetensors")]
@@ -80,8 +80,8 @@ def test_a_photo_into_a_new_folder(demo, photo, tmp_path, capsys):
     with Image.open(output / "photo_mask.png") as mask:
         assert mask.mode == "P"
         assert np.array_equal(np.asarray(mask), expected.labels)
-        colours = np.array(class_colours(names))[expected.labels]
-        assert np.array_equal(np.asarray(mask.convert("RGB")), colours)
+        colors = np.array(class_colors(names))[expected.labels]
+        assert np.array_equal(np.asarray(mask.convert("RGB")), colors)
 
     record = json.loads((output / "photo.json").read_text(encoding="utf-8"))
     assert (record["width"], record["height"]) == (103, 71)
@@ -92,7 +92,7 @@ def test_a_photo_into_a_new_folder(demo, photo, tmp_path, capsys):
     for entry in record["classes"]:
         assert entry["name"] == names[entry["number"]]
         assert entry["area"] == pytest.approx(expected.areas[entry["name"]])
-        assert tuple(entry["colour"]) == class_colours(names)[entry["number"]]
+        assert tuple(entry["color"]) == class_colors(names)[entry["number"]]
 
     with Image.open(output / "photo.png") as picture:
         assert np.array_equal(np.asarray(picture), expected.draw(photo))
@@ -285,14 +285,14 @@ def test_words_are_taken_from_the_config_or_the_data_set(demo, photo, tmp_path):
     assert demo("--input", photo, "--output", "b", "--json") == 0
     record = json.loads((tmp_path / "b" / "photo.json").read_text())
     assert ["moon"] in record["vocabulary"]
-    colours = {name: tuple(colour) for name, colour in zip(*scene_classes())}
-    assert all(tuple(entry["colour"]) == colours[entry["name"]] for entry in record["classes"])
+    colors = {name: tuple(color) for name, color in zip(*scene_classes())}
+    assert all(tuple(entry["color"]) == colors[entry["name"]] for entry in record["classes"])
 
 
 def scene_classes():
     from spar_d2.toy import scenes
 
-    return scenes.SCENE_CLASSES, scenes.class_colours()
+    return scenes.SCENE_CLASSES, scenes.class_colors()
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_panoptic_models_are_drawn(demo, photo, video, panoptic_model, tmp_path,
     assert demo("--input", photo, video, *arguments, "--opts", *loose, config=PANOPTIC) == 0
     metadata = MetadataCatalog.get("spar_scenes_panoptic_val")
     names = ["background", *metadata.stuff_classes[1:], *metadata.thing_classes]
-    colours = [*metadata.stuff_colors[1:], *metadata.thing_colors]
+    colors = [*metadata.stuff_colors[1:], *metadata.thing_colors]
     record = json.loads((tmp_path / "out/photo.json").read_text())
     assert record["vocabulary"] == [[name] for name in names]
     mask = np.asarray(Image.open(tmp_path / "out/photo_mask.png"))
@@ -368,7 +368,7 @@ def test_panoptic_models_are_drawn(demo, photo, video, panoptic_model, tmp_path,
     for one in record["classes"]:
         assert one["name"] == names[one["number"]]
         assert one["pixels"] == (mask == one["number"]).sum()
-        assert one["number"] == 0 or one["colour"] == colours[one["number"] - 1]
+        assert one["number"] == 0 or one["color"] == colors[one["number"] - 1]
     assert any(one["number"] for one in record["classes"])
     assert np.asarray(Image.open(tmp_path / "out/photo.png")).shape[2] == 3
     assert (tmp_path / "out/clip.mp4").is_file()
@@ -380,8 +380,8 @@ def test_segments_of_one_class_are_outlined(panoptic_model):
     demo = PanopticDemo(cfg, ["overlay"], str(panoptic_model))
     image, labels = np.full((60, 90, 3), 100, dtype=np.uint8), np.full((60, 90), 7)
     halves = np.repeat([[1] * 45 + [2] * 45], 60, axis=0)
-    plain = demo.draw(image, Seen(labels, None, (60, 90)), listed=())
-    outlined = demo.draw(image, Seen(labels, None, (60, 90), segments=halves), listed=())
+    plain = demo.draw(image, Prediction(labels, None, (60, 90)), listed=())
+    outlined = demo.draw(image, Prediction(labels, None, (60, 90), segments=halves), listed=())
     columns = np.flatnonzero((plain != outlined).any(axis=(0, 2)))
     assert set(columns) <= {43, 44, 45, 46} and len(columns)
 

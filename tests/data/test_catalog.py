@@ -5,8 +5,8 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from spar_d2.data.datasets import class_names
-from spar_d2.data.datasets import semantic as labelled
-from spar_d2.data.datasets.catalog import BENCHMARKS, LABELLED_SETS, TRAINING_SPLITS
+from spar_d2.data.datasets import semantic as labeled
+from spar_d2.data.datasets.catalog import BENCHMARKS, LABELED_SETS, TRAINING_SPLITS
 from spar_d2.data.datasets.semantic import found, missing, register_benchmarks
 from spar_d2.data.preparation.registry import GROUPS, PREPARATIONS
 from spar_d2.encoders import registry
@@ -30,15 +30,15 @@ def test_training_splits_are_no_benchmarks():
     }
     for name, split in TRAINING_SPLITS.items():
         benchmark = BENCHMARKS[name.removesuffix("_train")]
-        assert (split.name, split.classes, split.colours()) == (name, benchmark.classes, benchmark.colours())
-    assert list(LABELLED_SETS) == [*BENCHMARKS, *TRAINING_SPLITS]
+        assert (split.name, split.classes, split.colors()) == (name, benchmark.classes, benchmark.colors())
+    assert list(LABELED_SETS) == [*BENCHMARKS, *TRAINING_SPLITS]
 
 
 def test_every_data_set_has_a_preparation():
-    assert list(PREPARATIONS)[: len(LABELLED_SETS)] == list(LABELLED_SETS)
+    assert list(PREPARATIONS)[: len(LABELED_SETS)] == list(LABELED_SETS)
     assert all(name == preparation.name for name, preparation in PREPARATIONS.items())
     assert {name for group in GROUPS.values() for name in group} <= set(PREPARATIONS)
-    panoptic = {name: PREPARATIONS[name].expected for name in list(PREPARATIONS)[len(LABELLED_SETS) :]}
+    panoptic = {name: PREPARATIONS[name].expected for name in list(PREPARATIONS)[len(LABELED_SETS) :]}
     assert panoptic == {
         "cityscapes_panoptic_train": 2975,
         "cityscapes_panoptic_val": 500,
@@ -95,13 +95,13 @@ def test_classes_are_in_the_order_of_detectron2s_own():
         assert any(word.strip() in ours for word in theirs.split(",")) or theirs == "pool" and "swimming pool" in ours
 
 
-@pytest.mark.parametrize("data", LABELLED_SETS.values(), ids=LABELLED_SETS)
+@pytest.mark.parametrize("data", LABELED_SETS.values(), ids=LABELED_SETS)
 def test_registered_without_looking_at_the_disk(data, monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
     assert data.name in DatasetCatalog
     metadata = MetadataCatalog.get(data.name)
     assert metadata.stuff_classes == list(data.classes)
-    assert len({tuple(colour) for colour in metadata.stuff_colors}) == len(data.classes)
+    assert len({tuple(color) for color in metadata.stuff_colors}) == len(data.classes)
     assert (metadata.evaluator_type, metadata.ignore_label) == ("sem_seg", 255)
     assert metadata.vocabulary == data.name.removesuffix("_train")
     assert metadata.vocabulary in Vocabulary.built_in()
@@ -116,22 +116,22 @@ def test_things_of_ade20k():
     assert {number: class_names.ADE20K[things[number - 1]] for number in official} == official
 
 
-def test_colours_of_voc_are_its_own():
-    assert BENCHMARKS["voc21"].colours()[15] == BENCHMARKS["voc20"].colours()[14] == [192, 128, 128]
+def test_colors_of_voc_are_its_own():
+    assert BENCHMARKS["voc21"].colors()[15] == BENCHMARKS["voc20"].colors()[14] == [192, 128, 128]
 
 
-@pytest.mark.parametrize("name", LABELLED_SETS)
+@pytest.mark.parametrize("name", LABELED_SETS)
 def test_what_is_not_on_disk_says_what_to_do(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=rf"fetch .* unpack .* then run tools/prepare_datasets\.py {name} "):
         DatasetCatalog.get(name)
-    assert found(name) == (0, LABELLED_SETS[name].images)
+    assert found(name) == (0, LABELED_SETS[name].images)
     part = "training" if name in TRAINING_SPLITS else "validation"
-    assert missing(name).startswith(f"{name}: 0 of {LABELLED_SETS[name].images} {part} images are prepared; there")
+    assert missing(name).startswith(f"{name}: 0 of {LABELED_SETS[name].images} {part} images are prepared; there")
 
 
 def test_a_name_that_is_taken_stays_with_a_warning(monkeypatch, caplog):
-    monkeypatch.setattr(labelled, "LABELLED_SETS", {"mine": replace(BENCHMARKS["voc20"], name="mine")})
+    monkeypatch.setattr(labeled, "LABELED_SETS", {"mine": replace(BENCHMARKS["voc20"], name="mine")})
     DatasetCatalog.register("mine", lambda: [{"file_name": "a.png"}])
     try:
         with caplog.at_level(logging.WARNING):
@@ -145,7 +145,7 @@ def test_a_name_that_is_taken_stays_with_a_warning(monkeypatch, caplog):
 
 
 def test_metadata_that_are_set_stay_with_a_warning(monkeypatch, caplog):
-    monkeypatch.setattr(labelled, "LABELLED_SETS", {"mine": replace(BENCHMARKS["voc20"], name="mine")})
+    monkeypatch.setattr(labeled, "LABELED_SETS", {"mine": replace(BENCHMARKS["voc20"], name="mine")})
     MetadataCatalog.get("mine").stuff_classes = ["a"]
     try:
         with caplog.at_level(logging.WARNING):

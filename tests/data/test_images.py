@@ -6,8 +6,8 @@ from reference import reference_image
 from spar_d2.data.images import read_photo, read_rgb
 
 PIXELS = reference_image(20, 30)
-GREY = PIXELS[..., 0]
-DEEP = GREY.astype(np.uint16) * 257
+GRAY = PIXELS[..., 0]
+DEEP = GRAY.astype(np.uint16) * 257
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp"])
@@ -16,28 +16,28 @@ def test_lossless_files_are_read_as_they_are(tmp_path, name):
     assert np.array_equal(read_rgb(tmp_path / name), PIXELS)
 
 
-def test_grey_files_have_three_equal_channels(tmp_path):
-    Image.fromarray(GREY).save(tmp_path / "grey.png")
-    assert np.array_equal(read_rgb(tmp_path / "grey.png"), np.repeat(GREY[..., None], 3, 2))
-    Image.fromarray(GREY > 100).save(tmp_path / "bits.png")
+def test_gray_files_have_three_equal_channels(tmp_path):
+    Image.fromarray(GRAY).save(tmp_path / "gray.png")
+    assert np.array_equal(read_rgb(tmp_path / "gray.png"), np.repeat(GRAY[..., None], 3, 2))
+    Image.fromarray(GRAY > 100).save(tmp_path / "bits.png")
     with Image.open(tmp_path / "bits.png") as image:
         assert image.mode == "1"
-    assert np.array_equal(read_rgb(tmp_path / "bits.png")[..., 1], np.where(GREY > 100, 255, 0))
+    assert np.array_equal(read_rgb(tmp_path / "bits.png")[..., 1], np.where(GRAY > 100, 255, 0))
 
 
 def test_palettes(tmp_path):
     indices = np.arange(600).reshape(20, 30) % 4
-    colours = np.array([[200, 10, 20], [0, 90, 255], [7, 8, 9], [255, 255, 0]], np.uint8)
+    colors = np.array([[200, 10, 20], [0, 90, 255], [7, 8, 9], [255, 255, 0]], np.uint8)
     image = Image.fromarray(indices.astype(np.uint8))
-    image.putpalette(colours.tobytes())
+    image.putpalette(colors.tobytes())
     image.save(tmp_path / "palette.png")
-    assert np.array_equal(read_rgb(tmp_path / "palette.png"), colours[indices])
+    assert np.array_equal(read_rgb(tmp_path / "palette.png"), colors[indices])
     image.save(tmp_path / "clear.png", transparency=2)
-    colours[2] = 255
-    assert np.array_equal(read_rgb(tmp_path / "clear.png"), colours[indices])
+    colors[2] = 255
+    assert np.array_equal(read_rgb(tmp_path / "clear.png"), colors[indices])
 
 
-def test_cmyk_photos_keep_their_colours(tmp_path):
+def test_cmyk_photos_keep_their_colors(tmp_path):
     red_and_blue = np.zeros((32, 32, 3), np.uint8)
     red_and_blue[:16], red_and_blue[16:] = (220, 30, 20), (10, 60, 230)
     Image.fromarray(red_and_blue).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
@@ -52,7 +52,7 @@ def test_jpegs_are_read_about_as_they_were(tmp_path):
 
 def test_sixteen_bits_are_scaled(tmp_path):
     Image.fromarray(DEEP).save(tmp_path / "deep.png")
-    assert np.array_equal(read_rgb(tmp_path / "deep.png")[..., 0], GREY)
+    assert np.array_equal(read_rgb(tmp_path / "deep.png")[..., 0], GRAY)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -82,7 +82,7 @@ def test_depth_is_told_from_the_values(tmp_path, values, kind, expected):
 
 
 @pytest.mark.parametrize("value", [1e9, np.inf, np.nan])
-def test_floats_that_are_no_colours_are_refused(tmp_path, value):
+def test_floats_that_are_no_colors_are_refused(tmp_path, value):
     Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / "odd.tif")
     with pytest.raises(ValueError, match=r"odd\.tif cannot be read: its pixels must be numbers up to 65535"):
         read_rgb(tmp_path / "odd.tif")
@@ -98,18 +98,18 @@ def test_transparent_pixels_are_laid_on_white(tmp_path, name):
     assert np.array_equal(read[10:], PIXELS[10:])
 
 
-def test_half_transparent_grey_is_mixed_with_white(tmp_path):
-    grey = np.dstack([np.full((4, 4), 55, np.uint8), np.full((4, 4), 102, np.uint8)])
-    Image.fromarray(grey).save(tmp_path / "half.png")
+def test_half_transparent_gray_is_mixed_with_white(tmp_path):
+    gray = np.dstack([np.full((4, 4), 55, np.uint8), np.full((4, 4), 102, np.uint8)])
+    Image.fromarray(gray).save(tmp_path / "half.png")
     assert np.abs(read_rgb(tmp_path / "half.png").astype(int) - (0.4 * 55 + 0.6 * 255)).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["RGB", "L", "I;16"])
-def test_a_colour_that_stands_for_nothing_is_white(tmp_path, kind):
-    pixels = {"RGB": PIXELS, "L": GREY, "I;16": DEEP}[kind]
+def test_a_color_that_stands_for_nothing_is_white(tmp_path, kind):
+    pixels = {"RGB": PIXELS, "L": GRAY, "I;16": DEEP}[kind]
     clear = tuple(pixels[3, 4].tolist()) if kind == "RGB" else int(pixels[3, 4])
     Image.fromarray(pixels).save(tmp_path / "clear.png", transparency=clear)
-    expected = PIXELS.copy() if kind == "RGB" else np.repeat(GREY[..., None], 3, 2)
+    expected = PIXELS.copy() if kind == "RGB" else np.repeat(GRAY[..., None], 3, 2)
     expected[(expected == expected[3, 4]).all(-1)] = 255
     assert np.array_equal(read_rgb(tmp_path / "clear.png"), expected)
 
@@ -120,7 +120,7 @@ def test_turned_images_are_read_upright(tmp_path, kind):
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
-    expected = np.repeat(GREY[..., None], 3, 2) if kind == "I;16" else PIXELS
+    expected = np.repeat(GRAY[..., None], 3, 2) if kind == "I;16" else PIXELS
     assert np.array_equal(read_rgb(tmp_path / "turned.png"), np.rot90(expected, -1))
 
 

@@ -130,12 +130,12 @@ def test_metadata_are_in_the_separated_form(kind):
     assert metadata.stuff_dataset_id_to_contiguous_id == {number: place + 1 for place, number in enumerate(stuff)}
     assert metadata.thing_classes == [categories[number][0] for number in things]
     assert metadata.stuff_classes == ["things", *(categories[number][0] for number in stuff)]
-    for colours, classes in (
+    for colors, classes in (
         (metadata.thing_colors, metadata.thing_classes),
         (metadata.stuff_colors, metadata.stuff_classes),
     ):
-        assert np.array(colours).shape == (len(classes), 3)
-        assert len({tuple(colour) for colour in colours}) == len(classes)
+        assert np.array(colors).shape == (len(classes), 3)
+        assert len({tuple(color) for color in colors}) == len(classes)
     assert (metadata.ignore_label, metadata.label_divisor) == (255, 1000)
     assert metadata.evaluator_type == "coco_panoptic_seg"
 

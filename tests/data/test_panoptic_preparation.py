@@ -13,7 +13,7 @@ from spar_d2.data.datasets import class_names
 from spar_d2.data.preparation import prepare, survey
 from spar_d2.data.preparation.panoptic import areas_and_boxes
 from spar_d2.data.preparation.registry import PREPARATIONS
-from spar_d2.utils.id_maps import as_colours
+from spar_d2.utils.id_maps import as_colors
 
 
 @pytest.fixture(autouse=True)
@@ -225,9 +225,9 @@ def test_areas_and_boxes(seed):
         assert place == {"area": len(where), "bbox": box}
 
 
-def test_colours_are_digits():
+def test_colors_are_digits():
     ids = np.array([[0, 1, 255], [256, 65535, 2**24 - 1]])
-    assert as_colours(ids).tolist() == [
+    assert as_colors(ids).tolist() == [
         [[0, 0, 0], [1, 0, 0], [255, 0, 0]],
         [[0, 1, 0], [255, 255, 0], [255, 255, 255]],
     ]

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from PIL import Image
 
 from label_trees import CASES, IGNORED, SIZES, tree, use_trees
-from spar_d2.data.datasets.catalog import LABELLED_SETS
+from spar_d2.data.datasets.catalog import LABELED_SETS
 from spar_d2.data.datasets.semantic import found, missing
 from spar_d2.data.preparation import prepare, survey, writing
 from spar_d2.data.preparation.registry import PREPARATIONS
@@ -47,25 +47,25 @@ def test_every_pixel_of_every_form(name, form, root):
     assert (survey(name).advice, missing(name), found(name)) == ("", "", (3, 3))
 
 
-@pytest.mark.parametrize("name", LABELLED_SETS)
+@pytest.mark.parametrize("name", LABELED_SETS)
 def test_trees_have_every_class_and_ignored_pixels(name, root):
     values = np.unique(np.concatenate([labels.ravel() for labels in tree(name, root).values()]))
-    classes = list(range(len(LABELLED_SETS[name].classes)))
+    classes = list(range(len(LABELED_SETS[name].classes)))
     assert values.tolist() == classes + [IGNORED] * (name != "context60")
 
 
-@pytest.mark.parametrize("name", LABELLED_SETS)
+@pytest.mark.parametrize("name", LABELED_SETS)
 def test_tables_give_classes_and_nothing_else(name, root):
     tree(name, root)
     table = PREPARATIONS[name].labels(root).table
-    assert set(table.tolist()) - {254, IGNORED} == set(range(len(LABELLED_SETS[name].classes)))
+    assert set(table.tolist()) - {254, IGNORED} == set(range(len(LABELED_SETS[name].classes)))
 
 
 def test_all_in_one_folder(root):
-    expected = {name: tree(name, root) for name in LABELLED_SETS}
-    for name in LABELLED_SETS:
+    expected = {name: tree(name, root) for name in LABELED_SETS}
+    for name in LABELED_SETS:
         prepare(name)
-    for name in LABELLED_SETS:
+    for name in LABELED_SETS:
         for record in DatasetCatalog.get(name):
             assert np.array_equal(read(record["sem_seg_file_name"]), expected[name][record["image_id"]])
 
@@ -92,7 +92,7 @@ def test_detectron2_reads_the_records(root):
         assert (mapped["height"], mapped["width"]) == expected[record["image_id"]].shape
 
 
-@pytest.mark.parametrize("name", LABELLED_SETS)
+@pytest.mark.parametrize("name", LABELED_SETS)
 def test_a_second_run_writes_nothing(name, root, monkeypatch):
     tree(name, root)
     prepare(name)
@@ -109,7 +109,7 @@ def test_a_second_run_writes_nothing(name, root, monkeypatch):
     assert sum(path.stat().st_mtime_ns != before[path] for path in labels) == 1
 
 
-@pytest.mark.parametrize("name", LABELLED_SETS)
+@pytest.mark.parametrize("name", LABELED_SETS)
 def test_what_a_killed_run_left_is_removed(name, root):
     tree(name, root)
     folder = PREPARATIONS[name].folder(root)

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from label_trees import CASES, SIZES, tree, use_trees
-from spar_d2.data.datasets.catalog import BENCHMARKS, LABELLED_SETS
+from spar_d2.data.datasets.catalog import BENCHMARKS, LABELED_SETS
 from spar_d2.data.datasets.semantic import found, missing
 from spar_d2.data.preparation import MissingArchive, prepare, survey
 from spar_d2.data.preparation.common import label_table, relabel
@@ -31,7 +31,7 @@ def first_file(name, root):
     return preparation.labels(root).file(next(iter(preparation.images(root))))
 
 
-@pytest.mark.parametrize("name", LABELLED_SETS)
+@pytest.mark.parametrize("name", LABELED_SETS)
 def test_missing_archives_are_named(name, root):
     with pytest.raises(MissingArchive, match=r"fetch \S+ .*from \S+\.\S+ and unpack it in "):
         prepare(name)
@@ -74,7 +74,7 @@ def test_matlab_files_without_scipy(root, monkeypatch):
         prepare("context60")
 
 
-@pytest.mark.parametrize("name", LABELLED_SETS)
+@pytest.mark.parametrize("name", LABELED_SETS)
 def test_missing_labels(name, root, caplog):
     tree(name, root)
     label = first_file(name, root)
@@ -92,7 +92,7 @@ def test_missing_labels(name, root, caplog):
     assert missing(name).startswith(f"{name}: 2 of 3 {part} images are prepared; run tools/")
 
 
-@pytest.mark.parametrize("name", LABELLED_SETS)
+@pytest.mark.parametrize("name", LABELED_SETS)
 def test_missing_images(name, root):
     tree(name, root)
     image = list(PREPARATIONS[name].images(root).values())[1]
@@ -140,7 +140,7 @@ def test_values_out_of_range_are_named(name, form, root):
         from scipy.io import savemat
 
         savemat(path, {"LabelMap": np.full(SIZES[0], wrong, dtype=np.uint16)})
-    elif form == "colours":
+    elif form == "colors":
         Image.new("RGB", SIZES[0][::-1], (1, 2, 3)).save(path)
         wrong = "(1, 2, 3)"
     else:
@@ -150,15 +150,15 @@ def test_values_out_of_range_are_named(name, form, root):
     assert str(wrong) in str(error.value)
 
 
-def test_a_colour_of_voc_that_is_no_class(root):
-    tree("voc20", root, "colours")
+def test_a_color_of_voc_that_is_no_class(root):
+    tree("voc20", root, "colors")
     path = first_file("voc20", root)
     Image.new("RGB", SIZES[0][::-1], (128, 64, 128)).save(path)
     with pytest.raises(ValueError, match=rf"{path.name} has values that are no labels of this data set: 21"):
         prepare("voc20")
 
 
-@pytest.mark.parametrize("name", LABELLED_SETS)
+@pytest.mark.parametrize("name", LABELED_SETS)
 def test_labels_of_another_size_are_named(name, root):
     tree(name, root)
     path = first_file(name, root)
@@ -171,7 +171,7 @@ def test_labels_of_another_kind_are_named(root):
     tree("ade20k", root)
     path = first_file("ade20k", root)
     Image.new("RGB", SIZES[0][::-1]).save(path)
-    with pytest.raises(ValueError, match=rf"{path.name} must be grey or have a palette, its mode is RGB"):
+    with pytest.raises(ValueError, match=rf"{path.name} must be gray or have a palette, its mode is RGB"):
         prepare("ade20k")
 
 

@@ -96,8 +96,8 @@ def test_instances_of_ade20k_that_cannot_be(changes, message, root):
     tree("ade20k", root)
     _, path = official("ade20k_panoptic_val", root)[0]
     values = np.zeros((*SIZES[0], 3), dtype=np.uint8)
-    for place, colour in changes.items():
-        values[place] = (*colour, 0)
+    for place, color in changes.items():
+        values[place] = (*color, 0)
     Image.fromarray(values).save(path)
     with pytest.raises(ValueError, match=f"{path} {message}"):
         prepare("ade20k_panoptic_val")

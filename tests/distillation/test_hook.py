@@ -59,7 +59,7 @@ def test_sampled_windows_lower_the_full_loss(tiny_cfg):
     images = [as_tensor(reference_image(128, 128))]
     hook = DistillationHook(tiny_cfg)
     trainer = trainer_for(tiny_cfg, images, hook, lr=1e-3)
-    x = trainer.model._normalise(images[0])[None]
+    x = trainer.model._normalize(images[0])[None]
     x = trainer.model.backbone.pixels(x)
     target = hook.teacher(x)
 
@@ -101,7 +101,7 @@ def test_the_model_is_as_it_was_found(tiny_cfg):
         assert torch.equal(parameter, frozen[name]) == (not parameter.requires_grad), name
 
 
-class LabelledModel(nn.Module):
+class LabeledModel(nn.Module):
     """A stranger's model with a loss of its own around an encoder."""
 
     def __init__(self, encoder):
@@ -119,7 +119,7 @@ class LabelledModel(nn.Module):
 def test_beside_losses_of_another_model(family, windows):
     torch.manual_seed(0)
     encoder = example_encoder(family)
-    model = LabelledModel(copy.deepcopy(encoder))
+    model = LabeledModel(copy.deepcopy(encoder))
     data = [[{"image": torch.randn(3, 70, 90)}, {"image": torch.randn(3, 70, 90)}]] * 3
     trainer = SimpleTrainer(model, data, torch.optim.SGD(model.parameters(), lr=0.1))
     hook = DistillationHook(SlidingWindowTeacher(encoder, stride=24), weight=0.5, windows_per_image=windows)

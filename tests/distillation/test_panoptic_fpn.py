@@ -25,7 +25,7 @@ def cfg(panoptic_cfg):
     return cfg
 
 
-def labelled(height: int, width: int, number: int) -> dict:
+def labeled(height: int, width: int, number: int) -> dict:
     generator = torch.Generator().manual_seed(number)
     masks = torch.zeros(1, height, width, dtype=torch.bool)
     masks[0, 20:80, 30:90] = True
@@ -42,7 +42,7 @@ def labelled(height: int, width: int, number: int) -> dict:
 
 
 def data() -> list[list[dict]]:
-    return [[labelled(*size, number) for number, size in enumerate(SIZES)]] * 9
+    return [[labeled(*size, number) for number, size in enumerate(SIZES)]] * 9
 
 
 def trainer_for(model) -> SimpleTrainer:

@@ -122,7 +122,7 @@ def test_the_count_of_windows_goes_on_after_a_resume(tiny_cfg):
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_what_was_looked_up_is_used_only_for_the_image_that_was_encoded(changed, tiny_cfg, tmp_path, monkeypatch):
-    """A model that does more to images than to normalise them is not given the targets of others."""
+    """A model that does more to images than to normalize them is not given the targets of others."""
     tiny_cfg.SPAR.TEACHER.CACHE_DIR = str(tmp_path / "cache")
     tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 2
     hook = DistillationHook(tiny_cfg)
@@ -135,8 +135,8 @@ def test_what_was_looked_up_is_used_only_for_the_image_that_was_encoded(changed,
     if changed:
         batch = [{**record, "image": image.flip(2)} for record, image in zip(batch, images)]
     hashed = []
-    original = cache_module.image_identity
-    monkeypatch.setattr(cache_module, "image_identity", lambda *given: hashed.append(1) or original(*given))
+    original = cache_module.image_key
+    monkeypatch.setattr(cache_module, "image_key", lambda *given: hashed.append(1) or original(*given))
     hook.cache.hits = hook.cache.misses = 0
     trainer._data_loader_iter_obj = iter([batch] * 3)
     trainer.train(0, 3)

@@ -117,7 +117,7 @@ def test_wrong_tags_and_downloads_that_fail_are_named(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("vit_tiny_patch16_224", "vit_.*_patch16_dinov3"), ("eva02_tiny_patch14_224", "a learnt position table")],
+    [("vit_tiny_patch16_224", "vit_.*_patch16_dinov3"), ("eva02_tiny_patch14_224", "a learned position table")],
 )
 def test_other_models_are_refused(name, reason):
     with pytest.raises(ValueError, match=reason):

@@ -215,8 +215,8 @@ def test_kept_vectors_of_words_are_of_one_activation(tiny_model, tmp_path):
         return embeddings._key(["cat"])
 
     assert key() == key(quick_gelu=False) != key(quick_gelu=True)
-    from spar_d2.encoders.weights import fingerprint
+    from spar_d2.encoders.weights import source_checksum
     from spar_d2.text import TextEmbeddings, load_templates
 
-    before = TextEmbeddings(None, " ".join(map(fingerprint, tiny_model)), load_templates("simple"))
+    before = TextEmbeddings(None, " ".join(map(source_checksum, tiny_model)), load_templates("simple"))
     assert key() == before._key(["cat"])

@@ -180,7 +180,7 @@ def nan(tensor):
     return tensor
 
 
-def quantised(tensor):
+def quantized(tensor):
     return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
 
 
@@ -195,7 +195,7 @@ BAD = {
     "float8": (lambda t: t.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn"),
     "meta": (lambda t: t.to("meta"), "no values"),
     "sparse": (lambda t: t.to_sparse(), "sparse"),
-    "quantised": (quantised, "quantised"),
+    "quantized": (quantized, "quantized"),
 }
 
 

@@ -67,7 +67,7 @@ def test_all_that_use_a_checkpoint_take_the_averages_and_a_run_goes_on_without(r
 
 
 def test_averages_of_no_weight_are_damage(tiny_model, tmp_path, reference_clip):
-    trainer = {"hooks": {"WeightAverage": {"averages": {"backbone.encoder.visual.proj": torch.zeros(2)}}}}
+    trainer = {"hooks": {"ModelEma": {"averages": {"backbone.encoder.visual.proj": torch.zeros(2)}}}}
     model = {f"backbone.encoder.{name}": tensor for name, tensor in reference_clip.state_dict().items()}
     torch.save({"model": model, "trainer": trainer}, tmp_path / "c.pth")
     with pytest.raises(RuntimeError, match=r"its moving average of 'backbone\.encoder\.visual\.proj' is of no weight"):

@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from spar_d2.engine.ema import WeightAverage
+from spar_d2.engine.ema import ModelEma
 
 
 def test_averages_what_is_trained_and_gives_the_model_back():
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
-    average = WeightAverage(model, 0.75)
+    average = ModelEma(model, 0.75)
     average.before_train()
     expected, bias = model.weight.detach().clone(), model.bias.clone()
     for _ in range(5):
@@ -21,7 +21,7 @@ def test_averages_what_is_trained_and_gives_the_model_back():
         torch.testing.assert_close(model.weight.detach(), expected)
         assert torch.equal(model.bias, bias)
     assert torch.equal(model.weight, own)
-    resumed = WeightAverage(model, 0.75)
+    resumed = ModelEma(model, 0.75)
     resumed.load_state_dict(average.state_dict())
     resumed.before_train()
     with resumed.applied():
@@ -30,7 +30,7 @@ def test_averages_what_is_trained_and_gives_the_model_back():
 
 def test_the_model_is_given_back_after_an_error():
     model = nn.Linear(3, 2)
-    average = WeightAverage(model, 0.5)
+    average = ModelEma(model, 0.5)
     average.before_train()
     with torch.no_grad():
         model.weight.add_(1)
@@ -43,4 +43,4 @@ def test_the_model_is_given_back_after_an_error():
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
 def test_wrong_decay_is_named(decay):
     with pytest.raises(ValueError, match=r"SPAR\.EMA_DECAY"):
-        WeightAverage(nn.Linear(1, 1), decay)
+        ModelEma(nn.Linear(1, 1), decay)

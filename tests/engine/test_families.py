@@ -1,4 +1,4 @@
-"""Distil and evaluate with every family, from nothing but a config."""
+"""Distill and evaluate with every family, from nothing but a config."""
 
 import logging
 import math
@@ -29,7 +29,7 @@ MODELS = {
 
 
 @pytest.fixture
-def labelled(tmp_path):
+def labeled(tmp_path):
     """Two photos with labels, as a registered data set."""
     records = []
     for index in range(2):
@@ -37,7 +37,7 @@ def labelled(tmp_path):
         Image.fromarray(reference_image(70, 100, index)).save(image)
         Image.fromarray(np.random.default_rng(index).integers(0, 2, (70, 100)).astype(np.uint8)).save(labels)
         records.append({"file_name": str(image), "sem_seg_file_name": str(labels), "height": 70, "width": 100})
-    name = f"labelled_{tmp_path.name}"
+    name = f"labeled_{tmp_path.name}"
     DatasetCatalog.register(name, lambda: records)
     MetadataCatalog.get(name).set(stuff_classes=["cat", "dog"], ignore_label=255, evaluator_type="sem_seg")
     yield name
@@ -57,8 +57,8 @@ def config(family, tmp_path, photos, test, *more):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_distil_then_evaluate(family, tmp_path, photo_folder, labelled):
-    cfg = config(family, tmp_path, photo_folder, labelled)
+def test_distill_then_evaluate(family, tmp_path, photo_folder, labeled):
+    cfg = config(family, tmp_path, photo_folder, labeled)
     trainer = Trainer(cfg)
     trainer.train()
     ((task, values),) = trainer._last_eval_results.items()
@@ -74,9 +74,9 @@ def test_distil_then_evaluate(family, tmp_path, photo_folder, labelled):
         assert torch.equal(tensor, weights.state_dict()[key]), key
 
 
-def test_students_are_files_of_their_libraries(tmp_path, photo_folder, labelled):
-    siglip = config("SigLIP", tmp_path / "a", photo_folder, labelled, "DATASETS.TEST", ())
-    dinov3 = config("DINOv3", tmp_path / "b", photo_folder, labelled, "DATASETS.TEST", ())
+def test_students_are_files_of_their_libraries(tmp_path, photo_folder, labeled):
+    siglip = config("SigLIP", tmp_path / "a", photo_folder, labeled, "DATASETS.TEST", ())
+    dinov3 = config("DINOv3", tmp_path / "b", photo_folder, labeled, "DATASETS.TEST", ())
     for cfg in (siglip, dinov3):
         Trainer(cfg).train()
     open_clip.add_model_config(siglip.MODEL.SPAR.ENCODER)
@@ -85,8 +85,8 @@ def test_students_are_files_of_their_libraries(tmp_path, photo_folder, labelled)
     timm.create_model(dinov3.MODEL.SPAR.ENCODER, num_classes=0, checkpoint_path=path)
 
 
-def test_words_without_a_text_side_are_refused_before_anything_is_built(tmp_path, photo_folder, labelled):
-    cfg = config("DINOv3", tmp_path, photo_folder, labelled, "MODEL.SPAR.OUTPUT", "labels")
+def test_words_without_a_text_side_are_refused_before_anything_is_built(tmp_path, photo_folder, labeled):
+    cfg = config("DINOv3", tmp_path, photo_folder, labeled, "MODEL.SPAR.OUTPUT", "labels")
     with pytest.raises(ValueError, match=r"no text side, so it cannot segment by words; families with one: .*SigLIP"):
         build_model(cfg)
     cfg.DATASETS.TEST = ()
@@ -96,12 +96,12 @@ def test_words_without_a_text_side_are_refused_before_anything_is_built(tmp_path
 
 
 @pytest.mark.parametrize("key", ["PRECISION", "COMPILE", "CHECKPOINTING"])
-def test_ways_to_compute_reach_student_and_teacher(key, tmp_path, photo_folder, labelled):
+def test_ways_to_compute_reach_student_and_teacher(key, tmp_path, photo_folder, labeled):
     from spar_d2.distillation import DistillationHook
     from spar_d2.encoders import find_encoder
 
     value = "bfloat16" if key == "PRECISION" else True
-    cfg = config("open_clip ViT", tmp_path, photo_folder, labelled, f"MODEL.SPAR.{key}", value)
+    cfg = config("open_clip ViT", tmp_path, photo_folder, labeled, f"MODEL.SPAR.{key}", value)
     encoders = [find_encoder(build_model(cfg))]
     if key != "CHECKPOINTING":  # a teacher keeps nothing for a gradient
         encoders.append(DistillationHook(cfg).teacher.encoder)
@@ -112,10 +112,10 @@ def test_ways_to_compute_reach_student_and_teacher(key, tmp_path, photo_folder, 
         ] == wanted
 
 
-def test_the_teachers_precision_can_differ(tmp_path, photo_folder, labelled):
+def test_the_teachers_precision_can_differ(tmp_path, photo_folder, labeled):
     from spar_d2.modeling.build import teacher_from_config
 
-    cfg = config("open_clip ViT", tmp_path, photo_folder, labelled)
+    cfg = config("open_clip ViT", tmp_path, photo_folder, labeled)
     assert teacher_from_config(cfg).encoder._precision is None
     cfg.SOLVER.AMP.ENABLED = True
     assert teacher_from_config(cfg).encoder._precision is torch.float16
@@ -126,8 +126,8 @@ def test_the_teachers_precision_can_differ(tmp_path, photo_folder, labelled):
         teacher_from_config(cfg)
 
 
-def test_trainable_tensors_are_listed_once(tmp_path, photo_folder, labelled, caplog):
-    cfg = config("SigLIP", tmp_path, photo_folder, labelled, "MODEL.SPAR.TRAINABLE", "attn_pool_kv,qkv_-1")
+def test_trainable_tensors_are_listed_once(tmp_path, photo_folder, labeled, caplog):
+    cfg = config("SigLIP", tmp_path, photo_folder, labeled, "MODEL.SPAR.TRAINABLE", "attn_pool_kv,qkv_-1")
     with caplog.at_level(logging.INFO, "spar_d2"):
         Trainer(cfg).train()
     assert caplog.text.count("visual.trunk.attn_pool.kv.weight") == 1

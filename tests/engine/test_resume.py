@@ -64,7 +64,7 @@ def test_bit_for_bit(cfg, tmp_path, mode, seed, monkeypatch):
     assert_equal(through, resumed)
     students = [(tmp_path / name / STUDENT_FILE).read_bytes() for name in ("through", "stopped")]
     assert students[0] == students[1]
-    assert through["trainer"]["hooks"]["WeightAverage"]["averages"]
+    assert through["trainer"]["hooks"]["ModelEma"]["averages"]
 
 
 def test_other_seeds_train_otherwise(cfg, tmp_path):

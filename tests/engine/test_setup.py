@@ -245,8 +245,8 @@ def test_a_start_that_is_interrupted_leaves_no_folder(tmp_path):
 
 def test_a_start_in_a_folder_where_another_run_trains_changes_nothing(tmp_path):
     (tmp_path / "config.yaml").write_text("theirs")
-    hold = f"with used_by_one({str(tmp_path)!r}):\n    print(flush=True)\n    input()"
-    code = f"from spar_d2.utils.io import used_by_one\n{hold}"
+    hold = f"with file_lock({str(tmp_path)!r}):\n    print(flush=True)\n    input()"
+    code = f"from spar_d2.utils.io import file_lock\n{hold}"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(RuntimeError, match="in use by another run"), clean_start(str(tmp_path)):

@@ -5,7 +5,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from spar_d2.engine.train_step import Step
+from spar_d2.engine.train_step import TrainStep
 
 
 class Model(nn.Module):
@@ -31,7 +31,7 @@ def inputs(count: int) -> list[dict]:
 
 def take_steps(batch, steps=3, **options) -> tuple[Model, dict]:
     model = Model()
-    step = Step(model, [batch] * steps, torch.optim.AdamW(model.parameters(), lr=0.1), **options)
+    step = TrainStep(model, [batch] * steps, torch.optim.AdamW(model.parameters(), lr=0.1), **options)
     with EventStorage() as storage:
         for step.iter in range(steps):
             step.run_step()
@@ -61,10 +61,10 @@ def test_mixed_precision(precision):
 
 def test_the_scaler_is_part_of_the_state():
     model = Model()
-    step = Step(model, [inputs(2)], torch.optim.AdamW(model.parameters()), precision=torch.float16, scale=True)
+    step = TrainStep(model, [inputs(2)], torch.optim.AdamW(model.parameters()), precision=torch.float16, scale=True)
     step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 512.0})
     state = step.state_dict()
-    other = Step(Model(), [], torch.optim.AdamW(Model().parameters()), precision=torch.float16, scale=True)
+    other = TrainStep(Model(), [], torch.optim.AdamW(Model().parameters()), precision=torch.float16, scale=True)
     other.load_state_dict(state)
     assert other.scaler.get_scale() == 512.0
 
@@ -73,7 +73,7 @@ def test_a_gradient_that_is_not_finite_names_the_images_and_changes_nothing():
     model = Model()
     before = [p.clone() for p in model.parameters()]
     model.layer.weight.register_hook(lambda gradient: gradient * float("nan"))
-    step = Step(model, [inputs(2)], torch.optim.AdamW(model.parameters(), lr=0.1))
+    step = TrainStep(model, [inputs(2)], torch.optim.AdamW(model.parameters(), lr=0.1))
     step.iter = 7
     with EventStorage(), pytest.raises(FloatingPointError, match=r"gradient.*iteration 7, for 0\.jpg, 1\.jpg"):
         step.run_step()
@@ -84,7 +84,9 @@ def test_with_a_scaler_such_a_step_is_left_out():
     model = Model()
     before = [p.clone() for p in model.parameters()]
     model.layer.weight.register_hook(lambda gradient: gradient * float("inf"))
-    step = Step(model, [inputs(2)], torch.optim.AdamW(model.parameters(), lr=0.1), precision=torch.float16, scale=True)
+    step = TrainStep(
+        model, [inputs(2)], torch.optim.AdamW(model.parameters(), lr=0.1), precision=torch.float16, scale=True
+    )
     factor = step.scaler.get_scale()
     with EventStorage():
         step.run_step()
@@ -100,7 +102,7 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_nothing():
 
     model = Broken()
     before = [p.clone() for p in model.parameters()]
-    step = Step(model, [inputs(2)], torch.optim.AdamW(model.parameters(), lr=0.1))
+    step = TrainStep(model, [inputs(2)], torch.optim.AdamW(model.parameters(), lr=0.1))
     step.iter = 7
     with EventStorage(), pytest.raises(FloatingPointError, match=r"^loss_b of the losses.*iteration 7, for 0\.jpg"):
         step.run_step()
@@ -114,6 +116,6 @@ def test_a_model_without_losses_is_named(returned, named):
             return returned
 
     model = Silent()
-    step = Step(model, [inputs(2)], torch.optim.AdamW(model.parameters()))
+    step = TrainStep(model, [inputs(2)], torch.optim.AdamW(model.parameters()))
     with pytest.raises(RuntimeError, match=f"Silent must return a loss or a dict of losses in training, .* {named}$"):
         step.run_step()

@@ -16,7 +16,7 @@ def cfg(photo_cfg):
     return photo_cfg
 
 
-def test_distils_photos_into_a_student_file(cfg, tiny_model):
+def test_distills_photos_into_a_student_file(cfg, tiny_model):
     Trainer(cfg).train()
     files = set(os.listdir(cfg.OUTPUT_DIR))
     assert {STUDENT_FILE, "model_final.pth", "last_checkpoint", "metrics.json"} <= files

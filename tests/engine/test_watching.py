@@ -26,7 +26,7 @@ def names(folder) -> list[str]:
 
 
 @pytest.mark.parametrize("channels", ["RGB", "BGR"])
-def test_pictures_of_one_image_in_shared_colours(cfg, channels):
+def test_pictures_of_one_image_in_shared_colors(cfg, channels):
     cfg.SPAR.PICTURE_PERIOD = 3
     cfg.INPUT.FORMAT = channels
     trainer = Trainer(cfg)
@@ -77,7 +77,7 @@ def test_the_average_is_what_is_evaluated_and_written(cfg, tiny_model):
     student = load_file(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
     own = trainer._module.backbone.encoder.state_dict()
     name = "visual.transformer.resblocks.2.mlp.c_fc.weight"
-    average = next(h for h in trainer._hooks if type(h).__name__ == "WeightAverage")
+    average = next(h for h in trainer._hooks if type(h).__name__ == "ModelEma")
     with average.applied():
         torch.testing.assert_close(student[name], own[name])
     assert not torch.allclose(student[name], own[name], rtol=0, atol=1e-6)

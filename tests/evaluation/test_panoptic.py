@@ -11,8 +11,9 @@ from reference import GOLDEN_PQ as GOLDEN
 from spar_d2.evaluation import PanopticEvaluator, panoptic_quality
 from spar_d2.evaluation.panoptic.__main__ import main
 from spar_d2.evaluation.panoptic.coco_json import read_ground_truth, read_predictions
-from spar_d2.evaluation.panoptic.coco_png import read_ids, write_ids, write_json
+from spar_d2.evaluation.panoptic.coco_png import read_ids, write_ids
 from spar_d2.evaluation.panoptic.scores import PanopticCounts
+from spar_d2.utils.io import write_json
 
 CATEGORIES = [
     {"id": 3, "name": "cat", "isthing": 1},
@@ -235,12 +236,12 @@ def test_dumped_predictions_evaluate_to_the_same(dataset, tmp_path, capsys):
     assert {key: pytest.approx(values, abs=1e-12) for key, values in first["per_class"].items()} == again["per_class"]
 
 
-def test_numbers_without_a_colour_are_not_written(dataset, tmp_path):
+def test_numbers_without_a_color_are_not_written(dataset, tmp_path):
     image_id, ids, found = next(guesses(tmp_path / "truth.json"))
     evaluator = PanopticEvaluator(dataset, tmp_path / "output", distributed=False, dump_predictions=True)
     large = {number + 2**24: category for number, category in found.items()}
     case = (image_id, np.where(ids == 0, 0, ids.astype(np.int64) + 2**24), large)
-    with pytest.raises(ValueError, match=r"ids must be in 0\.\.16777215 to be colours of .*got 0\.\.1677721"):
+    with pytest.raises(ValueError, match=r"ids must be in 0\.\.16777215 to be colors of .*got 0\.\.1677721"):
         evaluator.process([{"image_id": image_id}], [{"panoptic_seg": as_segments(dataset, *case[1:], torch.int64)}])
     assert not list((tmp_path / "output").rglob("*.png"))
 

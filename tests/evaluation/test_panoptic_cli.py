@@ -147,9 +147,9 @@ def repainted(path, how):
     if how == "alpha":
         image.putalpha(Image.fromarray(np.arange(image.width * image.height, dtype=np.uint8).reshape(image.size[::-1])))
     elif how in ("palette", "transparent palette"):
-        colours, numbers = np.unique(np.asarray(image).reshape(-1, 3), axis=0, return_inverse=True)
+        colors, numbers = np.unique(np.asarray(image).reshape(-1, 3), axis=0, return_inverse=True)
         image = Image.fromarray(numbers.reshape(image.size[::-1]).astype(np.uint8))
-        image.putpalette(colours.ravel().tolist())
+        image.putpalette(colors.ravel().tolist())
     else:
         image = image.convert(how)
     image.save(path, **({"transparency": bytes([0, 9])} if how == "transparent palette" else {}))
@@ -157,7 +157,7 @@ def repainted(path, how):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("how", ["alpha", "palette", "transparent palette"])
-def test_colours_count_however_they_are_stored(files, how):
+def test_colors_count_however_they_are_stored(files, how):
     repainted(files / "gt" / "one.png", how)
     with Image.open(files / "gt" / "one.png") as image:
         assert image.mode == {"alpha": "RGBA"}.get(how, "P")
@@ -165,7 +165,7 @@ def test_colours_count_however_they_are_stored(files, how):
 
 
 @pytest.mark.parametrize("how", ["L", "1", "I;16", "LA"])
-def test_grey_is_refused(files, how):
+def test_gray_is_refused(files, how):
     repainted(files / "gt" / "one.png", "L" if how == "I;16" else how)
     if how == "I;16":
         Image.fromarray(TRUTH.astype(np.uint16)).save(files / "gt" / "one.png")

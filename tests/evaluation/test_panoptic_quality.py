@@ -13,7 +13,7 @@ THINGS = {1, 7}
 
 
 def random_case(rng):
-    """Maps that partly agree, with void and crowds, of any kind of integers; ids up to the largest colour."""
+    """Maps that partly agree, with void and crowds, of any kind of integers; ids up to the largest color."""
     shape = rng.integers(1, 16, 2)
     cells = tuple(-(-shape // rng.integers(1, 6)))
     regions = rng.integers(0, rng.integers(1, 9), cells).repeat(5, 0).repeat(5, 1)[: shape[0], : shape[1]]

@@ -109,7 +109,7 @@ def test_the_file_counts_not_what_a_mapper_resized(dataset):
     assert evaluator.evaluate()["sem_seg"]["pACC"] == 100
 
 
-def test_ground_truth_in_colours_is_named(dataset):
+def test_ground_truth_in_colors_is_named(dataset):
     record = DatasetCatalog.get(dataset)[0]
     with Image.open(record["sem_seg_file_name"]) as image:
         image.convert("RGB").save(record["sem_seg_file_name"])

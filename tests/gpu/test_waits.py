@@ -25,7 +25,7 @@ from spar_d2.distillation.loss import distillation_loss, mean_cosine, sampled_di
 from spar_d2.encoders import FAMILIES
 from spar_d2.engine.trainer import Trainer
 from spar_d2.evaluation import FeatureEvaluator, PanopticEvaluator, SemanticEvaluator
-from spar_d2.evaluation.panoptic.coco_png import write_ids, write_json
+from spar_d2.evaluation.panoptic.coco_png import write_ids
 from spar_d2.modeling import banded_upsampling as bands
 from spar_d2.modeling import segment_features
 from spar_d2.modeling.backbone import SPARViT
@@ -35,6 +35,7 @@ from spar_d2.modeling.postprocessing import class_probabilities, cosine_scores
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
 from spar_d2.teacher import SlidingWindowTeacher
+from spar_d2.utils.io import write_json
 
 # How often the CPU may wait for the device where code of spar_d2 asks for it, itself or through a library. Waits of
 # Detectron2's own code are not counted, and neither are those for vectors of words, which are computed once.
@@ -330,7 +331,7 @@ def test_segment(gpu, tiny_model, model, precision):
     assert np.array_equal(first.labels, again.labels)
 
 
-def labelled(number: int) -> dict:
+def labeled(number: int) -> dict:
     height, width = SIZES[number]
     masks = torch.zeros(1, height, width, dtype=torch.bool)
     masks[0, 10:60, 20:80] = True
@@ -350,7 +351,7 @@ def test_pyramid_in_panoptic_fpn(gpu, panoptic_cfg):
     cfg.merge_from_list(["MODEL.DEVICE", "cuda", "MODEL.SPAR.PRECISION", "bfloat16"])
     model = build_model(cfg)
     trained = [p for p in model.parameters() if p.requires_grad]
-    trainer = SimpleTrainer(model, [[labelled(0), labelled(1)]] * 3, torch.optim.SGD(trained, lr=1e-3))
+    trainer = SimpleTrainer(model, [[labeled(0), labeled(1)]] * 3, torch.optim.SGD(trained, lr=1e-3))
     steps = Steps(gpu, "training step of a model around the pyramid")
     trainer.register_hooks([steps])
     trainer.train(0, 2)
@@ -368,14 +369,14 @@ def test_linear_probe(gpu, family):
     optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-2)
     for _ in range(2):
         gpu.reset()
-        (loss,) = model([labelled(0), labelled(1)]).values()
+        (loss,) = model([labeled(0), labeled(1)]).values()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     check(gpu, "training step of a probe, two images")
     assert loss.is_cuda and loss.isfinite() and probe.predictor.weight.grad.any()
     gpu.reset()
-    (output,) = model.eval()([labelled(0)])
+    (output,) = model.eval()([labeled(0)])
     check(gpu, SEGMENTED_ON_DEVICE)
     assert output["sem_seg_labels"].is_cuda
 

@@ -44,8 +44,8 @@ def test_plain_backbone_names_what_it_can_give(cfg, names):
         build_backbone(cfg)
 
 
-def test_a_pure_swap_sees_the_right_colours(cfg, reference_clip):
-    """The encoder gets its own normalisation and RGB, whatever the framework's is."""
+def test_a_pure_swap_sees_the_right_colors(cfg, reference_clip):
+    """The encoder gets its own normalization and RGB, whatever the framework's is."""
     encoder = OpenCLIPEncoder(reference_clip.visual)
     image = torch.randint(0, 256, (3, 64, 64)).float()  # RGB
     own = (image / 255 - torch.tensor(encoder.pixel_mean).view(3, 1, 1)) / torch.tensor(encoder.pixel_std).view(3, 1, 1)

@@ -41,7 +41,7 @@ def segmentor(encoder, kind=ProbeSegmentor, trainable="none", **options):
     return kind(backbone=backbone, sem_seg_head=probe, **pixels, **options)
 
 
-def labelled(height, width, seed=0) -> dict:
+def labeled(height, width, seed=0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, CLASSES, (height, width), generator=generator)
@@ -94,7 +94,7 @@ def test_the_norm_learns_and_counts_as_torchs():
 
 
 def slow_logits(logits, y, x, cell=(4.0, 4.0)):
-    """Logits (C,) of one pixel, between the centres of cells of so many pixels, clamped at the border."""
+    """Logits (C,) of one pixel, between the centers of cells of so many pixels, clamped at the border."""
     places = []
     for place, pixels, count in zip((y, x), cell, logits.shape[1:]):
         position = min(max((place + 0.5) / pixels - 0.5, 0), count - 1)
@@ -170,7 +170,7 @@ def test_labels_lie_where_detectron2s_segmentor_has_them(height, width):
     encoder = build_encoder("vit_nano_patch8_dinov3")
     ours, theirs = (segmentor(encoder, kind).eval() for kind in (ProbeSegmentor, SemanticSegmentor))
     theirs.load_state_dict(ours.state_dict())
-    inputs = labelled(height, width)
+    inputs = labeled(height, width)
     with torch.no_grad():
         (labels,), (scores,) = ours([inputs]), theirs([inputs])
     labels, scores = labels["sem_seg_labels"], scores["sem_seg"]
@@ -188,7 +188,7 @@ def test_labels_lie_where_detectron2s_segmentor_has_them(height, width):
 def test_labels_of_another_size_are_those_of_a_slow_loop(size):
     encoder = build_encoder("vit_nano_patch8_dinov3")
     model = segmentor(encoder).eval()
-    inputs = {**labelled(41, 66), "height": size[0], "width": size[1]}
+    inputs = {**labeled(41, 66), "height": size[0], "width": size[1]}
     labels = model([inputs])[0]["sem_seg_labels"]
     (logits,) = model.sem_seg_head.classify(model.dense_maps(model.encoder_input(inputs["image"])))
     cell = [encoder.patch_size * wanted / given for wanted, given in zip(size, (41, 66))]
@@ -213,7 +213,7 @@ def test_a_cell_is_seen_at_its_pixels():
     with torch.no_grad():
         model.sem_seg_head.predictor.weight[1, 0] = 1
         model.sem_seg_head.predictor.bias[0] = 0.5
-    inputs = {**labelled(20, 27), "height": 60, "width": 81}
+    inputs = {**labeled(20, 27), "height": 60, "width": 81}
     labels = model([inputs])[0]["sem_seg_labels"]
     rows, columns = (labels == 1).nonzero(as_tuple=True)
     # Cell (1, 2) of 8 pixels covers rows 24..47 and columns 48..71 of the result; half its score is within them.
@@ -227,7 +227,7 @@ def test_every_family_is_probed_and_stays_as_it_is(family, kind):
     model = segmentor(example_encoder(family), kind).train()
     encoder = model.backbone.encoder
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    batch = [labelled(70, 101), labelled(64, 33, seed=1)]
+    batch = [labeled(70, 101), labeled(64, 33, seed=1)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     losses = []
     for _ in range(8):
@@ -250,7 +250,7 @@ def test_every_family_is_probed_and_stays_as_it_is(family, kind):
 
 def test_the_encoder_can_be_trained_through_the_probe():
     model = segmentor(build_encoder("vit_nano_patch8_dinov3"), trainable="last_blocks:1").train()
-    model([labelled(40, 40), labelled(40, 40, seed=1)])["loss_sem_seg"].backward()
+    model([labeled(40, 40), labeled(40, 40, seed=1)])["loss_sem_seg"].backward()
     gradients = [p.grad for p in model.backbone.encoder.blocks[-1].parameters()]
     assert all(gradient is not None and gradient.any() for gradient in gradients)
 
@@ -258,7 +258,7 @@ def test_the_encoder_can_be_trained_through_the_probe():
 def test_a_sliding_window_is_probed_as_the_teacher_sees():
     encoder = build_encoder("vit_nano_patch8_dinov3")
     model = segmentor(encoder, inference="sliding_window", window=32, stride=20)
-    image = labelled(50, 70)["image"]
+    image = labeled(50, 70)["image"]
     x = model.encoder_input(image)
     assert torch.equal(model.dense_maps(x), SlidingWindowTeacher(encoder, 32, 20)(x))
     single = segmentor(encoder).dense_maps(x)
@@ -267,7 +267,7 @@ def test_a_sliding_window_is_probed_as_the_teacher_sees():
 
 def test_kept_features_stand_in_for_images():
     model = segmentor(build_encoder("vit_nano_patch8_dinov3")).train()
-    batch = [labelled(50, 70), labelled(33, 20, seed=1)]
+    batch = [labeled(50, 70), labeled(33, 20, seed=1)]
     kept = [
         {"features": model.dense_maps(model.encoder_input(inputs["image"]))[0], "sem_seg": inputs["sem_seg"].byte()}
         for inputs in batch
@@ -341,9 +341,9 @@ def test_what_is_missing_in_training_is_named():
         probe({"dense": torch.randn(1, 64, 2, 2)})
     model = segmentor(build_encoder("vit_nano_patch8_dinov3")).train()
     with pytest.raises(ValueError, match=r'a\.jpg has no "sem_seg"'):
-        model([{"image": labelled(9, 9)["image"], "file_name": "a.jpg"}])
+        model([{"image": labeled(9, 9)["image"], "file_name": "a.jpg"}])
     with pytest.raises(ValueError, match=r'"image" must be \(3, H, W\)'):
-        model([{**labelled(9, 9), "image": torch.zeros(9, 9)}])
+        model([{**labeled(9, 9), "image": torch.zeros(9, 9)}])
     with pytest.raises(ValueError, match=r'NORM "SyncBN" needs GPUs; "BN" and'):
         head(norm="SyncBN").train()({"dense": torch.randn(1, 64, 2, 2)}, torch.zeros(1, 8, 8).long())
 

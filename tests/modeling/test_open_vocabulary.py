@@ -83,7 +83,7 @@ def test_sliding_window_inference_is_the_teacher(tiny_cfg):
     tiny_cfg.MODEL.SPAR.VOCABULARY = "a;b"
     model = build_model(tiny_cfg).eval()
     image = torch.randint(0, 256, (3, 100, 90), dtype=torch.uint8)
-    x = model.backbone.pixels(model._normalise(image)[None])
+    x = model.backbone.pixels(model._normalize(image)[None])
     expected = SlidingWindowTeacher(model.backbone.encoder, stride=24)(x)[0]
     assert torch.equal(model.encode(image), expected)
 

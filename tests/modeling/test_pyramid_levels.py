@@ -70,7 +70,7 @@ def test_p7_has_a_stride_of_128(patch, tmp_path):
 
 
 @pytest.mark.parametrize("patch", [8, 14, 16])
-def test_neighbouring_levels_differ_by_exactly_two_where_frameworks_pad(patch, tmp_path):
+def test_neighboring_levels_differ_by_exactly_two_where_frameworks_pad(patch, tmp_path):
     backbone = pyramid(model_file(tmp_path, patch))
     with torch.no_grad():
         levels = list(backbone(torch.randn(1, 3, 128, 192)).values())
@@ -143,8 +143,8 @@ def test_cells_of_other_patches_keep_their_places(patch, tmp_path):
     """A map that is the place of its cells in pixels still is, at a stride of 16."""
     backbone = pyramid(model_file(tmp_path, patch), OUT_FEATURES=["clip_vis_dense"])
     cells = math.ceil(320 / patch)
-    centres = (torch.arange(cells) + 0.5) * patch
-    dense = torch.stack(torch.meshgrid(centres, centres, indexing="ij"))[None]
+    centers = (torch.arange(cells) + 0.5) * patch
+    dense = torch.stack(torch.meshgrid(centers, centers, indexing="ij"))[None]
     resampled = backbone._resampled(dense, [320, 320])
     expected = (torch.arange(20) + 0.5) * 16
     inner = slice(1, -1)  # at the border there is nothing to interpolate with

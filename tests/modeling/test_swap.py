@@ -23,7 +23,7 @@ from spar_d2.modeling.pyramid import SPARPyramid
 HEIGHT, WIDTH = SIZE = (203, 331)
 
 
-def labelled_image(polygons: bool = False) -> dict:
+def labeled_image(polygons: bool = False) -> dict:
     boxes = [[30.0, 20, 150, 120], [200.0, 100, 320, 190]]
     masks = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes):
@@ -38,7 +38,7 @@ def labelled_image(polygons: bool = False) -> dict:
 
 
 def deeplab_image() -> dict:
-    """What Panoptic-DeepLab trains on: semantic labels, centres and offsets, with their weights."""
+    """What Panoptic-DeepLab trains on: semantic labels, centers and offsets, with their weights."""
     return {
         "image": torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8),
         "sem_seg": torch.randint(0, 19, SIZE),
@@ -85,7 +85,7 @@ def check_training_step(model, record: dict, loss: str) -> None:
 def test_panoptic_fpn(panoptic_cfg):
     torch.manual_seed(0)
     model = build_model(panoptic_cfg)
-    record = labelled_image()
+    record = labeled_image()
     with torch.no_grad():
         output = model.eval()([record])[0]
     assert output["sem_seg"].shape[1:] == SIZE
@@ -97,9 +97,9 @@ def test_mask_rcnn(tiny_model):
     torch.manual_seed(0)
     model = build_model(zoo_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", tiny_model))
     with torch.no_grad():
-        output = model.eval()([labelled_image(polygons=True)])[0]
+        output = model.eval()([labeled_image(polygons=True)])[0]
     assert output["instances"].image_size == SIZE
-    check_training_step(model, labelled_image(polygons=True), "loss_mask")
+    check_training_step(model, labeled_image(polygons=True), "loss_mask")
 
 
 TO_P7 = ["p3", "p4", "p5", "p6", "p7"]
@@ -111,9 +111,9 @@ def test_retinanet(tiny_model):
     cfg.MODEL.SPAR.OUT_FEATURES = TO_P7
     model = build_model(cfg)
     with torch.no_grad():
-        output = model.eval()([labelled_image()])[0]
+        output = model.eval()([labeled_image()])[0]
     assert output["instances"].image_size == SIZE
-    check_training_step(model, labelled_image(), "loss_box_reg")
+    check_training_step(model, labeled_image(), "loss_box_reg")
 
 
 def test_fcos(tiny_model):
@@ -123,9 +123,9 @@ def test_fcos(tiny_model):
     config.backbone = SPARPyramid(net, TO_P7)
     model = instantiate(config)
     with torch.no_grad():
-        output = model.eval()([labelled_image()])[0]
+        output = model.eval()([labeled_image()])[0]
     assert output["instances"].image_size == SIZE
-    check_training_step(model, labelled_image(), "loss_fcos_loc")
+    check_training_step(model, labeled_image(), "loss_fcos_loc")
 
 
 @pytest.mark.parametrize("backbone", ["SPARPyramid", "SPARViT"])
@@ -137,9 +137,9 @@ def test_semantic_segmentor(tiny_model, backbone):
         cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES, cfg.MODEL.SEM_SEG_HEAD.COMMON_STRIDE = ["dense"], 16
     model = build_model(cfg)
     with torch.no_grad():
-        output = model.eval()([labelled_image()])[0]
+        output = model.eval()([labeled_image()])[0]
     assert output["sem_seg"].shape == (54, *SIZE)
-    check_training_step(model, labelled_image(), "loss_sem_seg")
+    check_training_step(model, labeled_image(), "loss_sem_seg")
 
 
 @pytest.fixture
@@ -203,9 +203,9 @@ def test_pointrend(tiny_model):
     cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON = cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES = True
     model = build_model(cfg)
     with torch.no_grad():
-        output = model.eval()([labelled_image()])[0]
+        output = model.eval()([labeled_image()])[0]
     assert output["instances"].image_size == SIZE
-    check_training_step(model, labelled_image(), "loss_mask_point")
+    check_training_step(model, labeled_image(), "loss_mask_point")
 
 
 def test_pointrend_for_semantic_segmentation(tiny_model):
@@ -216,9 +216,9 @@ def test_pointrend_for_semantic_segmentation(tiny_model):
     cfg.MODEL.POINT_HEAD.NUM_CLASSES = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 54
     model = build_model(cfg)
     with torch.no_grad():
-        output = model.eval()([labelled_image()])[0]
+        output = model.eval()([labeled_image()])[0]
     assert output["sem_seg"].shape == (54, *SIZE)
-    check_training_step(model, labelled_image(), "loss_sem_seg_point")
+    check_training_step(model, labeled_image(), "loss_sem_seg_point")
 
 
 def test_deeplab_v3_plus(tiny_model):
@@ -231,9 +231,9 @@ def test_deeplab_v3_plus(tiny_model):
     cfg.INPUT.CROP.ENABLED = False
     model = build_model(cfg)
     with torch.no_grad():
-        output = model.eval()([labelled_image()])[0]
+        output = model.eval()([labeled_image()])[0]
     assert output["sem_seg"].shape == (54, *SIZE)
-    check_training_step(_Twice(model), labelled_image(), "loss_sem_seg")
+    check_training_step(_Twice(model), labeled_image(), "loss_sem_seg")
 
 
 def documented_vitdet(tiny_model):
@@ -260,10 +260,10 @@ def test_vitdet(tiny_model):
     seen = []
     model.backbone.net.encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
     with torch.no_grad():
-        output = model.eval()([labelled_image(polygons=True)])[0]
+        output = model.eval()([labeled_image(polygons=True)])[0]
     assert output["instances"].image_size == SIZE
     assert seen == [(1, 3, 384, 384)]
-    check_training_step(model, labelled_image(polygons=True), "loss_mask")
+    check_training_step(model, labeled_image(polygons=True), "loss_mask")
 
 
 def test_other_frameworks_configs_know_the_keys(tmp_path):

@@ -19,7 +19,7 @@ from spar_d2.modeling.pixels import PixelConversion
 from spar_d2.teacher import SlidingWindowTeacher, TargetCache
 from spar_d2.teacher import cache as cache_module
 from spar_d2.teacher.cache import TargetLookUp
-from spar_d2.teacher.identity import image_identity, pixel_identity, teacher_identity
+from spar_d2.teacher.keys import image_key, pixel_checksum, teacher_key
 
 
 def make_teacher(family="open_clip ViT", **settings) -> SlidingWindowTeacher:
@@ -48,25 +48,25 @@ def test_a_target_is_computed_once_and_found_by_any_later_run(family, tmp_path, 
 
 def test_images_of_other_pixels_have_other_names(image):
     encoder = make_teacher().encoder
-    own = image_identity(image, encoder)
+    own = image_key(image, encoder)
     nudged = image.clone()
     nudged[1, 5, 7] += 0.5 / 255 / encoder.pixel_std[1]
     far = image * 100  # more than any pixel
     further = far.clone()
     further[0, 0, 0] += 2**16 / (255 * 64)
-    assert image_identity(far, encoder) != image_identity(further, encoder)
+    assert image_key(far, encoder) != image_key(further, encoder)
     others = [nudged, far, image.flip(-1), image[:, :, :-1], image.transpose(1, 2), image.reshape(3, 120, 100)]
-    assert own not in [image_identity(other.contiguous(), encoder) for other in others]
+    assert own not in [image_key(other.contiguous(), encoder) for other in others]
 
 
-def test_rounding_in_the_normalisation_plays_no_part():
+def test_rounding_in_the_normalization_plays_no_part():
     encoder = make_teacher().encoder
     pixels = torch.randint(0, 256, (3, 40, 50))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
     single = (pixels.float() / 255 - mean) / std
     double = ((pixels.double() - 255 * mean.double()) / (255 * std.double())).float()
     assert not torch.equal(single, double)
-    assert image_identity(single, encoder) == image_identity(double, encoder)
+    assert image_key(single, encoder) == image_key(double, encoder)
 
 
 def other_teachers() -> dict[str, SlidingWindowTeacher]:
@@ -93,7 +93,7 @@ def other_teachers() -> dict[str, SlidingWindowTeacher]:
 
 
 def test_a_cache_of_another_teacher_is_never_read(tmp_path, image):
-    identities = {name: teacher_identity(teacher) for name, teacher in other_teachers().items()}
+    identities = {name: teacher_key(teacher) for name, teacher in other_teachers().items()}
     own = TargetCache(tmp_path, make_teacher())
     assert len({own.identity, *identities.values()}) == len(identities) + 1, identities
     own.target(image)
@@ -108,11 +108,11 @@ def test_a_cache_of_another_teacher_is_never_read(tmp_path, image):
 
 @pytest.mark.parametrize("same", [{"batch_size": 5}, {"window": None}, {"window": 64}])
 def test_what_does_not_matter_does_not_part_caches(same):
-    assert teacher_identity(make_teacher(**same)) == teacher_identity(make_teacher())
+    assert teacher_key(make_teacher(**same)) == teacher_key(make_teacher())
     used = make_teacher()
     used(torch.randn(1, 3, 64, 90))
     used.encoder.accelerate("float32", checkpointing=True)
-    assert teacher_identity(used) == teacher_identity(make_teacher())
+    assert teacher_key(used) == teacher_key(make_teacher())
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "a bit", "text", "folder"])
@@ -235,14 +235,14 @@ def test_an_image_is_the_same_by_its_bytes_and_as_the_encoder_takes_it(family):
     encoder = example_encoder(family)
     pixels = torch.randint(0, 256, (3, 33, 47), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
-    assert pixel_identity(pixels) == image_identity((pixels / 255 - mean) / std, encoder)
-    # As a backbone does it, from another framework's normalisation.
+    assert pixel_checksum(pixels) == image_key((pixels / 255 - mean) / std, encoder)
+    # As a backbone does it, from another framework's normalization.
     means, stds = (103.5, 116.3, 123.7), (57.4, 57.1, 58.4)
     conversion = PixelConversion(means, stds, "BGR", encoder.pixel_mean, encoder.pixel_std)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (means, stds))
     given = (pixels.flip(0) - mean) / std
-    assert pixel_identity(pixels) == image_identity(conversion(given[None])[0], encoder)
-    assert pixel_identity(pixels) != pixel_identity(pixels.flip(0))
+    assert pixel_checksum(pixels) == image_key(conversion(given[None])[0], encoder)
+    assert pixel_checksum(pixels) != pixel_checksum(pixels.flip(0))
 
 
 def test_targets_are_found_by_the_processes_that_read_images(tmp_path):

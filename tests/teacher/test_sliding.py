@@ -161,7 +161,7 @@ def test_windows_are_spread_over_the_image():
     assert share_seen(spread) > share_seen(apart) + 0.1
 
 
-def test_chances_are_the_share_of_cells_and_favour_the_border():
+def test_chances_are_the_share_of_cells_and_favor_the_border():
     for plan in (WindowPlan(112, 176, 64, 24, 16), WindowPlan(64, 64, 64, 24, 16), WindowPlan(256, 192, 64, 12, 8)):
         expected = (1 / plan.counts.flatten())[cells_of(plan, torch.arange(len(plan)))].sum(1) / plan.counts.numel()
         torch.testing.assert_close(plan.probability, expected.double(), rtol=1e-5, atol=1e-8)

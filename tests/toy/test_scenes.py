@@ -4,7 +4,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from spar_d2.data.datasets.scenes import SCENE_SPLITS, load_scenes
-from spar_d2.toy.scenes import GROUNDS, SCENE_CLASSES, Scene, class_colours, draw_scene, large_scene, training_scene
+from spar_d2.toy.scenes import GROUNDS, SCENE_CLASSES, Scene, class_colors, draw_scene, large_scene, training_scene
 
 
 def test_the_same_number_is_the_same_scene_and_another_another():
@@ -32,7 +32,7 @@ def test_every_class_is_drawn_somewhere():
 
 
 def test_labels_lie_where_objects_are():
-    """Pixels of one class within a scene have one main colour: their spread is below that of the whole image."""
+    """Pixels of one class within a scene have one main color: their spread is below that of the whole image."""
     scene = large_scene(1, 0)
     spread = [scene.image[scene.labels == k].std(0).mean() for k in np.unique(scene.labels) if k >= len(GROUNDS)]
     assert np.median(spread) < 0.8 * scene.image.reshape(-1, 3).std(0).mean()
@@ -104,8 +104,8 @@ def check_segments(scene: Scene, min_pixels: int) -> None:
     assert sorted(seen) == sorted(classes)
 
 
-def test_colours_of_the_legend_differ():
-    assert len({tuple(colour) for colour in class_colours()}) == len(SCENE_CLASSES)
+def test_colors_of_the_legend_differ():
+    assert len({tuple(color) for color in class_colors()}) == len(SCENE_CLASSES)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spar_d2.utils.io import remove_leftovers, replacing, used_by_one, write_json
+from spar_d2.utils.io import atomic_write, file_lock, remove_leftovers, write_json
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "new" / "file.txt"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("content")
         assert temporary.suffix == ".txt"
         assert not path.exists()
@@ -29,7 +29,7 @@ def test_the_file_appears_when_it_is_complete(tmp_path):
 def test_a_failure_leaves_what_was_there(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(KeyError), replacing(path) as temporary:
+    with pytest.raises(KeyError), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise KeyError
     assert path.read_text() == "old"
@@ -38,7 +38,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 
 def test_others_may_read_it_as_they_may_read_any_new_file(tmp_path):
     (tmp_path / "plain").touch()
-    with replacing(tmp_path / "w.safetensors") as temporary:
+    with atomic_write(tmp_path / "w.safetensors") as temporary:
         save_file({"a": torch.zeros(2)}, temporary)
     assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -53,7 +53,7 @@ def kill_while_writing(path):
 
 
 def _write_and_wait(path):
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("half")
         time.sleep(60)
 
@@ -77,7 +77,7 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_pa
 
 
 def test_a_process_with_the_number_of_the_killed_one_removes_what_that_left(tmp_path):
-    with replacing(tmp_path / "file.txt") as own:
+    with atomic_write(tmp_path / "file.txt") as own:
         assert remove_leftovers(tmp_path) == []
     left = tmp_path / re.sub(r"-[0-9a-f]{8}\.tmp", "-00000000.tmp", own.name)
     left.touch()
@@ -87,7 +87,7 @@ def test_a_process_with_the_number_of_the_killed_one_removes_what_that_left(tmp_
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     path = tmp_path / "file.txt"
-    with replacing(path) as first, replacing(path) as second:
+    with atomic_write(path) as first, atomic_write(path) as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")
@@ -96,7 +96,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 
 
 def _use_and_wait(folder):
-    with used_by_one(folder):
+    with file_lock(folder):
         (folder / "in").touch()
         time.sleep(60)
 
@@ -106,12 +106,12 @@ def test_a_folder_is_used_by_one_process_until_it_ends(tmp_path):
     process.start()
     while not (tmp_path / "in").exists():
         time.sleep(0.01)
-    with pytest.raises(RuntimeError, match=f"OUTPUT_DIR {tmp_path} is in use by another run"), used_by_one(tmp_path):
+    with pytest.raises(RuntimeError, match=f"OUTPUT_DIR {tmp_path} is in use by another run"), file_lock(tmp_path):
         pass
     process.kill()
     process.join()
     for _ in range(2):
-        with used_by_one(tmp_path):
+        with file_lock(tmp_path):
             pass
 
 
@@ -127,7 +127,7 @@ def test_a_symbolic_link_stays_and_leads_to_the_new_file(tmp_path, name, there):
     (tmp_path / "link.txt").symlink_to("elsewhere/file.data")
     (tmp_path / "chain.txt").symlink_to(tmp_path / "link.txt")
     (tmp_path / "away" / "link.txt").symlink_to("../link.txt")
-    with replacing(tmp_path / name) as temporary:
+    with atomic_write(tmp_path / name) as temporary:
         assert temporary.suffix == ".txt"
         temporary.write_text("new")
     assert target.read_text() == "new"
@@ -139,7 +139,7 @@ def test_a_symbolic_link_stays_and_leads_to_the_new_file(tmp_path, name, there):
 def test_links_in_a_circle_are_an_error(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    with pytest.raises(OSError, match="symbolic links"), replacing(tmp_path / "a"):
+    with pytest.raises(OSError, match="symbolic links"), atomic_write(tmp_path / "a"):
         pass
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
@@ -155,7 +155,7 @@ def test_devices_are_written_to_and_stay(tmp_path, linked):
     if linked:
         path = tmp_path / "link.json"
         path.symlink_to(device)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         assert temporary.suffix == path.suffix
         temporary.write_text("content")
     assert stat.S_ISCHR(device.lstat().st_mode)
@@ -165,10 +165,10 @@ def test_devices_are_written_to_and_stay(tmp_path, linked):
 def test_a_named_pipe_is_written_to_where_somebody_reads(tmp_path):
     pipe = tmp_path / "pipe.json"
     os.mkfifo(pipe)
-    with pytest.raises(OSError, match=r"pipe\.json is a pipe .* nobody reads"), replacing(pipe):
+    with pytest.raises(OSError, match=r"pipe\.json is a pipe .* nobody reads"), atomic_write(pipe):
         pass
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with replacing(pipe) as temporary:
+    with atomic_write(pipe) as temporary:
         temporary.write_text("content")
     assert os.read(reader, 100) == b"content"
     os.close(reader)
@@ -179,9 +179,9 @@ def test_a_named_pipe_is_written_to_where_somebody_reads(tmp_path):
 @pytest.mark.parametrize("kind", ["pipe", "file"])
 def test_standard_output_gets_what_is_written_to_it(tmp_path, name, kind):
     code = (
-        "import sys; from spar_d2.utils.io import replacing\n"
+        "import sys; from spar_d2.utils.io import atomic_write\n"
         "print('before', flush=True)\n"
-        "with replacing(sys.argv[1]) as temporary: temporary.write_text('content\\n')\n"
+        "with atomic_write(sys.argv[1]) as temporary: temporary.write_text('content\\n')\n"
         "print('after')"
     )
     # As /dev/stdout is, which a test that fails must not replace.
@@ -201,14 +201,14 @@ def test_folders_and_sockets_are_refused_before_anything_is_written(tmp_path):
         bound.bind(str(tmp_path / "socket"))
         for name in ("folder", "socket"):
             refused = pytest.raises(OSError, match=f"{name} is a {name}, and cannot be written to")
-            with refused, replacing(tmp_path / name):
+            with refused, atomic_write(tmp_path / name):
                 raise AssertionError
     assert sorted(os.listdir(tmp_path)) == ["folder", "socket"]
 
 
 @pytest.mark.parametrize("name", ["a" * 251 + ".txt", "ä" * 125 + ".png", "a." + "b" * 253, "." + "b" * 254])
 def test_names_as_long_as_can_be(tmp_path, name):
-    with replacing(tmp_path / name) as temporary:
+    with atomic_write(tmp_path / name) as temporary:
         temporary.write_text("content")
     assert os.listdir(tmp_path) == [name]
 

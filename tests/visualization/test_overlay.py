@@ -10,7 +10,7 @@ import pytest
 from matplotlib import font_manager
 
 from reference import reference_image
-from spar_d2.visualization import class_colours, fonts
+from spar_d2.visualization import class_colors, fonts
 from spar_d2.visualization.fonts import Letters
 from spar_d2.visualization.legend import lay_out, list_classes, percent
 from spar_d2.visualization.overlay import draw_overlay
@@ -28,7 +28,7 @@ def blobs(height, width, classes, size=40, seed=0):
 
 def picture_of(labels, names=None, **options):
     names = names or [f"class {number}" for number in range(labels.max() + 1)]
-    return draw_overlay(reference_image(*labels.shape), labels, names, class_colours(names), **options)
+    return draw_overlay(reference_image(*labels.shape), labels, names, class_colors(names), **options)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -100,7 +100,7 @@ def test_any_size_keeps_the_whole_photo(height, width):
     assert any(np.array_equal(whole[:height, x : x + width], plain) for x in places)
 
 
-def test_colours_are_blended_and_the_rest_of_a_narrow_picture_is_white():
+def test_colors_are_blended_and_the_rest_of_a_narrow_picture_is_white():
     image = np.full((40, 40, 3), 100, dtype=np.uint8)
     picture = draw_overlay(image, np.zeros((40, 40), dtype=int), ["a long name"], [(200, 0, 0)], alpha=0.5)
     left = (picture.shape[1] - 40) // 2
@@ -108,18 +108,18 @@ def test_colours_are_blended_and_the_rest_of_a_narrow_picture_is_white():
     assert tuple(picture[39, left]) == (150, 50, 50)
     assert (picture[:40, :left] == WHITE).all()
     patch = (picture[40:] == (200, 0, 0)).all(-1)
-    assert 60 < patch.sum() < 200, "a square of the full colour in the legend"
+    assert 60 < patch.sum() < 200, "a square of the full color in the legend"
 
 
 def test_the_photo_shows_through_or_not():
     image, labels = reference_image(80, 90), blobs(80, 90, 3, seed=1)
-    colours = np.array(class_colours(3), dtype=np.uint8)
+    colors = np.array(class_colors(3), dtype=np.uint8)
 
     def drawn(alpha):
-        return draw_overlay(image, labels, ["", "", ""], [tuple(c) for c in colours.tolist()], alpha, legend=False)
+        return draw_overlay(image, labels, ["", "", ""], [tuple(c) for c in colors.tolist()], alpha, legend=False)
 
     assert (drawn(0) == image).all(-1).mean() > 0.9
-    assert (drawn(1) == colours[labels]).all(-1).mean() > 0.7
+    assert (drawn(1) == colors[labels]).all(-1).mean() > 0.7
 
 
 def test_labels_are_written_on_large_regions_alone():
@@ -147,7 +147,7 @@ def test_no_dollar_sign_blank_or_script_breaks_a_picture(caplog):
 
 
 def entries_of(count, name="class"):
-    return list_classes([1 / count] * count, [f"{name} {n}" for n in range(count)], class_colours(count), range(count))
+    return list_classes([1 / count] * count, [f"{name} {n}" for n in range(count)], class_colors(count), range(count))
 
 
 @pytest.mark.parametrize("picture", [(16, 16), (480, 640), (640, 480), (1, 3000), (3000, 1), (4000, 6000)])
@@ -174,7 +174,7 @@ def test_a_legend_goes_beside_what_is_tall():
 def test_very_many_classes_are_summed_up():
     entries = entries_of(100)
     assert len(entries) == 60
-    assert (entries[-1].name, entries[-1].share, entries[-1].colour) == ("41 more", "41.0%", None)
+    assert (entries[-1].name, entries[-1].share, entries[-1].color) == ("41 more", "41.0%", None)
 
 
 def test_shares_as_text():
@@ -244,7 +244,7 @@ def test_installed_fonts_are_looked_through(other_font, caplog):
         ({"labels": np.zeros((4, 6), int)}, "labels must be"),
         ({"labels": np.zeros((4, 5))}, "labels must be whole numbers"),
         ({"labels": np.full((4, 5), 2)}, r"labels must be in 0\.\.1, got 2\.\.2"),
-        ({"colours": [(0, 0, 0)]}, "names and colours"),
+        ({"colors": [(0, 0, 0)]}, "names and colors"),
         ({"alpha": 1.5}, "alpha must be"),
         ({"beside": [np.zeros((3, 5, 3), np.uint8)]}, "must be 4 high"),
     ],
@@ -254,7 +254,7 @@ def test_what_does_not_go_together_is_refused(change, message):
         "image": np.zeros((4, 5, 3), np.uint8),
         "labels": np.zeros((4, 5), int),
         "names": ["a", "b"],
-        "colours": [(0, 0, 0), (9, 9, 9)],
+        "colors": [(0, 0, 0), (9, 9, 9)],
     }
     with pytest.raises(ValueError, match=message):
         draw_overlay(**{**arguments, **change})

@@ -3,31 +3,31 @@ import pytest
 import torch
 from PIL import Image
 
-from spar_d2.visualization import draw_panels, shared_pca_colours
+from spar_d2.visualization import draw_panels, shared_pca_colors
 
 
-def test_equal_features_have_equal_colours_in_all_maps():
+def test_equal_features_have_equal_colors_in_all_maps():
     one = torch.randn(8, 5, 6)
-    colours = shared_pca_colours([one, one[:, :2], torch.randn(8, 3, 3)])
-    assert [tuple(c.shape) for c in colours] == [(5, 6, 3), (2, 6, 3), (3, 3, 3)]
-    torch.testing.assert_close(colours[0][:2], colours[1])
-    assert 0 <= colours[0].min() <= colours[0].max() <= 1
+    colors = shared_pca_colors([one, one[:, :2], torch.randn(8, 3, 3)])
+    assert [tuple(c.shape) for c in colors] == [(5, 6, 3), (2, 6, 3), (3, 3, 3)]
+    torch.testing.assert_close(colors[0][:2], colors[1])
+    assert 0 <= colors[0].min() <= colors[0].max() <= 1
 
 
-def test_the_first_colour_is_the_main_direction():
+def test_the_first_color_is_the_main_direction():
     features = torch.randn(4, 10, 10) * torch.tensor([10.0, 3.0, 1.0, 0.1]).view(4, 1, 1)
-    red = shared_pca_colours([features])[0][..., 0].flatten()
+    red = shared_pca_colors([features])[0][..., 0].flatten()
     correlation = torch.corrcoef(torch.stack([red, features[0].flatten()]))[0, 1]
     assert correlation.abs() > 0.95
 
 
 def test_constant_features_are_no_crash():
-    assert shared_pca_colours([torch.ones(4, 2, 2)])[0].isfinite().all()
+    assert shared_pca_colors([torch.ones(4, 2, 2)])[0].isfinite().all()
 
 
 def test_what_has_no_three_channels_is_refused():
     with pytest.raises(ValueError, match="D >= 3"):
-        shared_pca_colours([torch.ones(2, 2, 2)])
+        shared_pca_colors([torch.ones(2, 2, 2)])
 
 
 def test_panels_of_different_sizes_become_one_picture(tmp_path):
@@ -36,8 +36,8 @@ def test_panels_of_different_sizes_become_one_picture(tmp_path):
     path = tmp_path / "new" / "panels.png"
     draw_panels([[red, blue], [blue, red]], ["one", "été"], path, {"red": (255, 0, 0), "blue": (0, 0, 255)})
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
-    for colour in ((255, 0, 0), (0, 0, 255)):
-        assert (pixels == colour).all(1).mean() > 0.1
+    for color in ((255, 0, 0), (0, 0, 255)):
+        assert (pixels == color).all(1).mean() > 0.1
     assert [p.name for p in path.parent.iterdir()] == ["panels.png"]
 
 

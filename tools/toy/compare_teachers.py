@@ -25,7 +25,7 @@ from spar_d2.engine.setup import load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
-from spar_d2.utils.io import replacing, write_json
+from spar_d2.utils.io import atomic_write, write_json
 
 TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"
 TEACHERS = ["all", "cached", "16", "8", "4"]
@@ -61,7 +61,7 @@ def teacher_overrides(teacher: str, folder: Path) -> list:
     return ["SPAR.TEACHER.WINDOWS_PER_IMAGE", 0 if teacher == "all" else int(teacher)]
 
 
-def distil(config_file: str, folder: Path, teacher: str, rate: float, seed: int) -> dict[str, float]:
+def distill(config_file: str, folder: Path, teacher: str, rate: float, seed: int) -> dict[str, float]:
     """One run; read from its folder if it is there."""
     record = folder / "result.json"
     if record.is_file():
@@ -123,9 +123,9 @@ def main() -> None:
         results = {}
         for seed, rate, teacher in tqdm(combinations, desc="runs", unit="run"):
             folder = args.output / f"{teacher}_rate{rate:g}_seed{seed}"
-            results[teacher, rate, seed] = distil(args.config_file, folder, teacher, rate, seed)
+            results[teacher, rate, seed] = distill(args.config_file, folder, teacher, rate, seed)
         text = table(results, args)
-        with replacing(args.output / "table.md") as temporary:
+        with atomic_write(args.output / "table.md") as temporary:
             temporary.write_text(text + "\n")
     print(f"\n{text}\n\nThe rate in bold is the best on the tuning scenes. Everything is in {args.output}.")
 

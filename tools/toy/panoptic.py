@@ -20,7 +20,7 @@ from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import Trainer
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
-from spar_d2.utils.io import as_json, replacing
+from spar_d2.utils.io import as_json, atomic_write
 from spar_d2.visualization import draw_panels
 
 STUDENT = Path("output/demo/student.safetensors")
@@ -61,7 +61,7 @@ def main() -> None:
             scores[name], models[name] = fine_tune(cfg, args, name)
         table = markdown(scores)
         for name, content in (("table.md", table + "\n"), ("scores.json", as_json(scores, indent=1))):
-            with replacing(args.output / name) as temporary:
+            with atomic_write(args.output / name) as temporary:
                 temporary.write_text(content)
         draw(base.DATASETS.TEST[0], models, args.output / "panoptic.png")
     print(f"\n{table}\n\nThe table and a picture are in {args.output}; {time.time() - started:.0f} s in all.")
@@ -100,18 +100,18 @@ def draw(data_set: str, models: dict[str, nn.Module], path: Path) -> None:
         truth = torch.from_numpy(read_segments(record))
         found = [(truth, record["segments_info"]), *(model(inputs)[0]["panoptic_seg"] for model in models.values())]
         rows.append([image, *(paint(ids.cpu().numpy(), segments, metadata) for ids, segments in found)])
-    names, colours = metadata.stuff_classes[1:], metadata.stuff_colors[1:]
-    legend = dict(zip([*names, *metadata.thing_classes], [*colours, *metadata.thing_colors]))
+    names, colors = metadata.stuff_classes[1:], metadata.stuff_colors[1:]
+    legend = dict(zip([*names, *metadata.thing_classes], [*colors, *metadata.thing_colors]))
     draw_panels(rows, ["image", "ground truth", *models], path, legend)
 
 
 def paint(ids: np.ndarray, segments: list[dict], metadata: Metadata) -> np.ndarray:
-    """Segments (H, W) in the colours of their classes, things with a white outline, to (H, W, 3) uint8."""
+    """Segments (H, W) in the colors of their classes, things with a white outline, to (H, W, 3) uint8."""
     painted = np.zeros((*ids.shape, 3), dtype=np.uint8)
     for segment in segments:
         inside = ids == segment["id"]
-        colours = metadata.thing_colors if segment["isthing"] else metadata.stuff_colors
-        painted[inside] = colours[segment["category_id"]]
+        colors = metadata.thing_colors if segment["isthing"] else metadata.stuff_colors
+        painted[inside] = colors[segment["category_id"]]
         if segment["isthing"]:
             painted[inside & ~cv2.erode(inside.astype(np.uint8), np.ones((3, 3))).astype(bool)] = 255
     return painted

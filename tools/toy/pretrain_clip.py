@@ -69,7 +69,7 @@ def write_caption(rng: np.random.Generator, shown: np.ndarray) -> tuple[str, np.
 
 
 def augment(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Random flips and brightness, then normalisation: (B, 3, H, W) uint8 to float32."""
+    """Random flips and brightness, then normalization: (B, 3, H, W) uint8 to float32."""
     x = images.float() / 255
     flip = torch.rand(len(x)) < 0.5
     x[flip] = x[flip].flip(-1)

@@ -12,14 +12,14 @@ from typing import cast
 
 from spar_d2.data.datasets import class_names
 from spar_d2.data.datasets.class_names import BACKGROUND
-from spar_d2.data.datasets.colors import voc_colours
+from spar_d2.data.datasets.colors import voc_colors
 
 # Name of OpenCLIP's family of encoders, which some data sets have other thresholds for.
 _OPEN_CLIP = "open_clip ViT"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledSet:
+class LabeledSet:
     """A data set with a class for every pixel.
 
     Attributes:
@@ -34,14 +34,14 @@ class LabelledSet:
     classes: tuple[str, ...]
     vocabulary: str = ""
 
-    def colours(self) -> list[list[int]]:
+    def colors(self) -> list[list[int]]:
         """An RGB color, 0..255, for every class: VOC's of its label, black for a background."""
         first = 0 if self.classes[0] == BACKGROUND else 1
-        return voc_colours(first + len(self.classes))[first:].tolist()
+        return voc_colors(first + len(self.classes))[first:].tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark(LabelledSet):
+class Benchmark(LabeledSet):
     """Validation images of a data set, and the paper's protocol on it.
 
     Attributes:
@@ -112,13 +112,13 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-def _training_split(benchmark: str, images: int) -> LabelledSet:
+def _training_split(benchmark: str, images: int) -> LabeledSet:
     classes = BENCHMARKS[benchmark].classes
-    return LabelledSet(name=f"{benchmark}_train", images=images, classes=classes, vocabulary=benchmark)
+    return LabeledSet(name=f"{benchmark}_train", images=images, classes=classes, vocabulary=benchmark)
 
 
 # Training images of benchmarks, with the same classes: to learn from, nothing is evaluated on them.
-TRAINING_SPLITS: dict[str, LabelledSet] = {
+TRAINING_SPLITS: dict[str, LabeledSet] = {
     split.name: split
     for split in (
         _training_split("voc21", 1464),
@@ -128,4 +128,4 @@ TRAINING_SPLITS: dict[str, LabelledSet] = {
 }
 
 # All of them, the benchmarks first.
-LABELLED_SETS: Mapping[str, LabelledSet] = ChainMap(TRAINING_SPLITS, cast("dict[str, LabelledSet]", BENCHMARKS))
+LABELED_SETS: Mapping[str, LabeledSet] = ChainMap(TRAINING_SPLITS, cast("dict[str, LabeledSet]", BENCHMARKS))

@@ -22,11 +22,11 @@ from spar_d2.data.preparation.common import datasets_root
 from spar_d2.data.preparation.panoptic import areas_and_boxes
 from spar_d2.toy import scenes
 from spar_d2.utils.images import read_ids, read_labels
-from spar_d2.utils.io import replacing
+from spar_d2.utils.io import atomic_write
 
 # Detectron2's number of instances that a class may have in an image, where a segment's number tells its class.
 _LABEL_DIVISOR = 1000
-_THINGS_COLOUR = [82, 82, 82]
+_THINGS_COLOR = [82, 82, 82]
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def _coco_categories() -> list[dict]:
 
 
 def _scene_categories() -> list[dict]:
-    classes = zip(scenes.SCENE_CLASSES, scenes.class_colours())
+    classes = zip(scenes.SCENE_CLASSES, scenes.class_colors())
     return [
-        {"id": number, "name": name, "isthing": int(name in scenes.OBJECTS), "color": colour}
-        for number, (name, colour) in enumerate(classes, start=1)
+        {"id": number, "name": name, "isthing": int(name in scenes.OBJECTS), "color": color}
+        for number, (name, color) in enumerate(classes, start=1)
     ]
 
 
@@ -147,7 +147,7 @@ def _metadata(categories: Sequence[dict]) -> dict[str, Any]:
         "thing_classes": [category["name"] for category in things],
         "thing_colors": [list(category["color"]) for category in things],
         "stuff_classes": ["things", *(category["name"] for category in stuff)],
-        "stuff_colors": [_THINGS_COLOUR, *(list(category["color"]) for category in stuff)],
+        "stuff_colors": [_THINGS_COLOR, *(list(category["color"]) for category in stuff)],
         "thing_dataset_id_to_contiguous_id": {category["id"]: number for number, category in enumerate(things)},
         "stuff_dataset_id_to_contiguous_id": {c["id"]: number for number, c in enumerate(stuff, start=1)},
         "ignore_label": IGNORE_LABEL,
@@ -251,7 +251,7 @@ def _prepare_scenes(split: str, root: Path) -> None:
         segments = _scene_segments(image.with_name(masks), record["sem_seg_file_name"])
         annotations.append({"image_id": record["image_id"], "file_name": masks, "segments_info": segments})
     content = {"images": images, "annotations": annotations, "categories": _scene_categories()}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content))
 
 

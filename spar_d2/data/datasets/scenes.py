@@ -14,8 +14,8 @@ from tqdm import tqdm
 from spar_d2.data.preparation.common import datasets_root
 from spar_d2.data.sources import find_photos
 from spar_d2.toy import scenes
-from spar_d2.utils.id_maps import as_colours
-from spar_d2.utils.io import replacing
+from spar_d2.utils.id_maps import as_colors
+from spar_d2.utils.io import atomic_write
 
 # Name of a split to (seed, number of scenes). "train" is used without its labels; "tune" is for choosing settings.
 SCENE_SPLITS = {"train": (101, 60), "tune": (202, 40), "val": (303, 60)}
@@ -34,7 +34,7 @@ def register_scenes() -> None:
         DatasetCatalog.register(name, functools.partial(load_scenes, split))
         MetadataCatalog.get(name).set(
             stuff_classes=list(scenes.SCENE_CLASSES),
-            stuff_colors=scenes.class_colours(),
+            stuff_colors=scenes.class_colors(),
             evaluator_type="sem_seg",
             ignore_label=IGNORE_LABEL,
         )
@@ -73,7 +73,7 @@ def load_scenes(split: str, root: str | os.PathLike | None = None) -> list[dict]
         image, labels, segments = (folder / f"{index:04d}{ending}.png" for ending in ("", "_labels", SEGMENTS_ENDING))
         if not all(path.is_file() for path in (image, labels, segments)):
             scene = scenes.large_scene(seed, index)
-            _write_png(as_colours(scene.segments()[0]), segments)
+            _write_png(as_colors(scene.segments()[0]), segments)
             _write_png(scene.labels, labels)
             _write_png(scene.image, image)
         with Image.open(image) as header:
@@ -90,5 +90,5 @@ def scenes_root(root: str | os.PathLike | None = None) -> Path:
 
 
 def _write_png(pixels: np.ndarray, path: Path) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(pixels).save(temporary)

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 
-from spar_d2.data.datasets.catalog import LABELLED_SETS
+from spar_d2.data.datasets.catalog import LABELED_SETS
 from spar_d2.data.preparation import MissingArchive, find_preparation, prepared_pairs, survey
 from spar_d2.data.preparation.common import IGNORED
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def register_benchmarks() -> None:
-    """Register :data:`~spar_d2.data.datasets.catalog.LABELLED_SETS`, the benchmarks and the training splits of some.
+    """Register :data:`~spar_d2.data.datasets.catalog.LABELED_SETS`, the benchmarks and the training splits of some.
 
     Nothing is looked for on disk before one is asked for. Where a name is taken, the data set that has it stays, with a
     warning.
@@ -22,15 +22,15 @@ def register_benchmarks() -> None:
     # Here, as importing it is what calls this function, when this module may be half-way through its own imports.
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    for name, data in LABELLED_SETS.items():
+    for name, data in LABELED_SETS.items():
         if name in DatasetCatalog:
             logger.warning("The data set %r is registered already; that one stays, not ours.", name)
             continue
-        DatasetCatalog.register(name, functools.partial(load_labelled, name))
+        DatasetCatalog.register(name, functools.partial(load_labeled, name))
         try:
             MetadataCatalog.get(name).set(
                 stuff_classes=list(data.classes),
-                stuff_colors=data.colours(),
+                stuff_colors=data.colors(),
                 evaluator_type="sem_seg",
                 ignore_label=IGNORED,
                 vocabulary=data.vocabulary or name,
@@ -39,7 +39,7 @@ def register_benchmarks() -> None:
             logger.warning("The metadata of %r were set already and stay: %s", name, error)
 
 
-def load_labelled(name: str, root: str | os.PathLike | None = None) -> list[dict]:
+def load_labeled(name: str, root: str | os.PathLike | None = None) -> list[dict]:
     """Dataset dicts of a benchmark or training split in Detectron2's form for semantic segmentation.
 
     Sizes are left out, as they would mean opening every image; Detectron2 adds them when it reads one.

@@ -5,7 +5,7 @@ Needs no Detectron2.
 
 from spar_d2.data.preparation.common import MissingArchive
 from spar_d2.data.preparation.registry import find_preparation
-from spar_d2.data.preparation.survey import Survey, prepared_pairs, survey
+from spar_d2.data.preparation.survey import Status, prepared_pairs, survey
 from spar_d2.data.preparation.writing import Summary, prepare
 
-__all__ = ["MissingArchive", "Summary", "Survey", "find_preparation", "prepare", "prepared_pairs", "survey"]
+__all__ = ["MissingArchive", "Status", "Summary", "find_preparation", "prepare", "prepared_pairs", "survey"]

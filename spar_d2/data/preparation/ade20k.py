@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from spar_d2.data.datasets import class_names
-from spar_d2.data.preparation.common import PARTS, Place, without_background
-from spar_d2.data.preparation.folders import Files, FolderPreparation
+from spar_d2.data.preparation.common import PARTS, ArchiveSpec, without_background
+from spar_d2.data.preparation.folders import FilePattern, FolderPreparation
 
 FOLDER = "ADEChallengeData2016"
 _ARCHIVE = ("ADEChallengeData2016.zip", "data.csail.mit.edu/places/ADEchallenge")
@@ -27,7 +27,9 @@ class Ade20kPreparation(FolderPreparation):
         return root / FOLDER / "annotations_detectron2" / self.part
 
 
-def photos_and_classes(split: str) -> tuple[Files, Files]:
+def photos_and_classes(split: str) -> tuple[FilePattern, FilePattern]:
     """Images and official semantic labels of a split."""
     images, labels = (f"{FOLDER}/{folder}/{PARTS[split]}" for folder in ("images", "annotations"))
-    return Files(Place((images,), *_ARCHIVE), ".jpg"), Files(Place((labels,), *_ARCHIVE), ".png")
+    return FilePattern(ArchiveSpec((images,), *_ARCHIVE), ".jpg"), FilePattern(
+        ArchiveSpec((labels,), *_ARCHIVE), ".png"
+    )

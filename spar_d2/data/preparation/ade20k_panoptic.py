@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from spar_d2.data.datasets import class_names
-from spar_d2.data.datasets.colors import voc_colours
+from spar_d2.data.datasets.colors import voc_colors
 from spar_d2.data.preparation.ade20k import FOLDER, photos_and_classes
-from spar_d2.data.preparation.common import Place, classes_in, read_pixels, read_values, without_background
-from spar_d2.data.preparation.folders import Files
+from spar_d2.data.preparation.common import ArchiveSpec, classes_in, read_pixels, read_values, without_background
+from spar_d2.data.preparation.folders import FilePattern
 from spar_d2.data.preparation.panoptic import PanopticLabels, PanopticPreparation, areas_and_boxes
 
 _THINGS = np.array(class_names.ADE20K_THINGS)
@@ -40,8 +40,8 @@ class Ade20kPanopticPreparation(PanopticPreparation):
             categories(),
         )
         site = "sceneparsing.csail.mit.edu/data/ChallengeData2017"
-        place = Place((f"{FOLDER}/annotations_instance/{self.part}",), "annotations_instance.tar", site, FOLDER)
-        self.instances = Files(place, ".png")
+        place = ArchiveSpec((f"{FOLDER}/annotations_instance/{self.part}",), "annotations_instance.tar", site, FOLDER)
+        self.instances = FilePattern(place, ".png")
 
     def labels(self, root: Path) -> PanopticLabels:
         # The archive of the images is that of the classes, and named when those are looked for.
@@ -120,8 +120,8 @@ def categories() -> list[dict]:
     """The classes in COCO's form."""
     names, things = class_names.ADE20K, set(_THINGS.tolist())
     # Less black, which is for no class.
-    colours = voc_colours(len(names) + 1)[1:].tolist()
+    colors = voc_colors(len(names) + 1)[1:].tolist()
     return [
-        {"id": number, "name": name, "isthing": int(number in things), "color": colour}
-        for number, (name, colour) in enumerate(zip(names, colours))
+        {"id": number, "name": name, "isthing": int(number in things), "color": color}
+        for number, (name, color) in enumerate(zip(names, colors))
     ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spar_d2.data.preparation.common import IGNORED, Place, label_table
-from spar_d2.data.preparation.folders import Files, FolderPreparation
+from spar_d2.data.preparation.common import IGNORED, ArchiveSpec, label_table
+from spar_d2.data.preparation.folders import FilePattern, FolderPreparation
 
 GT_FINE = "cityscapes/gtFine"
 # Number of official ids, and those of the 19 classes that are evaluated, in their order.
@@ -36,8 +36,8 @@ class CityscapesPreparation(FolderPreparation):
         return self.folder(root) / f"{name}_gtFine_labelTrainIds.png"
 
 
-def photos_and_labels(split: str, suffix: str) -> tuple[Files, Files]:
+def photos_and_labels(split: str, suffix: str) -> tuple[FilePattern, FilePattern]:
     """Images of a split, and their official labels with names that end in ``suffix``."""
-    images = Place((f"cityscapes/leftImg8bit/{split}",), "leftImg8bit_trainvaltest.zip", _SITE, "cityscapes")
-    labels = Place((f"{GT_FINE}/{split}",), "gtFine_trainvaltest.zip", _SITE, "cityscapes")
-    return Files(images, "_leftImg8bit.png"), Files(labels, suffix)
+    images = ArchiveSpec((f"cityscapes/leftImg8bit/{split}",), "leftImg8bit_trainvaltest.zip", _SITE, "cityscapes")
+    labels = ArchiveSpec((f"{GT_FINE}/{split}",), "gtFine_trainvaltest.zip", _SITE, "cityscapes")
+    return FilePattern(images, "_leftImg8bit.png"), FilePattern(labels, suffix)

@@ -18,7 +18,7 @@ _INSTANCES = 1000
 # Ids of things, all of which are at the end.
 _FIRST_THING = 24
 _GROUPS = {7: "flat", 11: "construction", 17: "object", 21: "nature", 23: "sky", 24: "human", 26: "vehicle"}
-_COLOURS = (
+_COLORS = (
     *((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30)),
     *((220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142)),
     *((0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)),
@@ -91,9 +91,9 @@ class _InstanceIds(PanopticLabels):
 def categories() -> list[dict]:
     """The classes in COCO's form."""
     found, group = [], ""
-    for number, name, colour in zip(EVALUATED, class_names.CITYSCAPES, _COLOURS):
+    for number, name, color in zip(EVALUATED, class_names.CITYSCAPES, _COLORS):
         group = _GROUPS.get(number, group)
         thing = int(number >= _FIRST_THING)
-        shown = {"supercategory": group, "color": list(colour)}
+        shown = {"supercategory": group, "color": list(color)}
         found.append({"id": number, "name": name, "isthing": thing, **shown})
     return found

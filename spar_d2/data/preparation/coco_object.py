@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from spar_d2.data.preparation.common import IGNORED, Place, label_table
-from spar_d2.data.preparation.folders import Files, FolderPreparation
+from spar_d2.data.preparation.common import IGNORED, ArchiveSpec, label_table
+from spar_d2.data.preparation.folders import FilePattern, FolderPreparation
 
 # COCO's category ids: 1..90 are things, and some of these were never used; stuff follows.
 _THINGS, _LAST = 90, 182
@@ -23,11 +23,11 @@ class CocoObjectPreparation(FolderPreparation):
     def __init__(self, name: str) -> None:
         things = [number for number in range(1, _THINGS + 1) if number not in _UNUSED]
         values = {**dict.fromkeys(range(_LAST), 0), **{k - 1: n for n, k in enumerate(things, 1)}, IGNORED: IGNORED}
-        images = Place(("coco/val2017",), "val2017.zip", "cocodataset.org", "coco")
-        labels = Place(
+        images = ArchiveSpec(("coco/val2017",), "val2017.zip", "cocodataset.org", "coco")
+        labels = ArchiveSpec(
             ("coco/stuffthingmaps/val2017", "coco/stuffthingmaps_trainval2017/val2017"),
             "stuffthingmaps_trainval2017.zip",
             "github.com/nightrome/cocostuff",
             "coco/stuffthingmaps",
         )
-        super().__init__(name, "val", Files(images, ".jpg"), Files(labels, ".png"), label_table(values))
+        super().__init__(name, "val", FilePattern(images, ".jpg"), FilePattern(labels, ".png"), label_table(values))

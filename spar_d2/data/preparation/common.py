@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spar_d2.data.datasets.catalog import LABELLED_SETS
+from spar_d2.data.datasets.catalog import LABELED_SETS
 from spar_d2.utils.images import DAMAGE, open_image
 
 IGNORED = 255
@@ -34,7 +34,7 @@ class MissingArchive(FileNotFoundError):
 
 
 @dataclass(frozen=True)
-class Place:
+class ArchiveSpec:
     """Where the files of an official archive lie.
 
     Attributes:
@@ -65,7 +65,7 @@ class Place:
 
 
 def read_values(path: Path) -> np.ndarray:
-    """The values of an official label image: its greys, or its indices into a palette.
+    """The values of an official label image: its grays, or its indices into a palette.
 
     Returns:
         (H, W) integers.
@@ -75,7 +75,7 @@ def read_values(path: Path) -> np.ndarray:
     """
     mode, values = read_pixels(path)
     if values.ndim != 2 or values.dtype.kind not in "ui":
-        raise ValueError(f"the label image {path} must be grey or have a palette, its mode is {mode}")
+        raise ValueError(f"the label image {path} must be gray or have a palette, its mode is {mode}")
     return values
 
 
@@ -187,7 +187,7 @@ class Preparation(ABC):
     Args:
         name: of the data set.
         split: "val" or "train".
-        images_of: the one of :data:`~spar_d2.data.datasets.catalog.LABELLED_SETS` with the same images;
+        images_of: the one of :data:`~spar_d2.data.datasets.catalog.LABELED_SETS` with the same images;
             default: ``name``.
     """
 
@@ -202,7 +202,7 @@ class Preparation(ABC):
     @property
     def expected(self) -> int:
         """Number of images of the whole data set."""
-        return LABELLED_SETS[self.images_of].images
+        return LABELED_SETS[self.images_of].images
 
     @abstractmethod
     def images(self, root: Path) -> dict[str, Path]:

@@ -13,16 +13,18 @@ import numpy as np
 from spar_d2.data.datasets import class_names
 from spar_d2.data.preparation.common import (
     IGNORED,
+    ArchiveSpec,
     ClassLabels,
     Labels,
     MissingArchive,
-    Place,
     Preparation,
     label_table,
     names_in_list,
 )
 
-_VOC = Place(("VOCdevkit/VOC2010", "VOC2010"), "VOCtrainval_03-May-2010.tar", "host.robots.ox.ac.uk/pascal/VOC/voc2010")
+_VOC = ArchiveSpec(
+    ("VOCdevkit/VOC2010", "VOC2010"), "VOCtrainval_03-May-2010.tar", "host.robots.ox.ac.uk/pascal/VOC/voc2010"
+)
 _LISTS = ("ImageSets/SegmentationContext/val.txt", "ImageSets/Main/val.txt")
 # Folders that labels are looked for in.
 _PLACES = ("VOCdevkit/VOC2010", "VOC2010", "pascal_context", ".")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from spar_d2.data.preparation.common import ClassLabels, Labels, MissingArchive, Place, Preparation
+from spar_d2.data.preparation.common import ArchiveSpec, ClassLabels, Labels, MissingArchive, Preparation
 
 
 @dataclass(frozen=True)
-class Files:
+class FilePattern:
     """All files below a place whose names end in ``suffix``; what is before it, sub-folders included, is a name."""
 
-    place: Place
+    place: ArchiveSpec
     suffix: str
 
     def names(self, root: Path) -> list[str]:
@@ -44,7 +44,7 @@ class FolderPreparation(Preparation):
     """
 
     def __init__(
-        self, name: str, split: str, photos: Files, official: Files, table: np.ndarray, images_of: str = ""
+        self, name: str, split: str, photos: FilePattern, official: FilePattern, table: np.ndarray, images_of: str = ""
     ) -> None:
         super().__init__(name, split, images_of)
         self.photos, self.official, self.table = photos, official, table

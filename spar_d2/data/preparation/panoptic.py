@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from spar_d2.data.preparation.common import Labels
-from spar_d2.data.preparation.folders import Files, FolderPreparation
-from spar_d2.utils.id_maps import as_colours, boxes
-from spar_d2.utils.io import replacing
+from spar_d2.data.preparation.folders import FilePattern, FolderPreparation
+from spar_d2.utils.id_maps import as_colors, boxes
+from spar_d2.utils.io import atomic_write
 
 
 class PanopticLabels(Labels):
@@ -33,7 +33,7 @@ class PanopticLabels(Labels):
     def convert(self, name: str) -> tuple[np.ndarray, dict[str, Any]]:
         ids, segments = self.segments(name)
         height, width = ids.shape
-        return as_colours(ids), {"height": height, "width": width, "segments": segments}
+        return as_colors(ids), {"height": height, "width": width, "segments": segments}
 
 
 class PanopticPreparation(FolderPreparation):
@@ -50,8 +50,8 @@ class PanopticPreparation(FolderPreparation):
         name: str,
         split: str,
         images_of: str,
-        photos: Files,
-        official: Files,
+        photos: FilePattern,
+        official: FilePattern,
         table: np.ndarray,
         target: str,
         categories: list[dict],
@@ -78,7 +78,7 @@ class PanopticPreparation(FolderPreparation):
             file_name = self.prepared(root, name).name
             annotations.append({"image_id": identity, "file_name": file_name, "segments_info": entry["segments"]})
         content = {"images": images, "annotations": annotations, "categories": self.categories}
-        with replacing(self.index(root)) as temporary:
+        with atomic_write(self.index(root)) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
 
 

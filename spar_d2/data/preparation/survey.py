@@ -11,7 +11,7 @@ from spar_d2.data.preparation.registry import find_preparation
 
 
 @dataclass(frozen=True)
-class Survey:
+class Status:
     """What of a data set is on disk.
 
     Attributes:
@@ -53,7 +53,7 @@ class Survey:
         return ", ".join(steps)
 
 
-def survey(name: str, root: str | os.PathLike | None = None) -> Survey:
+def survey(name: str, root: str | os.PathLike | None = None) -> Status:
     """Look what of a data set is on disk, without opening an image.
 
     Args:
@@ -78,7 +78,7 @@ def survey(name: str, root: str | os.PathLike | None = None) -> Survey:
         except MissingArchive as error:
             missing.append(error)
     archives = tuple(dict.fromkeys(error.archive for error in missing))
-    return Survey(name, len(images), prepared, finished, archives, str(missing[0]) if missing else "")
+    return Status(name, len(images), prepared, finished, archives, str(missing[0]) if missing else "")
 
 
 def prepared_pairs(name: str, root: str | os.PathLike | None = None) -> list[tuple[str, Path, Path]]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from spar_d2.data.datasets import class_names
-from spar_d2.data.datasets.colors import voc_colours
+from spar_d2.data.datasets.colors import voc_colors
 from spar_d2.data.preparation.common import (
+    ArchiveSpec,
     ClassLabels,
     Labels,
-    Place,
     Preparation,
     names_in_list,
     read_pixels,
@@ -20,7 +20,9 @@ from spar_d2.data.preparation.common import (
     without_background,
 )
 
-_VOC = Place(("VOCdevkit/VOC2012", "VOC2012"), "VOCtrainval_11-May-2012.tar", "host.robots.ox.ac.uk/pascal/VOC/voc2012")
+_VOC = ArchiveSpec(
+    ("VOCdevkit/VOC2012", "VOC2012"), "VOCtrainval_11-May-2012.tar", "host.robots.ox.ac.uk/pascal/VOC/voc2012"
+)
 
 
 class VocPreparation(Preparation):
@@ -48,26 +50,26 @@ class VocPreparation(Preparation):
 
 
 def read_voc_labels(path: Path) -> np.ndarray:
-    """The values of a label image of VOC, (H, W): as stored in the official ones, or by their colours in copies.
+    """The values of a label image of VOC, (H, W): as stored in the official ones, or by their colors in copies.
 
     Raises:
-        ValueError: it cannot be read, or has other colours.
+        ValueError: it cannot be read, or has other colors.
     """
     mode, pixels = read_pixels(path)
     if mode not in ("RGB", "RGBA"):
         return read_values(path)
-    known = _codes(voc_colours())
+    known = _codes(voc_colors())
     order = np.argsort(known)
     codes = _codes(pixels)
     values = order[np.searchsorted(known, codes, sorter=order).clip(max=len(known) - 1)]
     wrong = known[values] != codes
     if wrong.any():
         red, green, blue = pixels[wrong][0, :3].tolist()
-        raise ValueError(f"the label image {path} has the colour ({red}, {green}, {blue}), which is none of VOC's")
+        raise ValueError(f"the label image {path} has the color ({red}, {green}, {blue}), which is none of VOC's")
     return values
 
 
-def _codes(colours: np.ndarray) -> np.ndarray:
+def _codes(colors: np.ndarray) -> np.ndarray:
     """(..., 3 or more) uint8 RGB to one number each."""
-    red, green, blue = np.moveaxis(colours[..., :3].astype(np.int64), -1, 0)
+    red, green, blue = np.moveaxis(colors[..., :3].astype(np.int64), -1, 0)
     return red << 16 | green << 8 | blue

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from spar_d2.data.preparation.common import Labels, Preparation, datasets_root
 from spar_d2.data.preparation.registry import find_preparation
 from spar_d2.utils.images import DAMAGE, open_image
-from spar_d2.utils.io import remove_leftovers, replacing
+from spar_d2.utils.io import atomic_write, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def _write(task: _Task, labels: Labels) -> Any:
         sizes = f"{_shown(prepared.shape)} and {_shown(size)} pixels"
         raise ValueError(f"the label file {task.sources[0]} and its image {task.image} differ in size: {sizes}")
     if not task.target.is_file():
-        with replacing(task.target) as temporary:
+        with atomic_write(task.target) as temporary:
             Image.fromarray(prepared).save(temporary)
     return entry
 

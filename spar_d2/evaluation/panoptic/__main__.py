@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 from spar_d2.evaluation.panoptic.coco_json import read_ground_truth, read_predictions
-from spar_d2.evaluation.panoptic.coco_png import compare_folders, write_json
+from spar_d2.evaluation.panoptic.coco_png import compare_folders
 from spar_d2.evaluation.panoptic.scores import score_table
 from spar_d2.utils.errors import printable, readable_errors
-from spar_d2.utils.io import check_not_read
+from spar_d2.utils.io import check_not_read, write_json
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Panoptic segmentations as PNGs, whose colours are ids; comparing those of two folders."""
+"""Panoptic segmentations as PNGs, whose colors are ids; comparing those of two folders."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from tqdm import tqdm
 from spar_d2.evaluation.panoptic.coco_json import FoundImage, GroundTruth
 from spar_d2.evaluation.panoptic.quality import panoptic_quality
 from spar_d2.evaluation.panoptic.scores import PanopticCounts
-from spar_d2.utils.id_maps import IDS, as_colours
+from spar_d2.utils.id_maps import IDS, as_colors
 from spar_d2.utils.images import read_ids
-from spar_d2.utils.io import (
-    replacing,
-    write_json,  # noqa: F401  for those that write what belongs to the PNGs
-)
+from spar_d2.utils.io import atomic_write
 
 
 def compare_image(
@@ -77,9 +74,9 @@ def write_ids(ids: np.ndarray, path: str | os.PathLike) -> None:
     """Write an (H, W) map of integers as a panoptic PNG.
 
     Raises:
-        ValueError: ids below 0 or above 2**24 - 1, for which there is no colour.
+        ValueError: ids below 0 or above 2**24 - 1, for which there is no color.
     """
     if ids.size and not 0 <= ids.min() <= ids.max() < IDS:
-        raise ValueError(f"ids must be in 0..{IDS - 1} to be colours of {path}, got {ids.min()}..{ids.max()}")
-    with replacing(path) as temporary:
-        Image.fromarray(as_colours(ids)).save(temporary, format="PNG")
+        raise ValueError(f"ids must be in 0..{IDS - 1} to be colors of {path}, got {ids.min()}..{ids.max()}")
+    with atomic_write(path) as temporary:
+        Image.fromarray(as_colors(ids)).save(temporary, format="PNG")

@@ -15,9 +15,10 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from spar_d2.evaluation.panoptic.coco_json import GroundTruth, read_ground_truth
-from spar_d2.evaluation.panoptic.coco_png import check_complete, compare_image, write_ids, write_json
+from spar_d2.evaluation.panoptic.coco_png import check_complete, compare_image, write_ids
 from spar_d2.evaluation.panoptic.outputs import OutputForm
 from spar_d2.evaluation.panoptic.scores import PanopticCounts, score_table
+from spar_d2.utils.io import write_json
 from spar_d2.utils.panoptic_numbers import STUFF, THINGS, separate_numbers
 from spar_d2.utils.processes import gather_when_done
 

@@ -18,7 +18,7 @@ NEAR = 1e-5
 
 
 @dataclass(frozen=True)
-class LabelledImage:
+class LabeledImage:
     """What labels are computed from.
 
     Attributes:
@@ -34,9 +34,9 @@ class LabelledImage:
     size: tuple[int, int]
     padded: tuple[int, int]
 
-    def on(self, device: torch.device) -> LabelledImage:
+    def on(self, device: torch.device) -> LabeledImage:
         features = [view.to(device) for view in self.features]
-        return LabelledImage(features, self.text.to(device), self.classes.to(device), self.size, self.padded)
+        return LabeledImage(features, self.text.to(device), self.classes.to(device), self.size, self.padded)
 
     @cached_property
     def maps(self) -> list[ScoreMap]:
@@ -71,11 +71,11 @@ class LabelledImage:
         return largest.scatter_reduce_(1, self.classes.expand_as(values), values, "amax")
 
 
-def random_image(words: int, size: tuple[int, int], views: int = 1) -> LabelledImage:
+def random_image(words: int, size: tuple[int, int], views: int = 1) -> LabeledImage:
     """Random features and words, on the CPU; two words of one class each, as synonyms are."""
     generator = torch.Generator().manual_seed(words)
     grids = [tuple(-(-side // (_CELL + 4 * view)) for side in size) for view in range(views)]
     features = [torch.randn(_CHANNELS, *grid, generator=generator) for grid in grids]
     text = F.normalize(torch.randn(words, _CHANNELS, generator=generator), dim=1)
     padded = tuple(side * _CELL for side in grids[0])
-    return LabelledImage(features, text, torch.arange(words) // 2, size, padded)
+    return LabeledImage(features, text, torch.arange(words) // 2, size, padded)

@@ -33,7 +33,7 @@ class Teacher(Protocol):
         ...
 
 
-def teacher_identity(teacher: Teacher) -> str:
+def teacher_key(teacher: Teacher) -> str:
     """32 hexadecimal digits that change with the teacher's window, stride, precision, architecture or weights."""
     digest = hashlib.sha256()
     settings = [str(getattr(teacher.encoder, name)) for name in _ENCODER_SETTINGS]
@@ -45,7 +45,7 @@ def teacher_identity(teacher: Teacher) -> str:
     return digest.hexdigest()[:32]
 
 
-def image_identity(image: torch.Tensor, encoder: DenseEncoder) -> str:
+def image_key(image: torch.Tensor, encoder: DenseEncoder) -> str:
     """32 hexadecimal digits that change with the pixels that an encoder is given.
 
     Images count as the same where no pixel differs by a 64th of a gray level, so that rounding in their normalization,
@@ -57,21 +57,21 @@ def image_identity(image: torch.Tensor, encoder: DenseEncoder) -> str:
     mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
     steps = ((image.float() * std + mean) * (255 * _PIXEL_STEPS)).round()
     # Pixels in 0..255 take half the bytes to copy from a GPU and to digest.
-    return _steps_identity(steps.to(torch.int16 if steps.abs().max() < 2**15 else torch.int64))
+    return _steps_checksum(steps.to(torch.int16 if steps.abs().max() < 2**15 else torch.int64))
 
 
-def pixel_identity(pixels: torch.Tensor) -> str:
-    """What :func:`image_identity` gives for the normalized image, from its pixels (3, H, W) uint8 in RGB."""
-    return _steps_identity(pixels.to(torch.int16) * _PIXEL_STEPS)
+def pixel_checksum(pixels: torch.Tensor) -> str:
+    """What :func:`image_key` gives for the normalized image, from its pixels (3, H, W) uint8 in RGB."""
+    return _steps_checksum(pixels.to(torch.int16) * _PIXEL_STEPS)
 
 
-def _steps_identity(steps: torch.Tensor) -> str:
+def _steps_checksum(steps: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{steps.dtype} {tuple(steps.shape)}".encode())
     digest.update(_bytes(steps))
     return digest.hexdigest()[:32]
 
 
-def tensor_identity(tensor: torch.Tensor) -> str:
+def tensor_checksum(tensor: torch.Tensor) -> str:
     """16 hexadecimal digits that change with a tensor's values."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()[:16]
 
