@@ -15,7 +15,8 @@ from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from spar_d2.evaluation import PanopticEvaluator
-from spar_d2.evaluation.panoptic.coco_png import write_ids, write_json
+from spar_d2.evaluation.panoptic.coco_png import write_ids
+from spar_d2.utils.io import write_json
 
 HEAD = (
     "| size | segments | ours s/1000 images | through PNGs s/1000 images | ratio | largest difference |",
