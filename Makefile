@@ -1,33 +1,49 @@
-# make test   run all tests
-# make demo   distill a student in a small drawn world and compare it with its teacher
-# Each sets up what is missing first: a virtual environment in .venv, the dependencies, Detectron2.
+# make test        lint, then all tests
+# make test-fast   tests that are not slow, in about a minute
+# make lint        style and types
+# make docs        the documentation as a website in site/
+# make demo        distill a student on a small synthetic data set and compare it with its teacher
+# make pictures    rebuild the pictures of README and docs
+# All targets create the environment in .venv on first use: dependencies, and Detectron2.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Most tests are small or wait for a process, so several run at once with one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: setup test demo lint clean
+.PHONY: setup lint test test-fast docs demo pictures clean
 
 setup: $(READY)
 
-$(READY): setup.py tools/install_detectron2.py
+$(READY): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed: make PYTHON=python3.11 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[test]"
-	$(BIN)/python tools/install_detectron2.py
+	$(BIN)/spar-d2 install-detectron2
 	@touch $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
-# Most tests are small, or wait for a process: several at once, on one thread each, end sooner.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST)
+
+test-fast: $(READY)
+	$(PYTEST) -m "not slow and not processes"
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	$(BIN)/mkdocs build --strict --quiet
 
 demo: $(READY)
-	$(BIN)/python -W ignore::FutureWarning tools/run_demo.py
+	$(BIN)/python -W ignore::FutureWarning -m spar_d2.cli toy
+
+pictures: $(READY)
+	$(BIN)/python -W ignore::FutureWarning tools/toy/pictures.py
 
 clean:
-	rm -rf $(VENV) output datasets
+	rm -rf $(VENV) output datasets site

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.comparison.methods import Method, build_method, markdown_table, measure
+from spar_d2.comparison.methods import Method, Result, build_method, markdown_table, measure
 from spar_d2.encoders import describe_encoder
 from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
@@ -52,7 +52,7 @@ def main() -> None:
         table = markdown_table(results, baseline=results[2])
         with atomic_write(args.output / "table.md") as temporary:
             temporary.write_text(table + "\n")
-        draw(cfg, [results[0].method, results[2].method, results[3].method], args.output / "pictures")
+        draw(cfg, [results[0], results[2], results[3]], args.output / "pictures")
     print(f"\n{table}\n")
     print(f"{len(DatasetCatalog.get(VAL))} scenes, {torch.get_num_threads()} threads, {cfg.MODEL.DEVICE};", end=" ")
     print(f"pictures, table and student are in {args.output}; {time.time() - started:.0f} s in all.")
@@ -77,7 +77,7 @@ def methods(cfg: CfgNode, student: Path) -> list[Method]:
 
 
 @torch.no_grad()
-def draw(cfg: CfgNode, shown: list[Method], folder: Path) -> None:
+def draw(cfg: CfgNode, shown: list[Result], folder: Path) -> None:
     """Write pictures of predictions and of features for a few scenes."""
     metadata = MetadataCatalog.get(VAL)
     colors = np.asarray(metadata.stuff_colors, dtype=np.uint8)
@@ -85,8 +85,8 @@ def draw(cfg: CfgNode, shown: list[Method], folder: Path) -> None:
     images = [detection_utils.read_image(record["file_name"], "RGB") for record in records]
     truths = [detection_utils.read_image(record["sem_seg_file_name"]) for record in records]
     labels, features = [], []
-    for method in shown:
-        model = build_method(cfg, method)
+    for result in shown:
+        model = build_method(cfg, result.method)
         inputs = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in images]
         labels.append([model([{"image": x}])[0]["sem_seg_labels"].cpu().numpy() for x in inputs])
         features.append([model.encode(x) for x in inputs])
@@ -96,7 +96,8 @@ def draw(cfg: CfgNode, shown: list[Method], folder: Path) -> None:
         [image, colors[truth], *(colors[predicted[i]] for predicted in labels)]
         for i, (image, truth) in enumerate(zip(images, truths))
     ]
-    draw_panels(rows, ["image", "ground truth", *names], folder / "predictions.png", legend)
+    titles = [f"{name}\n{result.scores['mIoU']:.1f} mIoU, {result.seconds_per_image:.2f} s" for name, result in zip(names, shown)]
+    draw_panels(rows, ["image", "ground truth", *titles], folder / "predictions.png", legend)
     rows = [
         [image, *(part.numpy() for part in shared_pca_colors([maps[i] for maps in features]))]
         for i, image in enumerate(images)

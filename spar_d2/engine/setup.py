@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import BASE_KEY
 
+from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import make_logs_printable
 from spar_d2.utils.images import check_sides
 from spar_d2.utils.io import LOCK, atomic_write, file_lock, mark_in_use
@@ -53,7 +54,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     if not config_file:
         raise ValueError("--config-file is needed, for example configs/distill/openclip_vit_b_16_sampled.yaml")
     if not os.path.isfile(config_file):
-        raise FileNotFoundError(f"--config-file: there is no file {config_file}")
+        config_file = _from_model_zoo(config_file)
     try:
         cfg.merge_from_file(config_file, allow_unsafe=False)
         cfg = CfgNode(cfg)
@@ -75,6 +76,14 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         print(f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but there is no GPU here: using the CPU.", file=sys.stderr)
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def _from_model_zoo(name: str) -> str:
+    """Path of a config of this project by its name, such as "segment/openclip_vit_b_16.yaml"."""
+    try:
+        return get_config_file(name.removeprefix("configs/"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--config-file: there is no file {name}, and {error}") from error
 
 
 class _LocalConfig(CfgNode):
