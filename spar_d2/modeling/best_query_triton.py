@@ -128,7 +128,7 @@ def best_query_kernel(
                 top = tl.where(better, candidate, top)
                 index = tl.where(better, query, index)
             winner = tl.max(top, 1)
-            # pyright: ignore comments: Triton's own types say tuples where these are tensors.
+            # Triton's own types say tuples where these are tensors, so they are not checked.
             found = tl.min(tl.where(top == winner[:, None], index, queries), 1).to(tl.int64)  # pyright: ignore
             # 0 where no query can win: scores that are no numbers, or none that are allowed.
             found = tl.where(winner > NEVER / 2, found, 0)
