@@ -37,7 +37,7 @@ test-fast: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 demo: $(READY)
 	$(BIN)/python -W ignore::FutureWarning -m spar_d2.cli toy

@@ -7,6 +7,7 @@ Importing the package makes Detectron2 know its backbones, its meta-architecture
 
 from typing import TYPE_CHECKING
 
+from spar_d2.deprecated import support_old_names
 from spar_d2.registration import register_all
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = ["segment"]
 
 register_all()
+support_old_names()
 
 
 def __getattr__(name: str):

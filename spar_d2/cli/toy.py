@@ -96,7 +96,10 @@ def draw(cfg: CfgNode, shown: list[Result], folder: Path) -> None:
         [image, colors[truth], *(colors[predicted[i]] for predicted in labels)]
         for i, (image, truth) in enumerate(zip(images, truths))
     ]
-    titles = [f"{name}\n{result.scores['mIoU']:.1f} mIoU, {result.seconds_per_image:.2f} s" for name, result in zip(names, shown)]
+    titles = [
+        f"{name}\n{result.scores['mIoU']:.1f} mIoU, {result.seconds_per_image:.2f} s"
+        for name, result in zip(names, shown)
+    ]
     draw_panels(rows, ["image", "ground truth", *titles], folder / "predictions.png", legend)
     rows = [
         [image, *(part.numpy() for part in shared_pca_colors([maps[i] for maps in features]))]

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from spar_d2.encoders.base import DenseEncoder
@@ -37,10 +38,10 @@ class EncoderSpec:
     pretrained_part: str = ""
 
     def __post_init__(self) -> None:
-        # Lists of a config are no keys of dictionaries.
+        # Specs are keys of caches, which lists and arrays cannot be.
         for name in ("pixel_mean", "pixel_std"):
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
+            if isinstance(value := getattr(self, name), (list, np.ndarray)):
+                object.__setattr__(self, name, tuple(np.asarray(value).tolist()))
 
 
 @dataclass(frozen=True)
