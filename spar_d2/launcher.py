@@ -8,9 +8,6 @@ module anew. They find this module in its place, so that they know the package, 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
-import json
 import os
 import runpy
 import sys
@@ -19,10 +16,10 @@ from pathlib import Path
 from types import ModuleType
 
 import spar_d2  # noqa: F401  registers
+from spar_d2.user_modules import import_again, import_modules
 
-# Tell spawned processes what the main module is, and what is imported before it from which folder.
+# Tells spawned processes what the main module is.
 _SCRIPT_VARIABLE = "SPAR_D2_SCRIPT"
-_IMPORTS_VARIABLE = "SPAR_D2_IMPORTS"
 # What multiprocessing gives the main module's name in the processes that it spawns.
 _SPAWNED = "__mp_main__"
 # Folders of scripts that are started from elsewhere, as by Detectron2, detrex and ODISE.
@@ -35,8 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     script = Path(args.script).absolute()
     if not script.is_file():
         raise SystemExit(f"error: there is no script {args.script}")
-    os.environ[_IMPORTS_VARIABLE] = json.dumps([os.getcwd(), args.imports])
-    _import_modules()
+    import_modules(args.imports)
     if args.stay or script.parent.name in _FOLDERS_OF_TOOLS:
         rest = [_found_from_here(script.parent, argument) for argument in rest]
     else:
@@ -84,50 +80,6 @@ def _parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(arguments[: own + 1]), list(arguments[own + 1 :])
 
 
-def _import_modules() -> None:
-    """Import what ``--import`` named, as seen from the folder in which it was named."""
-    folder, names = json.loads(os.environ.get(_IMPORTS_VARIABLE, '["", []]'))
-    if not names:
-        return
-    sys.path.insert(0, folder)
-    try:
-        for name in names:
-            if name.endswith(".py"):
-                _import_file(name, Path(folder, name))
-            else:
-                _import_named(name, folder)
-    finally:
-        sys.path.remove(folder)
-    # Last, for what they import later: the script's own modules come first.
-    if folder not in sys.path[1:]:
-        sys.path.append(folder)
-
-
-def _import_named(name: str, folder: str) -> None:
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise SystemExit(f"error: --import must be the name of a module, or a path that ends in .py, got {name!r}")
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        # Others are the module's own.
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
-        raise SystemExit(f"error: --import: there is no module {name} in {folder} or where Python looks") from error
-    if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
-        raise SystemExit(f"error: --import: {name} is a folder without __init__.py, of which nothing is imported")
-
-
-def _import_file(name: str, path: Path) -> None:
-    if not path.is_file():
-        raise SystemExit(f"error: --import: there is no file {name}")
-    if path.stem in sys.modules:
-        raise SystemExit(f"error: --import: {name} has the name of a module that is imported already; rename it")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None  # the name ends in .py
-    sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[path.stem])
-
-
 def _seen_from(folder: Path, argument: str) -> str:
     """An argument that names something here ("path", "--flag=path", "KEY=path"), to name it from another folder."""
     flag, equals, value = argument.rpartition("=")
@@ -160,5 +112,5 @@ def _is_relative_path(value: str) -> bool:
 
 
 if __name__ == _SPAWNED:
-    _import_modules()
+    import_again()
     globals().update(runpy.run_path(os.environ[_SCRIPT_VARIABLE], run_name=_SPAWNED))

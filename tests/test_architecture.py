@@ -26,7 +26,7 @@ LAYERS = [
 ]
 LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 # They register all of it with Detectron2, and start scripts that know nothing of it.
-OUTSIDE = ("__init__", "__main__", "deprecated", "launcher", "model_zoo", "registration")
+OUTSIDE = ("__init__", "__main__", "deprecated", "launcher", "model_zoo", "registration", "user_modules")
 # What plain PyTorch users rely on must not need Detectron2.
 WITHOUT_DETECTRON2 = [
     "utils/errors.py",

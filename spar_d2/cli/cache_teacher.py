@@ -16,6 +16,7 @@ import spar_d2  # noqa: F401  registers
 from spar_d2.distillation.fill_cache import check_caching, fill_cache
 from spar_d2.engine.launch import check_launch
 from spar_d2.engine.setup import load_config
+from spar_d2.user_modules import import_again
 from spar_d2.utils.errors import make_logs_printable, readable_errors
 
 
@@ -50,6 +51,7 @@ def main() -> None:
 
 def work(number: int, args: argparse.Namespace) -> None:
     """One process."""
+    import_again()
     make_logs_printable(setup_logger(name="spar_d2", distributed_rank=number))
     with readable_errors():
         cfg = load_config(args.config_file, args.opts)

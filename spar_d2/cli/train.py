@@ -9,6 +9,7 @@ from detectron2.engine import default_argument_parser
 import spar_d2  # noqa: F401  registers
 from spar_d2.engine.launch import run
 from spar_d2.engine.setup import clean_start, load_config, prepare
+from spar_d2.user_modules import import_again
 from spar_d2.utils.errors import readable_errors
 
 
@@ -27,6 +28,7 @@ def work(args: argparse.Namespace) -> object:
     from spar_d2.engine.trainer import Trainer
     from spar_d2.probing.trainer import trainer_class
 
+    import_again()
     with readable_errors():
         if lazy.is_lazy(args.config_file):
             return lazy.run(args)

@@ -1,0 +1,73 @@
+"""Modules of the user that ``--import`` names, such as one that registers data sets."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+# Tells spawned processes what to import, and the folder that names are relative to.
+_VARIABLE = "SPAR_D2_IMPORTS"
+_imported: set[str] = set()
+
+
+def import_modules(names: list[str]) -> None:
+    """Import modules of the user, here and, by :func:`import_again`, in processes that this one spawns.
+
+    Args:
+        names: module names, or paths of Python files, as seen from the current folder.
+
+    Raises:
+        SystemExit: there is no such module or file.
+    """
+    os.environ[_VARIABLE] = json.dumps([os.getcwd(), names])
+    import_again()
+
+
+def import_again() -> None:
+    """Import the modules of the user in a spawned process; does nothing where they are imported already."""
+    folder, names = json.loads(os.environ.get(_VARIABLE, '["", []]'))
+    names = [name for name in names if (Path(name).stem if name.endswith(".py") else name) not in _imported]
+    if not names:
+        return
+    sys.path.insert(0, folder)
+    try:
+        for name in names:
+            _imported.add(Path(name).stem if name.endswith(".py") else name)
+            if name.endswith(".py"):
+                _import_file(name, Path(folder, name))
+            else:
+                _import_named(name, folder)
+    finally:
+        sys.path.remove(folder)
+    # Last, for what they import later: the script's own modules come first.
+    if folder not in sys.path[1:]:
+        sys.path.append(folder)
+
+
+def _import_named(name: str, folder: str) -> None:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise SystemExit(f"error: --import must be the name of a module, or a path that ends in .py, got {name!r}")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Others are the module's own.
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise SystemExit(f"error: --import: there is no module {name} in {folder} or where Python looks") from error
+    if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+        raise SystemExit(f"error: --import: {name} is a folder without __init__.py, of which nothing is imported")
+
+
+def _import_file(name: str, path: Path) -> None:
+    if not path.is_file():
+        raise SystemExit(f"error: --import: there is no file {name}")
+    if path.stem in sys.modules:
+        raise SystemExit(f"error: --import: {name} has the name of a module that is imported already; rename it")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[path.stem])

@@ -1,0 +1,133 @@
+"""`spar-d2`: its list of commands, and the same kind of mistake in each of them."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reference import ROOT
+from spar_d2 import model_zoo
+from spar_d2.cli.__main__ import COMMANDS, main
+
+MISTAKES = {
+    "segment": ["--input", "none.jpg", "--vocabulary", "cat"],
+    "train": ["--config-file", "none.yaml"],
+    "evaluate": ["--config-file", "none.yaml"],
+    "probe": ["--config-file", "none.yaml"],
+    "prepare": ["no_such_set"],
+    "cache-teacher": ["--config-file", "none.yaml"],
+    "convert": ["--encoder", "ViT-B-16", "--input", "none.pth", "--output", "a.safetensors"],
+    "toy": ["--config-file", "none.yaml"],
+    "benchmark": ["encoders", "--repeats", "0"],
+    "install-detectron2": ["--source", "wheel", "--wheel-file", "none.whl", "--force"],
+}
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and about in text for name, (_, about) in COMMANDS.items())
+
+
+def test_every_command_says_what_it_does(monkeypatch, capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+        assert f"usage: spar-d2 {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_1(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main([name, *MISTAKES[name]])
+    except SystemExit as ended:
+        code = ended.code
+    output = capsys.readouterr()
+    lines = [line for line in (output.out + output.err).splitlines() if "SPAR_TRACEBACK" not in line]
+    assert code == 1 and len(lines) == 1
+    assert "Traceback" not in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_commands_are_named():
+    with pytest.raises(SystemExit, match="there is no command 'segmnt'; did you mean segment"):
+        main(["segmnt"])
+    with pytest.raises(SystemExit, match="there are segment, train"):
+        main(["xyz"])
+
+
+@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_tools_are_doors_to_commands(tool):
+    source = tool.read_text()
+    assert len(source.splitlines()) < 20
+    assert source.startswith("#!/usr/bin/env python\n")
+    assert f"`{tool.name}`" in (ROOT / "tools" / "README.md").read_text()
+
+
+def test_modules_are_imported_before_a_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_registration.py").write_text("print('imported')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--import", "my_registration.py", "--import=json", "prepare", "--help"])
+    assert capsys.readouterr().out.startswith("imported\nusage: spar-d2 prepare")
+    with pytest.raises(SystemExit, match="--import: there is no file none.py"):
+        main(["--import", "none.py", "prepare"])
+
+
+def test_doctor_reports_versions_and_what_is_missing(monkeypatch, capsys):
+    doctor = importlib.import_module("spar_d2.cli.doctor")
+    monkeypatch.setattr(sys, "argv", ["spar-d2 doctor"])
+    doctor.main()
+    text = capsys.readouterr().out
+    assert "Everything that spar_d2 needs is installed." in text
+    for name in ("torch", "detectron2", "CPU", "GPU", "cache"):
+        assert any(line.startswith(f"{name} ") for line in text.splitlines()), name
+    monkeypatch.setitem(doctor._REQUIRED, "no_such_module", "no-such-module")
+    with pytest.raises(SystemExit):
+        doctor.main()
+    assert "no-such-module: pip install no-such-module" in capsys.readouterr().out
+
+
+def test_configs_are_found_by_name():
+    assert Path(model_zoo.get_config_file("segment/openclip_vit_b_16.yaml")).is_file()
+    assert model_zoo.get_config("segment/openclip_vit_b_16.yaml").MODEL.SPAR.ENCODER == "ViT-B-16"
+    with pytest.raises(FileNotFoundError, match="did you mean segment/openclip_vit_b_16.yaml"):
+        model_zoo.get_config_file("segment/openclip_vit_b.yaml")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The wheel, unpacked as pip does, outside the clone."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    source = folder / "source"
+    # A build writes into its source.
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(source)], check=True)
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True)
+    return folder / "site"
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_wheel_works_outside_the_clone(site, tmp_path):
+    assert (site / "spar_d2" / "py.typed").is_file() and (site / "bin" / "spar-d2").is_file()
+    assert not (site / "benchmarks").exists() and not (site / "tests").exists()
+    code = (
+        "import json, spar_d2; from spar_d2 import model_zoo; from spar_d2.text import Vocabulary;"
+        "cfg = model_zoo.get_config('toy/distill.yaml');"
+        "print(json.dumps([spar_d2.__file__, model_zoo.config_folder().as_posix(), len(Vocabulary.load('voc20'))]))"
+    )
+    # Not the clone that the environment was installed from.
+    environment = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    run = [sys.executable, "-W", "ignore", "-P", "-c"]
+    done = subprocess.run([*run, code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    file, configs, count = json.loads(done.stdout)
+    assert Path(file).is_relative_to(site) and Path(configs).is_relative_to(site) and count == 20
