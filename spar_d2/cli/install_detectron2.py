@@ -1,9 +1,9 @@
-"""Install Detectron2 into the running Python: from its git repository, or as a pure-Python copy where git is no option.
+"""Install Detectron2 into the running Python: from its git repository, a prebuilt wheel, or a pure-Python copy.
 
-Detectron2 is on no package registry under its own name. Its git repository is the first choice and compiles the
-optional `_C` extension. Where that cannot be reached or built, this script takes the unmodified-but-renamed copy
-that the wheel of LabGym carries, gives it its own name back, changes one line for NumPy 2 and installs it as an
-ordinary distribution.
+Detectron2 is on no package registry under its own name. By default its git repository is tried first, which compiles
+the optional `_C` extension. If that cannot be reached or built, the pure-Python copy in the LabGym wheel is renamed
+back, changed in one line for NumPy 2, and installed. "--source prebuilt" installs a compiled wheel for the installed
+PyTorch from the index of github.com/MiroPsota/torch_packages_builder, a third party.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ import base64
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.parse
+import urllib.request
 import zipfile
 from pathlib import Path
 
 GIT_URL = "https://github.com/facebookresearch/detectron2.git"
 GIT_COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"
+PREBUILT = "https://miropsota.github.io/torch_packages_builder/detectron2/"
+_PYTHON_TAG = f"cp{sys.version_info.major}{sys.version_info.minor}"
 WHEEL = "LabGym==3.1.2"
 WHEEL_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
 # NumPy 2 takes `copy=False` for "never copy", and fails.
@@ -48,15 +53,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--source",
-        choices=("auto", "git", "wheel"),
+        choices=("auto", "git", "prebuilt", "wheel"),
         default="auto",
-        help="git: compile from the repository; wheel: the pure-Python copy; auto (default): git, then wheel",
+        help="git: compile from the repository; prebuilt: compiled by a third party for some versions of PyTorch; "
+        "wheel: the pure-Python copy; auto (default): git, then wheel",
     )
     parser.add_argument("--wheel-file", type=Path, help="use this downloaded LabGym wheel instead of asking pip for it")
     parser.add_argument("--force", action="store_true", help="install even where detectron2 can be imported already")
     args = parser.parse_args()
-    if args.wheel_file and args.source == "git":
-        parser.error("--wheel-file goes with --source wheel or auto, not git")
+    if args.wheel_file and args.source in ("git", "prebuilt"):
+        parser.error(f"--wheel-file goes with --source wheel or auto, not {args.source}")
 
     version = installed_version()
     if version and not args.force:
@@ -65,6 +71,8 @@ def main() -> int:
     if importlib.util.find_spec("torch") is None:
         print("detectron2 needs torch: install this project first (pip install -e .), then run this again.")
         return 1
+    if args.source == "prebuilt":
+        return report() if install_prebuilt() else 1
     if args.source == "git" or (args.source == "auto" and not args.wheel_file):
         if install_from_git():
             return report()
@@ -116,6 +124,32 @@ def install_from_git() -> bool:
         return True
     print("The build failed (its output is above).")
     return False
+
+
+def install_prebuilt() -> bool:
+    import torch
+
+    platform = "cpu" if torch.version.cuda is None else f"cu{torch.version.cuda.replace('.', '')}"
+    wanted = f"pt{torch.__version__.partition('+')[0]}{platform}"
+    print(f"Looking for {wanted} in {PREBUILT} ...", flush=True)
+    try:
+        with urllib.request.urlopen(PREBUILT, timeout=30) as answer:
+            page = answer.read().decode()
+    except OSError as error:
+        print(f"The index cannot be reached: {error}")
+        return False
+    version = prebuilt_version(page, wanted)
+    if not version:
+        print(f"There is no wheel of {wanted} for {_PYTHON_TAG}; PyTorch 2.3 to 2.13 on x86-64 have some.")
+        return False
+    return pip("install", "--no-deps", "--only-binary", ":all:", "--find-links", PREBUILT, f"detectron2=={version}")
+
+
+def prebuilt_version(page: str, wanted: str) -> str:
+    """Newest version in an HTML index of wheels that was built for a PyTorch ("pt2.3.0cpu") and this Python, or ""."""
+    names = re.findall(r"detectron2-([\w.+]+)-(cp\d+)-", urllib.parse.unquote(page))
+    fitting = [version for version, python in names if version.endswith(wanted) and python == _PYTHON_TAG]
+    return fitting[-1] if fitting else ""
 
 
 def install_from_wheel(wheel: Path | None) -> bool:

@@ -85,3 +85,19 @@ def test_its_evaluator_reads_labels_with_any_numpy(installer, wheel, tmp_path):
     for copy in (False, True):
         assert np.array_equal(names["load"](tmp_path / "a.png", copy=copy, dtype=int), labels)
     assert "copy=copy or None" in notice
+
+
+def test_prebuilt_wheels_are_chosen_by_pytorch_and_python(installer):
+    tag = installer._PYTHON_TAG
+    page = "".join(
+        f'<a href="https://example.org/detectron2-0.6%2B{commit}{build}-{python}-{python}-linux_x86_64.whl">wheel</a>'
+        for commit, build, python in (
+            ("2a420ed", "pt2.3.0cpu", tag),
+            ("fd27788", "pt2.3.0cpu", tag),
+            ("fd27788", "pt2.3.0cu121", tag),
+            ("fd27788", "pt2.4.0cpu", "cp27"),
+        )
+    )
+    assert installer.prebuilt_version(page, "pt2.3.0cpu") == "0.6+fd27788pt2.3.0cpu"
+    assert installer.prebuilt_version(page, "pt2.3.0cu121") == "0.6+fd27788pt2.3.0cu121"
+    assert installer.prebuilt_version(page, "pt2.4.0cpu") == ""
