@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def loggers_as_they_were() -> Iterator[None]:
     for logger, (handlers, propagate, level) in zip(loggers, before):
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_given_again() -> None:
+    """Some are given once in a process."""
+    for name in ("spar_d2.text.vocabulary", "spar_d2.evaluation.semantic_evaluator"):
+        if name in sys.modules:
+            sys.modules[name]._WARNED.clear()
 
 
 @pytest.fixture(scope="session")

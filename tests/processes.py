@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import time
 import warnings
@@ -69,3 +70,33 @@ def _work(rank: int, environment: dict, threads: int, function: Callable, folder
     while not (folder / f"done{1 - rank}").exists():
         time.sleep(0.01)
     os._exit(0)
+
+
+# Third-party libraries that take time to import and import neither Detectron2 nor this package.
+_LIBRARIES = (
+    "torch, open_clip, timm, torchvision.ops, fvcore.common.checkpoint, fvcore.transforms.transform, omegaconf, "
+    "hydra.errors, pycocotools.mask, matplotlib.pyplot, torch.utils.tensorboard, tabulate, cv2"
+)
+_FORKS = """
+import os, sys
+import {libraries}
+for number, code in enumerate({codes!r}):
+    child = os.fork()
+    if child == 0:
+        sys.stdout = open(f"{folder}/{{number}}", "w")
+        try:
+            exec(code, {{"__name__": "__main__"}})
+        except BaseException as error:
+            print(repr(error))
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def run_fresh(codes: Sequence[str], folder: Path) -> list[str]:
+    """Outputs of pieces of code, each run in a fork of a process without Detectron2 and this package."""
+    code = _FORKS.format(libraries=_LIBRARIES, codes=list(codes), folder=folder)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
+    return [(folder / str(number)).read_text() for number in range(len(codes))]

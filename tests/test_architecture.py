@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from processes import run_fresh
+
 PACKAGE = Path(__file__).resolve().parents[1] / "spar_d2"
 # A package imports only packages of lower layers, and itself.
 LAYERS = [
@@ -124,16 +126,18 @@ def test_import_alone_loads_no_part_of_detectron2_and_no_encoder():
     assert not {"detectron2.modeling", "detectron2.config", "open_clip", "torch"} & set(loaded)
 
 
-@pytest.mark.parametrize("order", ["import spar_d2, {0}", "import {0}, spar_d2"], ids=["before", "after"])
-def test_registers_whether_imported_before_or_after_detectron2(order):
-    code = order.format("detectron2.modeling, detectron2.config, detectron2.data") + (
+def test_registers_whether_imported_before_or_after_detectron2(tmp_path):
+    checks = (
         "\nfrom detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY"
         "\nprint('SPARViT' in BACKBONE_REGISTRY, 'SPARPyramid' in BACKBONE_REGISTRY)"
         "\nprint('OpenVocabularySegmentor' in META_ARCH_REGISTRY)"
         "\nprint(detectron2.config.get_cfg().MODEL.SPAR.ENCODER)"
         "\nprint('spar_scenes_val' in detectron2.data.DatasetCatalog)"
     )
-    assert run(code).split() == ["True", "True", "True", "ViT-B-16", "True"]
+    parts = "detectron2.modeling, detectron2.config, detectron2.data"
+    codes = [f"import {order}{checks}" for order in (f"spar_d2, {parts}", f"{parts}, spar_d2")]
+    for output in run_fresh(codes, tmp_path):
+        assert output.split() == ["True", "True", "True", "ViT-B-16", "True"]
 
 
 def modules_that_import_detectron2() -> list[str]:
@@ -149,26 +153,12 @@ def name_of(path: Path) -> str:
     return ".".join(("spar_d2", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
 
 
-def test_what_registers_can_be_imported_first():
+def test_what_registers_can_be_imported_first(tmp_path):
     """Importing a part of Detectron2 registers, in the middle of whatever imports it."""
     modules = modules_that_import_detectron2()
     assert len(modules) > 15
-    code = (
-        "import importlib, os, sys\n"
-        # What takes time; none of it imports this package.
-        "import torch, open_clip, timm, torchvision.ops, fvcore.common.checkpoint, fvcore.transforms.transform\n"
-        "import omegaconf, hydra.errors, pycocotools.mask, matplotlib.pyplot, torch.utils.tensorboard, tabulate, cv2\n"
-        f"for module in {modules!r}:\n"
-        "    child = os.fork()\n"
-        "    if child == 0:\n"
-        "        try:\n"
-        "            importlib.import_module(module)\n"
-        "        except BaseException as error:\n"
-        "            print(module, error, flush=True)\n"
-        "        os._exit(0)\n"
-        "    os.waitpid(child, 0)\n"
-    )
-    assert run(code) == ""
+    outputs = run_fresh([f"import {module}" for module in modules], tmp_path)
+    assert dict(zip(modules, outputs)) == dict.fromkeys(modules, "")
 
 
 @pytest.mark.parametrize("package", sorted(name_of(path) for path in PACKAGE.rglob("__init__.py")))

@@ -15,13 +15,16 @@ def run_demo(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     monkeypatch.setitem(SCENE_SPLITS, "train", (101, 10))
-    monkeypatch.setitem(SCENE_SPLITS, "val", (303, 12))
-    return import_module("spar_d2.cli.toy")
+    monkeypatch.setitem(SCENE_SPLITS, "val", (303, 4))
+    toy = import_module("spar_d2.cli.toy")
+    monkeypatch.setattr(toy, "SHOWN_SCENES", (0, 3))
+    return toy
 
 
 def test_table_pictures_and_student(run_demo, monkeypatch, tmp_path, capsys):
     config = tmp_path / "short.yaml"
-    config.write_text(f"_BASE_: {ROOT}/configs/toy/distill.yaml\nSOLVER:\n  MAX_ITER: 25\n")
+    short = "SOLVER:\n  MAX_ITER: 25\nSPAR:\n  TEACHER:\n    STRIDE: 20\n"
+    config.write_text(f"_BASE_: {ROOT}/configs/toy/distill.yaml\n{short}")
     output = tmp_path / "output"
     monkeypatch.setattr(sys, "argv", ["toy", "--config-file", str(config), "--output", str(output)])
     run_demo.main()

@@ -1,12 +1,12 @@
 """A cache filled ahead is what training reads."""
 
 import logging
-import subprocess
 import sys
 from importlib import import_module
 
 import pytest
 
+from processes import run_tool
 from reference import ROOT
 from spar_d2.distillation import fill_cache as caching
 from spar_d2.distillation.fill_cache import fill_cache
@@ -99,13 +99,11 @@ def test_training_needs_frozen_images_for_a_cache(cfg):
 
 def test_the_tool_on_two_processes(cfg, tmp_path):
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    tool = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "fill_cache.py")]
-    done = subprocess.run(
-        [*tool, "--config-file", str(tmp_path / "config.yaml"), "--processes", "2"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
+    arguments = ["--config-file", tmp_path / "config.yaml", "--processes", "2"]
+    code = run_tool(ROOT / "tools" / "fill_cache.py", arguments, tmp_path / "log")
+    log = (tmp_path / "log").read_text()
+    assert code == 0, log[-2000:]
+    lines = sorted(line for line in log.splitlines() if line.startswith("process"))
     assert [line.split(",")[0] for line in lines] == ["process 0: 2 targets computed", "process 1: 1 targets computed"]
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 3
 

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo
 
 from reference import example_encoder
-from spar_d2.encoders import FAMILIES, compilation, set_trainable
+from spar_d2.encoders import compilation, set_trainable
 from spar_d2.teacher import SlidingWindowTeacher
 
 # What PyTorch itself tells apart: one image or several, and tokens with a gradient or without. A block whose output is
@@ -37,9 +37,9 @@ def graphs(monkeypatch) -> Counter:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_use_has_compiled_code_and_few_graphs(family, graphs, caplog):
-    student = example_encoder(family).accelerate("bfloat16", compile=True)
+def test_every_use_has_compiled_code_and_few_graphs(graphs, caplog):
+    # Its blocks take rotations besides tokens; other families share the code.
+    student = example_encoder("DINOv3").accelerate("bfloat16", compile=True)
     set_trainable(student, "last_blocks:2")
     student.train()
     teacher = SlidingWindowTeacher(copy.deepcopy(student), stride=24, batch_size=4)

@@ -256,7 +256,10 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.c
 
 
 @needs_compiler
-def test_compiled_blocks_give_the_same_at_every_size(encoder):
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["DINOv3", "open_clip ViT"])
+def test_compiled_blocks_give_the_same_at_every_size(family):
+    encoder = example_encoder(family)
     for size in ((64, 64), (70, 100)):
         x = torch.randn(1, 3, *size)
         with torch.no_grad():

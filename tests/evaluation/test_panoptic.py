@@ -316,7 +316,7 @@ def test_classes_of_one_name_keep_their_numbers_apart(tmp_path):
 
 
 def test_a_small_table_is_logged(dataset, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, "spar_d2.evaluation.panoptic.__main__.evaluator"):
+    with caplog.at_level(logging.INFO, "spar_d2.evaluation.panoptic.evaluator"):
         scores = evaluate(PanopticEvaluator(dataset, distributed=False), as_segments, guesses(tmp_path / "truth.json"))
     lines = caplog.records[-1].getMessage().splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["All", "Things", "Stuff"]

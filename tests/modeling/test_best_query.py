@@ -27,7 +27,7 @@ from spar_d2.modeling.postprocessing import segment_scores
 NO_TRITON = "needs Triton, which comes with PyTorch for Linux"
 # Scores this close are equal up to rounding.
 NEAR = 1e-5
-SEEDS = range(10)
+SEEDS = range(6)
 # Not many more than a thread's accumulators need, so that 8 groups of threads or more share a processor; and what may
 # go to memory outside of the loops.
 # Of a thread, which can have 255: in the first pass, and in the second, which also knows queries that are left out.

@@ -245,7 +245,8 @@ def documented_vitdet(tiny_model):
     exec(textwrap.dedent(lines), {"model": config.model, "optimizer": config.optimizer})
     backbone = config.model.backbone
     backbone.net.encoder.name, backbone.net.encoder.pretrained = tiny_model
-    backbone.square_pad = 384
+    backbone.square_pad = 256
+    config.model.proposal_generator.pre_nms_topk = config.model.proposal_generator.post_nms_topk = (50, 20)
     return config
 
 
@@ -256,13 +257,13 @@ def test_vitdet(tiny_model):
     config.optimizer.params.model = model
     rates = {group["lr"] for group in instantiate(config.optimizer).param_groups}
     assert len(rates) > 1 and max(rates) == config.optimizer.lr
-    assert model.backbone.padding_constraints == {"size_divisibility": 64, "square_size": 384}
+    assert model.backbone.padding_constraints == {"size_divisibility": 64, "square_size": 256}
     seen = []
     model.backbone.net.encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
     with torch.no_grad():
         output = model.eval()([labeled_image(polygons=True)])[0]
     assert output["instances"].image_size == SIZE
-    assert seen == [(1, 3, 384, 384)]
+    assert seen == [(1, 3, 256, 256)]
     check_training_step(model, labeled_image(polygons=True), "loss_mask")
 
 

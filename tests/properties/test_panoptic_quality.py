@@ -24,7 +24,7 @@ def cases(draw):
     return prediction, predicted, truth, segments
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(case=cases())
 def test_counts_are_those_of_plain_loops(case):
     values = panoptic_quality(*case, CATEGORIES).values

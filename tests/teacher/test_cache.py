@@ -4,15 +4,13 @@ import copy
 import logging
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from processes import start_tool
+from processes import run_tool, start_tool
 from reference import example_encoder, reference_encoder
 from spar_d2.encoders import FAMILIES
 from spar_d2.modeling.pixels import PixelConversion
@@ -183,10 +181,10 @@ def test_a_write_that_fails_leaves_nothing_and_stops_nothing(case, tmp_path):
         pytest.skip("needs to become another user")
     limit, user = (2000, 0) if case == "no room" else (0, 65534)
     code = FULL.format(folder=str(tmp_path / "cache"), limit=limit, user=user)
-    tests = os.path.dirname(os.path.dirname(__file__))
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tests)
-    assert run.stdout.strip() == "True", run.stderr
-    assert "nothing more is written" in run.stderr
+    (tmp_path / "code.py").write_text(code)
+    assert run_tool(tmp_path / "code.py", [], tmp_path / "log") == 0
+    log = (tmp_path / "log").read_text()
+    assert "nothing more is written" in log and log.split()[-1] == "True"
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
