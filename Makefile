@@ -27,7 +27,7 @@ $(READY): pyproject.toml setup.py
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 test: lint
 	$(PYTEST)
