@@ -126,6 +126,8 @@ def test_import_alone_loads_no_part_of_detectron2_and_no_encoder():
     assert not {"detectron2.modeling", "detectron2.config", "open_clip", "torch"} & set(loaded)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_registers_whether_imported_before_or_after_detectron2(tmp_path):
     checks = (
         "\nfrom detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY"
@@ -153,6 +155,8 @@ def name_of(path: Path) -> str:
     return ".".join(("spar_d2", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_what_registers_can_be_imported_first(tmp_path):
     """Importing a part of Detectron2 registers, in the middle of whatever imports it."""
     modules = modules_that_import_detectron2()

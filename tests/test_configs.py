@@ -57,6 +57,7 @@ def test_weights_are_a_file_or_a_tag_that_the_library_knows(path):
     assert not spar.PRETRAINED or Path(spar.PRETRAINED).is_file() or spar.PRETRAINED in tags
 
 
+@pytest.mark.slow
 @every_file
 def test_sides_and_windows_fit_the_encoder(path):
     cfg = load(path)
@@ -109,6 +110,7 @@ def test_inherits_its_recipe(path):
     )
 
 
+@pytest.mark.slow
 @every_recipe
 def test_output_fits_the_text_side(path):
     cfg = load(path)

@@ -20,6 +20,7 @@ def test_old_names_give_the_moved_module_and_a_warning(old):
     sys.modules.pop(old, None)
 
 
+@pytest.mark.processes
 def test_documented_imports_work():
     code = (
         "from spar_d2.engine.optimizer import optimizer_params; from spar_d2.data.panoptic_mapper import PanopticMapper"

@@ -66,6 +66,8 @@ def launch(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_it_runs_from_its_folder_and_so_do_processes_that_it_spawns(framework, tmp_path):
     result = launch(["somewhere/framework/train_net.py", "--config-file", "configs/a.yaml"], tmp_path)
     assert result.returncode == 3, result.stderr
@@ -76,6 +78,7 @@ def test_it_runs_from_its_folder_and_so_do_processes_that_it_spawns(framework, t
     ]
 
 
+@pytest.mark.processes
 def test_files_seen_from_here_are_found_from_there(framework, tmp_path):
     (tmp_path / "mine.yaml").write_text("VERSION: 2\nMODEL:\n  SPAR:\n    TRAINABLE: all\n")
     script = str(framework / "demo.py")
@@ -85,6 +88,7 @@ def test_files_seen_from_here_are_found_from_there(framework, tmp_path):
     assert result.stdout.splitlines() == [expected, f"its_own_package all {framework}"]
 
 
+@pytest.mark.processes
 def test_what_it_does_with_arguments(framework, tmp_path):
     """Words that are no paths stay, whatever folders are called; paths in both places are the script's, and told."""
     (tmp_path / "train").mkdir()
@@ -100,6 +104,7 @@ def test_what_it_does_with_arguments(framework, tmp_path):
     assert f"{weights} is taken" in result.stderr
 
 
+@pytest.mark.processes
 def test_it_can_stay(framework, tmp_path):
     result = launch(["--stay", str(framework / "demo.py"), "--config-file", f"{framework}/configs/a.yaml"], tmp_path)
     assert f"its_own_package none {tmp_path}" in result.stdout
@@ -118,6 +123,7 @@ print(helper.NAME, os.getcwd(), Path("datasets/a.txt").read_text(), Path(sys.arg
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("folder", ["tools", "scripts"])
 def test_tools_run_from_where_the_user_stands(tmp_path, folder):
     """Data sets and outputs are here, though the clone has such folders, too; configs are the clone's."""
@@ -140,6 +146,7 @@ def test_tools_run_from_where_the_user_stands(tmp_path, folder):
     assert (here / "output").is_dir()
 
 
+@pytest.mark.processes
 def test_modules_are_imported_first_and_in_spawned_processes(framework, tmp_path):
     here = tmp_path / "here"
     (here / "sets").mkdir(parents=True)
@@ -164,6 +171,7 @@ def test_modules_are_imported_first_and_in_spawned_processes(framework, tmp_path
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -189,12 +197,14 @@ def test_what_cannot_be_imported_is_named(framework, tmp_path, arguments, messag
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.processes
 def test_errors_within_a_module_are_its_own(framework, tmp_path):
     (tmp_path / "my_sets.py").write_text("import no_such_package")
     result = launch(["--import", "my_sets", str(framework / "demo.py")], tmp_path)
     assert "ModuleNotFoundError: No module named 'no_such_package'" in result.stderr
 
 
+@pytest.mark.processes
 def test_wrong_use(tmp_path):
     result = launch(["no_such.py"], tmp_path)
     assert result.returncode == 1

@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 # Whose messages are not in our code.
 OTHERS = re.compile(r"\((?:NumPy|Python|PyTorch|Detectron2)\)")
@@ -29,6 +31,7 @@ def quoted() -> list[str]:
     return [quote for cell in cells if not OTHERS.search(cell) for quote in re.findall("`([^`]+)`", cell)]
 
 
+@pytest.mark.slow
 def test_messages_are_those_of_the_code():
     code, messages = texts(), quoted()
     assert len(messages) > 30

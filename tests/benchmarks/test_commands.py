@@ -23,6 +23,7 @@ def benchmark(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_table_is_printed_and_written(benchmark, tmp_path, capsys):
     output = tmp_path / "new" / "table.md"
     options = ["--encoders", TINY, "--sizes", "64", "40", "--precisions", "bfloat16", "--repeats", "1"]
@@ -39,6 +40,7 @@ def test_table_is_printed_and_written(benchmark, tmp_path, capsys):
     assert [path.name for path in output.parent.iterdir()] == ["table.md"]
 
 
+@pytest.mark.slow
 def test_teacher_table_is_printed_and_written(benchmark, tmp_path, capsys):
     output = tmp_path / "table.md"
     options = ["--encoders", TINY, "--sizes", "100x90", "40x70", "--precisions", "bfloat16", "--repeats", "1"]
@@ -129,6 +131,7 @@ def test_starting_imports_no_detectron2():
     assert used <= {"encoders", "utils"}
 
 
+@pytest.mark.slow
 def test_loading_beside_training(benchmark, tiny_cfg, photo_folder, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(tiny_cfg.dump())
     options = ["--config-file", str(tmp_path / "config.yaml"), "--images", str(photo_folder), "--steps", "4"]
@@ -143,6 +146,7 @@ def test_loading_beside_training(benchmark, tiny_cfg, photo_folder, tmp_path, ca
         assert 0 <= float(waiting) < 100
 
 
+@pytest.mark.slow
 def test_evaluators_beside_each_other(benchmark, tmp_path, capsys):
     threads = torch.get_num_threads()
     try:

@@ -68,6 +68,7 @@ def test_dense_features_are_the_encoders(family):
     torch.testing.assert_close(as_map(library_forward(encoder, GRID)(x)), encoder(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_family_without_library_forward_is_measured_alone(monkeypatch):
     assert library_forward.dispatch(DenseEncoder)(None, GRID) is None
     monkeypatch.setattr(benchmark, "library_forward", library_forward.dispatch(DenseEncoder))
@@ -76,6 +77,7 @@ def test_a_family_without_library_forward_is_measured_alone(monkeypatch):
     assert (measurement.cells, measurement.flops > 0) == (9, True)
 
 
+@pytest.mark.slow
 def test_a_library_forward_that_does_not_fit_is_left_out(monkeypatch):
     def fail(message: str):
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -91,6 +93,7 @@ def test_a_library_forward_that_does_not_fit_is_left_out(monkeypatch):
         list(measure_encoder(TINY, [24], ["float32"], CPU, repeats=1))
 
 
+@pytest.mark.slow
 def test_library_computes_in_the_same_precision_on_whole_patches(monkeypatch):
     seen = []
 
@@ -106,6 +109,7 @@ def test_library_computes_in_the_same_precision_on_whole_patches(monkeypatch):
     assert set(seen) == {(dtype, (24, 24), False) for dtype in (torch.float32, torch.bfloat16)}
 
 
+@pytest.mark.slow
 def test_dinotxt_is_built_from_a_clone(monkeypatch):
     monkeypatch.setattr(benchmark, "library_forward", library_forward.dispatch(DenseEncoder))
     name = FAMILIES["DINOv3.txt"].names()[0]

@@ -31,6 +31,7 @@ def resampling(encoder, height, width):
     return 2 * encoder.width * (height * native * native + height * width * native)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counter_of_pytorch_at_other_sizes(family):
     encoder = example_encoder(family)

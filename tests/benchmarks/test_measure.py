@@ -9,7 +9,10 @@ from benchmarks.measure import describe_machine, median_seconds, peak_bytes
 
 MIB = 2**20
 CPU = torch.device("cpu")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=(pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))),
+]
 
 
 def allocate(mib: int, device: torch.device) -> torch.Tensor:

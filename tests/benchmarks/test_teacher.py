@@ -15,7 +15,10 @@ from spar_d2.teacher import SlidingWindowTeacher
 
 TINY = "vit_nano_patch8_dinov3"
 CPU = torch.device("cpu")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=(pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))),
+]
 PARTIAL = Measurement(
     encoder="ViT",
     precision="bfloat16",
@@ -98,6 +101,7 @@ def test_memory_of_ours_does_not_grow_with_the_windows():
     assert largest(lambda windows: others(windows=windows), 80) >= 80 * 3 * teacher.window**2 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_measurements(device):
     sizes = [(100, 90), (40, 30)]

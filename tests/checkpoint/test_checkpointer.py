@@ -24,6 +24,7 @@ def changed(encoder):
     return encoder
 
 
+@pytest.mark.slow
 def test_student_loads_in_open_clip_in_a_model_and_as_pretrained(model, tiny_model, tmp_path):
     student = changed(build_encoder(*tiny_model))
     path = str(tmp_path / "student.safetensors")

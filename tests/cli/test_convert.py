@@ -12,6 +12,7 @@ def run(monkeypatch, *arguments):
     import_module("spar_d2.cli.convert").main()
 
 
+@pytest.mark.slow
 def test_converts_a_file(monkeypatch, capsys, tmp_path, tiny_model, reference_clip):
     config, weights = tiny_model
     run(monkeypatch, "--encoder", config, "--input", weights, "--output", tmp_path / "a.pth", "--to", "authors")

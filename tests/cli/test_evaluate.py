@@ -37,6 +37,7 @@ def voc(tmp_path):
     prepare("voc20", root, partial=True)
 
 
+@pytest.mark.slow
 def test_all_that_is_on_disk_becomes_one_table(evaluate, voc, tiny_model, tmp_path, capsys):
     evaluate("--student", tiny_model[1], "--stride", "64", "--limit", "2")
     printed = capsys.readouterr()
@@ -61,6 +62,7 @@ def test_all_that_is_on_disk_becomes_one_table(evaluate, voc, tiny_model, tmp_pa
     assert not any("unfinished" in name for name in names)
 
 
+@pytest.mark.slow
 def test_weights_of_the_config_are_the_students_and_replaced_keys_are_said(evaluate, voc, tiny_model, tmp_path, capsys):
     opts = ["MODEL.WEIGHTS", tiny_model[1], "MODEL.SPAR.LOGIT_SCALE", "3"]
     evaluate("--rows", "student", "--limit", "1", opts=opts)
@@ -69,6 +71,7 @@ def test_weights_of_the_config_are_the_students_and_replaced_keys_are_said(evalu
     assert "MODEL.SPAR.LOGIT_SCALE: the paper's on its benchmarks; SPAR.TEST.PROTOCOL config takes yours" in printed.err
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(evaluate, voc, monkeypatch, tmp_path):
     def stop(*arguments, **keys):
         raise KeyboardInterrupt

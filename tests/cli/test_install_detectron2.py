@@ -43,11 +43,15 @@ def wheel(tmp_path):
     return path
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_installed_already_does_nothing():
     done = subprocess.run([sys.executable, TOOL], capture_output=True, text=True, check=True)
     assert "nothing to do" in done.stdout
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_repacked_wheel_installs_shows_and_uninstalls(installer, wheel, tmp_path):
     packed = installer.repack(wheel, tmp_path)
     site = tmp_path / "site"

@@ -82,6 +82,7 @@ def rows_of(text) -> dict[str, list[str]]:
     return {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines[1:]}
 
 
+@pytest.mark.slow
 def test_three_rows_become_one_table_a_picture_and_are_not_done_again(probe, work, student, tmp_path):
     printed = probe("--student", student)
     out = tmp_path / "out"
@@ -113,6 +114,7 @@ def test_three_rows_become_one_table_a_picture_and_are_not_done_again(probe, wor
     assert work["steps"] == 4
 
 
+@pytest.mark.slow
 def test_the_students_own_features_are_probed_and_another_students_anew(probe, work, student, tmp_path):
     probe("--rows", "student", "--student", student)
     probed = torch.load(tmp_path / "out" / "student" / "model_final.pth")["model"]
@@ -124,6 +126,7 @@ def test_the_students_own_features_are_probed_and_another_students_anew(probe, w
     assert work["steps"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [True, False])
 def test_ctrl_c_in_training_stops_and_resume_goes_on(probe, work, monkeypatch, tmp_path, resume):
     before_step = StepSeed.before_step
@@ -148,6 +151,7 @@ def test_ctrl_c_in_training_stops_and_resume_goes_on(probe, work, monkeypatch, t
         assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_testing_keeps_the_probe_and_other_settings_begin_anew(probe, work, monkeypatch):
     def stop(*arguments, **keys):
         raise KeyboardInterrupt

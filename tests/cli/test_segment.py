@@ -68,6 +68,7 @@ def files_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_photo_into_a_new_folder(demo, photo, tmp_path, capsys):
     output = tmp_path / "new" / "folder"
     arguments = ("--input", photo, "--vocabulary", f"{WORDS}; star", "--output", output, "--masks", "--json")
@@ -106,6 +107,7 @@ def test_a_photo_into_a_new_folder(demo, photo, tmp_path, capsys):
     assert printed.err == f"warning: Class 4 of the vocabulary, 'star', {reason}\n"
 
 
+@pytest.mark.slow
 def test_a_folder_with_what_is_no_photo(demo, photo_folder, tmp_path, capsys):
     (photo_folder / "bad.jpg").write_bytes(b"no photo")
     Image.open(photo_folder / "a.jpg").save(photo_folder / "a.png")
@@ -116,6 +118,7 @@ def test_a_folder_with_what_is_no_photo(demo, photo_folder, tmp_path, capsys):
     assert "skipped: image: " in printed.err and "bad.jpg cannot be read" in printed.err
 
 
+@pytest.mark.slow
 def test_again_into_a_folder_below_the_input(demo, photo_folder, tmp_path):
     output = photo_folder / "segmented"
     for _ in range(2):
@@ -123,6 +126,7 @@ def test_again_into_a_folder_below_the_input(demo, photo_folder, tmp_path):
         assert files_in(output) == ["a.png", "b.png", "more/c.png"]
 
 
+@pytest.mark.slow
 def test_patterns_and_files_of_the_same_name(demo, photo_folder, tmp_path):
     (photo_folder / "more" / "notes.md").write_text("no photo")
     other = tmp_path / "a.jpg"
@@ -134,6 +138,7 @@ def test_patterns_and_files_of_the_same_name(demo, photo_folder, tmp_path):
         assert picture.height >= 128, "that of b.JPG"
 
 
+@pytest.mark.slow
 def test_turned_photos_come_out_upright_and_jpeg_is_written(demo, tmp_path):
     image = Image.fromarray(reference_image(40, 80))
     exif = image.getexif()
@@ -147,6 +152,7 @@ def test_turned_photos_come_out_upright_and_jpeg_is_written(demo, tmp_path):
         assert picture.format == "JPEG" and picture.height >= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 1), (1, 333), (333, 1), (37, 211)])
 def test_odd_sizes_are_resized_for_the_model_and_back(demo, size, tmp_path):
     Image.fromarray(reference_image(*size)).save(tmp_path / "odd.png")
@@ -158,6 +164,7 @@ def test_odd_sizes_are_resized_for_the_model_and_back(demo, size, tmp_path):
             assert mask.size == size[::-1]
 
 
+@pytest.mark.slow
 def test_the_model_gets_the_size_that_the_config_says_in_its_order_of_channels(demo, photo, monkeypatch):
     from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 
@@ -179,6 +186,7 @@ def test_the_model_gets_the_size_that_the_config_says_in_its_order_of_channels(d
     assert {(x["height"], x["width"]) for x in given} == {(71, 103)}
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_student_are_used(demo, photo, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -196,6 +204,7 @@ def test_the_weights_of_a_student_are_used(demo, photo, tmp_path):
     assert np.array_equal(student, config)
 
 
+@pytest.mark.slow
 def test_more_classes_than_a_palette_holds(demo, photo, tmp_path):
     (tmp_path / "many.txt").write_text("\n".join(f"word {number}" for number in range(300)) + "\ncircle\n")
     assert demo("--input", photo, "--vocabulary", "many.txt", "--output", "out", "--masks", "--json") == 0
@@ -206,6 +215,7 @@ def test_more_classes_than_a_palette_holds(demo, photo, tmp_path):
     assert {entry["number"] for entry in record["classes"]} == set(np.unique(numbers).tolist())
 
 
+@pytest.mark.slow
 def test_several_views_as_the_config_says(demo, photo, tmp_path):
     def masks(output, *keys):
         assert demo("--input", photo, "--vocabulary", WORDS, "--output", output, "--masks", "--opts", *keys) == 0
@@ -267,6 +277,7 @@ def test_masks_of_others_are_never_removed_or_replaced(demo, video, tmp_path, ca
     assert path.read_bytes() == before and files_in(tmp_path / "out") == [f"clip_masks/{name}"]
 
 
+@pytest.mark.slow
 def test_videos_in_folders_are_taken_too(demo, photo, video, tmp_path):
     folder = tmp_path / "mixed" / "clips"
     folder.mkdir(parents=True)
@@ -352,6 +363,7 @@ def panoptic_model(tmp_path):
     return tmp_path / "panoptic.pth"
 
 
+@pytest.mark.slow
 def test_panoptic_models_are_drawn(demo, photo, video, panoptic_model, tmp_path, capsys):
     arguments = ["--weights", panoptic_model, "--masks", "--json", "--output", tmp_path / "out"]
     loose = ["MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT", 1, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]

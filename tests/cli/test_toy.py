@@ -21,6 +21,7 @@ def run_demo(monkeypatch, tmp_path):
     return toy
 
 
+@pytest.mark.slow
 def test_table_pictures_and_student(run_demo, monkeypatch, tmp_path, capsys):
     config = tmp_path / "short.yaml"
     short = "SOLVER:\n  MAX_ITER: 25\nSPAR:\n  TEACHER:\n    STRIDE: 20\n"

@@ -27,6 +27,7 @@ def arguments_for(tiny_model, photo_folder, output):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_help_names_the_flags(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", "--help"])
     with pytest.raises(SystemExit) as ended:
@@ -37,6 +38,8 @@ def test_help_names_the_flags(monkeypatch, capsys):
         assert flag in text
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_stops_at_ctrl_c_resumes_and_evaluates(tiny_model, photo_folder, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = arguments_for(tiny_model, photo_folder, output)
@@ -75,6 +78,7 @@ def test_stops_at_ctrl_c_resumes_and_evaluates(tiny_model, photo_folder, tmp_pat
     assert "mIoU" in log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -110,6 +114,7 @@ def test_bad_input_gives_one_message_and_no_debris(wrong, message, tiny_model, p
     assert not output.exists()
 
 
+@pytest.mark.processes
 def test_missing_config_file(tmp_path):
     assert run_tool(TOOL, ["--config-file", tmp_path / "none.yaml"], tmp_path / "log") == 1
     assert (tmp_path / "log").read_text().startswith("error: --config-file: there is no file")

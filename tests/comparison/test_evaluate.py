@@ -53,6 +53,7 @@ def mean_iou(pairs, classes):
     return 100 * float(np.mean(ious))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_from_official_files_to_the_score(name, root, tiny_cfg, tmp_path):
     expected = make_tree(name, root, np.random.default_rng(0))
@@ -74,6 +75,7 @@ def test_from_official_files_to_the_score(name, root, tiny_cfg, tmp_path):
     assert score.scores["mIoU"] == pytest.approx(mean_iou(pairs, len(BENCHMARKS[name].classes)), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_finished_ones_are_not_done_again_unless_they_would_differ(root, tiny_cfg, tmp_path, monkeypatch):
     make_tree("voc20", root, np.random.default_rng(0))
     prepare("voc20", root, partial=True)
@@ -112,6 +114,7 @@ def test_what_is_not_there_is_found_out_before_anything_is_evaluated(root, tiny_
         evaluate_methods(tiny_cfg, [SINGLE], ["voc20", "ade20k"], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_trainer_tests_each_data_set_by_its_own_protocol(root, tiny_cfg):
     expected = {}
     for name in ("voc21", "cityscapes"):

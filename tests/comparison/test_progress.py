@@ -22,6 +22,7 @@ class Crash(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "period"), [(Crash, 0), (KeyboardInterrupt, 1000)])
 def test_goes_on_where_it_stopped(cfg, tmp_path, monkeypatch, stop, period):
     method = Method("single pass")
@@ -48,6 +49,7 @@ def test_goes_on_where_it_stopped(cfg, tmp_path, monkeypatch, stop, period):
     assert measure(cfg, DATASET, method, model, limit=2).scores != expected.scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["of another", "damaged", "of other classes"])
 def test_begins_anew_where_there_is_nothing_to_go_on_from(cfg, tmp_path, kept):
     from spar_d2.evaluation import SemanticEvaluator
@@ -73,6 +75,7 @@ def test_begins_anew_where_there_is_nothing_to_go_on_from(cfg, tmp_path, kept):
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_augmented_tests_are_measured_too(cfg):
     cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.FLIP = True, (128, 256), True
     calls = []

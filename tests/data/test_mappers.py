@@ -116,6 +116,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 254, 255, 256, 700])
 @pytest.mark.parametrize("case", CASES)
 def test_against_a_loop_over_pixels(tmp_path, case, count):
@@ -277,6 +278,7 @@ def scenes_cfg(panoptic_cfg, tmp_path, monkeypatch):
     return cfg
 
 
+@pytest.mark.slow
 def test_panoptic_fpn_trains_on_scenes(scenes_cfg):
     torch.manual_seed(0)
     model = build_model(scenes_cfg).train()
@@ -296,6 +298,7 @@ def test_panoptic_fpn_trains_on_scenes(scenes_cfg):
     assert totals[-1] < totals[0]
 
 
+@pytest.mark.slow
 def test_panoptic_fpn_predicts_at_the_size_of_the_truth(scenes_cfg):
     torch.manual_seed(0)
     model = build_model(scenes_cfg).eval()

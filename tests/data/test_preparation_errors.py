@@ -200,6 +200,7 @@ def test_relabel_is_a_table():
             relabel(np.array([[wrong, 3]]), table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["../../outside", "/tmp/outside", "a/../../../outside", "..\\\\..\\\\outside"])
 def test_names_that_lead_out_of_the_folder_are_refused(root, wrong):
     tree("voc21", root)

@@ -303,6 +303,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.getuid() != 0, reason="needs to become another user")
 def test_a_folder_of_another_user(photo_folder):
     photo_folder.chmod(0o700)

@@ -26,6 +26,7 @@ def hook_of(trainer):
     return next(hook for hook in trainer._hooks if type(hook).__name__ == "DistillationHook")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "workers"), [(0, 0), (11, 1)])
 def test_training_encodes_nothing_more(cfg, seed, workers):
     cfg.DATALOADER.NUM_WORKERS = workers
@@ -97,6 +98,8 @@ def test_training_needs_frozen_images_for_a_cache(cfg):
         Trainer(cfg)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_the_tool_on_two_processes(cfg, tmp_path):
     (tmp_path / "config.yaml").write_text(cfg.dump())
     arguments = ["--config-file", tmp_path / "config.yaml", "--processes", "2"]

@@ -30,6 +30,7 @@ def test_losses_of_the_reference(tiny_cfg):
     assert trainer.losses == pytest.approx(REFERENCE_LOSSES, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_images_of_several_sizes_each_count_once(tiny_cfg):
     images = [as_tensor(reference_image(h, w)) for h, w in ((64, 96), (100, 70), (64, 96))]
     alone = []
@@ -54,6 +55,7 @@ def test_an_encoder_that_is_wholly_frozen_needs_no_teacher(tiny_cfg, unused):
         trainer.train(0, 1)
 
 
+@pytest.mark.slow
 def test_sampled_windows_lower_the_full_loss(tiny_cfg):
     tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 3
     images = [as_tensor(reference_image(128, 128))]
@@ -73,6 +75,7 @@ def test_sampled_windows_lower_the_full_loss(tiny_cfg):
     assert hook.windows_encoded == 90
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_windows_it_would_have_drawn(tiny_cfg):
     tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 2
     images = [as_tensor(reference_image(128, 128))]
@@ -167,6 +170,8 @@ def _one_step(rank, folder, cfg):
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pth")
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_make_the_step_of_one_with_both_images(tiny_cfg, tmp_path):
     run_in_two_processes(_one_step, tmp_path, tiny_cfg)
     model = build_model(tiny_cfg)

@@ -60,6 +60,7 @@ def train(trainer: SimpleTrainer, start: int, end: int) -> None:
     trainer.train(start, end)
 
 
+@pytest.mark.slow
 def test_the_loss_joins_the_models_own(cfg):
     trainer = trainer_for(built(cfg))
     hook = DistillationHook(cfg)
@@ -71,6 +72,7 @@ def test_the_loss_joins_the_models_own(cfg):
     assert hook.windows_encoded == 6 * 2 * 4
 
 
+@pytest.mark.slow
 def test_the_loss_lowers(cfg):
     cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 0
     trainer = trainer_for(built(cfg))
@@ -81,6 +83,7 @@ def test_the_loss_lowers(cfg):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_without_the_hook_the_training_is_what_it_was(cfg):
     """A model that has been distilled trains on as one of the same weights that never met the hook."""
     distilled = built(cfg)

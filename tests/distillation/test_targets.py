@@ -9,6 +9,7 @@ from spar_d2.distillation import DistillationHook
 from spar_d2.teacher import cache as cache_module
 
 
+@pytest.mark.slow
 def test_by_cell_large_images_count_for_more(tiny_cfg):
     images = [as_tensor(reference_image(h, w)) for h, w in ((64, 64), (128, 192))]
     alone = []
@@ -24,6 +25,7 @@ def test_by_cell_large_images_count_for_more(tiny_cfg):
     assert alone[0] != pytest.approx(alone[1], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_windows_of_an_image_are_drawn_by_its_place_in_the_run_alone(tiny_cfg):
     """Beside other images or alone, in this step or another."""
     tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 2
@@ -53,6 +55,7 @@ def test_windows_of_an_image_are_drawn_by_its_place_in_the_run_alone(tiny_cfg):
     assert not torch.equal(together[0].weight, together[1].weight)
 
 
+@pytest.mark.slow
 def test_a_cache_gives_the_full_target_and_is_filled_once(tiny_cfg, tmp_path):
     images = [as_tensor(reference_image(128, 128)), as_tensor(reference_image(64, 96))]
     plain = trainer_for(tiny_cfg, images, DistillationHook(tiny_cfg))
@@ -72,6 +75,7 @@ def test_a_cache_gives_the_full_target_and_is_filled_once(tiny_cfg, tmp_path):
     assert (hook.windows_encoded, hook.cache.hits, hook.cache.misses) == (6, 6, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", [0, 2])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("who", ["teacher", "student"])
@@ -99,6 +103,7 @@ def test_features_that_are_not_finite_stop_with_the_images_name(who, cached, win
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_what_is_watched_is_stored(tiny_cfg):
     images = [as_tensor(reference_image(64, 96))]
     trainer = trainer_for(tiny_cfg, images, DistillationHook(tiny_cfg), lr=1e-3)

@@ -59,6 +59,7 @@ def test_half_precision_files_are_loaded_as_float32(tiny_model, tmp_path, refere
     assert build_encoder(tiny_model[0], path).visual.proj.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["roberta-ViT-B-32", "coca_roberta-ViT-B-32"])
 def test_images_need_no_text_tower_that_is_elsewhere(name):
     """These models' text towers are built by another library, from a config that it downloads."""

@@ -37,6 +37,7 @@ def graphs(monkeypatch) -> Counter:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_every_use_has_compiled_code_and_few_graphs(graphs, caplog):
     # Its blocks take rotations besides tokens; other families share the code.
     student = example_encoder("DINOv3").accelerate("bfloat16", compile=True)

@@ -161,6 +161,7 @@ def test_words_for_what_a_family_lacks_name_what_it_has(encoder, word):
     assert word not in str(error.value).split("got")[0]
 
 
+@pytest.mark.slow
 def test_what_is_known_by_name_is_what_is_built(family):
     name = family.names()[0]
     assert find_family(name) is family
@@ -267,6 +268,7 @@ def test_compiled_blocks_give_the_same_at_every_size(family):
             torch.testing.assert_close(encoder.accelerate(compile=True)(x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_blocks_learn_the_same():
     encoder = example_encoder(sorted(FAMILIES)[0])

@@ -72,6 +72,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", FOREIGN)
 def test_files_of_others_are_read(spec, student, layout, tmp_path):
     encoder, state = student
@@ -82,6 +83,7 @@ def test_files_of_others_are_read(spec, student, layout, tmp_path):
         assert all(torch.equal(tensor, state[key]) for key, tensor in text.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_to_the_librarys_and_back(spec, student, suffix, tmp_path):
     encoder, state = student
@@ -95,6 +97,7 @@ def test_to_the_librarys_and_back(spec, student, suffix, tmp_path):
         assert all(torch.equal(tensor, state[key.removeprefix("model.")]) for key, tensor in again.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_student_without_text_becomes_an_open_clip_checkpoint(tmp_path, tiny_model, suffix):
     """The student's own weights, the pre-trained model's text: open_clip loads them, and they encode alike."""
@@ -118,6 +121,7 @@ def test_a_student_without_text_becomes_an_open_clip_checkpoint(tmp_path, tiny_m
         torch.testing.assert_close(library.encode_text(tokens), expected)
 
 
+@pytest.mark.slow
 def test_a_siglip_student_becomes_a_checkpoint_of_open_clip_and_of_timm(tmp_path):
     config = str(ROOT / "configs/toy/tiny_pooled.json")
     open_clip.add_model_config(config)
@@ -153,6 +157,7 @@ def test_a_dinov3_student_becomes_a_checkpoint_of_timm(tmp_path):
         convert_weights(spec, "open_clip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["open_clip ViT", "SigLIP", "DINOv3", "DINOv3.txt"])
 def test_weights_of_another_family_are_named(spec, student, other, tmp_path):
     """Files of each family, given to each other family."""

@@ -10,6 +10,7 @@ from spar_d2.encoders.weights import write_safetensors
 NANO = "vit_nano_patch8_dinov3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3_qkvb", NANO])
 def test_equals_the_library_at_any_size(name):
     encoder = build_encoder(name)
@@ -28,6 +29,7 @@ def test_equals_the_library_at_any_size(name):
                 torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_base_patch16_dinov3", NANO])
 def test_what_is_known_by_name_is_what_is_built(name):
     info, encoder = describe_encoder(name), build_encoder(name)
@@ -83,6 +85,7 @@ def as_meta_stores_it(trunk, biased):
     return {**state, "mask_token": torch.zeros(1, trunk.embed_dim), "rope_embed.periods": torch.ones(8)}
 
 
+@pytest.mark.slow
 def test_files_of_meta(tmp_path, capfd):
     plain = timm.create_model("vit_small_patch16_dinov3", num_classes=0)
     path = str(tmp_path / "meta.pth")
@@ -93,6 +96,7 @@ def test_files_of_meta(tmp_path, capfd):
     assert not capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_biases_of_a_file_are_never_dropped(tmp_path):
     path = str(tmp_path / "biased.pth")
     torch.save(as_meta_stores_it(timm.create_model("vit_small_patch16_dinov3", num_classes=0), biased=True), path)
@@ -103,6 +107,7 @@ def test_biases_of_a_file_are_never_dropped(tmp_path):
     assert block.attn.v_bias.unique().item() == 0.25
 
 
+@pytest.mark.slow
 def test_wrong_tags_and_downloads_that_fail_are_named(monkeypatch):
     with pytest.raises(FileNotFoundError, match="neither a weight file nor a known tag.*lvd1689m"):
         build_encoder("vit_base_patch16_dinov3", "lvd168m")

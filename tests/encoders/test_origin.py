@@ -28,6 +28,7 @@ def names(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("family", ["open_clip ViT", "SigLIP", "DINOv3"])
 def test_statistics_and_activation_travel_with_the_weights(tmp_path, family, suffix):
@@ -126,6 +127,7 @@ def test_a_file_that_says_nothing_is_told_once_where_tags_differ(tmp_path, caplo
     assert not caplog.records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -189,6 +191,7 @@ def test_keys_of_the_config_reach_the_encoder(tiny_cfg):
     assert type(encoder.blocks[0].mlp.gelu).__name__ == "QuickGELU"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["beside", "around", "folder"])
 @pytest.mark.parametrize("pooled", [False, True])
 def test_a_model_config_says_how_images_are_prepared(tmp_path, form, pooled):

@@ -62,6 +62,7 @@ def test_other_grids_equal_the_library_with_positions_resampled_by_size(encoder,
         torch.testing.assert_close(encoder.intermediates(x, [-1])[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_full_size_model_is_built_by_open_clip():
     encoder = build_encoder("ViT-B-16-SigLIP2-512")
     info = describe_encoder("ViT-B-16-SigLIP2-512")
@@ -103,6 +104,7 @@ def test_a_tokenizer_in_a_local_folder(tmp_path):
     assert tower.tokenize(["A CAT."])[0, :3].tolist() == [2, 3, 0]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_cannot_be_had_is_named(tmp_path):
     config = json.loads(Path(TINY).read_text())
     config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "nowhere")

@@ -24,6 +24,7 @@ def holds(tiny_model, path, state, part=""):
     return all(torch.equal(tensor, state[name]) for name, tensor in own.items())
 
 
+@pytest.mark.slow
 def test_archives_of_openai_are_read_without_running_them(tiny_model, tmp_path, state):
     model = fill_with_reference(open_clip.CLIP(**TINY_CONFIG).eval())
     for name, value in (("input_resolution", 64), ("context_length", 77), ("vocab_size", 49408)):
@@ -199,6 +200,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_numbers_that_are_no_weights_are_named(tiny_model, tmp_path, state, kind):
     change, message = BAD[kind]

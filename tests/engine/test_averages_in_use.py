@@ -35,6 +35,7 @@ def matches(encoder, tensors):
     return all(torch.equal(tensor, tensors[name]) for name, tensor in encoder.state_dict().items())
 
 
+@pytest.mark.slow
 def test_all_that_use_a_checkpoint_take_the_averages_and_a_run_goes_on_without(run, caplog):
     cfg, checkpoint, student, raw = run
     name = cfg.MODEL.SPAR.ENCODER

@@ -56,6 +56,7 @@ def config(family, tmp_path, photos, test, *more):
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_distill_then_evaluate(family, tmp_path, photo_folder, labeled):
     cfg = config(family, tmp_path, photo_folder, labeled)
@@ -74,6 +75,7 @@ def test_distill_then_evaluate(family, tmp_path, photo_folder, labeled):
         assert torch.equal(tensor, weights.state_dict()[key]), key
 
 
+@pytest.mark.slow
 def test_students_are_files_of_their_libraries(tmp_path, photo_folder, labeled):
     siglip = config("SigLIP", tmp_path / "a", photo_folder, labeled, "DATASETS.TEST", ())
     dinov3 = config("DINOv3", tmp_path / "b", photo_folder, labeled, "DATASETS.TEST", ())
@@ -126,6 +128,7 @@ def test_the_teachers_precision_can_differ(tmp_path, photo_folder, labeled):
         teacher_from_config(cfg)
 
 
+@pytest.mark.slow
 def test_trainable_tensors_are_listed_once(tmp_path, photo_folder, labeled, caplog):
     cfg = config("SigLIP", tmp_path, photo_folder, labeled, "MODEL.SPAR.TRAINABLE", "attn_pool_kv,qkv_-1")
     with caplog.at_level(logging.INFO, "spar_d2"):

@@ -1,5 +1,6 @@
 """Stopping several processes together."""
 
+import pytest
 from detectron2.engine import TrainerBase
 from detectron2.utils import comm
 
@@ -41,12 +42,14 @@ def ends(folder) -> set[str]:
     return {(folder / f"end{rank}").read_text() for rank in range(2)}
 
 
+@pytest.mark.processes
 def test_processes_ask_each_other_now_and_then_and_stop_together(tmp_path):
     run_in_two_processes(train, tmp_path, PERIOD + 3, 5 * PERIOD)
     last = 2 * PERIOD - 1
     assert ends(tmp_path) == {f"stopped ({last},) {[PERIOD - 1, last]}"}
 
 
+@pytest.mark.processes
 def test_a_request_shortly_before_the_end_still_stops(tmp_path):
     run_in_two_processes(train, tmp_path, PERIOD + 1, PERIOD + 3)
     assert ends(tmp_path) == {f"stopped ({PERIOD + 2},) {[PERIOD - 1, PERIOD + 2]}"}

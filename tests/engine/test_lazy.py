@@ -54,6 +54,7 @@ def yaml_cfg(tiny_model):
     return load_config(str(YAML), ["MODEL.DEVICE", "cpu", "MODEL.SPAR.ENCODER", name, "MODEL.SPAR.PRETRAINED", weights])
 
 
+@pytest.mark.slow
 def test_lazy_config_and_yaml_give_the_same_model(tiny_model, yaml_cfg):
     by_yaml = build_model(yaml_cfg).eval()
     by_lazy = instantiate(lazy.load_lazy_config(str(LAZY), overrides(tiny_model)).model).eval()
@@ -93,6 +94,7 @@ def test_lazy_config_and_yaml_give_the_same_optimizer_and_schedule(tiny_model, y
     assert tuple(edges) == tuple(yaml_cfg.INPUT.MIN_SIZE_TRAIN)
 
 
+@pytest.mark.slow
 def test_training_stops_resumes_and_is_tested(tiny_model, tmp_path):
     def run(**flags) -> dict | None:
         opts = overrides(tiny_model, *SMALL, f"train.output_dir={tmp_path}", f"train.max_iter={flags.pop('steps')}")
@@ -114,6 +116,7 @@ def test_training_stops_resumes_and_is_tested(tiny_model, tmp_path):
     assert set(scores) == {"panoptic_seg"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_a_checkpoint(tiny_model, tmp_path, monkeypatch):
     asked = iter([False, True])
     by_user = property(lambda self: next(asked), lambda self, value: None)

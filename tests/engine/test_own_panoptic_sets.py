@@ -92,6 +92,7 @@ def test_its_predictions_are_counted_for_the_right_categories(registered, maps):
     assert {scores[key] for key in ("PQ", "PQ_th", "PQ_st", "PQ-5", "PQ-7", "PQ-11", "PQ-20")} == {100}
 
 
+@pytest.mark.slow
 def test_training_and_evaluation(registered, tmp_path):
     trainer = Trainer(config(tmp_path, registered(TOGETHER)))
     trainer.train()

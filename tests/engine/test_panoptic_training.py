@@ -34,6 +34,7 @@ def train(cfg, resume=False, stop_at=None):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["none", "last_blocks:1"])
 def test_frozen_is_frozen(tmp_path, trainable, caplog):
     cfg = config(tmp_path / "run", "MODEL.SPAR.TRAINABLE", trainable, "SOLVER.MAX_ITER", 2)
@@ -61,6 +62,7 @@ def test_counts_of_parameters_are_logged(tmp_path, caplog):
     assert line.split() == ["all", f"{trained:,}", "of", f"{everything:,}", "trainable"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path):
     train(config(tmp_path / "through"))
     train(config(tmp_path / "stopped"), stop_at=3)
@@ -69,6 +71,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path):
     assert_equal(*finals)
 
 
+@pytest.mark.slow
 def test_its_own_rate_must_stay(tmp_path):
     train(config(tmp_path / "run", "SOLVER.MAX_ITER", 2))
     with pytest.raises(ValueError, match=r"--resume: SPAR\.LAYER_DECAY was '1\.0' in this run"):

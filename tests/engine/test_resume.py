@@ -41,6 +41,7 @@ def train(cfg, folder, resume=False, stop_at=None) -> dict:
     return torch.load(folder / "model_final.pth", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [3, -1])
 @pytest.mark.parametrize("mode", ["sampled", "cached", "bfloat16"])
 def test_bit_for_bit(cfg, tmp_path, mode, seed, monkeypatch):
@@ -67,6 +68,7 @@ def test_bit_for_bit(cfg, tmp_path, mode, seed, monkeypatch):
     assert through["trainer"]["hooks"]["ModelEma"]["averages"]
 
 
+@pytest.mark.slow
 def test_other_seeds_train_otherwise(cfg, tmp_path):
     first = train(cfg, tmp_path / "a")["model"]
     cfg.SEED = 4
@@ -97,6 +99,8 @@ def train_a_half(rank: int, folder: Path, config: str) -> None:
     trainer.train()
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("average", ["image", "cell"])
 def test_two_processes_train_as_one(cfg, tmp_path, average):
     """Sums are taken in another order, so that float32 weights differ by rounding: by 1e-6 at most.
@@ -132,6 +136,7 @@ def test_flags_of_processes_are_refused_under_torchrun(cfg, monkeypatch):
         check_launch(2, 1, 0, under_torchrun=True)
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_changes_is_named(cfg, tmp_path, caplog):
     train(cfg, tmp_path / "run", stop_at=7)
     for key, value in (("SPAR.OPTIMIZER", "SGD"), ("MODEL.SPAR.TRAINABLE", "all")):
@@ -145,6 +150,7 @@ def test_what_a_resumed_run_changes_is_named(cfg, tmp_path, caplog):
         assert words in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_anew_is_not_resumed_from_an_earlier_one(cfg, tmp_path):
     train(cfg, tmp_path / "run")
     cfg.SEED = 9

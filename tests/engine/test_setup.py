@@ -24,6 +24,7 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -98,6 +99,7 @@ def test_bases_are_never_fetched(tmp_path, monkeypatch, base, form):
         load_config("c.yaml", [])
 
 
+@pytest.mark.slow
 def test_a_base_that_leads_back_is_named(tmp_path):
     (tmp_path / "c.yaml").write_text("_BASE_: d.yaml\n")
     (tmp_path / "d.yaml").write_text("_BASE_: c.yaml\n")
@@ -119,6 +121,7 @@ def test_no_config_and_a_missing_one(tmp_path):
         load_config(str(tmp_path / "none.yaml"), [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -243,6 +246,7 @@ def test_a_start_that_is_interrupted_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.processes
 def test_a_start_in_a_folder_where_another_run_trains_changes_nothing(tmp_path):
     (tmp_path / "config.yaml").write_text("theirs")
     hold = f"with file_lock({str(tmp_path)!r}):\n    print(flush=True)\n    input()"

@@ -16,6 +16,7 @@ def cfg(photo_cfg):
     return photo_cfg
 
 
+@pytest.mark.slow
 def test_distills_photos_into_a_student_file(cfg, tiny_model):
     Trainer(cfg).train()
     files = set(os.listdir(cfg.OUTPUT_DIR))
@@ -31,6 +32,7 @@ def test_distills_photos_into_a_student_file(cfg, tiny_model):
     assert same["visual.proj"]
 
 
+@pytest.mark.slow
 def test_the_student_survives_an_evaluation_that_fails(cfg, monkeypatch):
     monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: 1 / 0))
     with pytest.raises(ZeroDivisionError):
@@ -49,6 +51,7 @@ class PressCtrlC(HookBase):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_with_a_checkpoint_and_resume_goes_on_after_it(cfg, capfd):
     handler = signal.getsignal(signal.SIGINT)
     first = Trainer(cfg)
@@ -70,6 +73,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_resume_goes_on_after_it(cfg, capfd):
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 def test_a_resumed_students_teacher_is_the_original(cfg, tiny_model):
     cfg.SOLVER.MAX_ITER = 2
     Trainer(cfg).train()
@@ -80,6 +84,7 @@ def test_a_resumed_students_teacher_is_the_original(cfg, tiny_model):
         assert torch.equal(ours, original)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_reach_the_model_as_the_config_says(cfg, workers):
     cfg.DATALOADER.NUM_WORKERS = workers
@@ -99,6 +104,7 @@ def test_optimizer_of_the_config(cfg):
     assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -25,6 +25,7 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", ["RGB", "BGR"])
 def test_pictures_of_one_image_in_shared_colors(cfg, channels):
     cfg.SPAR.PICTURE_PERIOD = 3
@@ -40,6 +41,7 @@ def test_pictures_of_one_image_in_shared_colors(cfg, channels):
     assert b"distill/teacher_student" in events[0].read_bytes()
 
 
+@pytest.mark.slow
 def test_the_log_and_the_metrics_have_what_is_watched(cfg, caplog):
     with caplog.at_level(logging.INFO):
         Trainer(cfg).train()
@@ -51,6 +53,7 @@ def test_the_log_and_the_metrics_have_what_is_watched(cfg, caplog):
         assert f'"{name}"' in metrics
 
 
+@pytest.mark.slow
 def test_periodic_evaluation_changes_no_training(cfg, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     monkeypatch.setitem(SCENE_SPLITS, "tune", (202, 1))
@@ -68,6 +71,7 @@ def test_periodic_evaluation_changes_no_training(cfg, tmp_path, monkeypatch):
     assert evaluations == 2
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_evaluated_and_written(cfg, tiny_model):
     from safetensors.torch import load_file
 
@@ -83,6 +87,7 @@ def test_the_average_is_what_is_evaluated_and_written(cfg, tiny_model):
     assert not torch.allclose(student[name], own[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_features_that_are_not_finite_stop_before_anything_is_saved(cfg, capsys, caplog):
     cfg.SOLVER.CHECKPOINT_PERIOD = 1
     trainer = Trainer(cfg)
@@ -94,6 +99,7 @@ def test_features_that_are_not_finite_stop_before_anything_is_saved(cfg, capsys,
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.slow
 def test_only_the_latest_checkpoints_are_kept(cfg):
     cfg.SOLVER.CHECKPOINT_PERIOD = 1
     cfg.SPAR.KEEP_CHECKPOINTS = 2
@@ -102,6 +108,7 @@ def test_only_the_latest_checkpoints_are_kept(cfg):
     assert kept == ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_an_earlier_run_are_never_removed(cfg):
     """Also by a run that begins anew in its folder, is stopped, and goes on."""
     cfg.SOLVER.CHECKPOINT_PERIOD = 1
@@ -136,6 +143,7 @@ def no_room():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_stops_only_at_the_end(cfg, no_room, caplog):
     cfg.SOLVER.CHECKPOINT_PERIOD = 2
     trainer = Trainer(cfg)
@@ -146,6 +154,7 @@ def test_a_checkpoint_that_does_not_fit_stops_only_at_the_end(cfg, no_room, capl
     assert not [name for name in names(cfg.OUTPUT_DIR) if ".tmp" in name or name.endswith(".pth")]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(cfg, no_room):
     cfg.SOLVER.CHECKPOINT_PERIOD = 1
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -166,6 +175,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(cfg, no_room):
     assert os.path.isfile(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
 
 
+@pytest.mark.slow
 def test_damaged_photos_are_named_and_stop_it_beyond_the_limit(cfg, photo_folder, caplog):
     (photo_folder / "ruined.png").write_bytes(b"ruined")
     Trainer(cfg).train()
@@ -175,6 +185,7 @@ def test_damaged_photos_are_named_and_stop_it_beyond_the_limit(cfg, photo_folder
         Trainer(cfg).train()
 
 
+@pytest.mark.slow
 def test_metrics_and_pictures_that_do_not_fit_stop_nothing(cfg, caplog, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(28, "No space left on device")

@@ -65,6 +65,8 @@ def _evaluate_half(rank, folder):
     (folder / f"{rank}.json").write_text(json.dumps(evaluator.evaluate()))
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_add_up(tmp_path):
     whole = FeatureEvaluator(build_target, distributed=False)
     for index in range(4):

@@ -382,6 +382,8 @@ def _count_part(rank, folder):
     (folder / f"{rank}.json").write_text(json.dumps(scores))
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_add_up(dataset, tmp_path):
     expected = evaluate(PanopticEvaluator(dataset, distributed=False), as_segments, guesses(tmp_path / "truth.json"))
     run_in_two_processes(_count_part, tmp_path)

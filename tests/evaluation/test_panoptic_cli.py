@@ -96,6 +96,8 @@ def test_scores_and_table(files, capsys):
     assert [path.name for path in (files / "new").iterdir()] == ["result.json"]
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_runs_as_a_module_without_detectron2_and_without_warnings(files):
     hidden = files / "hidden" / "detectron2"
     hidden.mkdir(parents=True)
@@ -107,6 +109,7 @@ def test_runs_as_a_module_without_detectron2_and_without_warnings(files):
     assert run.stdout.splitlines()[1].split() == ["All", "73.33", "73.33", "100.00", "2"]
 
 
+@pytest.mark.processes
 def test_counting_needs_no_detectron2_and_the_function_keeps_its_name():
     code = (
         "import spar_d2.evaluation.panoptic.__main__, spar_d2.evaluation as e, sys;"
@@ -293,6 +296,7 @@ def test_wrong_options_are_one_line(files, capsys, options, message):
     assert failing(capsys, [*arguments(files), *options]).startswith(message)
 
 
+@pytest.mark.slow
 def test_an_error_stops_all_threads(files):
     """The first of many images is damaged: the others are not waited for."""
     truth, (folder, predictions) = read_ground_truth(files / "gt.json"), read_predictions(files / "pred.json")

@@ -39,6 +39,7 @@ def random_case(rng):
     return prediction.astype(kind), predicted, truth.astype(rng.choice(["uint32", "int32", "int64"])), segments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_same_counts_as_plain_loops(seed):
     rng = np.random.default_rng(seed)

@@ -48,6 +48,7 @@ def predictions(name):
         yield record, np.where(guess == 255, 0, guess)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", [200], indirect=True)
 @pytest.mark.parametrize("boundary_iou", [False, True])
 def test_same_scores_as_detectron2(dataset, boundary_iou):
@@ -192,6 +193,8 @@ def _count_own_image(rank, folder):
     (folder / f"{rank}.json").write_text(json.dumps(evaluator.evaluate()))
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_add_up(tmp_path):
     run_in_two_processes(_count_own_image, tmp_path)
     assert json.loads((tmp_path / "1.json").read_text()) is None
@@ -204,6 +207,7 @@ def test_classes_of_one_name_have_scores_of_their_own():
     assert (scores["IoU-tree (0)"], scores["IoU-tree (1)"], scores["IoU-sky"]) == (100, 0, 25)
 
 
+@pytest.mark.slow
 def test_detectron2s_own_evaluator_reads_labels_with_any_numpy(tmp_path):
     """Whatever is imported first, its own, others' that inherit from it, and its function."""
     Image.fromarray(np.array([[0, 1], [1, 255]], dtype=np.uint8)).save(tmp_path / "a.png")

@@ -70,6 +70,7 @@ def test_what_is_counted():
         torch.nn.functional.scaled_dot_product_attention(plain, plain, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FORWARD)
 @torch.no_grad()
 def test_frozen_encoders(case):
@@ -87,6 +88,7 @@ def test_frozen_encoders(case):
     assert counted.weight_casts == (shape[2] != encoder.native_size), counted.report()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_teacher():
     encoder = built(SIGLIP)

@@ -235,6 +235,7 @@ def test_python_in_backward_passes_is_seen(gpu):
     assert x.grad.is_cuda and x.grad.tolist() == other.tolist() == [2, 2]
 
 
+@pytest.mark.slow
 def test_memory_used_again_carries_no_mark(gpu):
     for _ in range(3000):
         torch.zeros(8, device="cuda").add_(1)

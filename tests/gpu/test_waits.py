@@ -110,6 +110,7 @@ def random_images() -> list[torch.Tensor]:
     return [torch.randn(3, *size, generator=generator) for size in SIZES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_encoders(gpu, family, precision):
@@ -135,6 +136,7 @@ def test_encoders(gpu, family, precision):
         assert F.cosine_similarity(again, features).min() > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("windows", [0, 3])
@@ -190,6 +192,7 @@ def cuda_cfg(tiny_cfg):
     return tiny_cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("windows", "precision"), [(0, "float32"), (2, "float32"), (2, "bfloat16")])
 def test_hook_in_the_plain_trainer(gpu, cuda_cfg, windows, precision):
     cuda_cfg.MODEL.SPAR.PRECISION = precision
@@ -217,6 +220,7 @@ TRAININGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", TRAININGS.values(), ids=TRAININGS)
 def test_trainer(gpu, photo_cfg, keys):
     photo_cfg.merge_from_list(["MODEL.DEVICE", "cuda", "SOLVER.MAX_ITER", 3, *keys])
@@ -279,6 +283,7 @@ SEGMENTORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", SEGMENTORS.values(), ids=SEGMENTORS)
 def test_segmentor(gpu, cuda_cfg, keys):
     cuda_cfg.merge_from_list(keys)
@@ -313,6 +318,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "precision"),
     [("OpenCLIP", "float32"), ("OpenCLIP", "auto"), ("SigLIP", "auto"), ("DINOv3.txt", "bfloat16")],
@@ -342,6 +348,7 @@ def labeled(number: int) -> dict:
     return {"image": as_tensor(reference_image(height, width)), "instances": instances, "sem_seg": labels}
 
 
+@pytest.mark.slow
 def test_pyramid_in_panoptic_fpn(gpu, panoptic_cfg):
     cfg = panoptic_cfg
     # Its own heads, narrower, for time.
@@ -359,6 +366,7 @@ def test_pyramid_in_panoptic_fpn(gpu, panoptic_cfg):
     assert np.isfinite(trainer.storage.latest()["total_loss"][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linear_probe(gpu, family):
     encoder = example(family)

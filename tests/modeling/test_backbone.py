@@ -64,6 +64,7 @@ def test_a_pure_swap_sees_the_right_colors(cfg, reference_clip):
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SPARViT", "SPARPyramid"])
 @pytest.mark.parametrize(("order", "blue"), [("BGR", 0), ("RGB", 2)])
 def test_blue_arrives_as_blue(cfg, name, order, blue):
@@ -146,6 +147,7 @@ def test_a_frozen_encoder_has_no_gradient_and_stays_in_eval_mode(cfg, name):
     assert all(p.grad is None for p in encoder.parameters())
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_gradients(cfg):
     cfg.MODEL.SPAR.TRAINABLE, cfg.MODEL.BACKBONE.NAME = "all", "SPARPyramid"
     x, gradients = torch.randn(1, 3, 40, 50), []

@@ -109,6 +109,7 @@ def interpreted():
     return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_kernel_gives_what_bands_give(interpreted, seed):
     different, unequal = interpreted[f"random {seed}"]
@@ -158,6 +159,7 @@ COMPILED = [(90, *flags) for flags in itertools.product((False, True), (False, T
 COMPILED += [(80, False, False, False), (80, True, True, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason=NO_TRITON)
 @pytest.mark.parametrize(("capability", "probabilities", "again", "several"), COMPILED)
 def test_kernel_compiles_and_stays_in_registers(capability, probabilities, again, several, tmp_path, monkeypatch):
@@ -226,6 +228,7 @@ def test_where_triton_fails_bands_are_used_and_one_warning_says_so(monkeypatch, 
     assert re.search(f"bands.*{best_query.SWITCH}=0.*Error", message)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(best_query._operator is None, reason=NO_TRITON + ", and PyTorch 2.4")
 @pytest.mark.parametrize("threshold", [0.0, 0.2])
 def test_operator_is_what_its_schema_says(threshold):

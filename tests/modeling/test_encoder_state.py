@@ -38,6 +38,7 @@ def model(tiny_cfg):
     return build_model(tiny_cfg)
 
 
+@pytest.mark.slow
 def test_a_predictor_and_a_panoptic_model_take_a_student(tiny_cfg, panoptic_cfg, tiny_model, tmp_path):
     student, path = student_of(*tiny_model[:1], tmp_path, tiny_model[1])
     tiny_cfg.MODEL.WEIGHTS = panoptic_cfg.MODEL.WEIGHTS = path
@@ -50,6 +51,7 @@ def test_a_predictor_and_a_panoptic_model_take_a_student(tiny_cfg, panoptic_cfg,
     assert same(student, panoptic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [POOLED, "vit_nano_patch8_dinov3", "tiny"])
 def test_all_formats_of_all_families(tiny_cfg, tiny_model, tmp_path, name):
     name = tiny_model[0] if name == "tiny" else name

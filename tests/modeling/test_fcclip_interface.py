@@ -89,6 +89,7 @@ def test_asking_whether_there_is_a_clip_model_builds_no_text_tower(backbone):
     assert backbone.text_side._tower is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64), (70, 100)], ids=str)
 @pytest.mark.parametrize("spec", [EncoderSpec("vit_nano_patch8_dinov3"), None])
 def test_a_backbone_can_be_traced(spec, size, tiny_model):

@@ -14,6 +14,7 @@ def rgb(image):
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden_names("E_syn"))
 def test_labels_of_the_reference_from_the_pixels(name, tiny_cfg, tmp_path):
     arrays, meta = load_golden(name)
@@ -132,6 +133,7 @@ def test_images_may_have_words_of_their_own(model):
     assert torch.equal(together[3], model([{"image": images[0]}])[0]["sem_seg_labels"])
 
 
+@pytest.mark.slow
 def test_more_vocabularies_than_are_kept_are_never_mixed_up(model):
     image = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
     words = [f"cat; dog; {number}" for number in range(12)]

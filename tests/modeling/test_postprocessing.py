@@ -43,6 +43,7 @@ def test_segmentation_of_the_reference(name):
     assert different <= meta["pixels_with_top2_margin_below_1e_5"] + meta["pixels_within_1e_5_of_prob_thd"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("band_bytes", [1, 5000, 1 << 30])
 @pytest.mark.parametrize("seed", range(8))
 def test_bands_give_the_labels_of_the_full_computation(seed, band_bytes, monkeypatch):
@@ -113,6 +114,7 @@ def test_what_does_not_go_together_is_named(changes, message):
         segment_features(**{**arguments, **changes})
 
 
+@pytest.mark.slow
 def test_no_map_of_all_classes_is_made():
     """Peak memory of many classes is far below one full map of them."""
     queries, side = 200, 400

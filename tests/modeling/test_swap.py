@@ -82,6 +82,7 @@ def check_training_step(model, record: dict, loss: str) -> None:
     assert any("simfp" in name for name in changed) or isinstance(model.backbone, SPARViT)
 
 
+@pytest.mark.slow
 def test_panoptic_fpn(panoptic_cfg):
     torch.manual_seed(0)
     model = build_model(panoptic_cfg)
@@ -93,6 +94,7 @@ def test_panoptic_fpn(panoptic_cfg):
     check_training_step(model, record, "loss_sem_seg")
 
 
+@pytest.mark.slow
 def test_mask_rcnn(tiny_model):
     torch.manual_seed(0)
     model = build_model(zoo_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", tiny_model))
@@ -105,6 +107,7 @@ def test_mask_rcnn(tiny_model):
 TO_P7 = ["p3", "p4", "p5", "p6", "p7"]
 
 
+@pytest.mark.slow
 def test_retinanet(tiny_model):
     torch.manual_seed(0)
     cfg = zoo_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml", tiny_model)
@@ -116,6 +119,7 @@ def test_retinanet(tiny_model):
     check_training_step(model, labeled_image(), "loss_box_reg")
 
 
+@pytest.mark.slow
 def test_fcos(tiny_model):
     torch.manual_seed(0)
     config = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py").model
@@ -128,6 +132,7 @@ def test_fcos(tiny_model):
     check_training_step(model, labeled_image(), "loss_fcos_loc")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["SPARPyramid", "SPARViT"])
 def test_semantic_segmentor(tiny_model, backbone):
     torch.manual_seed(0)
@@ -153,6 +158,7 @@ def panoptic_deeplab(monkeypatch):
     return importlib.import_module("detectron2.projects.panoptic_deeplab")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [["res2", "res3", "res5"], ["res2", "res3", "res4"]], ids=["res5", "res4"])
 def test_panoptic_deeplab(tiny_model, panoptic_deeplab, features):
     torch.manual_seed(0)
@@ -194,6 +200,7 @@ class _Twice(torch.nn.Module):
         return self.model(records * 2)
 
 
+@pytest.mark.slow
 def test_pointrend(tiny_model):
     """Both of Detectron2's projects for it: masks of instances, and semantic segmentation."""
     torch.manual_seed(0)
@@ -208,6 +215,7 @@ def test_pointrend(tiny_model):
     check_training_step(model, labeled_image(), "loss_mask_point")
 
 
+@pytest.mark.slow
 def test_pointrend_for_semantic_segmentation(tiny_model):
     torch.manual_seed(0)
     cfg = zoo_config("", tiny_model)
@@ -221,6 +229,7 @@ def test_pointrend_for_semantic_segmentation(tiny_model):
     check_training_step(model, labeled_image(), "loss_sem_seg_point")
 
 
+@pytest.mark.slow
 def test_deeplab_v3_plus(tiny_model):
     torch.manual_seed(0)
     cfg = zoo_config("", tiny_model)
@@ -250,6 +259,7 @@ def documented_vitdet(tiny_model):
     return config
 
 
+@pytest.mark.slow
 def test_vitdet(tiny_model):
     torch.manual_seed(0)
     config = documented_vitdet(tiny_model)

@@ -93,6 +93,7 @@ ENCODERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ENCODERS)
 def test_kept_features_train_the_same_probe_but_for_float16(tmp_path, way, encoded):
     """Features are rounded to float16 (11 bits): losses differ by less than 1e-3 of themselves."""
@@ -108,6 +109,7 @@ def test_kept_features_train_the_same_probe_but_for_float16(tmp_path, way, encod
         torch.testing.assert_close(second[name], value, rtol=5e-3, atol=5e-4)
 
 
+@pytest.mark.slow
 def test_features_that_are_there_give_the_same_probe_bit_for_bit(tmp_path, encoded):
     folder = ["SPAR.PROBE.CACHE_DIR", str(tmp_path / "features")]
     train(config(tmp_path / "a", *folder))
@@ -117,6 +119,7 @@ def test_features_that_are_there_give_the_same_probe_bit_for_bit(tmp_path, encod
     assert_equal(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_encoder_and_of_the_sliding_window(tmp_path):
     for way in ("OpenCLIP", "sliding window"):
         cfg = config(tmp_path / "run", *ENCODERS[way])
@@ -134,6 +137,7 @@ def test_features_are_those_of_the_encoder_and_of_the_sliding_window(tmp_path):
             assert torch.equal(found, wanted[0].detach().half())
 
 
+@pytest.mark.slow
 def test_the_encoder_stays_as_it_is_and_is_never_in_training(tmp_path):
     for number, overrides in enumerate(((), ("SPAR.PROBE.CACHE_DIR", ""))):
         cfg = config(tmp_path / str(number), *overrides)
@@ -158,6 +162,7 @@ def test_counts_of_parameters_are_logged(tmp_path, caplog):
 AUGMENTED = ("INPUT.RANDOM_FLIP", "horizontal", "INPUT.MIN_SIZE_TRAIN", "(64, 96)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), AUGMENTED, ("MODEL.SPAR.TRAINABLE", "last_blocks:1")])
 def test_a_resumed_run_ends_as_if_it_had_not_stopped(tmp_path, overrides):
     train(config(tmp_path / "through", *overrides))
@@ -168,6 +173,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(tmp_path, overrides):
     assert_equal(checkpoint(tmp_path / "through"), checkpoint(tmp_path / "stopped"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_features_are_computed_keeps_them_and_the_same_command_goes_on(
     tmp_path, encoded, monkeypatch, own_ctrl_c
 ):
@@ -193,6 +199,7 @@ def features_of(folder):
     return sorted(folder.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_what_is_damaged_lost_or_changed_is_computed_anew(tmp_path, encoded, drawn, caplog):
     cfg = config(tmp_path / "run", "SOLVER.MAX_ITER", 3)
     train(cfg)
@@ -222,6 +229,7 @@ def test_what_is_damaged_lost_or_changed_is_computed_anew(tmp_path, encoded, dra
     assert encoded == [1]
 
 
+@pytest.mark.slow
 def test_other_sizes_encoders_and_ways_have_features_of_their_own(tmp_path, encoded):
     cfg = config(tmp_path / "run", "SOLVER.MAX_ITER", 1)
     changes = [(), ("INPUT.MIN_SIZE_TRAIN", "(64,)"), ENCODERS["sliding window"], ENCODERS["vision only"], ()]
@@ -261,6 +269,7 @@ def test_and_otherwise_the_log_says_why_they_are_not(tmp_path, encoded, caplog):
     assert sum(encoded) == 2 and not (tmp_path / "run" / "features").exists()
 
 
+@pytest.mark.slow
 def test_detectron2s_own_segmentor_is_trained_and_tested(tmp_path):
     run = ["DATASETS.TEST", "('spar_scenes_tune',)", "SOLVER.MAX_ITER", 2]
     trainer = train(config(tmp_path / "run", *run, "MODEL.META_ARCHITECTURE", "SemanticSegmentor"))
@@ -317,6 +326,8 @@ def keep_half(rank, folder):
     assert all(os.path.isfile(record[FILE]) for record in kept)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path, encoded):
     run_in_two_processes(keep_half, tmp_path)
     cfg = config(tmp_path / "run")

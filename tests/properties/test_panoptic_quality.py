@@ -1,6 +1,7 @@
 """Panoptic quality is what its rules say, for any pair of maps."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -24,6 +25,7 @@ def cases(draw):
     return prediction, predicted, truth, segments
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(case=cases())
 def test_counts_are_those_of_plain_loops(case):
@@ -31,6 +33,7 @@ def test_counts_are_those_of_plain_loops(case):
     np.testing.assert_allclose(values, list(panoptic_counts(*case, CATEGORIES).values()), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(case=cases())
 def test_the_truth_is_a_perfect_prediction(case):

@@ -29,6 +29,7 @@ def cases(draw):
     return (features.float(), text.float(), *rest), (features, text, *rest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("band_bytes", [64, 1 << 30])
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(case=cases())
@@ -42,6 +43,7 @@ def test_labels_are_those_of_full_maps(band_bytes, case):
     assert different <= 1
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(case=cases())
 def test_the_most_probable_class_is_the_label(case):

@@ -21,6 +21,7 @@ def encoder_of(family: str):
     return example_encoder(family)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(height=SIDES, width=SIDES)

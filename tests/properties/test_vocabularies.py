@@ -4,6 +4,7 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ def has_words(classes: list[list[str]]) -> bool:
     return any(cleaned(word) for words in classes for word in words)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(classes=CLASSES.filter(has_words))
 def test_every_class_keeps_its_number_and_only_its_own_words(classes):
@@ -37,6 +39,7 @@ def test_every_class_keeps_its_number_and_only_its_own_words(classes):
     assert {unicodedata.normalize("NFC", word) for word in given_words} == normal
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(classes=CLASSES.filter(has_words))
 def test_a_file_gives_the_vocabulary_back(classes):

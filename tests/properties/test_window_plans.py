@@ -1,5 +1,6 @@
 """Plans of sliding windows, beside counting window by window."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +32,7 @@ def counted(plan: WindowPlan) -> torch.Tensor:
     return seen
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(plan=plans())
 def test_windows_lie_where_steps_lead_and_are_counted(plan):
@@ -48,6 +50,7 @@ def test_constant_features_stay_constant(plan):
         torch.testing.assert_close(share.sum((0, 2)), torch.ones(share.shape[1]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(plan=plans(), count=st.integers(1, 40), shifts=st.tuples(st.floats(0, 1), st.floats(0, 1)))
 def test_windows_are_drawn_from_the_plan_by_their_probability(plan, count, shifts):

@@ -90,6 +90,7 @@ def other_teachers() -> dict[str, SlidingWindowTeacher]:
     return teachers
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_teacher_is_never_read(tmp_path, image):
     identities = {name: teacher_key(teacher) for name, teacher in other_teachers().items()}
     own = TargetCache(tmp_path, make_teacher())
@@ -175,6 +176,8 @@ print(cache.target(torch.randn(3, 100, 120)).isfinite().all().item())
 """
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["no room", "read-only"])
 def test_a_write_that_fails_leaves_nothing_and_stops_nothing(case, tmp_path):
     if case == "read-only" and os.getuid():
@@ -211,6 +214,7 @@ print(sum(cache.target(image).isfinite().all().item() for _ in range(2) for imag
 """
 
 
+@pytest.mark.processes
 def test_two_runs_share_a_cache(tmp_path):
     code = tmp_path / "code.py"
     code.write_text(SHARED.format(folder=str(tmp_path / "cache")))

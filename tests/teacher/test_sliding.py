@@ -10,6 +10,7 @@ from spar_d2.encoders import FAMILIES
 from spar_d2.teacher import SlidingWindowTeacher, WindowPlan, sliding_window_features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", [True, False])
 @pytest.mark.parametrize("name", golden_names("D_openclip-tiny") + golden_names("D_siglip-tiny"))
 def test_target_of_the_reference(name, compat):
@@ -46,6 +47,7 @@ def stitched_by_hand(encoder, x, plan: WindowPlan) -> torch.Tensor:
     return F.interpolate((total / count)[None], size=size, mode="bilinear", align_corners=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [5, 12, 24, 64])
 def test_equals_stitching_window_by_window(encoder, stride):
     window = 4 * encoder.patch_size
@@ -59,6 +61,7 @@ def test_equals_stitching_window_by_window(encoder, stride):
 SIZES = [(30, 200), (64, 64), (70, 100), (203, 71)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "compat"), [((1, 1), False), *itertools.product(SIZES, (True, False))])
 def test_any_size_gives_the_students_grid(encoder, size, compat):
     encoder.reference_compat = compat
@@ -109,6 +112,7 @@ def test_wrong_windows_are_named(encoder, arguments, key):
         SlidingWindowTeacher(encoder, **arguments)
 
 
+@pytest.mark.slow
 def test_sampled_targets_average_to_the_full_one_over_all_draws(encoder):
     """Exact, over all pairs of windows by their chance: the target, its weight, and the gradient of the loss."""
     p = encoder.patch_size

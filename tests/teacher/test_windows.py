@@ -37,6 +37,7 @@ def test_windows_cover_the_image_and_lie_inside():
         assert (plan.counts >= 1).all()
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_counting_every_window():
     for plan in random_plans(60):
         counted = torch.zeros(plan.mosaic_size).flatten()
@@ -52,6 +53,7 @@ def test_counts_where_two_starts_fall_into_one_cell():
     assert plan.counts.max() == 3
 
 
+@pytest.mark.slow
 def test_shares_are_what_refining_averaging_and_reducing_do():
     """For random plans, the two products give what the steps one after the other give."""
     for plan in random_plans(40):

@@ -30,6 +30,7 @@ class CountingTower:
         return len(text) < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden_names("E_"))
 def test_query_vectors_of_the_reference(name, reference_clip, tiny_model):
     arrays, meta = load_golden(name)
@@ -117,6 +118,7 @@ def test_the_default_folder(monkeypatch, tmp_path):
     assert [file.suffix for file in (tmp_path / "text").iterdir()] == [".safetensors"]
 
 
+@pytest.mark.slow
 def test_the_tower_is_freed_after_use(tiny_model):
     alive = []
 

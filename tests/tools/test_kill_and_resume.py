@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from kill_and_resume import Moment, check, shortened
@@ -9,6 +10,7 @@ from spar_d2.checkpoint.checkpointer import Checkpointer
 from spar_d2.checkpoint.periodic import Checkpoints
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_training_ends_as_one_that_was_not(tmp_path):
     moments = [
         Moment("checkpoint", sighting=2, size=1_000_000),

@@ -30,6 +30,7 @@ def run(tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_it_compares_three_encoders_and_draws_them(run, tmp_path, capsys):
     out = tmp_path / "out"
     run("--student", str(WEIGHTS), "--output", str(out))

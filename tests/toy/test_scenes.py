@@ -68,6 +68,7 @@ class _OneFewer(np.random.Generator):
         return super().integers(low, high, **kwargs) - (low == 6 and high == 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("min_pixels", [1, 4, 400])
 def test_segments_are_grounds_and_objects_that_are_seen(index, min_pixels):

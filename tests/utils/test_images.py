@@ -89,6 +89,7 @@ def test_missing_and_damaged_label_maps_are_named(tmp_path):
         read_labels(tmp_path / "cut.png")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(hello) print\n", b"%PDF-1.4", b"8BPS"]
 )

@@ -175,6 +175,7 @@ def test_a_named_pipe_is_written_to_where_somebody_reads(tmp_path):
     assert stat.S_ISFIFO(pipe.lstat().st_mode)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["stdout", "/dev/fd/1", "/proc/self/fd/1"])
 @pytest.mark.parametrize("kind", ["pipe", "file"])
 def test_standard_output_gets_what_is_written_to_it(tmp_path, name, kind):

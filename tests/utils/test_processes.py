@@ -41,6 +41,8 @@ def evaluate_late(rank, folder, kind):
         assert scores is None
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["semantic", "features"])
 def test_an_evaluation_waits_for_the_process_with_the_longer_share(tmp_path, kind):
     run_in_two_processes(evaluate_late, tmp_path, kind)
@@ -58,6 +60,8 @@ def meet_late(rank, folder):
     assert gather_when_done(rank) == ([0, 1] if rank == 0 else [])
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_all_ways_of_waiting_are_patient(tmp_path):
     run_in_two_processes(meet_late, tmp_path)
 

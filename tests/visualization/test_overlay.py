@@ -85,6 +85,7 @@ def test_regions_are_found_at_their_deepest():
     assert find_regions(labels, smallest=30)[-1].number == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("height", "width"), [(16, 16), (1, 1), (1, 3000), (3000, 1), (48, 700), (700, 48), (213, 321), (700, 500)]
 )
@@ -260,6 +261,7 @@ def test_what_does_not_go_together_is_refused(change, message):
         draw_overlay(**{**arguments, **change})
 
 
+@pytest.mark.slow
 def test_a_large_photo_takes_seconds_and_not_minutes():
     labels = blobs(768, 1024, 20, size=30).repeat(2, 0).repeat(2, 1)
     started = time.perf_counter()

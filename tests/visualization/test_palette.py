@@ -27,6 +27,7 @@ def test_a_background_is_black_and_shifts_the_others(name):
     assert (0, 0, 0) not in class_colors(["cat", name])
 
 
+@pytest.mark.slow
 def test_no_class_and_very_many():
     assert class_colors(0) == class_colors([]) == []
     assert len(class_colors(6000)) == 6000

@@ -88,11 +88,13 @@ def test_every_part_is_tested(slow_parts):
     assert parts.MINUTES < 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TABLES if name not in (*SLOW, "compiled")])
 def test_part_writes_its_tables(name, tables_of):
     assert tables_of(name)
 
 
+@pytest.mark.slow
 def test_compiled_blocks(tmp_path, monkeypatch):
     # Traced as ever, but without the minute that a C++ compiler takes; tests of encoders have it.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -124,6 +126,8 @@ def test_distillation_is_watched(tables_of):
     assert row["loading"]["batch"] == 1 and row["peak"] is row["waits"] is None
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_a_failed_check_fails_the_tool(tmp_path, monkeypatch, capsys):
     settings = dataclasses.replace(small(CPU), models=(), sizes=((64, 64),))
 
@@ -154,6 +158,7 @@ def run_tool(monkeypatch, folder, *options: str) -> None:
     import_module("benchmarks.gpu_check.run").main()
 
 
+@pytest.mark.slow
 def test_a_part_over_its_limit_is_cut_and_the_others_go_on(tmp_path, capsys):
     short = Part("features", "cut", 1, "features.check_features", True)
     whole = Part("speed-encoders", "runs", 120, "speed.measure_encoders")
@@ -204,6 +209,7 @@ def test_ctrl_c_ends_the_part_and_keeps_what_is_done(tmp_path):
     assert "| features | stopped by Ctrl-C after 0 rows" in (tmp_path / "gpu_check.md").read_text()
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -213,6 +219,7 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -238,6 +245,7 @@ class Event:
         return 1e3 * (later.time - self.time)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the whole tool runs")
 @pytest.mark.parametrize("name", ["labels", "distillation"])
 def test_what_only_a_gpu_runs_runs_on_a_pretended_one(name, tmp_path, monkeypatch):
