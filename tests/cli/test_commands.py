@@ -72,6 +72,8 @@ def test_tools_are_doors_to_commands(tool):
 def test_modules_are_imported_before_a_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_registration.py").write_text("print('imported')\n")
     monkeypatch.chdir(tmp_path)
+    # It is for processes that a command starts, not for those of other tests.
+    monkeypatch.setenv("SPAR_D2_IMPORTS", '["", []]')
     with pytest.raises(SystemExit):
         main(["--import", "my_registration.py", "--import=json", "prepare", "--help"])
     assert capsys.readouterr().out.startswith("imported\nusage: spar-d2 prepare")
