@@ -1,1 +1,1 @@
-"""Measurements of speed, work and memory, without Detectron2."""
+"""Benchmarks of speed, FLOPs and memory."""

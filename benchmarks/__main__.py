@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure how fast the package is, and its memory; only "loading", "evaluator" and "panoptic" need Detectron2."""
+"""Measure speed and memory. Only "loading", "evaluator" and "panoptic" need Detectron2."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spar_d2.utils.errors import readable_errors
 ENCODERS = ["ViT-B-16", "ViT-B-16-SigLIP2-512", "vit_base_patch16_dinov3"]
 DINOTXT = "dinov3_vitl16_dinotxt_tet1280d20h24l"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# A processor is a tenth slower with 32 than with 8; 0 chooses by the window.
+# On a CPU, batches of 32 are 10 % slower than batches of 8. 0 chooses the size from the window size.
 BATCH_SIZES = {"cpu": 8, "cuda": 0}
 SAMPLED = Path(__file__).resolve().parents[1] / "configs" / "distill" / "openclip_vit_b_16_sampled.yaml"
 PHOTOS = 16
@@ -35,102 +35,104 @@ def parse_args() -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     command = commands.add_parser(
         "encoders",
-        help="a single pass of encoders beside their libraries' own forwards",
-        description="A single pass of encoders with random weights over one square image, beside the forward of the "
-        "library that each comes from: operations, time and memory, as a table.",
+        help="single passes of encoders, compared with their libraries",
+        description="Single passes of encoders with random weights on a square image, compared with the forward "
+        "pass of the original library: FLOPs, time and memory, as a table.",
     )
     command.set_defaults(run=run_encoders)
     add = command.add_argument
     add("--encoders", nargs="+", metavar="NAME", help=f"models (default: {' '.join(ENCODERS)})")
     sizes = [512, 1024, 2048]
-    add("--sizes", nargs="+", type=int, default=sizes, metavar="N", help="sides in pixels (default: %(default)s)")
-    add_shared(command)
+    add("--sizes", nargs="+", type=int, default=sizes, metavar="N", help="image sides in pixels (default: %(default)s)")
+    add_common_flags(command)
 
     command = commands.add_parser(
         "teacher",
-        help="the sliding-window teacher beside the straightforward way",
-        description="The target of one image by the sliding-window teacher with random weights, beside the same target "
-        "by plain code over the encoder's library: windows per second and memory, as a table.",
+        help="the sliding-window teacher, compared with a straightforward implementation",
+        description="Targets of the sliding-window teacher with random weights for one image, compared with a "
+        "straightforward implementation on top of the encoder's library: windows per second and memory, as a table.",
     )
     command.set_defaults(run=run_teacher)
     add = command.add_argument
     add("--encoders", nargs="+", default=["ViT-B-16"], metavar="NAME", help="models (default: %(default)s)")
     sizes = ["1024x1024", "2048x1024"]
     add("--sizes", nargs="+", default=sizes, metavar="WxH", help="widths and heights in pixels (default: %(default)s)")
-    add("--stride", type=int, default=24, metavar="N", help="pixels between windows (default: %(default)s)")
-    batch_size = f"chosen by the window on a GPU, {BATCH_SIZES['cpu']} on a CPU"
-    add("--batch-size", type=int, metavar="N", help=f"windows that ours encodes at once (default: {batch_size})")
-    baseline = "windows that the straightforward way encodes at once (default: %(default)s)"
+    add("--stride", type=int, default=24, metavar="N", help="stride of the windows in pixels (default: %(default)s)")
+    batch_size = f"chosen from the window size on a GPU, {BATCH_SIZES['cpu']} on a CPU"
+    add("--batch-size", type=int, metavar="N", help=f"batch size of our teacher (default: {batch_size})")
+    baseline = "batch size of the straightforward implementation (default: %(default)s)"
     add("--baseline-batch-size", type=int, default=8, metavar="N", help=baseline)
-    add("--windows", type=int, metavar="N", help="encode only the first N of each image (default: all)")
-    add("--student", action="store_true", help="time a single pass over the same image, too, and the ratio")
-    add_shared(command)
+    add("--windows", type=int, metavar="N", help="encode only the first N windows of each image (default: all)")
+    add("--student", action="store_true", help="also time a single pass over the same image, and show the ratio")
+    add_common_flags(command)
 
     command = commands.add_parser(
         "postprocess",
-        help="features to labels beside the same with full maps of all words",
-        description="The step from the features of one image to its labels, beside the same by plain code on full maps "
-        "of all words and pixels: time and memory, as a table. Encoder and words are random.",
+        help="labels from features, compared with full-resolution score maps",
+        description="Post-processing of an image's features to labels, compared with a plain implementation with score "
+        "maps of all classes and pixels: time and memory, as a table. Encoder and text embeddings are random.",
     )
     command.set_defaults(run=run_postprocess)
     add = command.add_argument
     add("--encoder", default="ViT-B-16", metavar="NAME", help="model (default: %(default)s)")
-    add("--image", type=Path, metavar="FILE", help="photo (default: a drawn scene)")
-    add("--long-side", type=int, default=2048, metavar="N", help="pixels of its long side (default: %(default)s)")
-    add("--words", type=int, nargs="+", default=[20, 150], metavar="N", help="numbers of them (default: %(default)s)")
-    room = "memory that full maps may take in GB; larger ones are left out (default: %(default)s)"
+    add("--image", type=Path, metavar="FILE", help="image file (default: a synthetic image)")
+    add("--long-side", type=int, default=2048, metavar="N", help="long side in pixels (default: %(default)s)")
+    add(
+        "--words", type=int, nargs="+", default=[20, 150], metavar="N", help="numbers of classes (default: %(default)s)"
+    )
+    room = "memory limit for full maps in GB; larger maps are skipped (default: %(default)s)"
     add("--room", type=float, default=12, metavar="GB", help=room)
     add("--device", choices=["cpu", "cuda"], default=DEVICE, help="(default: %(default)s)")
-    add("--repeats", type=int, default=3, metavar="N", help="runs whose median time is taken (default: %(default)s)")
-    add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
+    add("--repeats", type=int, default=3, metavar="N", help="number of runs for the median (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
 
     command = commands.add_parser(
         "loading",
-        help="reading and augmenting photos beside training on them; needs Detectron2",
-        description="How fast photos are read and augmented, without a model and in a training (random weights), for "
-        "several numbers of loading processes, as a table.",
+        help="loading and augmentation of images, compared with training; needs Detectron2",
+        description="Speed of image loading and augmentation, alone and in training with random weights, for several "
+        "numbers of worker processes, as a table.",
     )
     command.set_defaults(run=run_loading)
     add = command.add_argument
-    add("--config-file", default=str(SAMPLED), metavar="FILE", help="the training (default: %(default)s)")
-    add("--images", default="", metavar="FOLDER", help="photos (default: JPEGs of 2250x1500, drawn for the occasion)")
-    add("--workers", type=int, nargs="+", default=[0, 2], metavar="N", help="processes (default: %(default)s)")
-    add("--steps", type=int, default=20, metavar="N", help="of training (default: %(default)s)")
-    add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
+    add("--config-file", default=str(SAMPLED), metavar="FILE", help="training config (default: %(default)s)")
+    add("--images", default="", metavar="FOLDER", help="folder of images (default: synthetic JPEGs of 2250x1500)")
+    add("--workers", type=int, nargs="+", default=[0, 2], metavar="N", help="worker processes (default: %(default)s)")
+    add("--steps", type=int, default=20, metavar="N", help="training steps (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override")
 
     command = commands.add_parser(
         "evaluator",
-        help="the semantic evaluator beside Detectron2's; needs Detectron2",
-        description="Time for evaluating a label map, reading the ground truth included, on one core, beside "
-        "Detectron2's own evaluator, as a table.",
+        help="the semantic evaluator, compared with Detectron2's; needs Detectron2",
+        description="Time to evaluate a label map on one core, including reading the ground truth, compared with "
+        "Detectron2's evaluator, as a table.",
     )
     command.set_defaults(run=run_evaluator)
     add = command.add_argument
-    add("--images", type=int, default=20, metavar="N", help="of each size, for a median (default: %(default)s)")
-    add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
+    add("--images", type=int, default=20, metavar="N", help="images of each size (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
 
     command = commands.add_parser(
         "panoptic",
-        help="the panoptic evaluator beside a straightforward way through PNG files; needs Detectron2",
-        description="Time for evaluating a panoptic prediction of a drawn image, reading the ground truth included, on "
-        "one core, beside writing it to a PNG, reading both and counting plainly, as a table.",
+        help="the panoptic evaluator, compared with a plain implementation with PNG files; needs Detectron2",
+        description="Time to evaluate a panoptic prediction of a synthetic image on one core, including reading the "
+        "ground truth, compared with a plain implementation that writes and reads PNG files, as a table.",
     )
     command.set_defaults(run=run_panoptic)
     add = command.add_argument
-    add("--images", type=int, default=100, metavar="N", help="of each kind (default: %(default)s)")
-    add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
+    add("--images", type=int, default=100, metavar="N", help="images of each kind (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
     return parser.parse_args()
 
 
-def add_shared(command: argparse.ArgumentParser) -> None:
+def add_common_flags(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--precisions", nargs="+", choices=PRECISIONS, default=["float32", "bfloat16"], help="(default: %(default)s)")
     add("--device", choices=["cpu", "cuda"], default=DEVICE, help="(default: %(default)s)")
-    add("--repeats", type=int, default=5, metavar="N", help="runs whose median time is taken (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="N", help="number of runs for the median (default: %(default)s)")
     add("--compile", action="store_true", help="compile our blocks with torch.compile")
-    add("--dinov3-repo", default="", metavar="DIR", help=f"a clone of the dinov3 repository, for {DINOTXT}")
-    add("--output", type=Path, metavar="FILE.md", help="a file for the table, beside stdout")
+    add("--dinov3-repo", default="", metavar="DIR", help=f"clone of the dinov3 repository, for {DINOTXT}")
+    add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
 
 
 def main() -> None:
@@ -142,7 +144,7 @@ def main() -> None:
 def run_encoders(args: argparse.Namespace) -> None:
     names = args.encoders or (ENCODERS + [DINOTXT] if args.dinov3_repo else ENCODERS)
     check_at_least_one(args, "sizes", "repeats")
-    check_shared(args, names)
+    check_common_flags(args, names)
     options = (args.sizes, args.precisions, torch.device(args.device), args.repeats, args.compile, args.dinov3_repo)
     measurements = {name: encoders.measure_encoder(name, *options) for name in names}
     total = len(measurements) * len(args.sizes) * len(args.precisions)
@@ -154,7 +156,7 @@ def run_teacher(args: argparse.Namespace) -> None:
     check_at_least_one(args, "repeats", "batch_size", "baseline_batch_size", "windows")
     if args.batch_size is None:
         args.batch_size = BATCH_SIZES[args.device]
-    check_shared(args, args.encoders)
+    check_common_flags(args, args.encoders)
     for name in args.encoders:
         window = describe_encoder(name).native_size
         if not 1 <= args.stride <= window:
@@ -171,7 +173,7 @@ def run_teacher(args: argparse.Namespace) -> None:
         args.student,
     )
     measurements = {name: teacher.measure_teacher(name, *options) for name in args.encoders}
-    batches = args.batch_size or "a size chosen by the window"
+    batches = args.batch_size or "a size chosen from the window size"
     settings = f"stride {args.stride}, batches of {batches} (straightforward: {args.baseline_batch_size})"
     total = len(measurements) * len(sizes) * len(args.precisions)
     table = teacher.WITH_STUDENT if args.student else teacher.TABLE
@@ -180,19 +182,19 @@ def run_teacher(args: argparse.Namespace) -> None:
 
 def run_postprocess(args: argparse.Namespace) -> None:
     check_at_least_one(args, "long_side", "words", "repeats")
-    check_shared(args, [args.encoder])
+    check_common_flags(args, [args.encoder])
     image = postprocess.picture(args.image, args.long_side)
     device = torch.device(args.device)
     encoder = build_encoder(args.encoder).to(device)
     options = (postprocess.normalized(image, encoder), args.words, args.repeats, int(args.room * 1e9))
     measurements = {args.encoder: postprocess.measure_postprocess(encoder, *options)}
-    what = args.image.name if args.image else "a drawn scene"
+    what = args.image.name if args.image else "a synthetic image"
     total = 2 * len(args.words)
     postprocess.TABLE.show(f"{title(args)}; {args.encoder}, {what}", measurements, total, args.output)
 
 
 def run_loading(args: argparse.Namespace) -> None:
-    # The other parts work without Detectron2.
+    # Imported here because the other benchmarks work without Detectron2.
     from benchmarks import data_loading as loading
     from spar_d2.engine.setup import load_config
 
@@ -202,7 +204,7 @@ def run_loading(args: argparse.Namespace) -> None:
         overrides = ["MODEL.SPAR.PRETRAINED", "", "SPAR.DATA.IMAGES", args.images or folder, "SEED", 0]
         cfg = load_config(args.config_file, [*overrides, *args.opts])
         if not args.images:
-            list(tqdm(loading.draw_photos(Path(folder), PHOTOS), total=PHOTOS, desc="drawing photos", leave=False))
+            list(tqdm(loading.draw_photos(Path(folder), PHOTOS), total=PHOTOS, desc="generating images", leave=False))
         args.device = cfg.MODEL.DEVICE
         lines = [f"{title(args)}; {Path(args.config_file).name} {' '.join(args.opts)}".rstrip(), "", *loading.HEAD]
         print("\n".join(lines), flush=True)
@@ -226,7 +228,7 @@ def run_panoptic(args: argparse.Namespace) -> None:
 
 
 def measure_on_one_core(args: argparse.Namespace, head: Sequence[str], measure: Callable) -> None:
-    """Print, and write, a row for each of what ``measure(folder, images)`` gives."""
+    """Print a row for each result of ``measure(folder, images)``, and write them to the output file."""
     import cv2
 
     check_at_least_one(args, "images")
@@ -250,28 +252,28 @@ def title(args: argparse.Namespace) -> str:
 
 
 def read_size(text: str) -> tuple[int, int]:
-    """Width and height of "2048x1024"."""
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not found:
+    """Parse width and height, such as "2048x1024"."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
         raise ValueError(f"--sizes must be a width and a height in pixels, such as 2048x1024; got {text}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def check_at_least_one(args: argparse.Namespace, *options: str) -> None:
-    """Raise ``ValueError``, naming the flag, where a number that was given is below 1."""
+    """Raise ``ValueError`` with the flag's name if an option is below 1."""
     for option in options:
         value = getattr(args, option)
-        smallest = min(value) if isinstance(value, list) else value
-        if smallest is not None and smallest < 1:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {smallest}")
+        minimum = min(value) if isinstance(value, list) else value
+        if minimum is not None and minimum < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {minimum}")
 
 
-def check_shared(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raise ``ValueError`` or ``RuntimeError``, naming the flag, before anything is measured."""
+def check_common_flags(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raise ``ValueError`` or ``RuntimeError`` with the flag's name before anything is measured."""
     if args.output and args.output.is_dir():
         raise ValueError(f"--output must be a file, {args.output} is a folder")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda: PyTorch finds no GPU here; --device cpu measures the processor")
+        raise RuntimeError("--device cuda: PyTorch finds no GPU; use --device cpu")
     for name in names:
         try:
             family = find_family(name)

@@ -1,4 +1,4 @@
-"""How fast photos are loaded, beside how fast they are trained on."""
+"""Speed of image loading, compared with training."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from spar_d2.engine.interrupt import Interrupted
 from spar_d2.engine.trainer import Trainer
 
 HEAD = (
-    "| loading processes | images a step | loading alone, images/s | training, images/s | waiting for images |",
+    "| worker processes | images per step | loading alone, images/s | training, images/s | waiting for images |",
     "|---:|---:|---:|---:|---:|",
 )
 
 
 @dataclass(frozen=True)
 class Loading:
-    """Measured for one number of loading processes.
+    """Measurement for a number of worker processes.
 
     Attributes:
-        workers: loading processes; 0 loads in the training process itself.
-        batch: images in a step.
+        workers: number of worker processes; 0 loads in the main process.
+        batch: images per step.
         alone: images per second without a model.
-        training: images per second with it.
-        waiting: share of the time of a step that is spent waiting for images, 0..1.
+        training: images per second in training.
+        waiting: fraction of the training time that is spent waiting for images, 0..1.
     """
 
     workers: int
@@ -44,13 +44,13 @@ class Loading:
     waiting: float
 
     def row(self) -> str:
-        """A row under ``HEAD``."""
-        shown = (f"{self.alone:.1f}", f"{self.training:.2f}", f"{100 * self.waiting:.1f} %")
-        return f"| {self.workers} | {self.batch} | {' | '.join(shown)} |"
+        """Format a row of the table."""
+        cells = (f"{self.alone:.1f}", f"{self.training:.2f}", f"{100 * self.waiting:.1f} %")
+        return f"| {self.workers} | {self.batch} | {' | '.join(cells)} |"
 
 
 class _Times(HookBase):
-    """Seconds of each step; ends the training before it writes a student."""
+    """Measures the time of each step, and stops the training before it exports a student."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -67,13 +67,13 @@ class _Times(HookBase):
 
 
 def measure_loading(cfg: CfgNode, workers: int, steps: int, hooks: Sequence[HookBase] = ()) -> Loading:
-    """Load and train for some steps with a config; the first step, which warms up, is not counted.
+    """Measure loading and training for some steps. The first step is a warm-up.
 
     Args:
-        cfg: of a distillation.
-        workers: loading processes.
-        steps: at least 2.
-        hooks: of the training, besides its own.
+        cfg: distillation config.
+        workers: number of worker processes.
+        steps: number of steps, at least 2.
+        hooks: additional training hooks.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -81,20 +81,20 @@ def measure_loading(cfg: CfgNode, workers: int, steps: int, hooks: Sequence[Hook
     cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SPAR.PICTURE_PERIOD = steps + 2, 0
     batches = iter(build_photo_loader(cfg, seed=0))
     next(batches)
-    ready = AHEAD * workers
-    for _ in itertools.islice(batches, ready):
+    prefetched = AHEAD * workers
+    for _ in itertools.islice(batches, prefetched):
         pass
     started = time.perf_counter()
-    for _ in itertools.islice(batches, ready + steps):
+    for _ in itertools.islice(batches, prefetched + steps):
         pass
-    alone = (ready + steps) * cfg.SOLVER.IMS_PER_BATCH / (time.perf_counter() - started)
+    alone = (prefetched + steps) * cfg.SOLVER.IMS_PER_BATCH / (time.perf_counter() - started)
     del batches
     with tempfile.TemporaryDirectory() as folder:
         cfg.OUTPUT_DIR = folder
         trainer, times = Trainer(cfg), _Times(steps)
         trainer.register_hooks([*hooks, times])
         trainer.train()
-    # On a GPU the numbers of many steps are written at once, the last ones after training.
+    # On a GPU, the metrics of several steps are written at once, the last ones after training.
     waiting = [value for value, _ in trainer.storage.history("data_time").values()]
     seconds = sum(times.steps[1:])
     images = (steps - 1) * cfg.SOLVER.IMS_PER_BATCH
@@ -102,7 +102,7 @@ def measure_loading(cfg: CfgNode, workers: int, steps: int, hooks: Sequence[Hook
 
 
 def draw_photos(folder: Path, count: int, size: tuple[int, int] = (2250, 1500)) -> Iterator[Path]:
-    """Write JPEGs with structure at all scales, which take about as long to decode as photos of their size."""
+    """Write synthetic JPEGs with structure at all scales, which take about as long to decode as real images."""
     width, height = size
     for number in range(count):
         generator = np.random.default_rng(number)

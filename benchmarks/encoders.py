@@ -1,4 +1,4 @@
-"""A single pass of every family of encoders beside the straightforward forward of the library it comes from."""
+"""Single passes of encoders, compared with the forward passes of their libraries."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from spar_d2.encoders.precision import PRECISIONS
 
 @functools.singledispatch
 def library_forward(encoder: DenseEncoder, grid: tuple[int, int]) -> Forward | None:
-    """How the encoder's library itself takes an image of a grid of patches (h, w), with the encoder's weights.
+    """Return the forward pass of the encoder's library with the encoder's weights, for a patch grid (h, w).
 
-    A family registers its own. None where it has not: its encoders are measured alone.
+    Families register their own implementation. Without one, encoders are measured alone.
 
     Returns:
-        A function of (B, 3, h * p, w * p); its result is whatever the library gives. It does not change the encoder.
+        A function of (B, 3, h * p, w * p) with the library's own result, or None. It does not modify the encoder.
     """
     return None
 
@@ -47,7 +47,7 @@ def _(encoder: SigLIPEncoder, grid: tuple[int, int]) -> Forward:
     pool = trunk.attn_pool
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        # The library pools into one vector; these are its layers, applied to every patch.
+        # The library pools to a single vector. These are the pooling layers, applied to every patch.
         value = pool.proj(pool.kv(trunk.forward_features(x)).chunk(2, dim=-1)[1])
         return value + pool.mlp(pool.norm(value))
 
@@ -73,16 +73,16 @@ def _copy_sharing_weights(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A single pass over one square image; None is what could not be had.
+    """Measurement of a single pass on a square image. Unavailable values are None.
 
     Attributes:
         encoder: name of the model.
         precision: "float32", "bfloat16" or "float16".
-        size: side of the image in pixels.
-        cells: patches in it, without class token and registers.
-        flops: operations, see :mod:`benchmarks.flops`.
-        seconds, library_seconds: median time.
-        peak, library_peak: bytes beside weights and image.
+        size: image side in pixels.
+        cells: number of patches, without class and register tokens.
+        flops: floating-point operations, see :mod:`benchmarks.flops`.
+        seconds, library_seconds: median times.
+        peak, library_peak: peak memory in bytes, without weights and image.
     """
 
     encoder: str
@@ -113,9 +113,9 @@ TABLE = Table(
     },
     always=(
         "GFLOP: multiply-adds of convolutions, linear layers and attention, each counted as 2 (fvcore).",
-        "ms: median of passes that ours and the library's take in turn; ratio: ours / library's.",
+        "ms: median of alternating passes of ours and the library; ratio: ours / library.",
         PEAK_NOTE,
-        "KiB per token: of the peak; where it does not grow with the size, memory grows linearly with the tokens.",
+        "KiB per token: peak memory per token; a constant value means that memory grows linearly with the tokens.",
     ),
     sometimes={
         '"-" under GFLOP: fvcore is not installed.': lambda m: m.flops is None,
@@ -135,45 +135,47 @@ def measure_encoder(
     dinov3_repo: str = "",
     limit: float | None = None,
 ) -> Iterator[Measurement]:
-    """Measure single passes of one encoder with random weights, precision by precision, size by size.
+    """Measure single passes of an encoder with random weights, for all precisions and sizes.
 
     Args:
-        name, dinov3_repo: as for :func:`spar_d2.encoders.build_encoder`, which also says what is raised.
-        sizes: sides of the images in pixels.
-        precisions: of ``spar_d2.encoders.precision.PRECISIONS``.
-        device: where to measure.
-        repeats: passes whose median is taken.
-        compile: compile the encoder's blocks; the library's forward is always as it comes.
-        limit: seconds after which the passes of one size are not repeated; None is no limit.
+        name, dinov3_repo: see :func:`spar_d2.encoders.build_encoder`.
+        sizes: image sides in pixels.
+        precisions: names of ``spar_d2.encoders.precision.PRECISIONS``.
+        device: device to measure on.
+        repeats: number of passes for the median.
+        compile: compile the encoder's blocks; the library's forward pass is not compiled.
+        limit: number of seconds after which passes are not repeated; None for no limit.
 
     Raises:
-        RuntimeError: moreover, where a pass of the encoder does not fit into memory.
+        RuntimeError: a pass of the encoder does not fit into memory; or as ``build_encoder``.
     """
-    # Frozen: autocast would keep its copies of weights that could be trained until the end of the pass.
+    # Frozen, because autocast would keep copies of trainable weights until the end of the pass.
     encoder = build_encoder(name, dinov3_repo=dinov3_repo).requires_grad_(False).to(device)
     grids = [encoder.grid(size, size) for size in sizes]
     flops = count_flops(encoder, [height * width for height, width in grids]) or [None] * len(sizes)
     for precision in precisions:
-        # As in inference, with weights in the precision.
+        # Weights are converted to the precision, as in inference.
         ours = copy.deepcopy(encoder).accelerate(precision, compile).freeze()
         for size, (height, width), count in zip(sizes, grids, flops):
             passes = _passes(ours, encoder, size, precision)
             peaks = [peak_bytes(one, device) for one in passes]
             seconds = median_seconds(passes, repeats, device, limit)
-            (own, others), (peak, library_peak) = (*seconds, None)[:2], (*peaks, None)[:2]
-            yield Measurement(name, precision, size, height * width, count, own, others, peak, library_peak)
+            (ours_seconds, library_seconds), (peak, library_peak) = (*seconds, None)[:2], (*peaks, None)[:2]
+            yield Measurement(
+                name, precision, size, height * width, count, ours_seconds, library_seconds, peak, library_peak
+            )
 
 
 def _passes(frozen: DenseEncoder, encoder: DenseEncoder, size: int, precision: str) -> list[Callable[[], object]]:
-    """Our pass over an image and, where there is one that fits into memory, the library's; each was run once.
+    """Return our pass over an image and, if available, the library's. Both have been run once.
 
     Args:
-        frozen: computes in the precision.
-        encoder: the same in float32, whose weights the library's pass uses.
+        frozen: encoder in the given precision.
+        encoder: encoder in float32, whose weights the library's pass uses.
     """
     x = random_image(size, size, next(encoder.parameters()).device)
     forward = library_forward(encoder, encoder.grid(size, size))
-    ours, whole = without_gradient(frozen, x), encoder.size_policy.apply(x)
+    ours, padded = without_gradient(frozen, x), encoder.size_policy.apply(x)
     ours()
-    library = None if forward is None else without_gradient(forward, whole, PRECISIONS[precision])
+    library = None if forward is None else without_gradient(forward, padded, PRECISIONS[precision])
     return [ours, library] if library and result_if_it_fits(library) is not None else [ours]

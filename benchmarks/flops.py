@@ -1,8 +1,8 @@
-"""Floating-point operations of a single pass, counted with fvcore.
+"""Floating-point operations (FLOPs) of a single pass, counted with fvcore.
 
-A multiply-add counts as two operations, as in the figures of makers of hardware; fvcore's own numbers count it as one.
-Counted are convolutions, linear layers and other matrix products, attention included; norms, activations, softmax and
-the resampling of positions are not.
+A multiply-add counts as two operations, as in hardware specifications, whereas fvcore counts one. Convolutions, linear
+layers and other matrix products, including attention, are counted. Norms, activations, softmax and the resampling of
+position embeddings are not.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _SIDES = (2, 3, 4)
 
 
 def count_flops(encoder: DenseEncoder, cells: Sequence[int]) -> list[int] | None:
-    """Operations of a pass over one image, for each number of patches in it.
+    """Count the operations of a pass over one image, for given numbers of patches.
 
-    Attention is the only part whose work grows with the square of the number of patches N, all else grows linearly or
-    is constant. So three small images tell the count ``a + b * N + c * N^2`` of any image exactly.
+    Only attention grows quadratically with the number of patches N; everything else is linear or constant. Therefore,
+    three small images determine the count ``a + b * N + c * N^2`` of any image exactly.
 
     Args:
-        encoder: left as it is; how it was accelerated makes no difference.
+        encoder: encoder, which is not modified. Its precision and compilation do not matter.
         cells: numbers of patches, h * w of the feature map.
 
     Returns:
-        As many counts, or None where fvcore is not installed.
+        Counts for each number of patches, or None if fvcore is not installed.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -41,10 +41,10 @@ def count_flops(encoder: DenseEncoder, cells: Sequence[int]) -> list[int] | None
             import fvcore.nn  # noqa: F401
         except ImportError:
             return None
-        # A copy with the same weights: tracing takes no compiled blocks.
+        # A copy that shares the weights, because tracing does not support compiled blocks.
         plain = copy.copy(encoder).accelerate()
-        known = {side * side: _trace(plain, side * encoder.patch_size) for side in _SIDES}
-    return [_through(known, number) for number in cells]
+        samples = {side * side: _trace(plain, side * encoder.patch_size) for side in _SIDES}
+    return [_interpolate(samples, number) for number in cells]
 
 
 def _trace(encoder: DenseEncoder, size: int) -> int:
@@ -52,9 +52,9 @@ def _trace(encoder: DenseEncoder, size: int) -> int:
 
     image = torch.zeros(1, 3, size, size, device=next(encoder.parameters()).device)
     analysis = FlopCountAnalysis(encoder, image)
-    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention, "aten::layer_norm", _nothing)
-    # Positions are resampled by it, the only work that is no polynomial in the number of patches.
-    analysis.set_op_handle("aten::einsum", _nothing)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention, "aten::layer_norm", _zero)
+    # Resampling of position embeddings uses it, the only operation that is not polynomial in the number of patches.
+    analysis.set_op_handle("aten::einsum", _zero)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with torch.no_grad(), _PlainSizes():
         return 2 * int(analysis.total())
@@ -68,22 +68,22 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _nothing(inputs: list[Any], outputs: list[Any]) -> int:
-    # fvcore keeps its own handle where it is given None.
+def _zero(inputs: list[Any], outputs: list[Any]) -> int:
+    # None would keep fvcore's default handle.
     return 0
 
 
 class _PlainSizes(TorchFunctionMode):
-    """Shapes made of plain numbers: tracing makes them of tensors, which interpolation does not take."""
+    """Converts shapes to plain integers: tracing creates them from tensors, which interpolation does not support."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         return torch.Size(int(number) for number in result) if isinstance(result, torch.Size) else result
 
 
-def _through(known: dict[int, int], x: int) -> int:
-    """At ``x``, the polynomial through the known points (Lagrange's formula, without rounding)."""
+def _interpolate(samples: dict[int, int], x: int) -> int:
+    """Evaluate the polynomial through the known points at ``x`` (Lagrange interpolation in exact arithmetic)."""
     total = Fraction(0)
-    for own, value in known.items():
-        total += value * math.prod(Fraction(x - other, own - other) for other in known if other != own)
+    for point, value in samples.items():
+        total += value * math.prod(Fraction(x - other, point - other) for other in samples if other != point)
     return int(total)

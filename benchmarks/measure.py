@@ -1,4 +1,4 @@
-"""Time and peak memory of function calls, and what machine they ran on."""
+"""Time and peak memory of function calls, and machine information."""
 
 from __future__ import annotations
 
@@ -20,41 +20,42 @@ _RESET_PEAK = "5"
 def median_seconds(
     functions: Sequence[Callable[[], object]], repeats: int, device: torch.device, limit: float | None = None
 ) -> list[float]:
-    """Median time of one call of each function.
+    """Measure the median time of each function.
 
-    The functions take turns, so that a machine that slows down or is busy for a while does so for all of them. On a GPU
-    a call ends when its work is done. Warm up before. After ``limit`` seconds none is called again.
+    The functions are called in turn, so that slowdowns of the machine affect all of them. On a GPU, a call ends when
+    its work is done. Call the functions once before, to warm up. After ``limit`` seconds, calls are not repeated.
     """
     seconds: list[list[float]] = [[] for _ in functions]
-    began = time.perf_counter()
-    for number in range(repeats):
-        if number and limit is not None and time.perf_counter() - began > limit:
+    first_start = time.perf_counter()
+    for repeat in range(repeats):
+        if repeat and limit is not None and time.perf_counter() - first_start > limit:
             break
-        for function, own in zip(functions, seconds):
-            _wait_for(device)
+        for function, times in zip(functions, seconds):
+            _synchronize(device)
             start = time.perf_counter()
             function()
-            _wait_for(device)
-            own.append(time.perf_counter() - start)
-    return [statistics.median(own) for own in seconds]
+            _synchronize(device)
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory that a call takes at once beside what was held before it, its result included.
+    """Measure the peak memory of a call relative to the memory in use before, including its result.
 
-    On a GPU this is what tensors take. On a CPU it is by how much the process grows, with the buffers of the libraries
-    that multiply matrices and with gaps between blocks of memory: tens of MB more, differing from call to call. Warm up
-    before: what a library keeps after its first call is not the call's own.
+    On a GPU, this is the memory of tensors. On a CPU, it is the growth of the process, which includes workspaces of
+    matrix libraries and fragmentation: tens of MB that vary between calls. Call the function once before, because
+    libraries keep memory after their first use.
 
     Returns:
-        None where the system does not tell (a CPU without Linux's /proc); the function is not called then.
+        Peak memory in bytes, or None if it cannot be measured (on a CPU without Linux's /proc). The function is not
+        called then.
     """
     if device.type == "cuda":
-        _wait_for(device)
+        _synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
-        _wait_for(device)
+        _synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     if not _reset_process_peak():
         return None
@@ -64,24 +65,24 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
 
 
 def describe_machine(device: torch.device) -> str:
-    """Name of the GPU or the processor, and how many threads PyTorch uses on it."""
+    """Return the name of the GPU or CPU, and the number of threads that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _reset_process_peak() -> bool:
-    """Make what the process holds now its peak; False where the system does not let it."""
+    """Reset the peak memory of the process to its current memory; returns False if that is not supported."""
     if not sys.platform.startswith("linux"):
         return False
-    # Memory that was freed but not given back would be taken again without the process growing. C libraries other than
-    # glibc have no such function, and keep less.
+    # Return freed memory to the system: it could be reused without growing the process. C libraries other than glibc do
+    # not have this function, and keep less memory.
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
@@ -97,7 +98,7 @@ def _status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def _processor_name() -> str:
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""How fast panoptic predictions are evaluated, beside a straightforward way through PNG files."""
+"""Speed of panoptic evaluation, compared with a plain implementation with PNG files."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ HEAD = (
     "| size | segments | ours s/1000 images | through PNGs s/1000 images | ratio | largest difference |",
     "|---:|---:|---:|---:|---:|---:|",
 )
-# As many as in photos of COCO: few, usual, many.
+# Numbers of segments as in COCO images: few, typical, many.
 CASES = ((480, 640, 8), (480, 640, 20), (480, 640, 60))
 _CATEGORIES = {number: {"id": number, "name": str(number), "isthing": int(number <= 80)} for number in range(1, 134)}
 
 
 @dataclass(frozen=True)
 class PanopticEvaluation:
-    """Measured for one kind of image.
+    """Measurement for one kind of image.
 
     Attributes:
-        ours, plain: seconds for an image; reading the ground truth is part of both.
-        difference: the largest between the scores of the two, in percent.
+        size, segments: (H, W) of the images and number of their segments.
+        ours, plain: seconds per image, including reading the ground truth.
+        difference: largest difference between the scores of both implementations, in percent.
     """
 
     size: tuple[int, int]
@@ -43,7 +44,7 @@ class PanopticEvaluation:
     difference: float
 
     def row(self) -> str:
-        """A row under ``HEAD``."""
+        """Format a row of the table."""
         times = f"{1e3 * self.ours:.2f} | {1e3 * self.plain:.1f} | {self.plain / self.ours:.0f}x"
         return f"| {self.size[1]}x{self.size[0]} | {self.segments} | {times} | {self.difference:.0e} |"
 
@@ -60,11 +61,11 @@ class _Picture:
 
 
 def measure_panoptic(folder: Path, images: int) -> Iterator[PanopticEvaluation]:
-    """Evaluate the same drawn predictions by ours and by way of PNG files.
+    """Evaluate the same synthetic predictions with our evaluator and with the plain implementation.
 
     Args:
-        folder: an empty one, for ground truth and predictions.
-        images: of each kind; their mean times are taken.
+        folder: empty folder for ground truth and predictions.
+        images: number of images of each kind; mean times are reported.
     """
     for height, width, segments in CASES:
         name = f"spar_panoptic_speed_{segments}"
@@ -86,15 +87,15 @@ def measure_panoptic(folder: Path, images: int) -> Iterator[PanopticEvaluation]:
             ours, scores = _evaluate(name, pictures)
         finally:
             MetadataCatalog.remove(name)
-        plain, others = _through_files(folder, pictures)
-        difference = max(abs(value - others.get(key, 0)) for key, value in scores.items() if key[3:].isdigit())
+        plain, plain_scores = _through_files(folder, pictures)
+        difference = max(abs(value - plain_scores.get(key, 0)) for key, value in scores.items() if key[3:].isdigit())
         yield PanopticEvaluation((height, width), segments, ours / images, plain / images, difference)
 
 
 def _evaluate(name: str, pictures: list[_Picture]) -> tuple[float, dict[str, float]]:
     evaluator = PanopticEvaluator(name, distributed=False)
     outputs = [{"panoptic_seg": (torch.from_numpy(picture.ids), picture.found)} for picture in pictures]
-    # Reads the JSON, which is not what is measured.
+    # Warm-up, which reads the JSON file.
     evaluator.process([pictures[0].record], outputs[:1])
     evaluator.reset()
     started = time.perf_counter()
@@ -105,7 +106,7 @@ def _evaluate(name: str, pictures: list[_Picture]) -> tuple[float, dict[str, flo
 
 
 def _through_files(folder: Path, pictures: list[_Picture]) -> tuple[float, dict[str, float]]:
-    """The rules by dictionaries, on maps that went through PNG files; scores by the evaluator's names."""
+    """Evaluate with dictionaries and PNG files; scores have the names of our evaluator."""
     file = folder / "prediction.png"
     totals: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(4))
     started = time.perf_counter()
@@ -160,7 +161,7 @@ def _draw(root: Path, size: tuple[int, int], count: int, seed: int) -> _Picture:
     guess = _regions(rng, centers + rng.normal(0, 6, centers.shape), size)
     categories = rng.integers(1, 134, count)
     guessed = np.where(rng.random(count) < 0.8, categories, rng.integers(1, 134, count))
-    # Some regions are void, and some true ones a crowd.
+    # Some regions are void, and some true segments are crowds.
     ids = np.where(rng.random(count) < 0.1, 0, rng.choice(2**24 - 1, count, replace=False) + 1)
     crowd = rng.random(count) < 0.05
     areas = np.bincount(true.ravel(), minlength=count)
@@ -181,11 +182,11 @@ def _draw(root: Path, size: tuple[int, int], count: int, seed: int) -> _Picture:
 
 
 def _regions(rng: np.random.Generator, centers: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) which center is nearest, with edges as uneven as those of things in photos."""
+    """Return the nearest center of each pixel (H, W), with edges as irregular as those in real images."""
     height, width = size
-    places = np.mgrid[:height, :width].astype(np.float32)
-    for places_along in places:
+    coordinates = np.mgrid[:height, :width].astype(np.float32)
+    for axis_coordinates in coordinates:
         for cell, spread in ((32, 14), (4, 3)):
             noise = rng.normal(0, spread, (height // cell, width // cell)).astype(np.float32)
-            places_along += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
-    return np.argmin([((places - center[:, None, None]) ** 2).sum(axis=0) for center in centers], axis=0)
+            axis_coordinates += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.argmin([((coordinates - center[:, None, None]) ** 2).sum(axis=0) for center in centers], axis=0)

@@ -1,4 +1,4 @@
-"""Calls to measure: forwards without gradients, over an image that is the same in every run."""
+"""Functions to benchmark: forward passes without gradients on a fixed image."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 def random_image(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """(1, 3, height, width) float32 of fixed random numbers."""
+    """Return a random image (1, 3, height, width) float32 with a fixed seed."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(1, 3, height, width, generator=generator, device=device)
 
 
 def without_gradient(forward: Forward, x: torch.Tensor, dtype: torch.dtype | None = None) -> Callable[[], torch.Tensor]:
-    """A call of ``forward`` with ``x``, under ``torch.autocast`` where a type is given."""
+    """Return a function that calls ``forward(x)``, under ``torch.autocast`` if a dtype is given."""
 
     def run() -> torch.Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, dtype) if dtype else contextlib.nullcontext():
@@ -27,11 +27,11 @@ def without_gradient(forward: Forward, x: torch.Tensor, dtype: torch.dtype | Non
 
 
 def result_if_it_fits(call: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-    """What the call gives; None where there is not enough memory for it."""
+    """Return the result of a call, or None if it runs out of memory."""
     try:
         return call()
     except RuntimeError as error:
-        # PyTorch has no error of its own for CPUs: "DefaultCPUAllocator: can't allocate memory".
+        # PyTorch has no exception class for CPU memory: "DefaultCPUAllocator: can't allocate memory".
         if "memory" not in str(error):
             raise
         return None

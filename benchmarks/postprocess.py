@@ -1,4 +1,4 @@
-"""The last step, from features to labels, beside the same with full maps of all classes."""
+"""Post-processing of features to labels, compared with full-resolution score maps of all classes."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from spar_d2.modeling.postprocessing import segment_features
 from spar_d2.toy.scenes import large_scene
 
 _MIB = 1 << 20
-# Of the full computation, the largest tensors: the upsampled scores and their probabilities.
+# Number of the largest tensors in the full computation: upsampled scores and probabilities.
 _FULL_MAPS = 3
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured for a number of words.
+    """Measurement for a number of classes.
 
     Attributes:
+        words: number of text embeddings.
         size: (H, W) of the image and of the labels.
-        thresholds: whether probabilities are compared with a threshold, not scores with each other alone.
-        different: pixels that the two ways label differently; None where there was no room for full maps.
-        seconds, peak: ours; full_seconds, full_peak: of full maps; in bytes.
+        thresholds: whether a probability threshold is used.
+        different: number of pixels with different labels; None if full maps do not fit into memory.
+        seconds, peak: time and peak memory in bytes of our implementation.
+        full_seconds, full_peak: time and peak memory in bytes of full maps.
     """
 
     words: int
@@ -60,19 +62,19 @@ TABLE = Table(
     },
     always=[
         PEAK_NOTE,
-        "full maps: cosines upsampled by torch's interpolate to words x height x width, softmax where there is a "
-        "threshold, arg max.",
-        "other labels: share of pixels labeled differently, which lie so close to a tie that rounding decides.",
+        "full maps: cosines upsampled by torch's interpolate to classes x height x width, softmax if there is a "
+        "threshold, argmax.",
+        "other labels: fraction of pixels with different labels; their scores are so close that rounding decides.",
     ],
     sometimes={
         NO_PEAK: lambda m: m.peak is None,
-        "no numbers of full maps: no room for them in memory.": lambda m: m.full_seconds is None,
+        "no values for full maps: not enough memory.": lambda m: m.full_seconds is None,
     },
 )
 
 
 def picture(path: Path | None, long_side: int) -> np.ndarray:
-    """A photo, or a drawn scene, with a long side of so many pixels: (H, W, 3) uint8 RGB; raises as ``read_rgb``."""
+    """Read or generate an image (H, W, 3) uint8 RGB, and resize its long side; raises as ``read_rgb``."""
     pixels = large_scene(0, 0).image if path is None else read_rgb(path)
     factor = long_side / max(pixels.shape[:2])
     height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
@@ -80,7 +82,7 @@ def picture(path: Path | None, long_side: int) -> np.ndarray:
 
 
 def normalized(pixels: np.ndarray, encoder: DenseEncoder) -> torch.Tensor:
-    """(H, W, 3) uint8 RGB to (1, 3, H, W) as an encoder wants it, on its device."""
+    """Convert an image (H, W, 3) uint8 RGB to encoder input (1, 3, H, W), on the encoder's device."""
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).to(next(encoder.parameters()).device)
     mean, std = (
         torch.tensor(values, device=x.device).view(3, 1, 1) for values in (encoder.pixel_mean, encoder.pixel_std)
@@ -92,17 +94,17 @@ def normalized(pixels: np.ndarray, encoder: DenseEncoder) -> torch.Tensor:
 def measure_postprocess(
     encoder: DenseEncoder, image: torch.Tensor, words: list[int], repeats: int, room: int
 ) -> Iterator[Measurement]:
-    """Measure the step from an encoder's features of an image to labels.
+    """Measure the post-processing of an encoder's features of an image.
 
     Args:
-        encoder: on the device to measure on.
-        image: (1, 3, H, W), normalized, on that device.
-        words: numbers of words, whose vectors are random.
-        repeats: calls whose median time is taken.
-        room: bytes that full maps may take; larger ones are left out.
+        encoder: encoder, on the device to measure on.
+        image: encoder input (1, 3, H, W), on that device.
+        words: numbers of random text embeddings.
+        repeats: number of calls for the median.
+        room: memory limit for full maps in bytes; larger maps are skipped.
 
     Yields:
-        One measurement for each number of words, without and with a threshold.
+        Measurements for each number of text embeddings, without and with a threshold.
     """
     features = encoder(image)[0]
     size = tuple(image.shape[-2:])
@@ -132,22 +134,22 @@ def _measure(
     def full() -> torch.Tensor:
         return _label_full_maps(features, text, size, padded, threshold)
 
-    fits = _FULL_MAPS * len(text) * padded[0] * padded[1] * 4 <= room
-    expected = result_if_it_fits(full) if fits else None
+    full_fits = _FULL_MAPS * len(text) * padded[0] * padded[1] * 4 <= room
+    expected = result_if_it_fits(full) if full_fits else None
     labels = ours()
     calls = [ours] if expected is None else [ours, full]
     seconds = median_seconds(calls, repeats, features.device)
     peaks = [peak_bytes(call, features.device) for call in calls]
     different = None if expected is None else int((labels != expected).sum())
-    own = (seconds[0], peaks[0])
-    other = (None, None) if expected is None else (seconds[1], peaks[1])
-    return Measurement(len(text), size, threshold > 0, different, *own, *other)
+    ours_result = (seconds[0], peaks[0])
+    full_result = (None, None) if expected is None else (seconds[1], peaks[1])
+    return Measurement(len(text), size, threshold > 0, different, *ours_result, *full_result)
 
 
 def _label_full_maps(
     features: torch.Tensor, text: torch.Tensor, size: tuple[int, int], padded: tuple[int, int], threshold: float
 ) -> torch.Tensor:
-    """The same labels, one operation after the other on tensors of all words and pixels."""
+    """Compute the same labels with full tensors of all classes and pixels."""
     low = torch.einsum("dhw,qd->qhw", F.normalize(features.float(), dim=0), text)
     scores = F.interpolate(low[None], size=padded, mode="bilinear")[0, :, : size[0], : size[1]]
     if not threshold:

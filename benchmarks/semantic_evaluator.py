@@ -1,4 +1,4 @@
-"""How fast label maps are evaluated, beside Detectron2's own evaluator."""
+"""Speed of semantic evaluation, compared with Detectron2's evaluator."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ HEAD = (
     "| size | classes | ours ms | Detectron2 ms | ratio | ours with boundary IoU ms | largest difference |",
     "|---:|---:|---:|---:|---:|---:|---:|",
 )
-# Like a photo of COCO with ADE20K's classes, and like one of Cityscapes.
+# Similar to COCO images with ADE20K's classes, and to Cityscapes images.
 CASES = (((480, 640), 150), ((1024, 2048), 19))
 _BLOCK = 16
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measured for one size.
+    """Measurement for one image size.
 
     Attributes:
-        ours, theirs, boundary: seconds for an image; ours without and with boundary IoU, Detectron2's, which always has
-            it, and the masks.
-        difference: the largest between the scores of the two, in percent, but for the boundary IoU.
+        size, classes: (H, W) of the images and number of classes.
+        ours, theirs, boundary: seconds per image: ours, Detectron2's (which always includes boundary IoU and masks),
+            and ours with boundary IoU.
+        difference: largest difference between both evaluators' scores in percent, except boundary IoU.
     """
 
     size: tuple[int, int]
@@ -43,19 +44,19 @@ class Evaluation:
     difference: float
 
     def row(self) -> str:
-        """A row under ``HEAD``."""
+        """Format a row of the table."""
         times = f"{1e3 * self.ours:.1f} | {1e3 * self.theirs:.0f} | {self.theirs / self.ours:.0f}x"
         size = f"{self.size[1]}x{self.size[0]} | {self.classes}"
         return f"| {size} | {times} | {1e3 * self.boundary:.1f} | {self.difference:.0e} |"
 
 
 def measure_evaluators(folder: Path, images: int, device: torch.device | None = None) -> Iterator[Evaluation]:
-    """Evaluate the same random label maps by ours and by Detectron2's, reading the ground truth each time.
+    """Evaluate the same random label maps with both evaluators, including reading the ground truth.
 
     Args:
-        folder: an empty one, for the ground truth.
-        images: of each size; their median times are taken.
-        device: where the label maps are, as those of a model there; the CPU if not given.
+        folder: empty folder for the ground truth.
+        images: number of images of each size; median times are reported.
+        device: device of the label maps, as those of a model; default: CPU.
     """
     for size, classes in CASES:
         name = f"spar_evaluator_speed_{size[0]}x{size[1]}"
@@ -70,7 +71,7 @@ def measure_evaluators(folder: Path, images: int, device: torch.device | None = 
         try:
             evaluators = [
                 SemanticEvaluator(name, distributed=False),
-                # Its own way of reading needs an older numpy.
+                # Detectron2's default reader needs an older NumPy.
                 SemSegEvaluator(name, distributed=False, sem_seg_loading_fn=_read),
                 SemanticEvaluator(name, distributed=False, boundary_iou=True),
             ]
@@ -91,17 +92,17 @@ def _time(
     seconds = []
     for record, guess in zip(records, guesses):
         labels = torch.from_numpy(guess).long().to(device or "cpu")
-        # Scores whose arg max is free of charge.
+        # Scores with a free argmax.
         output = {"sem_seg_labels": labels, "sem_seg": _Scores(labels)}
-        _wait(labels)
+        _synchronize(labels)
         started = time.perf_counter()
         evaluator.process([record], [output])
-        _wait(labels)
+        _synchronize(labels)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
 
 
-def _wait(labels: torch.Tensor) -> None:
+def _synchronize(labels: torch.Tensor) -> None:
     if labels.is_cuda:
         torch.cuda.synchronize(labels.device)
 
@@ -119,7 +120,7 @@ def _read(file: str, dtype: type = int) -> np.ndarray:
 
 
 def _blocks(size: tuple[int, int], classes: int, seed: int) -> np.ndarray:
-    """(H, W) uint8, regions of one class as large as those of photos."""
+    """Generate labels (H, W) uint8 with regions of realistic size."""
     height, width = size
     cells = np.random.default_rng(seed).integers(0, classes, (height // _BLOCK, width // _BLOCK), dtype=np.uint8)
     return cells.repeat(_BLOCK, 0).repeat(_BLOCK, 1)

@@ -1,4 +1,4 @@
-"""Markdown tables of measurements, shown row by row as they are made."""
+"""Markdown tables of measurements, printed row by row."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from tqdm import tqdm
 from spar_d2.utils.io import atomic_write
 
 PEAK_NOTE = (
-    "peak: beside weights and image; of tensors on a GPU, of the process, with some tens of MiB of buffers, on a CPU."
+    "peak: without weights and image; memory of tensors on a GPU, of the process on a CPU (tens of MiB of workspaces)."
 )
-NO_PEAK = '"-" under peak: the system does not tell.'
-NO_LIBRARY = "nothing to compare with, or no room for it in memory."
+NO_PEAK = '"-" under peak: not available on this system.'
+NO_LIBRARY = "there is no reference, or not enough memory for it."
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a table shows of a measurement.
+    """Columns and notes of a table.
 
     Attributes:
-        columns: text of a cell, by the column's name; the first two columns are words, the others numbers.
-        always: notes that every reader must know.
-        sometimes: notes that only some measurements call for, and which.
+        columns: functions from a measurement to the text of a cell, by column name. The first two columns are text, the
+            others are numbers.
+        always: notes below every table.
+        sometimes: notes, with conditions on the measurements for which they are shown.
     """
 
     columns: Mapping[str, Callable[[Any], str]]
@@ -34,33 +35,33 @@ class Table:
 
     @property
     def head(self) -> tuple[str, str]:
-        """The two lines above the rows."""
+        """Header lines of the table."""
         return f"| {' | '.join(self.columns)} |", f"|{'---|' * 2}{'---:|' * (len(self.columns) - 2)}"
 
     def row(self, measurement: Any) -> str:
-        """A row under :attr:`head`."""
+        """Format a row."""
         return f"| {' | '.join(cell(measurement) for cell in self.columns.values())} |"
 
     def notes(self, measurements: Sequence[Any]) -> list[str]:
-        """What the reader of a table with these rows must know, as a list in markdown."""
-        called_for = [note for note, concerns in self.sometimes.items() if any(map(concerns, measurements))]
-        return [f"- {note}" for note in (*self.always, *called_for)]
+        """Return the notes for a table of measurements, as a Markdown list."""
+        applicable = [note for note, concerns in self.sometimes.items() if any(map(concerns, measurements))]
+        return [f"- {note}" for note in (*self.always, *applicable)]
 
     def show(self, title: str, measurements: Mapping[str, Iterable[Any]], total: int, output: Path | None) -> None:
-        """Print the table row by row, and keep in the file what there is of it.
+        """Print the table row by row, and write it to a file after every row.
 
         Args:
             title: line above the table.
-            measurements: made while they are gone through, by the name of what is measured.
-            total: how many they will be.
-            output: a file for the table, beside stdout.
+            measurements: lazily computed measurements, by name.
+            total: number of measurements.
+            output: optional output file.
         """
         lines, done = [title, "", *self.head], []
         print("\n".join(lines), flush=True)
         with tqdm(total=total, unit="case", leave=False) as progress:
-            for name, several in measurements.items():
+            for name, group in measurements.items():
                 progress.set_description(name)
-                for measurement in several:
+                for measurement in group:
                     done.append(measurement)
                     lines.append(self.row(measurement))
                     with tqdm.external_write_mode():
@@ -72,7 +73,7 @@ class Table:
 
 
 def number(value: float | None, unit: float = 1) -> str:
-    """In a unit, with three digits; "-" for what could not be had."""
+    """Format a value in a unit with three digits, or "-" for None."""
     if value is None:
         return "-"
     scaled = value / unit
@@ -80,11 +81,11 @@ def number(value: float | None, unit: float = 1) -> str:
 
 
 def ratio(value: float | None, other: float | None) -> str:
-    """One value by another; "-" where one could not be had, or nothing is to be divided by."""
+    """Format the ratio of two values, or "-" if it is undefined."""
     return "-" if value is None or not other else f"{value / other:.3f}"
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Write a text file that either is complete or is not there."""
+    """Write a text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The sliding-window teacher beside the way one would write it from its description alone."""
+"""Sliding-window teacher, compared with a straightforward implementation of its description."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from spar_d2.teacher import SlidingWindowTeacher, WindowPlan
 
 @functools.singledispatch
 def dense_forward(encoder: DenseEncoder, grid: tuple[int, int]) -> Forward | None:
-    """The encoder's dense features by the modules and the forward of its library, for a grid of patches (h, w).
+    """Return the encoder's dense features as computed by its library, for a patch grid (h, w).
 
-    They are the encoder's own at its native size. A family registers its own where the last h * w tokens of
-    :func:`benchmarks.encoders.library_forward` are other features.
+    They equal the encoder's features at its pre-training image size. A family registers its own implementation if these
+    are not the last h * w tokens of :func:`benchmarks.encoders.library_forward`.
 
     Returns:
-        A function of (B, 3, h * p, w * p) to (B, D, h, w); None where there is nothing to compare with.
+        A function from (B, 3, h * p, w * p) to (B, D, h, w), or None if there is no reference.
     """
     forward = library_forward(encoder, grid)
     if forward is None:
@@ -48,7 +48,7 @@ def _(encoder: OpenCLIPEncoder, grid: tuple[int, int]) -> Forward:
         tokens = visual.ln_pre(torch.cat([class_token, patches], dim=1) + visual.positional_embedding)
         for block in earlier:
             tokens = block(tokens)
-        # The library pools into one vector; the method lets every patch pass its own value on.
+        # The library pools to a single vector. The method passes the value of each patch through the last block.
         tokens = visual.ln_post(_with_values_only(last, tokens)[:, 1:])
         return to_map(tokens if visual.proj is None else tokens @ visual.proj, grid)
 
@@ -65,14 +65,14 @@ def _with_values_only(block: ResidualAttentionBlock, tokens: torch.Tensor) -> to
 def straightforward_features(
     forward: Forward, x: torch.Tensor, plan: WindowPlan, batch_size: int = 8, windows: int | None = None
 ) -> torch.Tensor:
-    """The teacher's target as plain code: copy all windows, encode them, add them up one after the other, divide.
+    """Compute the teacher's target in a straightforward way: copy, encode and add all windows one by one, and divide.
 
     Args:
         forward: dense features of windows (B, 3, window, window), see :func:`dense_forward`.
         x: (1, 3, H, W).
-        plan: where the windows lie.
-        batch_size: windows encoded at once.
-        windows: copy, encode and add only the first of the plan; counts are still those of all.
+        plan: window plan.
+        batch_size: batch size of the windows.
+        windows: process only the first windows of the plan; counts are still those of all windows.
 
     Returns:
         (1, D, ceil(H / p), ceil(W / p)).
@@ -99,22 +99,22 @@ def straightforward_features(
 
 @dataclass(frozen=True)
 class Measurement:
-    """The target of one image, or the share of its first windows in it.
+    """Measurement of the target of one image, or of the contribution of its first windows.
 
-    Ways to it are "ours", "straightforward", which is always in float32, and, where ours is not in float32, "autocast":
-    the straightforward way under ``torch.autocast``. The latter two may be missing. "student" is a single pass over the
-    same image, where it was asked for.
+    Implementations are "ours"; "straightforward", always in float32; and, if ours is not in float32, "autocast", the
+    straightforward implementation under ``torch.autocast``. The latter two may be missing. "student" is an optional
+    single pass over the same image.
 
     Attributes:
         encoder: name of the model.
         precision: "float32", "bfloat16" or "float16", of ours.
-        width, height: of the image in pixels.
-        planned: windows of the image.
-        windows: how many of them were encoded.
-        seconds: median time, by way.
-        peaks: bytes beside weights and image, by way, without autocast; None where the system does not tell.
-        difference: largest one between the features of ours and of the straightforward way.
-        deviation: standard deviation of all features of the straightforward way.
+        width, height: image size in pixels.
+        planned: number of windows of the image.
+        windows: number of encoded windows.
+        seconds: median times by implementation.
+        peaks: peak memory in bytes without weights and image, by implementation except autocast; None if unavailable.
+        difference: largest difference between our features and the straightforward ones.
+        deviation: standard deviation of the straightforward features.
     """
 
     encoder: str
@@ -129,12 +129,12 @@ class Measurement:
     deviation: float | None = None
 
     def rate(self, way: str) -> float | None:
-        """Windows per second."""
+        """Windows per second of an implementation."""
         return self.windows / self.seconds[way] if way in self.seconds else None
 
     @property
     def seconds_per_image(self) -> float:
-        """Of ours, for all windows."""
+        """Time of ours, extrapolated to all windows."""
         return self.planned / self.rate("ours")
 
 
@@ -156,16 +156,16 @@ TABLE = Table(
     },
     always=(
         "straightforward: all windows copied into one tensor, encoded in small batches by the library's modules in "
-        "float32, added to the mosaic one after the other.",
-        "windows/s: by the median time of runs that ours and the straightforward way take in turn.",
-        "ratio: windows/s of ours / straightforward; autocast ratio: / the same code under torch.autocast, where ours "
+        "float32, added to the canvas one by one.",
+        "windows/s: from the median time of alternating runs of ours and the straightforward implementation.",
+        "ratio: windows/s of ours / straightforward; autocast ratio: / the same code under torch.autocast, if ours "
         "is not in float32.",
         PEAK_NOTE,
         "difference: largest between the features of ours and straightforward; std: of all features of the latter.",
     ),
     sometimes={
-        '"of" under windows: only the first ones of the image were encoded, in every way; s per image is extrapolated '
-        "from them, and the straightforward peak grows with their number.": lambda m: m.windows < m.planned,
+        '"of" under windows: only the first windows of the image were encoded; s per image is extrapolated, and the '
+        "straightforward peak grows with their number.": lambda m: m.windows < m.planned,
         f'"-" under straightforward: {NO_LIBRARY}': lambda m: "straightforward" not in m.seconds,
         NO_PEAK: lambda m: None in m.peaks.values(),
     },
@@ -196,30 +196,30 @@ def measure_teacher(
     student: bool = False,
     limit: float | None = None,
 ) -> Iterator[Measurement]:
-    """Measure targets of single images by an encoder with random weights, precision by precision, size by size.
+    """Measure targets of single images with random weights, for all precisions and sizes.
 
     Args:
-        name, dinov3_repo: as for :func:`spar_d2.encoders.build_encoder`, which also says what is raised.
+        name, dinov3_repo: see :func:`spar_d2.encoders.build_encoder`.
         sizes: (width, height) of the images in pixels.
-        precisions: of ``spar_d2.encoders.precision.PRECISIONS``.
-        device: where to measure.
-        stride, batch_size: as for :class:`spar_d2.teacher.SlidingWindowTeacher`, which also says what is raised.
-        baseline_batch_size: windows that the straightforward way encodes at once.
-        windows: encode only the first of each image; None is all.
-        repeats: runs whose median time is taken.
-        compile: compile our encoder's blocks; the library's are always as they come.
-        student: measure a single pass over the image, too; :data:`WITH_STUDENT` shows it.
-        limit: seconds after which the targets of one size are not computed again; None is no limit.
+        precisions: names of ``spar_d2.encoders.precision.PRECISIONS``.
+        device: device to measure on.
+        stride, batch_size: see :class:`spar_d2.teacher.SlidingWindowTeacher`.
+        baseline_batch_size: batch size of the straightforward implementation.
+        windows: encode only the first windows of each image; None for all.
+        repeats: number of runs for the median.
+        compile: compile our encoder's blocks; the library's are not compiled.
+        student: also measure a single pass over the image; :data:`WITH_STUDENT` shows it.
+        limit: number of seconds after which runs of one size are not repeated; None for no limit.
 
     Raises:
-        RuntimeError: moreover, where ours does not fit into memory.
+        RuntimeError: ours does not fit into memory; or as ``build_encoder`` and the teacher.
     """
-    # The library's weights stay trainable, as libraries give them: autocast then converts them once for all batches, in
-    # place of once in each.
+    # The library's weights stay trainable, as by default: autocast then converts them once for all batches instead of
+    # once per batch.
     encoder = build_encoder(name, dinov3_repo=dinov3_repo).to(device)
     forward = None
     for precision in precisions:
-        # The teacher has its own frozen copy, in its precision.
+        # The teacher has its own frozen copy in the given precision.
         teacher = SlidingWindowTeacher(encoder.accelerate(precision, compile), stride=stride, batch_size=batch_size)
         forward = forward or dense_forward(encoder, encoder.grid(teacher.window, teacher.window))
         for width, height in sizes:
@@ -227,7 +227,7 @@ def measure_teacher(
             count = min(windows or planned, planned)
             ways = {"ours": without_gradient(_target_of(teacher, count, planned), x)}
             results = {"ours": ways["ours"]()}
-            for way, call in _straightforward_ways(teacher, forward, x, baseline_batch_size, count, precision).items():
+            for way, call in _straightforward_calls(teacher, forward, x, baseline_batch_size, count, precision).items():
                 if (result := result_if_it_fits(call)) is not None:
                     ways[way], results[way] = call, result
             if student:
@@ -241,14 +241,14 @@ def measure_teacher(
 
 
 def _target_of(teacher: SlidingWindowTeacher, windows: int, planned: int) -> Forward:
-    """The teacher's target, or the share of its first windows in it."""
+    """Return a function that computes the teacher's target, or the contribution of its first windows."""
     if windows == planned:
         return teacher
     picks = torch.arange(windows)[None]
     return lambda x: teacher.encode_windows(x, picks, torch.ones(picks.shape)).weighted_sum
 
 
-def _straightforward_ways(
+def _straightforward_calls(
     teacher: SlidingWindowTeacher,
     forward: Forward | None,
     x: torch.Tensor,
@@ -264,8 +264,8 @@ def _straightforward_ways(
     return {**ways, "autocast": without_gradient(plain, x, dtype)} if dtype else ways
 
 
-def _compare(found: torch.Tensor, expected: torch.Tensor | None) -> tuple[float | None, float | None]:
-    """Largest difference, and the standard deviation of what is expected, where windows were."""
+def _compare(actual: torch.Tensor, expected: torch.Tensor | None) -> tuple[float | None, float | None]:
+    """Return the largest difference and the standard deviation of the expected values, where windows contributed."""
     if expected is None:
         return None, None
-    return (found - expected).abs().max().item(), expected[expected != 0].std().item()
+    return (actual - expected).abs().max().item(), expected[expected != 0].std().item()

@@ -1,1 +1,1 @@
-"""Checks and measurements on a real GPU, each part in a process of its own; ``tools/gpu_check.py`` runs them."""
+"""Correctness checks and measurements on a GPU, each part in its own process. Run by ``tools/gpu_check.py``."""

@@ -1,4 +1,4 @@
-"""One part of the check in this process: ``python -m benchmarks.gpu_check PART --output DIR``."""
+"""Run one part of the check in this process: ``python -m benchmarks.gpu_check PART --output DIR``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.gpu_check.settings import Settings, small
 
 
 def run_part(name: str, output: Path, settings: Settings) -> Record:
-    """Run a part, and keep what it finds in ``output/NAME.json``; raises whatever it raises."""
+    """Run a part and write its record to ``output/NAME.json``; raises the exceptions of the part."""
     (part,) = find([name])
     record = Record(output / f"{name}.json", name, settings.device)
     part.load()(record, settings)
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    # Asked to end, it ends what it started first.
+    # On SIGTERM, exit through an exception, so that child processes are terminated.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by the time limit"))
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = torch.device(args.device)

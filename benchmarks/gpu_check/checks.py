@@ -1,4 +1,4 @@
-"""Two kinds of checks, and their tables."""
+"""Two kinds of checks and their tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.tables import Table
 
-# Largest error of a tensor beside its length: rounding through a dozen blocks, with room for another order of sums.
+# Maximum relative error of a tensor: rounding errors of a dozen blocks, with a margin for another summation order.
 LIMITS = {"float32": 1e-4, "TF32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
 
 
@@ -21,15 +21,15 @@ def _result(check: Comparison | Fact) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A tensor beside the one that it should be, up to rounding.
+    """Comparison of a tensor with the expected one, up to rounding.
 
     Attributes:
-        subject: what was computed.
-        compared: how, and with what.
-        largest: of the absolute differences.
-        relative: length of the difference / length of the expected tensor.
-        cosine: the lowest of corresponding vectors.
-        limit: of ``relative``.
+        subject: computed quantity.
+        compared: the two ways of computing it.
+        largest: largest absolute difference.
+        relative: norm of the difference / norm of the expected tensor.
+        cosine: lowest cosine similarity of corresponding vectors.
+        limit: limit of ``relative``.
     """
 
     subject: str
@@ -41,18 +41,19 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        # A comparison with NaN is false.
+        # NaN fails the check.
         return self.relative <= self.limit
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that is so or not.
+    """A yes/no check.
 
     Attributes:
-        subject: what was looked at.
-        question: what should be.
-        found: what is.
+        subject: checked object.
+        question: expected state.
+        found: actual state.
+        passed: whether they agree.
     """
 
     subject: str
@@ -72,8 +73,8 @@ COMPARISONS = Table(
         "result": _result,
     },
     always=(
-        "relative error: length of the difference / length of what is compared with, of a whole tensor; limit: of it.",
-        "lowest cosine: of the feature vectors of all cells; of gradients, of all of them as one vector.",
+        "relative error: norm of the difference / norm of the expected tensor; limit: its maximum.",
+        "lowest cosine: minimum over the feature vectors of all patches; gradients are compared as a single vector.",
     ),
     sometimes={},
 )
@@ -92,27 +93,27 @@ FACTS = Table(
 def compare(
     subject: str, compared: str, found: torch.Tensor, expected: torch.Tensor, limit: float, dim: int = 1
 ) -> Comparison:
-    """Compare two tensors of one shape, on any devices.
+    """Compare two tensors of the same shape, on any devices.
 
     Args:
         subject, compared, limit: see :class:`Comparison`.
-        found, expected: of any floating-point types.
-        dim: along which vectors lie whose cosines are taken.
+        found, expected: tensors of any floating-point dtype.
+        dim: dimension of the vectors whose cosine similarity is computed.
     """
-    # Sums of many squares are exact enough in float64 only.
+    # float64, because sums of many squares are not precise enough in float32.
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     difference = found - expected
     relative = (difference.norm() / expected.norm()).item()
     cosines = F.cosine_similarity(found, expected, dim=dim)
-    # Cells that no window saw.
-    nothing = (found == 0).all(dim) & (expected == 0).all(dim)
-    cosine = cosines.masked_fill(nothing, 1.0).min().item()
+    # Positions that no window covers.
+    uncovered = (found == 0).all(dim) & (expected == 0).all(dim)
+    cosine = cosines.masked_fill(uncovered, 1.0).min().item()
     return Comparison(subject, compared, difference.abs().max().item(), relative, cosine, limit)
 
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Within it, a GPU computes float32 matrix products and convolutions in float32."""
+    """Disable TF32 for float32 matrix products and convolutions on a GPU."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

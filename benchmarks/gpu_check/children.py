@@ -1,4 +1,4 @@
-"""Processes that a part starts: they see its environment, write to logs of their own, and never outlive it."""
+"""Child processes of a part, with their own log files. They never outlive the part."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# torchrun ends its own processes within 30 seconds.
+# torchrun terminates its own processes within 30 seconds.
 _PATIENCE = 35
 
 
 @contextlib.contextmanager
 def child(command: Sequence[str], log: Path, cwd: Path | None = None) -> Iterator[subprocess.Popen]:
-    """Within it a process runs, whose output goes to a new file; it is ended when the block is left."""
+    """Run a process whose output goes to a new file; it is terminated at the end of the block."""
     print("$", *command, f"> {log}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as output:
-        # In a session of its own: a signal to the part reaches it once, through `end`.
+        # A separate session: a signal to the part reaches the child only once, through `end`.
         process = subprocess.Popen(
             list(command), cwd=cwd, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -30,10 +30,10 @@ def child(command: Sequence[str], log: Path, cwd: Path | None = None) -> Iterato
 
 
 def run_child(command: Sequence[str], log: Path, cwd: Path | None = None) -> None:
-    """Run a command to its end.
+    """Run a command until it exits.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the exit code is not 0.
     """
     with child(command, log, cwd) as process:
         if process.wait():
@@ -42,7 +42,7 @@ def run_child(command: Sequence[str], log: Path, cwd: Path | None = None) -> Non
 
 
 def end(process: subprocess.Popen, patience: float = _PATIENCE) -> None:
-    """Ask a process to end, and kill it if it does not."""
+    """Ask a process to terminate, and kill it after a timeout."""
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Time on the device's own clock, which nothing waits for."""
+"""Timing with the clock of the device, without synchronization."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 class Clock:
-    """Adds up what lies between starts and stops.
+    """Sums the times between starts and stops.
 
     Args:
-        device: on a GPU, the time that its work takes; on a CPU, that of the calls.
+        device: on a GPU, the time of its work is measured; on a CPU, the time of the calls.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class Clock:
         self._spans.append((self._started, self._now()))
 
     def seconds(self) -> float:
-        """The sum; waits for the GPU."""
+        """Return the total time. Synchronizes the GPU."""
         if not self._cuda:
             return sum(end - begin for begin, end in self._spans)
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Compiled blocks beside plain ones, on the device."""
+"""Compiled blocks, compared with eager ones on the device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TITLE = "Compiled blocks"
 
 
 def check_compiled(record: Record, settings: Settings) -> None:
-    """Features, and gradients of one encoder, with compiled blocks and without."""
+    """Compare features of several encoders, and gradients of one, with and without compiled blocks."""
     models, tiny = settings.compiled
     for number, (name, encoder) in enumerate(list(examples())[:tiny]):
-        # A tiny encoder is enough to see whether code is right.
+        # A tiny encoder is sufficient to check the generated code.
         _compare_features(record, settings, name, encoder, "float32")
         if not number:
             _compare_gradients(record, settings, name, encoder)
@@ -46,11 +46,12 @@ def _compare_features(record: Record, settings: Settings, name: str, encoder: De
 
 def _compare_gradients(record: Record, settings: Settings, name: str, encoder: DenseEncoder) -> None:
     x = random_image(*settings.sizes[0], settings.device)
-    # Not the encoder's own features, whose mean square a last norm keeps where it is: its gradient is rounding alone.
+    # A random target instead of the mean square of the features, whose gradient is only rounding noise after a last
+    # norm.
     generator = torch.Generator().manual_seed(0)
-    wanted = torch.randn(1, encoder.embed_dim, *encoder.grid(*settings.sizes[0]), generator=generator)
-    wanted = wanted.to(settings.device)
-    target = SampledTarget(wanted, torch.ones_like(wanted[:, :1]))
+    expected_features = torch.randn(1, encoder.embed_dim, *encoder.grid(*settings.sizes[0]), generator=generator)
+    expected_features = expected_features.to(settings.device)
+    target = SampledTarget(expected_features, torch.ones_like(expected_features[:, :1]))
     with without_tf32():
         expected, found = (
             gradients(copy.deepcopy(encoder).accelerate(compile=compile).to(settings.device), x, target)

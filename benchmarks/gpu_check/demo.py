@@ -1,4 +1,4 @@
-"""The demo on the GPU: the same scores as on a CPU, up to rounding."""
+"""Runs the demo on the GPU and compares its scores with those of a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.gpu_check.children import run_child
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.settings import ROOT, Settings
 
-_NEAR = 1.0
+_TOLERANCE = 1.0
 
 
 def run_demo(record: Record, settings: Settings) -> None:
@@ -18,7 +18,7 @@ def run_demo(record: Record, settings: Settings) -> None:
     (output / "table.md").unlink(missing_ok=True)
     tool = [sys.executable, "-W", "ignore::FutureWarning", str(ROOT / "tools" / "run_demo.py")]
     overrides = ["MODEL.DEVICE", settings.device.type, *settings.demo_overrides]
-    # The config names its files from the repository's root.
+    # Paths in the config are relative to the root of the repository.
     command = [*tool, "--output", str(output.resolve()), *map(str, overrides)]
     run_child(command, record.path.parent / "demo.run.log", cwd=ROOT)
     head, dashes, *rows = (output / "table.md").read_text().splitlines()
@@ -28,5 +28,5 @@ def run_demo(record: Record, settings: Settings) -> None:
         record.add_row("The demo", (head, dashes), row, dict(zip(names, values)))
     for number, expected in settings.demo_scores:
         method, found = cells[number][0], float(cells[number][1])
-        question = f"mIoU of a CPU, {expected}, within {_NEAR:.0f}"
-        record.add("Scores of the demo", FACTS, Fact(method, question, f"{found}", abs(found - expected) <= _NEAR))
+        question = f"mIoU of a CPU, {expected}, within {_TOLERANCE:.0f}"
+        record.add("Scores of the demo", FACTS, Fact(method, question, f"{found}", abs(found - expected) <= _TOLERANCE))

@@ -1,4 +1,4 @@
-"""Distillation by the ``sampled`` recipes with random weights: speed, memory and what the host waits for."""
+"""Distillation with the ``sampled`` recipes and random weights: speed, memory and host synchronizations."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from benchmarks.gpu_check.watch import StepWatch
 from benchmarks.tables import Table, number
 from spar_d2.engine.setup import load_config
 
-# Ten epochs of the paper's 25,000 photos.
-_RUN = 250_000
+# Ten epochs of the paper's 25,000 images.
+_RUN_IMAGES = 250_000
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Distillation:
 
     Attributes:
         recipe: name of the config file.
-        encoder, precision: what it says.
-        loading: images per second, with and without the model, and the share of the time that waits for them.
-        windows: per second.
-        teacher, student: seconds of a step for the teacher's windows, and for the student's forward.
-        frozen: seconds of the student's frozen part alone.
-        step: seconds of a step.
-        peak: bytes of tensors at once; None on a CPU.
-        waits: how often a step waits for the GPU; None on a CPU.
-        places: where it waits, and how often in all steps.
+        encoder, precision: encoder and precision of the config.
+        loading: images per second with and without the model, and the fraction of time spent waiting for images.
+        windows: teacher windows per second.
+        teacher, student: seconds per step for the teacher's windows, and for the student's forward pass.
+        frozen: seconds for the student's frozen part alone.
+        step: seconds per step.
+        peak: peak memory of tensors in bytes; None on a CPU.
+        waits: number of synchronizations per step; None on a CPU.
+        places: number of synchronizations by source location.
     """
 
     recipe: str
@@ -66,22 +66,22 @@ TABLE = Table(
         "loading alone, images/s": lambda d: number(d.loading.alone),
         "host waits a step": lambda d: number(d.waits),
         "peak GiB": lambda d: number(d.peak, 2**30),
-        "hours to 25k x 10": lambda d: number(_RUN / d.loading.training, 3600),
+        "hours to 25k x 10": lambda d: number(_RUN_IMAGES / d.loading.training, 3600),
     },
     always=(
-        "The `sampled` recipe with random weights, on JPEGs drawn for the occasion; optimizer and loading included.",
-        "teacher, student forward: of the step, on the device's clock; frozen part: embedding and frozen blocks of the "
+        "The `sampled` recipe with random weights, on synthetic JPEGs; including optimizer and loading.",
+        "teacher, student forward: per step, by the device's clock; frozen part: embedding and frozen blocks of the "
         "student alone, for the last images; the rest of a step is backward, update and waiting.",
         "hours to 25k x 10: for 250,000 images at this rate.",
     ),
     sometimes={
-        '"-" under host waits and peak: only a GPU has them.': lambda d: d.waits is None,
+        '"-" under host waits and peak: only available on a GPU.': lambda d: d.waits is None,
     },
 )
 
 
 def measure_distillations(record: Record, settings: Settings) -> None:
-    """Train a little by every recipe, with few and more images a step."""
+    """Train for a few steps with every recipe and batch size."""
     with tempfile.TemporaryDirectory() as folder:
         list(draw_photos(Path(folder), settings.photos, settings.photo_size))
         for batch in settings.images_a_step:
@@ -98,8 +98,8 @@ def _measure(settings: Settings, recipe: str, batch: int, photos: str) -> Distil
         "SOLVER.IMS_PER_BATCH": batch,
         "SEED": 0,
     }
-    words = [word for pair in overrides.items() for word in pair]
-    cfg = load_config(str(ROOT / "configs" / recipe), [*words, *settings.recipe_overrides])
+    pairs = [item for pair in overrides.items() for item in pair]
+    cfg = load_config(str(ROOT / "configs" / recipe), [*pairs, *settings.recipe_overrides])
     watch = StepWatch(settings.device)
     on_gpu = settings.device.type == "cuda"
     if on_gpu:

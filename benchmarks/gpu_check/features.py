@@ -1,4 +1,4 @@
-"""Encoders on the GPU beside a CPU: features in every precision, and which attention kernels run."""
+"""Encoders on the GPU, compared with a CPU: features in every precision, and attention kernels."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ TITLE = "Encoders"
 
 
 def named_models(settings: Settings) -> Iterator[tuple[str, DenseEncoder]]:
-    """The models of the settings with random weights, on the CPU."""
+    """Yield the models of the settings with random weights, on the CPU."""
     for name in settings.models:
         encoder = build_encoder(name)
         for key, parameter in encoder.named_parameters():
-            # A layer scale of 1e-5, DINOv3's own, makes the blocks of an untrained model do next to nothing.
+            # With DINOv3's layer scale of 1e-5, the blocks of an untrained model would have almost no effect.
             if key.rpartition(".")[2].startswith("gamma"):
                 torch.nn.init.ones_(parameter)
         yield name, encoder
 
 
 def examples() -> Iterator[tuple[str, DenseEncoder]]:
-    """A tiny encoder of every family that has one, on the CPU."""
+    """Yield a tiny encoder of every family that has one, on the CPU."""
     for family in FAMILIES.values():
         torch.manual_seed(0)
         if (encoder := family.example()) is not None:
@@ -42,22 +42,22 @@ def examples() -> Iterator[tuple[str, DenseEncoder]]:
 
 @torch.no_grad()
 def check_features(record: Record, settings: Settings) -> None:
-    """Dense and intermediate features of every family on the device beside the CPU's, and other precisions."""
+    """Compare dense and intermediate features of every family with a CPU, and with other precisions."""
     for name, encoder in (*examples(), *named_models(settings)):
         encoder.requires_grad_(False)
-        own = copy.deepcopy(encoder).to(settings.device)
+        on_device = copy.deepcopy(encoder).to(settings.device)
         for size in settings.sizes:
             subject, x = f"{name}, {size[1]}x{size[0]}", random_image(*size, _CPU)
             with without_tf32():
-                exact = own(x.to(settings.device))
-                middle = own.intermediates(x.to(settings.device), [-2])[0]
+                exact = on_device(x.to(settings.device))
+                middle = on_device.intermediates(x.to(settings.device), [-2])[0]
             _compare(record, subject, "float32, device and CPU", exact, encoder(x))
             expected = encoder.intermediates(x, [-2])[0]
             _compare(record, f"{subject}, last but one block", "float32, device and CPU", middle, expected)
-            _compare_precisions(record, settings, subject, own, x.to(settings.device), exact)
-        _check_attention(record, settings, name, own)
+            _compare_precisions(record, settings, subject, on_device, x.to(settings.device), exact)
+        _check_attention(record, settings, name, on_device)
         x = random_image(*settings.sizes[-1], settings.device)
-        frozen = copy.deepcopy(own).accelerate("bfloat16").freeze()
+        frozen = copy.deepcopy(on_device).accelerate("bfloat16").freeze()
         check_waits(record, f"{name}, a pass in bfloat16", functools.partial(frozen, x), settings.device, 0)
 
 
@@ -94,7 +94,7 @@ def _check_attention(record: Record, settings: Settings, name: str, encoder: Den
 
 
 class SeenAttention(TorchDispatchMode):
-    """Within it, the kinds of attention that run are written down: names of fused kernels, or "math" for plain ones."""
+    """Records the attention implementations that run: names of fused kernels, or "math" for plain attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,6 +105,6 @@ class SeenAttention(TorchDispatchMode):
         if name.startswith("_scaled_dot_product_"):
             self.kernels.add(name.removeprefix("_scaled_dot_product_"))
         elif "softmax" in name:
-            # Dense encoders take no other softmax than that of attention.
+            # Dense encoders use softmax only in attention.
             self.kernels.add("math")
         return func(*args, **(kwargs or {}))

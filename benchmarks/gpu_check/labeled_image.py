@@ -1,4 +1,4 @@
-"""Random features and words of an image, the labels that they give, and whether two labellings are equal up to ties."""
+"""Random features and text embeddings with their labels, and a comparison of labels up to ties."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from spar_d2.modeling.banded_upsampling import ScoreMap, UpsampledScores
 from spar_d2.modeling.postprocessing import cosine_scores, segment_scores
 
 _CELL, _CHANNELS, _SCALE = 16, 64, 40.0
-# Scores this close are equal up to rounding.
+# Scores with a smaller difference are equal up to rounding.
 NEAR = 1e-5
 
 
 @dataclass(frozen=True)
 class LabeledImage:
-    """What labels are computed from.
+    """Inputs of post-processing.
 
     Attributes:
-        features: (D, h, w) of each view; of the second, which is mirrored, the grid is another.
-        text: (Q, D), unit vectors.
+        features: (D, h, w) for each augmented copy. The second one is mirrored and has another grid size.
+        text: (Q, D) unit vectors.
         classes: (Q,) int64.
-        size, padded: (H, W) of the labels, and what the features of the first view cover.
+        size, padded: (H, W) of the labels, and of the area that the first features cover.
     """
 
     features: Sequence[torch.Tensor]
@@ -47,11 +47,11 @@ class LabeledImage:
         return segment_scores(self.maps, self.classes, self.size, _SCALE, probability, area)
 
     def disagreement(self, one: torch.Tensor, other: torch.Tensor, probability: float) -> tuple[int, int]:
-        """How many pixels two ways label differently, and how many of them without being near a tie.
+        """Count the pixels with different labels, and those of them that are not near a tie.
 
         Args:
-            one, other: (H, W) int64, on any device; this image is on the CPU.
-            probability: threshold of the labels.
+            one, other: (H, W) int64, on any device; this image must be on the CPU.
+            probability: probability threshold of the labels.
         """
         one, other = one.cpu(), other.cpu()
         mask, unequal = one != other, 0
@@ -59,20 +59,20 @@ class LabeledImage:
             pair = torch.stack([one[place], other[place]], dim=1)
             near = self._of_classes(scores).gather(1, pair).diff(dim=1)[:, 0].abs() <= NEAR
             if probability:
-                # One of the two dropped the pixel: the other's class is as probable as the threshold.
+                # One implementation dropped the pixel: the other label's probability is close to the threshold.
                 probabilities = self._of_classes((_SCALE * scores).softmax(1)).gather(1, pair)
                 near |= ((probabilities - probability).abs() <= _SCALE * NEAR).any(1)
             unequal += int((~near).sum())
         return int(mask.sum()), unequal
 
     def _of_classes(self, values: torch.Tensor) -> torch.Tensor:
-        """(n, Q) to (n, classes), the largest of each class's queries."""
+        """Reduce values (n, Q) to (n, classes): the maximum over the queries of each class."""
         largest = values.new_full((len(values), int(self.classes.max()) + 1), -torch.inf)
         return largest.scatter_reduce_(1, self.classes.expand_as(values), values, "amax")
 
 
 def random_image(words: int, size: tuple[int, int], views: int = 1) -> LabeledImage:
-    """Random features and words, on the CPU; two words of one class each, as synonyms are."""
+    """Generate random features and text embeddings on the CPU, with two queries per class."""
     generator = torch.Generator().manual_seed(words)
     grids = [tuple(-(-side // (_CELL + 4 * view)) for side in size) for view in range(views)]
     features = [torch.randn(_CHANNELS, *grid, generator=generator) for grid in grids]

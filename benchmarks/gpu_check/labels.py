@@ -1,4 +1,4 @@
-"""Labels on the GPU beside a CPU's, and those of the fused kernel beside those in bands."""
+"""Labels on the GPU, compared with a CPU, and labels of the fused kernel, compared with row chunks."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _FUSED, _BANDS, _TF32 = "device and CPU", "fused and in bands, on the device", "
 
 @dataclass(frozen=True)
 class Agreement:
-    """Labels of a few images, computed in two ways.
+    """Comparison of the labels of a few images, computed in two ways.
 
     Attributes:
         compared: the two ways.
-        thresholds: of probability and area.
-        words: text vectors.
-        views: of each image, whose scores are averaged.
-        pixels: all of them.
-        different: pixels that are labeled differently.
-        unequal: those of them whose two labels do not have equal scores up to rounding.
+        thresholds: which thresholds are used.
+        words: number of text embeddings.
+        views: number of augmented copies of each image, whose scores are averaged.
+        pixels: total number of pixels.
+        different: number of pixels with different labels.
+        unequal: number of those whose two labels do not have equal scores up to rounding.
     """
 
     compared: str
@@ -63,8 +63,8 @@ TABLE = Table(
         "result": lambda a: "passed" if a.passed else "**FAILED**",
     },
     always=(
-        f"not near a tie: of the pixels with other labels, those whose two labels have scores that differ by more than "
-        f"{NEAR}, or, with a threshold, whose probability is not as near to it.",
+        f"not near a tie: pixels with other labels whose two labels have scores that differ by more than "
+        f"{NEAR}, or, with a threshold, whose probability is not close to it.",
     ),
     sometimes={},
 )
@@ -72,7 +72,7 @@ TABLE = Table(
 
 @torch.no_grad()
 def check_labels(record: Record, settings: Settings) -> None:
-    """Label images by random features, with and without thresholds, on the device and on a CPU."""
+    """Label images with random features, with and without thresholds, on the device and on a CPU."""
     image = random_image(settings.words[0], settings.label_sizes[0]).on(settings.device)
     _check_kernel(record, image)
     for area, limit in ((None, 0), (0.01, 1)):
@@ -90,26 +90,26 @@ def check_labels(record: Record, settings: Settings) -> None:
 def _pairs(
     device: torch.device, words: int, size: tuple[int, int], views: int, thresholds: str
 ) -> dict[str, tuple[int, int, int]]:
-    """Pixels of one image, those labeled differently and those of them not near a tie, by the ways compared."""
+    """Return, for each comparison, the numbers of pixels, of different labels, and of those not near a tie."""
     image = random_image(words, size, views)
     probability = _PROBABILITY if "probability" in thresholds else 0.0
     area = _middle_area(image.labels(0.0, None)) if "area" in thresholds else None
-    own = image.on(device)
-    found = own.labels(probability, area)
+    on_device = image.on(device)
+    found = on_device.labels(probability, area)
     with kernel_off():
-        in_bands = own.labels(probability, area)
+        in_bands = on_device.labels(probability, area)
     pairs = {_FUSED: (image.labels(probability, area), found), _BANDS: (in_bands, found)}
     if thresholds == "none":
         with _tf32():
-            pairs[_TF32] = (found, replace(own).labels(probability, area))
+            pairs[_TF32] = (found, replace(on_device).labels(probability, area))
     return {way: (found.numel(), *image.disagreement(*pair, probability)) for way, pair in pairs.items()}
 
 
 def _check_kernel(record: Record, image: LabeledImage) -> None:
-    """Whether the kernel runs where it should, for it is replaced without an error where it cannot."""
-    complaints: list[str] = []
+    """Check that the kernel runs on a GPU: if it cannot run, it is replaced without an error."""
+    warnings: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda message: complaints.append(message.getMessage())
+    handler.emit = lambda message: warnings.append(message.getMessage())
     best_query.logger.addHandler(handler)
     try:
         with _SeenKernel() as seen:
@@ -118,13 +118,13 @@ def _check_kernel(record: Record, image: LabeledImage) -> None:
             torch.cuda.synchronize(image.text.device)
     finally:
         best_query.logger.removeHandler(handler)
-    found = complaints[0] if complaints else "fused kernel" if seen.kernel else "in bands"
+    found = warnings[0] if warnings else "fused kernel" if seen.kernel else "in bands"
     passed = found == ("fused kernel" if image.text.is_cuda else "in bands")
     record.add("Kernel for labels", FACTS, Fact("labels", "by the fused kernel on a GPU, else in bands", found, passed))
 
 
 class _SeenKernel(TorchDispatchMode):
-    """Within it, whether the fused kernel is called is written down."""
+    """Records whether the fused kernel is called."""
 
     kernel = False
 
@@ -135,7 +135,7 @@ class _SeenKernel(TorchDispatchMode):
 
 @contextlib.contextmanager
 def kernel_off() -> Iterator[None]:
-    """Within it, labels are computed in bands."""
+    """Compute labels in row chunks."""
     before = os.environ.get(best_query.SWITCH)
     os.environ[best_query.SWITCH] = "0"
     try:
@@ -157,7 +157,7 @@ def _tf32() -> Iterator[None]:
 
 
 def _middle_area(labels: torch.Tensor) -> float:
-    """A threshold that removes about half of the classes, far from the area of any: no tie decides which."""
+    """Choose a threshold that removes about half of the classes and is far from the area of any class."""
     areas = labels.flatten().bincount()[1:].double()
     found = areas.sort().values
     middle = found[len(found) // 4 : max(2, len(found) * 3 // 4 + 1)]

@@ -1,4 +1,4 @@
-"""What machine and which versions a measurement was made with."""
+"""Information about the machine and versions."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import torch
 
 from benchmarks.measure import describe_machine
 
-# Distributions, and the modules that tell their version where they lie in a plain folder.
+# Distribution names, and modules with a version attribute, in case there is no installed distribution.
 _PACKAGES = {"triton": "triton", "timm": "timm", "open_clip_torch": "open_clip", "detectron2": "detectron2"}
-# TFLOP/s of dense matrix products, by a part of the GPU's name: bfloat16 and float16, float32 without TF32.
+# Dense matrix product TFLOP/s by GPU name: bfloat16 and float16, and float32 without TF32.
 _PEAKS = {"H200": (989, 67), "H100": (989, 67), "A100": (312, 19.5), "L40S": (362, 91.6), "RTX 4090": (165, 82.6)}
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Names and versions, by what they are of; all are texts, so that they can be written anywhere."""
-    found = {"device": describe_machine(device)}
+    """Return hardware names and software versions as strings."""
+    info = {"device": describe_machine(device)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
-        found["compute capability"] = f"{properties.major}.{properties.minor}"
-        found["driver"] = _driver()
-        found["CUDA"] = str(torch.version.cuda)
-        found["cuDNN"] = str(torch.backends.cudnn.version())
-    found["CPU cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    found["Python"] = platform.python_version()
-    found["torch"] = torch.__version__
-    return {**found, **{module: _version(name, module) for name, module in _PACKAGES.items()}}
+        info["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
+        info["compute capability"] = f"{properties.major}.{properties.minor}"
+        info["driver"] = _driver()
+        info["CUDA"] = str(torch.version.cuda)
+        info["cuDNN"] = str(torch.backends.cudnn.version())
+    info["CPU cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    info["Python"] = platform.python_version()
+    info["torch"] = torch.__version__
+    return {**info, **{module: _version(name, module) for name, module in _PACKAGES.items()}}
 
 
 def peak_tflops(name: str, precision: str) -> float | None:
-    """What a maker states for dense matrix products on a GPU, in TFLOP/s; None where it is not known here."""
+    """Return a GPU's specified TFLOP/s of dense matrix products, or None if unknown."""
     for part, (half, single) in _PEAKS.items():
         if part in name:
             return single if precision == "float32" else half

@@ -1,4 +1,4 @@
-"""The parts of the check, most important first."""
+"""Parts of the check, most important first."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from benchmarks.gpu_check.settings import Settings
 
 @dataclass(frozen=True)
 class Part:
-    """One of the parts.
+    """A part of the check.
 
     Attributes:
-        name: as on the command line.
-        about: what it does, in a few words.
-        seconds: its share of the time, where all parts have the default together.
-        function: "module.function" within this room, of a record and the settings.
-        is_check: whether it says what is right; without it, nothing is known to be.
+        name: name on the command line.
+        about: short description.
+        seconds: time limit, if all parts use the default time limit.
+        function: "module.function" in this package, called with a record and the settings.
+        is_check: whether the part checks correctness. Otherwise, it only measures.
     """
 
     name: str
@@ -29,35 +29,35 @@ class Part:
     is_check: bool = False
 
     def load(self) -> Callable[[Record, Settings], None]:
-        """The function; its module, which may need Detectron2, is imported only now."""
+        """Import and return the function. Its module may need Detectron2."""
         module, _, name = self.function.partition(".")
         return getattr(importlib.import_module(f"benchmarks.gpu_check.{module}"), name)
 
 
 PARTS = (
-    Part("features", "encoders beside a CPU, other precisions, attention kernels", 45, "features.check_features", True),
-    Part("targets", "the teacher and gradients beside a CPU, the same bits twice", 45, "targets.check_targets", True),
-    Part("labels", "from features to labels beside a CPU", 30, "labels.check_labels", True),
-    Part("compiled", "torch.compile beside plain code", 55, "compiled.check_compiled", True),
-    Part("speed-encoders", "single passes beside the libraries' own", 90, "speed.measure_encoders"),
-    Part("speed-teacher", "the teacher beside the straightforward way and the student", 60, "speed.measure_teachers"),
-    Part("speed-labels", "labels beside full maps, the evaluator beside Detectron2's", 30, "speed.measure_labels"),
-    Part("distillation", "training by the sampled recipes", 80, "distillation.measure_distillations"),
-    Part("demo", "the demo's scores beside a CPU's", 45, "demo.run_demo", True),
+    Part("features", "encoders vs. CPU, other precisions, attention kernels", 45, "features.check_features", True),
+    Part("targets", "teacher and gradients vs. CPU, reproducibility", 45, "targets.check_targets", True),
+    Part("labels", "post-processing vs. CPU", 30, "labels.check_labels", True),
+    Part("compiled", "torch.compile vs. eager", 55, "compiled.check_compiled", True),
+    Part("speed-encoders", "single passes vs. the libraries", 90, "speed.measure_encoders"),
+    Part("speed-teacher", "teacher vs. straightforward implementation and student", 60, "speed.measure_teachers"),
+    Part("speed-labels", "labels vs. full maps, evaluator vs. Detectron2's", 30, "speed.measure_labels"),
+    Part("distillation", "training with the sampled recipes", 80, "distillation.measure_distillations"),
+    Part("demo", "scores of the demo vs. CPU", 45, "demo.run_demo", True),
     Part("torchrun", "NCCL, Ctrl-C and --resume", 55, "torchrun.check_torchrun", True),
 )
-# Minutes that all parts together may take.
+# Default time limit of all parts together, in minutes.
 MINUTES = sum(part.seconds for part in PARTS) / 60
 
 
 def find(names: list[str]) -> list[Part]:
-    """The parts of those names, in the order of importance; all of them where none is named.
+    """Return parts by name, in order of importance; all parts if no names are given.
 
     Raises:
-        ValueError: a name that is no part's.
+        ValueError: a name is unknown.
     """
     known = {part.name: part for part in PARTS}
-    wrong = [name for name in names if name not in known]
-    if wrong:
-        raise ValueError(f"--parts must be of {', '.join(known)}; got {', '.join(wrong)}")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"--parts must be out of {', '.join(known)}; got {', '.join(unknown)}")
     return [part for part in PARTS if part.name in names or not names]

@@ -1,4 +1,4 @@
-"""What a part found: tables in a JSON file, which is written anew after every row."""
+"""Results of a part: tables in a JSON file, which is rewritten after every row."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from spar_d2.utils.io import atomic_write
 
 
 class Record:
-    """The tables of one part.
+    """Tables of a part.
 
     Attributes:
-        failed: texts of the checks that did not pass.
+        failed: descriptions of failed checks.
 
     Args:
-        path: the JSON file.
+        path: JSON file.
         part: name of the part.
-        device: where it runs.
+        device: device of the part.
     """
 
     def __init__(self, path: Path, part: str, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Record:
         self._write()
 
     def add(self, title: str, table: Table, measurement: Any) -> None:
-        """Add a row to the table of that title; what has ``passed``, and did not, is a failed check."""
+        """Add a row to a table. If the measurement has ``passed`` and it is False, the check is recorded as failed."""
         measured = self._measurements.setdefault(title, [])
         measured.append(measurement)
         self.add_row(title, table.head, table.row(measurement), dataclasses.asdict(measurement), table.notes(measured))
@@ -52,7 +52,7 @@ class Record:
     def add_row(
         self, title: str, head: Sequence[str], row: str, values: Mapping[str, Any], notes: Sequence[str] = ()
     ) -> None:
-        """Add a row in Markdown, and its numbers, to the table of that title; the notes are for the whole table."""
+        """Add a Markdown row and its values to a table. Notes apply to the whole table."""
         table = self._tables.setdefault(title, {"head": list(head), "rows": [], "values": []})
         table["rows"].append(row)
         table["values"].append(_plain(values))
@@ -61,7 +61,7 @@ class Record:
         self._write()
 
     def finish(self) -> None:
-        """Say that the part ran to its end."""
+        """Mark the part as finished."""
         self._finished = True
         self._write()
 
@@ -72,13 +72,13 @@ class Record:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that either is complete or is as it was."""
+    """Write a JSON file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
-    """The same of what JSON knows; numbers that are not finite as texts."""
+    """Convert a value to JSON types; non-finite numbers become strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""One table of all parts, in Markdown and JSON."""
+"""Report of all parts in Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ MARKDOWN, JSON = "gpu_check.md", "gpu_check.json"
 
 
 def write_report(output: Path, outcomes: Sequence[Outcome]) -> bool:
-    """Put what the parts found into ``gpu_check.md`` and ``gpu_check.json`` of the folder.
+    """Write the results of all parts to ``gpu_check.md`` and ``gpu_check.json`` in a folder.
 
     Returns:
-        Whether all is well: no part failed, none of its checks did, and those that check something ran to their end.
+        True if no part and no check failed, and all parts with checks ran to their end.
     """
-    found = [_read(output / f"{outcome.part.name}.json") for outcome in outcomes]
-    results = [_result(outcome, record) for outcome, record in zip(outcomes, found)]
-    first = next((record for record in found if record), {})
+    records = [_read(output / f"{outcome.part.name}.json") for outcome in outcomes]
+    results = [_result(outcome, record) for outcome, record in zip(outcomes, records)]
+    first = next((record for record in records if record), {})
     machine = first.get("machine", {})
-    lines = ["# GPU check", "", f"{', '.join(_described(machine))}; {first.get('date', 'no part began')}.", ""]
+    lines = ["# GPU check", "", f"{', '.join(_describe(machine))}; {first.get('date', 'no part began')}.", ""]
     lines += ["| part | result | s | about |", "|---|---|---:|---|"]
     lines += [
         f"| {outcome.part.name} | {result} | {outcome.seconds:.0f} | {outcome.part.about} |"
         for outcome, result in zip(outcomes, results)
     ]
-    for record in found:
+    for record in records:
         for title, table in record.get("tables", {}).items():
             lines += ["", f"## {title}", "", *table["head"], *table["rows"]]
             lines += ["", *table["notes"]] if table["notes"] else []
     write_lines(output / MARKDOWN, lines)
     parts = {
         outcome.part.name: {"result": result, "state": outcome.state, "seconds": round(outcome.seconds, 1), **record}
-        for outcome, result, record in zip(outcomes, results, found)
+        for outcome, result, record in zip(outcomes, results, records)
     }
     write_json(output / JSON, {"machine": machine, "date": first.get("date"), "parts": parts})
-    return all(_is_well(outcome, record) for outcome, record in zip(outcomes, found))
+    return all(_is_ok(outcome, record) for outcome, record in zip(outcomes, records))
 
 
 def summary(output: Path, outcomes: Sequence[Outcome]) -> list[str]:
-    """A line for each part, and one for each check that failed."""
+    """Return one line per part, and one per failed check."""
     lines = []
     for outcome in outcomes:
         record = _read(output / f"{outcome.part.name}.json")
@@ -62,15 +62,15 @@ def _result(outcome: Outcome, record: dict) -> str:
     checks = f", **{failed} of its checks FAILED**" if failed else ""
     if outcome.state == "ran":
         return f"{rows} rows{checks}" if failed or not outcome.part.is_check else f"passed, {rows} rows"
-    words = {"failed": "**FAILED**", "cut": "cut by its time limit", "stopped": "stopped by Ctrl-C"}
-    return f"{words[outcome.state]} after {rows} rows{checks}, see {outcome.part.name}.log"
+    descriptions = {"failed": "**FAILED**", "cut": "cut by its time limit", "stopped": "stopped by Ctrl-C"}
+    return f"{descriptions[outcome.state]} after {rows} rows{checks}, see {outcome.part.name}.log"
 
 
-def _is_well(outcome: Outcome, record: dict) -> bool:
+def _is_ok(outcome: Outcome, record: dict) -> bool:
     if record.get("failed") or outcome.state == "failed":
         return False
     return outcome.state == "ran" or not outcome.part.is_check
 
 
-def _described(machine: dict[str, str]) -> list[str]:
+def _describe(machine: dict[str, str]) -> list[str]:
     return [text if name == "device" else f"{name} {text}" for name, text in machine.items()] or ["an unknown machine"]

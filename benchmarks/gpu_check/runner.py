@@ -1,4 +1,4 @@
-"""Runs the parts, each in a process of its own with a time limit."""
+"""Runs each part in its own process with a time limit."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from tqdm import tqdm
 from benchmarks.gpu_check.parts import MINUTES, Part
 from benchmarks.gpu_check.settings import ROOT
 
-# How long a process that was asked to end has for it.
+# Seconds between asking a process to terminate and killing it.
 _GRACE = 10.0
 _TICK = 0.2
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended.
+    """Outcome of a part.
 
     Attributes:
-        state: "ran", "failed" (its process did), "cut" (by the time limit) or "stopped" (by Ctrl-C).
-        seconds: that it took.
+        part: the part.
+        state: "ran", "failed" (exit code not 0), "cut" (time limit) or "stopped" (Ctrl-C).
+        seconds: run time.
     """
 
     part: Part
@@ -40,10 +41,10 @@ class Runner:
     """Runs parts one after the other.
 
     Args:
-        output: folder for everything; a part writes NAME.json and NAME.log.
-        device: "cuda", or "cpu" to try the check itself.
-        is_small: everything once, as small as it can be.
-        minutes: for all parts of the check together; what one leaves over is there for those after it.
+        output: output folder; a part writes NAME.json and NAME.log.
+        device: "cuda", or "cpu" to test the check itself.
+        is_small: use minimal settings.
+        minutes: time limit of all parts together; unused time is passed on to later parts.
     """
 
     def __init__(self, output: Path, device: str = "cuda", is_small: bool = False, minutes: float = MINUTES) -> None:
@@ -51,24 +52,24 @@ class Runner:
         self.minutes = minutes
 
     def run(self, parts: Sequence[Part]) -> list[Outcome]:
-        """Run the parts; Ctrl-C ends the one that runs, and leaves out those after it."""
+        """Run parts. Ctrl-C terminates the current part and skips the others."""
         self.output.mkdir(parents=True, exist_ok=True)
         for part in parts:
-            # What an earlier check left would look like this one's.
+            # Results of an earlier check could be mistaken for those of this one.
             self._file(part, "json").unlink(missing_ok=True)
         outcomes: list[Outcome] = []
         limits = [part.seconds * self.minutes / MINUTES for part in parts]
         deadline = started = time.monotonic()
         for number, (part, limit) in enumerate(zip(parts, limits)):
             deadline += limit
-            left = deadline - time.monotonic()
-            print(f"[{number + 1}/{len(parts)}] {part.name}: {part.about}; up to {left:.0f} s", flush=True)
-            outcomes.append(self._run(part, left))
-            ended = outcomes[-1]
-            print(f"    {ended.state} after {ended.seconds:.0f} s", end="", flush=True)
-            to_go = started + sum(limits) - time.monotonic() if part is not parts[-1] else 0
-            print(f" (log: {self._file(part, 'log')}); at most {to_go / 60:.1f} min to go", flush=True)
-            if ended.state == "stopped":
+            remaining = deadline - time.monotonic()
+            print(f"[{number + 1}/{len(parts)}] {part.name}: {part.about}; up to {remaining:.0f} s", flush=True)
+            outcomes.append(self._run(part, remaining))
+            outcome = outcomes[-1]
+            print(f"    {outcome.state} after {outcome.seconds:.0f} s", end="", flush=True)
+            time_left = started + sum(limits) - time.monotonic() if part is not parts[-1] else 0
+            print(f" (log: {self._file(part, 'log')}); at most {time_left / 60:.1f} min to go", flush=True)
+            if outcome.state == "stopped":
                 break
         return outcomes
 
@@ -80,7 +81,8 @@ class Runner:
         command += ["--device", self.device, *(["--small"] if self.is_small else [])]
         started = time.monotonic()
         with open(self._file(part, "log"), "wb") as log:
-            # In a group of its own: Ctrl-C reaches this process alone, and all processes of a part end together.
+            # A separate process group: Ctrl-C reaches only this process, and all processes of a part are terminated
+            # together.
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
         try:
             code = _wait(process, limit)
@@ -93,7 +95,7 @@ class Runner:
 
 
 def _wait(process: subprocess.Popen, limit: float) -> int | None:
-    """The exit code; None where the time was over before."""
+    """Return the exit code, or None after the time limit."""
     started = time.monotonic()
     with tqdm(total=round(limit), unit="s", leave=False, disable=None) as progress:
         while (passed := time.monotonic() - started) < limit:
@@ -104,9 +106,9 @@ def _wait(process: subprocess.Popen, limit: float) -> int | None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a process and all that it started, if it still runs."""
+    """Terminate a process with all its child processes, if they are still running."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        # Also where it has ended itself: what it started may still run.
+        # Also signal the group of a process that has exited: its children may still run.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""How much the parts do: on a GPU, or small enough to try them without one."""
+"""Settings of the parts: for a GPU, or minimal ones to test the check without one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-# Of the checkout: its tools and configs are used as a user would.
+# Root of the repository, whose tools and configs are run.
 ROOT = Path(__file__).resolve().parents[2]
-# Makes a distillation a tiny one.
+# Overrides for a minimal distillation.
 TINY = (
     "MODEL.SPAR.ENCODER",
     str(ROOT / "configs" / "toy" / "tiny_clip.json"),
@@ -24,31 +24,32 @@ TINY = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What the parts use; the defaults are those of a GPU.
+    """Settings of the parts; the defaults are for a GPU.
 
     Attributes:
-        device: what is checked; its results are compared with a CPU's.
-        models: built with random weights; beside them every family's tiny example is checked.
-        compiled: how many of the models are compiled, and of the examples.
-        sizes: (H, W) of the images that features are compared for.
-        precisions: beside float32.
-        words: numbers of text vectors that pixels are labeled with.
-        label_sizes: (H, W) of labels, and what is covered by 16-pixel cells that are padded.
+        device: device to check; results are compared with a CPU.
+        models: models with random weights. In addition, a tiny example of every family is checked.
+        compiled: numbers of models and of tiny examples to check with torch.compile.
+        sizes: (H, W) of the images for feature comparisons.
+        precisions: precisions in addition to float32.
+        words: numbers of text embeddings for labels.
+        label_sizes: (H, W) of the labels; the features cover multiples of 16 pixels.
         speed_sizes: sides of square images.
-        teacher_sizes: (width, height), and the windows that are encoded: all, or only the first ones.
-        label_side: long side of the image whose labels are timed.
-        evaluated: images of each size for the evaluator.
-        repeats: calls whose median time is taken.
-        limit: seconds after which no call is repeated.
+        teacher_sizes: (width, height) of the teacher's images.
+        teacher_windows: number of windows to encode; None for all.
+        label_side: long side of the image for the timing of labels.
+        evaluated: number of images of each size for the evaluator.
+        repeats: number of calls for median times.
+        limit: number of seconds after which calls are not repeated.
         recipes: config files of distillations, relative to ``configs``.
-        recipe_overrides: config keys and values in turn.
-        images_a_step: for each recipe.
-        photos, photo_size: number and (width, height) of the JPEGs that are drawn.
-        workers: loading processes.
-        steps: of each training.
-        demo_overrides: config keys and values in turn.
-        demo_scores: mIoU that a row of the demo's table should have, by the number of the row.
-        resumed_steps: of the training that is stopped and resumed, after the stop.
+        recipe_overrides: alternating config keys and values.
+        images_a_step: batch sizes for each recipe.
+        photos, photo_size: number and (width, height) of synthetic JPEGs.
+        workers: number of worker processes.
+        steps: number of steps of each training.
+        demo_overrides: alternating config keys and values.
+        demo_scores: (row index, expected mIoU) for the demo's table.
+        resumed_steps: number of steps after the training was stopped and resumed.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cuda"))
@@ -81,7 +82,7 @@ class Settings:
 
 
 def small(device: torch.device) -> Settings:
-    """Everything once, as small as it can be."""
+    """Return minimal settings."""
     return Settings(
         device=device,
         models=("vit_nano_patch8_dinov3",),
@@ -104,7 +105,7 @@ def small(device: torch.device) -> Settings:
         workers=1,
         steps=6,
         demo_overrides=("SOLVER.MAX_ITER", 1, "SPAR.TEACHER.STRIDE", 64, "INPUT.MIN_SIZE_TEST", 64),
-        # Those of the rows that do not depend on the training.
+        # Only rows that do not depend on the training.
         demo_scores=((0, 15.0), (1, 15.6), (2, 15.6)),
         resumed_steps=2,
     )

@@ -1,4 +1,4 @@
-"""Speed and memory of encoders, of the teacher, and of the way from features to scores, by ``tools/benchmark.py``'s."""
+"""Speed and memory of encoders, teacher and post-processing, measured with the code of ``tools/benchmark.py``."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from benchmarks.tables import Table
 from spar_d2.encoders import build_encoder
 
 _PRECISIONS = ("bfloat16", "float32")
-# Of the memory that is free, what full maps of all words may take.
-_SHARE = 0.7
+# Fraction of the free memory that full maps may use.
+_MEMORY_FRACTION = 0.7
 _STRIDE = 24
 
 
 def measure_encoders(record: Record, settings: Settings) -> None:
-    """Single passes beside the libraries' own, in bfloat16 first; then one size with compiled blocks."""
+    """Measure single passes, compared with the libraries, in bfloat16 first; then one size with compiled blocks."""
     table, device = _with_share_of_peak(settings.device), settings.device
     for precision in _PRECISIONS:
         for name in settings.models:
             options = {"repeats": settings.repeats, "limit": settings.limit}
-            for found in encoders.measure_encoder(name, settings.speed_sizes, [precision], device, **options):
-                record.add("Single passes", table, found)
-    # Compiling takes half a minute, so a cut here loses the least.
+            for measurement in encoders.measure_encoder(name, settings.speed_sizes, [precision], device, **options):
+                record.add("Single passes", table, measurement)
+    # Compilation takes half a minute and comes last, so that little is lost if the time limit is reached.
     size = settings.speed_sizes[len(settings.speed_sizes) // 3]
     for name in settings.models[: settings.compiled[0]]:
         options = {"repeats": settings.repeats, "compile": True, "limit": settings.limit}
-        for found in encoders.measure_encoder(name, [size], ["bfloat16"], device, **options):
-            record.add("Single passes, our blocks compiled", table, found)
+        for measurement in encoders.measure_encoder(name, [size], ["bfloat16"], device, **options):
+            record.add("Single passes, our blocks compiled", table, measurement)
 
 
 def _with_share_of_peak(device: torch.device) -> Table:
@@ -49,18 +49,18 @@ def _with_share_of_peak(device: torch.device) -> Table:
         return f"{measured.flops / measured.seconds / peak / 1e10:.0f} %"
 
     note = (
-        "share of peak: TFLOP/s beside what the maker states for dense products, of float32 without TF32; not known of "
-        'every GPU ("-").'
+        "share of peak: TFLOP/s relative to the specification for dense products (float32 without TF32); not available "
+        'for every GPU ("-").'
     )
     columns = {**encoders.TABLE.columns, "share of peak": share}
     return dataclasses.replace(encoders.TABLE, columns=columns, always=(*encoders.TABLE.always, note))
 
 
 def measure_teachers(record: Record, settings: Settings) -> None:
-    """Targets beside the straightforward way, and single passes over the same images."""
+    """Measure targets, compared with the straightforward implementation, and single passes over the same images."""
     for precision in _PRECISIONS:
         for name in settings.models:
-            # In float32, which nobody distills in on a GPU, a quarter of the windows will do.
+            # In float32, which is rarely used on a GPU, a quarter of the windows is sufficient.
             windows = settings.teacher_windows
             windows = windows // 4 if windows and precision == "float32" else windows
             measured = teacher.measure_teacher(
@@ -75,24 +75,24 @@ def measure_teachers(record: Record, settings: Settings) -> None:
                 student=True,
                 limit=settings.limit,
             )
-            for found in measured:
-                record.add(f"Teacher, stride {_STRIDE}, and student", teacher.WITH_STUDENT, found)
+            for measurement in measured:
+                record.add(f"Teacher, stride {_STRIDE}, and student", teacher.WITH_STUDENT, measurement)
 
 
 def measure_labels(record: Record, settings: Settings) -> None:
-    """From features to labels beside full maps; and evaluating label maps beside Detectron2's evaluator."""
+    """Measure labels from features, compared with full maps, and the evaluator, compared with Detectron2's."""
     name = settings.models[0]
     encoder = build_encoder(name).requires_grad_(False).to(settings.device)
     image = postprocess.normalized(postprocess.picture(None, settings.label_side), encoder)
-    options = (list(settings.words), settings.repeats, int(_SHARE * _free_bytes(settings.device)))
-    for found in postprocess.measure_postprocess(encoder, image, *options):
-        record.add(f"From features of {name} to labels", postprocess.TABLE, found)
+    options = (list(settings.words), settings.repeats, int(_MEMORY_FRACTION * _free_bytes(settings.device)))
+    for measurement in postprocess.measure_postprocess(encoder, image, *options):
+        record.add(f"From features of {name} to labels", postprocess.TABLE, measurement)
     if settings.device.type == "cuda":
         with kernel_off():
-            for found in postprocess.measure_postprocess(encoder, image, *options[:2], room=0):
-                record.add(f"From features of {name} to labels, in bands", postprocess.TABLE, found)
+            for measurement in postprocess.measure_postprocess(encoder, image, *options[:2], room=0):
+                record.add(f"From features of {name} to labels, in bands", postprocess.TABLE, measurement)
     del encoder, image
-    # The other parts of the speed need no Detectron2.
+    # Imported here because the other speed measurements do not need Detectron2.
     from benchmarks import semantic_evaluator as evaluator_speed
 
     with tempfile.TemporaryDirectory() as folder:

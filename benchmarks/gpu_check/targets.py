@@ -1,4 +1,4 @@
-"""The teacher and the gradients of trained blocks on the GPU beside a CPU."""
+"""Teacher targets and gradients on the GPU, compared with a CPU."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from spar_d2.teacher import SampledTarget, SlidingWindowTeacher
 
 _CPU = torch.device("cpu")
 _WINDOWS = 6
-# Gradients of a few blocks are sums over all cells, whose terms cancel.
+# Gradients of a few blocks are sums over all patches, whose terms cancel.
 GRADIENT_LIMITS = {"float32": 1e-3, "bfloat16": 0.3}
 TEACHER, GRADIENTS = "Teacher", "Gradients"
 
 
 def check_targets(record: Record, settings: Settings) -> None:
-    """Full and sampled targets of every family, whether two runs give the same bits, and gradients."""
+    """Check full and sampled targets of every family, their reproducibility, and gradients."""
     for name, encoder in (*examples(), *named_models(settings)):
         window = encoder.native_size
-        # Smaller than a window, of an odd size, and larger in one direction only.
+        # One size is smaller than a window in one direction; the other is odd and larger than a window.
         sizes = ((window // 2, window), (window + 37, window + 85))
         images = [random_image(*size, _CPU)[0] for size in sizes]
         on_cpu = SlidingWindowTeacher(encoder, stride=24)
@@ -59,9 +59,9 @@ def _compare_targets(
         f"{_WINDOWS} windows": (sampled.weighted_sum, expected_sample.weighted_sum),
         f"weights of {_WINDOWS} windows": (sampled.weight, expected_sample.weight),
     }
-    for what, pair in pairs.items():
+    for quantity, pair in pairs.items():
         compared = "float32, device and CPU"
-        record.add(TEACHER, COMPARISONS, compare(f"{subject}, {what}", compared, *pair, LIMITS["float32"]))
+        record.add(TEACHER, COMPARISONS, compare(f"{subject}, {quantity}", compared, *pair, LIMITS["float32"]))
 
 
 def _compare_runs(
@@ -73,7 +73,7 @@ def _compare_runs(
     images: list[torch.Tensor],
     exact: list[torch.Tensor],
 ) -> None:
-    """A precision beside exact targets, and its run beside another run."""
+    """Compare the targets of a precision with exact ones, and those of two runs with each other."""
     teacher = SlidingWindowTeacher(encoder.accelerate(precision).to(settings.device), stride=24)
     first, second = teacher.targets(images), teacher.targets(images)
     call = functools.partial(teacher.targets, images)
@@ -91,12 +91,12 @@ def _compare_gradients(
     record: Record, settings: Settings, name: str, encoder: DenseEncoder, image: torch.Tensor, target: SampledTarget
 ) -> None:
     own = copy.deepcopy(encoder).to(settings.device)
-    there = SampledTarget(target.weighted_sum.to(settings.device), target.weight.to(settings.device))
+    device_target = SampledTarget(target.weighted_sum.to(settings.device), target.weight.to(settings.device))
     expected = gradients(copy.deepcopy(encoder), image[None], target)
     with without_tf32():
-        found = gradients(own, image[None].to(settings.device), there)
+        found = gradients(own, image[None].to(settings.device), device_target)
     pairs = {"float32, device and CPU": ("float32", found, expected)}
-    half = gradients(own.accelerate("bfloat16"), image[None].to(settings.device), there)
+    half = gradients(own.accelerate("bfloat16"), image[None].to(settings.device), device_target)
     pairs["bfloat16 and float32"] = ("bfloat16", half, found)
     for compared, (precision, *pair) in pairs.items():
         limit = GRADIENT_LIMITS[precision]
@@ -104,10 +104,10 @@ def _compare_gradients(
 
 
 def gradients(encoder: DenseEncoder, x: torch.Tensor, target: SampledTarget) -> torch.Tensor:
-    """Those of the sampled loss of (1, 3, H, W) by the last two blocks, as one vector; the encoder is changed."""
+    """Return the gradients of the last two blocks for the sampled loss, as one vector; modifies the encoder."""
     set_trainable(encoder, "last_blocks:2")
     encoder.train()
-    # A factor of 1: float16, whose gradients would need another, is not compared.
+    # Without loss scaling, because float16 is not compared.
     sampled_distillation_loss(encoder(x), target).backward()
     found = [parameter.grad.flatten() for parameter in encoder.parameters() if parameter.grad is not None]
     encoder.zero_grad(set_to_none=True)

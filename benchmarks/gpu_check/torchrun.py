@@ -1,4 +1,4 @@
-"""A training under torchrun with one process: stopped by Ctrl-C, and resumed."""
+"""A training under torchrun with one process, which is stopped by Ctrl-C and resumed."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from spar_d2.engine.trainer import STUDENT_FILE
 TITLE = "Stopped and resumed under torchrun"
 _CONFIG = ROOT / "configs" / "distill" / "openclip_vit_b_16_sampled.yaml"
 _PHOTOS = 4
-# To be longer than any test: it is stopped.
-_ENDLESS = 1_000_000
+# Longer than any check: the training is stopped.
+_MANY_STEPS = 1_000_000
 _PATIENCE = 60
-_STOPPED = re.compile(r"model_(\d+)\.pth")
+_CHECKPOINT = re.compile(r"model_(\d+)\.pth")
 
 
 def check_torchrun(record: Record, settings: Settings) -> None:
-    """Exchange numbers and gradients in a group of one process; then train, stop and resume under torchrun."""
+    """Check collectives and gradients in a group of one process; then train, stop and resume under torchrun."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder).resolve()
         _check_group(record, settings, folder)
@@ -57,10 +57,10 @@ def _check_group(record: Record, settings: Settings, folder: Path) -> None:
         record.add(TITLE, FACTS, Fact(backend, question, str(found), found == list(range(8))))
         name, encoder = next(examples())
         with without_tf32():
-            alone = _gradient(encoder.to(device), False)
+            single = _gradient(encoder.to(device), False)
             wrapped = _gradient(copy.deepcopy(encoder), True)
         compared = "gradients with DistributedDataParallel and without"
-        found = compare(f"{name}, {backend}", compared, wrapped, alone, LIMITS["float32"], dim=0)
+        found = compare(f"{name}, {backend}", compared, wrapped, single, LIMITS["float32"], dim=0)
         record.add("Gradients in a group of processes", COMPARISONS, found)
     finally:
         dist.destroy_process_group()
@@ -72,7 +72,7 @@ def _gradient(encoder: DenseEncoder, parallel: bool) -> torch.Tensor:
     devices = [device.index or 0] if device.type == "cuda" else None
     model = DistributedDataParallel(encoder, device_ids=devices) if parallel else encoder
     features = model(random_image(64, 80, device))
-    # Other weights for all of them: a mean of squares would be what a last norm keeps as it is.
+    # Different weights for all features: a last norm would keep the mean square constant.
     (features * torch.linspace(-1, 1, features.numel(), device=device).view_as(features)).mean().backward()
     found = [parameter.grad.flatten() for parameter in encoder.parameters() if parameter.grad is not None]
     encoder.zero_grad(set_to_none=True)
@@ -91,26 +91,28 @@ def _check_training(record: Record, settings: Settings, photos: Path, output: Pa
         "SEED": 0,
         "OUTPUT_DIR": output,
     }
-    words = [*TINY, *(word for pair in overrides.items() for word in pair)]
+    arguments = [*TINY, *(item for pair in overrides.items() for item in pair)]
     tool = [*launcher, str(ROOT / "tools" / "train_net.py"), "--config-file", str(_CONFIG)]
-    with child([*tool, *map(str, words), "SOLVER.MAX_ITER", str(_ENDLESS)], logs / "stopped.log", ROOT) as process:
+    with child(
+        [*tool, *map(str, arguments), "SOLVER.MAX_ITER", str(_MANY_STEPS)], logs / "stopped.log", ROOT
+    ) as process:
         _wait_for_steps(output / "metrics.json", process)
         process.send_signal(signal.SIGINT)
         process.wait(_PATIENCE)
     last = output / "last_checkpoint"
     name = last.read_text() if last.is_file() else "none"
-    matched = _STOPPED.fullmatch(name)
-    good = matched is not None and (output / name).is_file()
-    record.add(TITLE, FACTS, Fact("Ctrl-C", "a checkpoint is written", name, good))
-    if not good:
+    matched = _CHECKPOINT.fullmatch(name)
+    valid = matched is not None and (output / name).is_file()
+    record.add(TITLE, FACTS, Fact("Ctrl-C", "a checkpoint is written", name, valid))
+    if not valid:
         return
     iteration = int(matched[1]) + 1
     log = logs / "resumed.log"
     steps = ["SOLVER.MAX_ITER", str(iteration + settings.resumed_steps)]
-    with child([*tool, "--resume", *map(str, words), *steps], log, ROOT) as process:
+    with child([*tool, "--resume", *map(str, arguments), *steps], log, ROOT) as process:
         code = process.wait()
-    begun = re.search(r"Starting training from iteration (\d+)", log.read_text(errors="replace"))
-    found = begun[1] if begun else "none"
+    match = re.search(r"Starting training from iteration (\d+)", log.read_text(errors="replace"))
+    found = match[1] if match else "none"
     record.add(TITLE, FACTS, Fact("--resume", f"goes on from iteration {iteration}", found, found == str(iteration)))
     finished = last.read_text()
     ended = code == 0 and (output / STUDENT_FILE).is_file()
@@ -119,10 +121,10 @@ def _check_training(record: Record, settings: Settings, photos: Path, output: Pa
 
 
 def _wait_for_steps(metrics: Path, process: subprocess.Popen) -> None:
-    """Until a training has written numbers of its first steps.
+    """Wait until a training has written metrics.
 
     Raises:
-        RuntimeError: it ended before.
+        RuntimeError: the training ended before.
     """
     while not (metrics.is_file() and metrics.stat().st_size):
         if process.poll() is not None:

@@ -1,4 +1,4 @@
-"""What makes the host wait for the GPU, by PyTorch's own account."""
+"""Counts synchronizations of the host with the GPU, as reported by PyTorch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from benchmarks.gpu_check.checks import FACTS, Fact
 from benchmarks.gpu_check.record import Record
 
-# What the warnings say that torch.cuda.set_sync_debug_mode asks for.
+# Text of the warnings that torch.cuda.set_sync_debug_mode enables.
 _WAIT = "called a synchronizing"
 
 
 class HostWaits:
-    """Within it, waits of the host for the GPU are counted; those of ``torch.cuda.synchronize`` are not.
+    """Counts synchronizations within a block, except calls of ``torch.cuda.synchronize``.
 
     Attributes:
-        places: how many there were, by file and line; none on a CPU.
+        places: number of synchronizations by file and line; empty on a CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class HostWaits:
 
 
 def check_waits(record: Record, subject: str, call: Callable[[], object], device: torch.device, limit: int) -> None:
-    """Check that a call makes the host wait at most so often, the first time, which warms up, aside; only on a GPU."""
+    """Check that a call synchronizes at most ``limit`` times after a warm-up; does nothing on a CPU."""
     if device.type != "cuda":
         return
     call()

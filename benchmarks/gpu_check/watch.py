@@ -1,4 +1,4 @@
-"""A hook that says where the time of a distillation's steps goes, and what the host waits for."""
+"""Training hook that measures the times of a distillation step and counts synchronizations."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ WARM_UP = 3
 
 
 class StepWatch(HookBase):
-    """Times the teacher and the student's forward in every step but the first few, and counts waits on a GPU.
+    """Times the teacher and the student's forward pass, and counts GPU synchronizations, after the first few steps.
 
     Attributes:
-        steps: how many were watched.
-        windows: that the teacher encoded in them.
-        frozen: seconds of the student's frozen part alone: embedding and blocks up to the first one that is trained.
-        waits: of the host for the GPU, in these steps.
+        steps: number of measured steps.
+        windows: number of windows that the teacher encoded in them.
+        frozen: seconds for the student's frozen part alone: embedding and blocks before the first trained one.
+        waits: synchronizations in these steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class StepWatch(HookBase):
         self.frozen = 0.0
         self.waits = HostWaits(device)
         self._teacher, self._student = Clock(device), Clock(device)
-        self._seen = 0
+        self._started_steps = 0
         self._images: torch.Tensor | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -43,10 +43,10 @@ class StepWatch(HookBase):
         self._handles.append(self._encoder.register_forward_pre_hook(self._keep))
 
     def before_step(self) -> None:
-        self._seen += 1
-        if self._seen != WARM_UP + 1:
+        self._started_steps += 1
+        if self._started_steps != WARM_UP + 1:
             return
-        # Between two steps, so that none is longer for it.
+        # Measured between two steps, so that no step takes longer.
         self.frozen = self._time_frozen()
         self._first_window = self._distillation.windows_encoded
         for clock in (self._student, self._teacher):
@@ -54,19 +54,19 @@ class StepWatch(HookBase):
         self.waits.__enter__()
 
     def after_step(self) -> None:
-        if self._seen > WARM_UP:
+        if self._started_steps > WARM_UP:
             self.steps += 1
             self.windows = self._distillation.windows_encoded - self._first_window
 
     def after_train(self) -> None:
-        if self._seen > WARM_UP:
+        if self._started_steps > WARM_UP:
             self.waits.__exit__()
         for handle in self._handles:
             handle.remove()
         self._images = None
 
     def seconds(self) -> tuple[float, float]:
-        """Of the teacher's encoder and of the student's forward, for a step."""
+        """Return the seconds per step of the teacher's encoder and of the student's forward pass."""
         return tuple(clock.seconds() / max(1, self.steps) for clock in (self._teacher, self._student))
 
     def _listen(self, module: nn.Module, clock: Clock) -> None:

@@ -1,11 +1,11 @@
-"""What coco_panoptic_fpn_1x.yaml says, as a LazyConfig: the same model, data and schedule."""
+"""LazyConfig version of coco_panoptic_fpn_1x.yaml: the same model, data and schedule."""
 
 import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.data import transforms as T
 
-import spar_d2  # noqa: F401  registers
+import spar_d2  # noqa: F401  registers data sets and models
 from spar_d2.data.mappers import PanopticMapper
 from spar_d2.encoders import EncoderSpec
 from spar_d2.engine.solver import optimizer_params
@@ -40,7 +40,7 @@ dataloader.test.dataset.names = "spar_coco_panoptic_val"
 dataloader.evaluator = L(PanopticEvaluator)(dataset_name="${dataloader.test.dataset.names}")
 
 optimizer = L(torch.optim.AdamW)(
-    # The model is set by the tool.
+    # Set by the training tool.
     params=L(optimizer_params)(base_lr="${optimizer.lr}", weight_decay="${optimizer.weight_decay}", layer_decay=0.7),
     lr=1e-4,
     weight_decay=0.1,

@@ -1,1 +1,1 @@
-"""Inference modes side by side on data sets."""
+"""Comparison of inference modes on data sets."""

@@ -1,4 +1,4 @@
-"""Ways of inference on several data sets, kept as they are finished."""
+"""Evaluates inference modes on several data sets, and stores finished results."""
 
 from __future__ import annotations
 
@@ -28,42 +28,42 @@ FINISHED = "finished.json"
 def evaluate_methods(
     cfg: CfgNode, methods: Sequence[Method], datasets: Sequence[str], folder: Path, limit: int | None = None
 ) -> list[Score]:
-    """Evaluate every method on every data set, by each one's protocol.
+    """Evaluate every method on every data set, with the protocol of each data set.
 
-    What is finished is kept in ``folder``/finished.json and is not done again, as long as it would come out the same;
-    within a data set an evaluation that was stopped goes on where it was.
+    Results are stored in ``folder``/finished.json and reused as long as their inputs do not change. Interrupted
+    evaluations are resumed.
 
     Args:
-        cfg: of the segmentor.
-        methods: the rows of a table.
-        datasets: registered names.
-        folder: for everything written.
-        limit: only so many images of each data set, the first ones.
+        cfg: config of the segmentor.
+        methods: methods to compare, the rows of the table.
+        datasets: names of registered data sets.
+        folder: output folder.
+        limit: maximum number of images per data set.
 
     Raises:
-        ValueError, FileNotFoundError: as :func:`spar_d2.comparison.protocol.config_for` and the data sets do.
+        ValueError, FileNotFoundError: as :func:`spar_d2.comparison.protocol.config_for` and the data sets.
     """
     configs = {name: config_for(cfg, name) for name in datasets}
-    # One that is not there should not be found out after hours.
+    # Load all data sets first, so that missing ones are reported immediately.
     contents = {name: _content(DatasetCatalog.get(name)[:limit]) for name in datasets}
-    # The same weights are asked for again with every data set.
+    # The checksums of weights are needed for every data set.
     read_once = functools.cache(source_checksum)
-    kept = {score.identity: score for score in _read(folder / FINISHED)}
+    stored = {score.identity: score for score in _read(folder / FINISHED)}
     scores = []
     for method in methods:
         model = None
-        for name, own in configs.items():
-            identity = _identity(own, method, contents[name], read_once)
-            if identity not in kept:
+        for name, config in configs.items():
+            identity = _identity(config, method, contents[name], read_once)
+            if identity not in stored:
                 model = model or build_method(cfg, method)
                 progress = Progress(folder / f"unfinished_{identity}.safetensors", identity)
-                with model.configured(own):
-                    result = measure(own, name, method, model, limit, progress)
+                with model.configured(config):
+                    result = measure(config, name, method, model, limit, progress)
                 numbers = (len(result.seconds), result.scores, result.seconds_per_image)
-                kept[identity] = Score(method.name, name, identity, *numbers)
-                write_json([score.plain() for score in kept.values()], folder / FINISHED)
+                stored[identity] = Score(method.name, name, identity, *numbers)
+                write_json([score.plain() for score in stored.values()], folder / FINISHED)
                 progress.finish()
-            scores.append(kept[identity])
+            scores.append(stored[identity])
             logger.info("%s, %s: mIoU %.2f", method.name, name, scores[-1].scores["mIoU"])
     return scores
 
@@ -74,30 +74,30 @@ def _read(path: Path) -> list[Score]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("%s is damaged (%s); beginning anew", path, error)
+        logger.warning("%s is corrupt (%s); starting over", path, error)
         return []
 
 
 def _identity(cfg: CfgNode, method: Method, content: str, read: Callable[[str], str]) -> str:
-    """Text that differs where the numbers of an evaluation may."""
-    own = cfg.clone()
-    own.defrost()
-    own.merge_from_list(list(method.overrides))
-    spar = own.MODEL.SPAR
-    spar.PRECISION = precision_from_config(own)
-    # What changes no number.
-    spar.TEXT_CACHE = own.MODEL.DEVICE = own.MODEL.WEIGHTS = ""
-    own.SPAR.TEACHER.BATCH_SIZE = 0
-    nodes = [own.MODEL, own.INPUT, own.DATASETS.TEST, own.TEST.AUG]
+    """Cache key of an evaluation: differs if its results may differ."""
+    config = cfg.clone()
+    config.defrost()
+    config.merge_from_list(list(method.overrides))
+    spar = config.MODEL.SPAR
+    spar.PRECISION = precision_from_config(config)
+    # Clear settings that do not affect the results.
+    spar.TEXT_CACHE = config.MODEL.DEVICE = config.MODEL.WEIGHTS = ""
+    config.SPAR.TEACHER.BATCH_SIZE = 0
+    nodes = [config.MODEL, config.INPUT, config.DATASETS.TEST, config.TEST.AUG]
     if spar.INFERENCE == "sliding_window":
-        nodes.append(own.SPAR.TEACHER)
+        nodes.append(config.SPAR.TEACHER)
     files = (spar.ENCODER, spar.PRETRAINED, spar.DINOV3_BACKBONE, spar.VOCABULARY, spar.TEMPLATES, method.weights)
     text = "\n".join([*map(str, nodes), *map(read, files), content])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _content(records: list[dict]) -> str:
-    """Text that changes with the files of a data set."""
+    """Checksum of the names, sizes and times of a data set's files."""
     files = (record[key] for record in records for key in ("file_name", "sem_seg_file_name"))
     lines = (" ".join(map(str, (file, *signature(file)))) for file in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

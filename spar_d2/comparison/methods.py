@@ -1,4 +1,4 @@
-"""Ways of inference side by side: how well they segment, and how long they take."""
+"""Inference modes, their scores and their run times."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a comparison.
+    """A row of a comparison.
 
     Attributes:
-        name: shown in the table.
-        overrides: config keys and values in turn, as on a command line.
-        weights: encoder weights to load in place of the pre-trained ones; "" for none.
+        name: name in the table.
+        overrides: alternating config keys and values, as on a command line.
+        weights: encoder weights to load instead of the pre-trained ones; "" for none.
     """
 
     name: str
@@ -42,11 +42,12 @@ class Method:
 
 @dataclass
 class Result:
-    """What was measured for a method.
+    """Result of a method.
 
     Attributes:
-        scores: of the evaluator, in percent.
-        seconds: of the model alone, per image, in order.
+        method: the method.
+        scores: scores of the evaluator, in percent.
+        seconds: run time of the model for each image.
     """
 
     method: Method
@@ -55,12 +56,12 @@ class Result:
 
     @property
     def seconds_per_image(self) -> float:
-        """Median: a busy machine stretches single images."""
+        """Median run time per image, which is robust to outliers on a busy machine."""
         return statistics.median_high(self.seconds)
 
 
 def build_method(cfg: CfgNode, method: Method) -> OpenVocabularySegmentor:
-    """The segmentor of a config under a method's overrides and weights, for inference alone: its encoder is frozen."""
+    """Build the segmentor of a config with a method's overrides and weights, for inference with a frozen encoder."""
     cfg = copy.deepcopy(cfg)
     cfg.defrost()
     cfg.merge_from_list(list(method.overrides))
@@ -72,7 +73,7 @@ def build_method(cfg: CfgNode, method: Method) -> OpenVocabularySegmentor:
 
 
 def build_teacher_encode(cfg: CfgNode) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From an image (3, H, W), 0..255, to the teacher's dense features (D, h, w), by a config's pre-trained model."""
+    """Build a function from images (3, H, W), 0..255, to the teacher's features (D, h, w), with pre-trained weights."""
     teacher = [
         "MODEL.SPAR.INFERENCE",
         "sliding_window",
@@ -93,64 +94,65 @@ def measure(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Evaluate a method on a data set, and time it.
+    """Evaluate and time a method on a data set.
 
     Args:
-        cfg: says how images are read and tested; with ``TEST.AUG.ENABLED`` in several views.
-        dataset: a registered name.
-        method: a row of a comparison.
-        model: what :func:`build_method` gave for it; built if not given.
-        limit: only so many images, the first ones.
-        progress: keeps what was done, so that a run that is stopped goes on from there.
+        cfg: config that defines how images are loaded, and whether test-time augmentation is used
+            (``TEST.AUG.ENABLED``).
+        dataset: name of a registered data set.
+        method: method to evaluate.
+        model: result of :func:`build_method`; built if not given.
+        limit: maximum number of images.
+        progress: stores intermediate results, so that an interrupted evaluation can be resumed.
     """
     records = DatasetCatalog.get(dataset)[:limit]
     if model is None:
         model = build_method(cfg, method)
-    tested = SegmentorWithTTA(cfg, model) if cfg.TEST.AUG.ENABLED else model
+    inference_model = SegmentorWithTTA(cfg, model) if cfg.TEST.AUG.ENABLED else model
     evaluator = SemanticEvaluator(dataset, distributed=False)
     result = Result(method, {})
     if progress:
         result.seconds += progress.restore(evaluator)
     done = len(result.seconds)
     mapper = ImageMapper(cfg, is_train=False)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
-    # @configurable hides its arguments and what it returns.
+    # @configurable hides the signature.
     build_loader = cast("Callable[..., DataLoader]", build_detection_test_loader)
     loader = build_loader(dataset=records[done:], mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
     bar = tqdm(pinned(loader), desc=f"{method.name}, {dataset}", unit="image", initial=done, total=len(records))
-    whole = True
+    consistent = True
     try:
         for index, inputs in enumerate(bar):
             if index == 0:
-                tested(inputs)  # computes the vectors of the words and warms up
-            _wait(model)
+                inference_model(inputs)  # warm up and compute the text embeddings
+            _synchronize(model)
             started = time.perf_counter()
-            outputs = tested(inputs)
-            _wait(model)
+            outputs = inference_model(inputs)
+            _synchronize(model)
             seconds = time.perf_counter() - started
-            whole = False
+            consistent = False
             evaluator.process(inputs, outputs)
             result.seconds.append(seconds)
-            whole = True
+            consistent = True
             if progress:
                 progress.keep(evaluator, result.seconds)
     except KeyboardInterrupt:
-        # Half an image must not be gone on from.
-        if progress and whole:
+        # Do not store progress if the evaluator was interrupted within an image.
+        if progress and consistent:
             progress.keep(evaluator, result.seconds, now=True)
         raise
     scores = evaluator.evaluate()
-    assert scores is not None  # only in other processes
+    assert scores is not None  # None only in other processes
     result.scores = scores["sem_seg"]
     return result
 
 
-def _wait(model: OpenVocabularySegmentor) -> None:
+def _synchronize(model: OpenVocabularySegmentor) -> None:
     if model.pixel_mean.is_cuda:
         torch.cuda.synchronize(model.pixel_mean.device)
 
 
 def markdown_table(results: Sequence[Result], baseline: Result) -> str:
-    """A table of scores and times; speed-ups are relative to ``baseline``."""
+    """Format scores and run times as a Markdown table. Speed-ups are relative to ``baseline``."""
     lines = ["| method | mIoU | pixel accuracy | seconds per image | speed-up |", "|---|---:|---:|---:|---:|"]
     for result in results:
         ratio = baseline.seconds_per_image / result.seconds_per_image

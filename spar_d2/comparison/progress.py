@@ -1,4 +1,4 @@
-"""What an evaluation has done so far, on disk, so that one that is stopped goes on from there."""
+"""Stores intermediate results of an evaluation on disk, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts and times of the images done, in a file.
+    """Stores the counts and run times of processed images in a file.
 
     Args:
-        path: the file; it is there while the evaluation is unfinished.
-        identity: text that says what is evaluated and how; what was kept of another is not gone on from.
-        period: seconds between writes.
+        path: path of the file, which exists while the evaluation is unfinished.
+        identity: cache key of the evaluation; progress of another evaluation is ignored.
+        period: minimum number of seconds between writes.
     """
 
     def __init__(self, path: Path, identity: str, period: float = 20.0) -> None:
@@ -30,24 +30,24 @@ class Progress:
         self._written = time.monotonic()
 
     def restore(self, evaluator: SemanticEvaluator) -> list[float]:
-        """Give the evaluator what it had counted; returns the seconds of each image that it had seen."""
+        """Restore the evaluator's counts, and return the run times of the processed images."""
         if not self.path.is_file():
             return []
         try:
             with safe_open(self.path, "np") as file:
                 if (file.metadata() or {}).get("identity") != self.identity:
                     return []
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
             seconds = state.pop("seconds").tolist()
             evaluator.load_state_dict(state)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            logger.warning("%s is damaged (%s); beginning anew", self.path, error)
+            logger.warning("%s is corrupt (%s); starting over", self.path, error)
             return []
-        logger.info("Going on after %d images (%s)", len(seconds), self.path)
+        logger.info("Resuming after %d images (%s)", len(seconds), self.path)
         return seconds
 
     def keep(self, evaluator: SemanticEvaluator, seconds: list[float], now: bool = False) -> None:
-        """Write what was done, if it is time to, or at once."""
+        """Write the progress if ``period`` has passed, or if ``now`` is set."""
         if not now and time.monotonic() - self._written < self.period:
             return
         state = {"seconds": np.asarray(seconds), **evaluator.state_dict()}

@@ -1,4 +1,4 @@
-"""The protocol of the paper's benchmarks, put into a config."""
+"""Applies the paper's evaluation protocol to a config."""
 
 from __future__ import annotations
 
@@ -18,41 +18,42 @@ PROTOCOLS = ("paper", "config")
 
 
 def config_for(cfg: CfgNode, dataset: str) -> CfgNode:
-    """The config for testing on one data set.
+    """Return the config for testing on a data set.
 
-    With ``SPAR.TEST.PROTOCOL`` "paper" and one of our benchmarks, test size, logit scale, thresholds and, where none is
-    configured, the vocabulary become the benchmark's; the log says what they are.
+    If ``SPAR.TEST.PROTOCOL`` is "paper" and the data set is one of this package's benchmarks, the test size, logit
+    scale and thresholds are set as in the paper, and logged.
 
     Args:
-        cfg: left as it is.
-        dataset: a registered name; ``DATASETS.TEST`` of the result.
+        cfg: config, which is not modified.
+        dataset: name of a registered data set; becomes ``DATASETS.TEST``.
 
     Raises:
-        ValueError: another protocol, or a configured vocabulary of another number of classes than the data set.
+        ValueError: the protocol is unknown, or the configured vocabulary and the data set differ in their number of
+            classes.
     """
     if cfg.SPAR.TEST.PROTOCOL not in PROTOCOLS:
         raise ValueError(f"SPAR.TEST.PROTOCOL must be one of {', '.join(PROTOCOLS)}; got {cfg.SPAR.TEST.PROTOCOL!r}")
-    own = cfg.clone()
-    own.defrost()
-    own.DATASETS.TEST = (dataset,)
+    result = cfg.clone()
+    result.defrost()
+    result.DATASETS.TEST = (dataset,)
     benchmark = BENCHMARKS.get(dataset)
     if benchmark is not None and cfg.SPAR.TEST.PROTOCOL == "paper":
         settings = benchmark.settings(find_family(cfg.MODEL.SPAR.ENCODER).name)
-        words: list[Any] = [word for pair in settings.items() for word in pair]
-        own.merge_from_list(words)
+        overrides: list[Any] = [item for pair in settings.items() for item in pair]
+        result.merge_from_list(overrides)
         shown = ", ".join(f"{key} {value}" for key, value in settings.items())
         logger.info("%s by the paper's protocol (SPAR.TEST.PROTOCOL): %s", dataset, shown)
-    check_vocabulary(own, dataset)
-    own.freeze()
-    return own
+    check_vocabulary(result, dataset)
+    result.freeze()
+    return result
 
 
 def check_vocabulary(cfg: CfgNode, dataset: str) -> None:
-    """Raise ``ValueError`` where the configured vocabulary is not of the classes of a data set."""
-    words = cfg.MODEL.SPAR.VOCABULARY
+    """Raise ``ValueError`` if the configured vocabulary and the data set differ in their number of classes."""
+    vocabulary = cfg.MODEL.SPAR.VOCABULARY
     names = MetadataCatalog.get(dataset).get("stuff_classes", [])
-    if words and cfg.MODEL.SPAR.OUTPUT != "features" and (count := len(Vocabulary.load(words))) != len(names):
+    if vocabulary and cfg.MODEL.SPAR.OUTPUT != "features" and (count := len(Vocabulary.load(vocabulary))) != len(names):
         raise ValueError(
-            f"MODEL.SPAR.VOCABULARY has {count} classes and {dataset!r} {len(names)}: "
-            "each class of the data set needs one of the vocabulary's, in its order"
+            f"MODEL.SPAR.VOCABULARY has {count} classes, but {dataset!r} has {len(names)}: "
+            "the vocabulary must have one class for each class of the data set, in the same order"
         )

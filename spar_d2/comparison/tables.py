@@ -1,4 +1,4 @@
-"""Scores of several ways of inference on several data sets, as the paper's table."""
+"""Formats scores of inference modes on several data sets as in the paper's table."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _IN_MEAN = [name for name, benchmark in BENCHMARKS.items() if benchmark.in_mean]
 
 @dataclass(frozen=True)
 class Score:
-    """One cell of the table.
+    """A cell of the table.
 
     Attributes:
-        method: of the row.
-        dataset: of the column.
-        identity: of everything that the numbers follow from.
-        images: how many were tested on.
-        scores: of the evaluator, in percent; nan where undefined.
-        seconds_per_image: median, of the model alone.
+        method: name of the method, the row.
+        dataset: name of the data set, the column.
+        identity: cache key of the evaluation.
+        images: number of images.
+        scores: scores of the evaluator, in percent; nan if undefined.
+        seconds_per_image: median run time of the model.
     """
 
     method: str
@@ -33,37 +33,37 @@ class Score:
     seconds_per_image: float
 
     def plain(self) -> dict:
-        """As JSON has it, which knows no nan."""
+        """Convert to JSON types; nan becomes None."""
         scores = {name: None if math.isnan(value) else value for name, value in self.scores.items()}
         return {**asdict(self), "scores": scores}
 
     @classmethod
     def from_plain(cls, record: dict) -> Score:
-        """What :meth:`plain` gave."""
+        """Create from the result of :meth:`plain`."""
         scores = {name: math.nan if value is None else value for name, value in record["scores"].items()}
         return cls(**{**record, "scores": scores})
 
 
 def summary(scores: Sequence[Score], missing: Sequence[str]) -> dict:
-    """All of the table's numbers, for a JSON file."""
+    """Collect all numbers of the table for a JSON file."""
     means = {method: _mean(row, _miou) for method, row in _rows(scores).items()}
     return {"scores": [score.plain() for score in scores], "mean mIoU": means, "not found": list(missing)}
 
 
 def paper_table(scores: Sequence[Score], missing: Sequence[str] = ()) -> str:
-    """mIoU of every method on every data set, with their mean, and times, in Markdown.
+    """Format the mIoU and run time of all methods on all data sets as Markdown tables.
 
     Args:
-        scores: one for each method and data set.
-        missing: benchmarks that were not found; without one of the paper's there is no mean.
+        scores: one score for each method and data set.
+        missing: benchmarks that were not found. The mean is omitted if one of the paper's benchmarks is missing.
     """
     rows = _rows(scores)
     others = [score.dataset for score in scores if score.dataset not in _IN_MEAN]
     columns = [*_IN_MEAN, "Mean", *dict.fromkeys(others)]
     titles = [BENCHMARKS[name].title if name in BENCHMARKS else name for name in columns]
     lines = []
-    for what, value, digits in (("mIoU", _miou, 1), ("seconds per image", _seconds, 3)):
-        lines += [f"| {what} | {' | '.join(titles)} |", f"|---|{'---:|' * len(titles)}"]
+    for quantity, value, digits in (("mIoU", _miou, 1), ("seconds per image", _seconds, 3)):
+        lines += [f"| {quantity} | {' | '.join(titles)} |", f"|---|{'---:|' * len(titles)}"]
         for method, row in rows.items():
             cells = [_mean(row, value) if name == "Mean" else _cell(row, name, value) for name in columns]
             shown = ["-" if cell is None else f"{cell:.{digits}f}" for cell in cells]
@@ -97,7 +97,7 @@ def _mean(row: dict[str, Score], value: Callable[[Score], float]) -> float | Non
 
 
 def _notes(scores: Sequence[Score], missing: Sequence[str]) -> list[str]:
-    notes = ["mIoU in percent, over the classes in the ground truth; seconds: median, of the model alone."]
+    notes = ["mIoU in percent, over the classes in the ground truth. Run times: median, model only."]
     for name, count in {score.dataset: score.images for score in scores}.items():
         if name in BENCHMARKS and count < BENCHMARKS[name].images:
             notes.append(f"{BENCHMARKS[name].title}: {count} of {BENCHMARKS[name].images} images.")

@@ -1,1 +1,1 @@
-"""Images to train and to test on."""
+"""Training and test images."""

@@ -1,4 +1,4 @@
-"""From a config to the photos that are distilled on, to labeled images, and to the images of tests."""
+"""Builds data sets and loaders of unlabeled and labeled images from a config."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 PANOPTIC_FPN = "PanopticFPN"
 LINEAR_PROBE = "LinearProbe"
-# What these models of Detectron2's are trained on; without it, or with labels that are no class, they end in an
-# assertion or a missing key.
+# Labels that Detectron2's models need in training. Without them, or with out-of-range labels, the models would fail
+# with an assertion or a KeyError.
 _LABELS = {PANOPTIC_FPN: ("annotations", "sem_seg_file_name"), "SemanticSegmentor": ("sem_seg_file_name",)}
 _AUGMENTATION = (
     "SCALE_BOX",
@@ -49,11 +49,11 @@ _AUGMENTATION = (
 
 
 def build_photos(cfg: CfgNode, seed: int) -> PhotoDataset:
-    """The photos of ``SPAR.DATA`` or ``DATASETS.TRAIN``, augmented as the config says.
+    """Build the data set of unlabeled images from ``SPAR.DATA`` or ``DATASETS.TRAIN``.
 
     Raises:
-        ValueError, FileNotFoundError: there are none, or a key is wrong.
-        RuntimeError: not one can be decoded.
+        ValueError, FileNotFoundError: there are no images, or a config key is invalid.
+        RuntimeError: none of the images can be decoded.
     """
     data = cfg.SPAR.DATA
     if data.IMAGES:
@@ -61,31 +61,32 @@ def build_photos(cfg: CfgNode, seed: int) -> PhotoDataset:
     elif cfg.DATASETS.TRAIN:
         dicts = cast(list, get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False))
     else:
-        raise ValueError("nothing to distill on: set SPAR.DATA.IMAGES to a folder of photos, or DATASETS.TRAIN")
+        raise ValueError("no images to distill on: set SPAR.DATA.IMAGES to a folder of images, or DATASETS.TRAIN")
     augmentations = build_augmentations(**{key.lower(): data[key] for key in _AUGMENTATION})
     logger.info("Distilling on %d images", len(dicts))
-    # Detectron2's list keeps its dicts packed: processes share them, and millions fit.
+    # Detectron2's list serializes its dicts, so that millions fit into memory and processes share them.
     packed = cast(Sequence, DatasetFromList(dicts, copy=False))
     photos = PhotoDataset(packed, augmentations, cfg.INPUT.FORMAT, seed=seed, frozen=data.FROZEN)
-    photos.read(0)  # where not one can be decoded, say so before training starts
+    photos.read(0)  # fail before training starts if no image can be decoded
     return photos
 
 
 def build_photo_loader(cfg: CfgNode, seed: int) -> PhotoLoader:
-    """Batches of the photos for this process; raises as :func:`build_photos`."""
+    """Build the loader of unlabeled images for this process; raises as :func:`build_photos`."""
     photos = build_photos(cfg, seed)
     sampler = ResumableBatchSampler(len(photos), cfg.SOLVER.IMS_PER_BATCH, seed, comm.get_rank(), comm.get_world_size())
     return PhotoLoader(photos, sampler, cfg.DATALOADER.NUM_WORKERS, cfg.SPAR.DATA.MAX_DAMAGED)
 
 
 def build_labeled_loader(cfg: CfgNode, seed: int) -> LabeledLoader:
-    """Detectron2's loader of ``DATASETS.TRAIN``, with this project's mappers.
+    """Build Detectron2's loader for ``DATASETS.TRAIN`` with this package's mappers.
 
     Detectron2's default sampler is replaced by one that can be resumed at any step.
 
     Raises:
-        ValueError: no data set, panoptic ones beside others, or one without what the model is trained on.
-        FileNotFoundError: the files of one are not there.
+        ValueError: there is no data set, panoptic data sets are mixed with others, or the labels that the model needs
+            are missing.
+        FileNotFoundError: files of a data set do not exist.
     """
     names = cfg.DATASETS.TRAIN
     kinds = {has_panoptic_masks(name) for name in names}
@@ -97,7 +98,7 @@ def build_labeled_loader(cfg: CfgNode, seed: int) -> LabeledLoader:
         check_panoptic(name)
     if panoptic:
         _check_classes(cfg, names)
-    # The decorator of Detectron2's mappers hides their arguments from type checkers.
+    # The decorator of Detectron2's mappers hides their signature from type checkers.
     mapper = cast(Any, PanopticMapper if panoptic else SemanticMapper)(cfg, True)
     if cfg.MODEL.SEM_SEG_HEAD.NAME == LINEAR_PROBE or (not panoptic and cfg.MODEL.META_ARCHITECTURE in _LABELS):
         mapper = LabelCheck(cfg, mapper)
@@ -111,27 +112,27 @@ def build_labeled_loader(cfg: CfgNode, seed: int) -> LabeledLoader:
     if not panoptic:
         _check_records(cfg, dataset[0])
     sampler = ResumableTrainingSampler(len(dataset), cfg.SOLVER.IMS_PER_BATCH, seed)
-    # Without its own generator, the loader takes a number from the one of the step in which it is first used.
+    # Without its own generator, the loader would draw a number from the one of the step in which it is first used.
     batches = train_loader(cfg=cfg, mapper=mapper, dataset=dataset, sampler=sampler, generator=sampler.generator)
     return LabeledLoader(batches, sampler)
 
 
 def train_loader(cfg: CfgNode | None = None, **options: Any) -> Iterable[list[dict]]:
-    """Detectron2's ``build_detection_train_loader``, into pinned memory where there is a GPU."""
-    # Its decorator hides its arguments from type checkers.
+    """Detectron2's ``build_detection_train_loader``, with pinned memory if there is a GPU."""
+    # The decorator hides the signature from type checkers.
     build = cast(Any, build_detection_train_loader)
-    given = () if cfg is None else (cfg,)
-    return build(*given, **options, pin_memory=torch.cuda.is_available())
+    args = () if cfg is None else (cfg,)
+    return build(*args, **options, pin_memory=torch.cuda.is_available())
 
 
 def check_panoptic(name: str) -> None:
-    """Raise ``ValueError`` for a data set with panoptic masks whose metadata do not say what its categories are."""
+    """Raise ``ValueError`` if a data set with panoptic masks lacks category mappings in its metadata."""
     if has_panoptic_masks(name):
         separate_numbers(name, MetadataCatalog.get(name).as_dict())
 
 
 def _load(names: Iterable[str], **options: Any) -> list[dict]:
-    """As Detectron2's function, which gives no reason for files that are missing but their names."""
+    """Load dataset dicts; the error names the data sets, unlike Detectron2's."""
     try:
         return cast(list, get_detection_dataset_dicts(names, **options))
     except AssertionError as error:
@@ -139,18 +140,18 @@ def _load(names: Iterable[str], **options: Any) -> list[dict]:
 
 
 def _check_records(cfg: CfgNode, record: dict) -> None:
-    """Raise ``ValueError`` where a model's labels are in no record."""
+    """Raise ``ValueError`` if the records lack labels that the model needs."""
     model = cfg.MODEL.META_ARCHITECTURE
     missing = [key for key in _LABELS.get(model, ()) if key not in record]
     if missing:
         raise ValueError(
-            f"DATASETS.TRAIN: {model} is trained on {' and '.join(_LABELS[model])}, and {list(cfg.DATASETS.TRAIN)} has "
-            f"no {' and no '.join(missing)} in its records; it has {', '.join(sorted(record))}"
+            f"DATASETS.TRAIN: {model} is trained on {' and '.join(_LABELS[model])}, but the records of "
+            f"{list(cfg.DATASETS.TRAIN)} have no {' and no '.join(missing)}; they have {', '.join(sorted(record))}"
         )
 
 
 def _check_classes(cfg: CfgNode, names: Iterable[str]) -> None:
-    """Raise ``ValueError`` where a PanopticFPN has not the classes of its panoptic data sets."""
+    """Raise ``ValueError`` if the number of classes of a PanopticFPN differs from that of its data sets."""
     if cfg.MODEL.META_ARCHITECTURE != PANOPTIC_FPN:
         return
     for name in names:
@@ -158,14 +159,14 @@ def _check_classes(cfg: CfgNode, names: Iterable[str]) -> None:
         counts = {"ROI_HEADS": len(numbers.things), "SEM_SEG_HEAD": 1 + len(numbers.stuff)}
         for head, count in counts.items():
             if cfg.MODEL[head].NUM_CLASSES != count:
-                what = "things" if head == "ROI_HEADS" else "kinds of stuff, with one for all things"
+                what = "things" if head == "ROI_HEADS" else "stuff classes, plus one for all things"
                 raise ValueError(
-                    f"MODEL.{head}.NUM_CLASSES must be {count}, as {name!r} has so many {what}; "
+                    f"MODEL.{head}.NUM_CLASSES must be {count}, the number of {what} of {name!r}; "
                     f"got {cfg.MODEL[head].NUM_CLASSES}"
                 )
 
 
 def pinned(loader: DataLoader) -> DataLoader:
-    """A loader of Detectron2's, which then gives images in memory that a GPU, if there is one, copies by itself."""
+    """Make a Detectron2 loader pin its memory if there is a GPU, for asynchronous copies."""
     loader.pin_memory = torch.cuda.is_available()
     return loader

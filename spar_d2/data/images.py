@@ -1,4 +1,4 @@
-"""Reading image files of any kind as 8-bit RGB. Needs no Detectron2."""
+"""Reads images of any format as 8-bit RGB. Needs no Detectron2."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from PIL import Image, ImageOps
 
 from spar_d2.utils.images import DAMAGE, open_image, reason
 
-# Of an image in a tar file, which is read as a whole; a hole in a file may pretend to be of any size.
-_MOST_BYTES = 2**30
+# Size limit of an image in a tar file, which is read as a whole: the header of a sparse member may claim any size.
+_MAX_BYTES = 2**30
 
 
 def read_rgb(source: str | os.PathLike | Image.Image) -> np.ndarray:
-    """Read an image upright.
+    """Read an image upright as 8-bit RGB.
 
-    EXIF rotation is applied, deep images are scaled to 8 bits, transparent ones are laid on white.
+    EXIF rotation is applied. Images of more than 8 bits are scaled to 8 bits. Transparent images are composited on
+    white.
 
     Args:
-        source: a file or a PIL image; gray, RGB, RGBA, palette, CMYK, 16 or 32 bits, floats.
+        source: file or PIL image; gray, RGB, RGBA, palette, CMYK, 16-bit, 32-bit or float.
 
     Returns:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it cannot be read or decoded.
+        FileNotFoundError: the file does not exist.
+        ValueError: the image cannot be read or decoded.
     """
     if isinstance(source, Image.Image):
         try:
@@ -35,31 +36,31 @@ def read_rgb(source: str | os.PathLike | Image.Image) -> np.ndarray:
         except DAMAGE as error:
             raise ValueError(f"image: {source} cannot be read: {error}") from error
     if not os.path.isfile(source):
-        raise FileNotFoundError(f"image: there is no file {source}")
+        raise FileNotFoundError(f"image: {source} does not exist")
     return _decode(source, source)
 
 
 def read_photo(record: dict) -> np.ndarray:
-    """Read the photo of a dataset dict, from its file or from within a tar file.
+    """Read the image of a dataset dict, from a file or a tar archive.
 
     Args:
-        record: has "file_name"; for a photo in a tar file also "tar", its path, and "offset" and "size", the place of
-            the photo in it, in bytes.
+        record: dataset dict with "file_name". For images in a tar file, also "tar", the path of the tar file, and
+            "offset" and "size", the position of the image in bytes.
 
     Returns:
-        (H, W, 3) uint8 RGB, as :func:`read_rgb`.
+        (H, W, 3) uint8 RGB, see :func:`read_rgb`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it cannot be read or decoded.
+        FileNotFoundError: the file does not exist.
+        ValueError: the image cannot be read or decoded.
     """
     name = record["file_name"]
     if "tar" not in record:
         return read_rgb(name)
     if not os.path.isfile(record["tar"]):
-        raise FileNotFoundError(f"image: there is no file {record['tar']}, which should hold {name}")
-    if record["size"] > _MOST_BYTES:
-        raise ValueError(f"image: {name} cannot be read: it has {record['size']} bytes, at most {_MOST_BYTES} are read")
+        raise FileNotFoundError(f"image: the tar file {record['tar']} of {name} does not exist")
+    if record["size"] > _MAX_BYTES:
+        raise ValueError(f"image: {name} cannot be read: it has {record['size']} bytes, the limit is {_MAX_BYTES}")
     try:
         with open(record["tar"], "rb") as tar:
             tar.seek(record["offset"])
@@ -67,7 +68,7 @@ def read_photo(record: dict) -> np.ndarray:
     except OSError as error:
         raise ValueError(f"image: {name} cannot be read: {error}") from error
     if len(content) < record["size"]:
-        raise ValueError(f"image: {name} cannot be read: the tar file ends within it")
+        raise ValueError(f"image: {name} cannot be read: the tar file is truncated")
     return _decode(io.BytesIO(content), name)
 
 
@@ -83,29 +84,30 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF raises all kinds of errors; the pixels themselves are whole
+    except Exception:  # corrupt EXIF data raises many kinds of errors, but the pixels are intact
         image = image.copy()
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _shallow(image)
+        image = _to_8_bits(image)
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
 
 
-def _shallow(image: Image.Image) -> Image.Image:
-    """Gray pixels of more than 8 bits, which Pillow would clip, scaled to 8.
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale gray pixels of more than 8 bits to 8 bits. Pillow would clip them.
 
-    Whole numbers span 16 bits, or 31 where they are larger. Floats span 0..1, or 0..255 or 16 bits likewise.
+    The value range is 16 bits for integers, or 31 bits if any value is larger; 0..1 for floats, or 0..255 or 16 bits if
+    any value is larger.
     """
     values = np.asarray(image).astype(np.float64)
     largest = values.max()
     spans = (1, 255, 65535) if image.mode == "F" else (65535, 2**31 - 1)
     span = next((span for span in spans if largest <= span), None)
     if span is None or not np.isfinite(values).all():
-        raise ValueError(f"its pixels must be numbers up to {spans[-1]}, got {largest}")
+        raise ValueError(f"its pixel values must be finite and at most {spans[-1]}, got {largest}")
     scaled = (values.clip(0) * (255 / span)).round().astype(np.uint8)
-    clear = image.info.get("transparency")
-    if clear is not None:
-        scaled[values == clear] = 255
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        scaled[values == transparent] = 255
     return Image.fromarray(scaled)

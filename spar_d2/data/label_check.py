@@ -1,4 +1,4 @@
-"""Checks labels where they are read: on a GPU, a training would have to wait to look at them."""
+"""Checks labels in the data loader, because checking them on a GPU would require a synchronization."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from detectron2.config import CfgNode
 
 
 class LabelCheck:
-    """A mapper whose labels are checked.
+    """Wraps a dataset mapper and checks its labels.
 
     Args:
-        cfg: says which labels there are (``MODEL.SEM_SEG_HEAD``).
-        mapper: gives "sem_seg" (H, W), and "image" (3, H, W) or "features" (D, h, w).
-        patch_size: pixels of a cell of the features.
+        cfg: config whose ``MODEL.SEM_SEG_HEAD`` defines the valid labels.
+        mapper: mapper that returns "sem_seg" (H, W), and "image" (3, H, W) or "features" (D, h, w).
+        patch_size: patch size of the features in pixels.
     """
 
     def __init__(self, cfg: CfgNode, mapper: Callable[[dict], dict], patch_size: int = 1) -> None:
@@ -22,9 +22,9 @@ class LabelCheck:
         self._mapper, self._allowed, self._patch = mapper, (head.NUM_CLASSES, head.IGNORE_VALUE), patch_size
 
     def __call__(self, record: dict) -> dict:
-        """What the mapper gives; raises ``ValueError`` for labels that are no class, naming their file."""
+        """Apply the mapper. Raises ``ValueError`` with the file name if labels are out of range."""
         mapped = self._mapper(record)
-        # Labels of another size are the head's to complain of.
+        # The head reports labels of another size.
         if "sem_seg" in mapped and self._is_of_one_size(mapped):
             check_labels(mapped["sem_seg"], *self._allowed, str(record.get("sem_seg_file_name", "")))
         return mapped
@@ -36,11 +36,11 @@ class LabelCheck:
 
 
 def check_labels(labels: torch.Tensor, num_classes: int, ignore_value: int, of: str = "") -> None:
-    """Raise ``ValueError`` where labels (H, W), on the CPU, are neither classes nor ignored; ``of`` names the file."""
-    known = labels[labels != ignore_value]
-    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < num_classes:
+    """Raise ``ValueError`` if labels (H, W) on the CPU are neither classes nor ignored. ``of`` is the file name."""
+    valid = labels[labels != ignore_value]
+    if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < num_classes:
         raise ValueError(
             f"labels{f' of {of}' if of else ''} must be in 0..{num_classes - 1} (MODEL.SEM_SEG_HEAD.NUM_CLASSES "
             f"{num_classes}) or {ignore_value} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE); "
-            f"got {int(known.min())}..{int(known.max())}"
+            f"got {int(valid.min())}..{int(valid.max())}"
         )

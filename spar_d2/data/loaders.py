@@ -1,4 +1,4 @@
-"""Loaders of training images, with one interface for the trainer."""
+"""Loaders of training images, with a common interface for the trainer."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from spar_d2.data.samplers import ResumableBatchSampler, ResumableTrainingSample
 
 logger = logging.getLogger(__name__)
 
-# Batches that each loading process reads ahead.
+# Batches that each worker process prefetches.
 AHEAD = 4
 
 
 class TrainLoader(Protocol):
-    """Infinite batches of dataset dicts, for one process."""
+    """Infinite loader of dataset dict batches for one process."""
 
     @property
     def photos(self) -> PhotoDataset | None:
-        """The unlabeled images that are loaded; None for labeled ones."""
+        """Data set of unlabeled images, or None for labeled images."""
         ...
 
     def __iter__(self) -> Iterator[list[dict]]: ...
 
     def set_seed(self, seed: int) -> None:
-        """Change the random seed; only before the first batch."""
+        """Change the random seed. Must be called before the first batch."""
         ...
 
     def start_at(self, step: int) -> None:
-        """Begin with a step other than the first."""
+        """Start at another step than the first."""
         ...
 
 
 class CorruptImages:
-    """Counts unreadable images, and logs each once.
+    """Counts corrupt images and logs each of them once.
 
     Args:
-        limit: number of unreadable images that is tolerated.
+        limit: maximum number of corrupt images.
 
     Attributes:
-        names: file names so far.
+        names: file names of the corrupt images so far.
     """
 
     def __init__(self, limit: int) -> None:
@@ -53,36 +53,39 @@ class CorruptImages:
         self.names: set[str] = set()
 
     def add(self, damaged: Mapping[str, str]) -> None:
-        """Count images, given the reason for each by its file name.
+        """Add images.
+
+        Args:
+            damaged: reason for each corrupt image, by file name.
 
         Raises:
-            RuntimeError: there are too many.
+            RuntimeError: there are more corrupt images than the limit.
         """
         for name, reason in damaged.items():
             if name in self.names:
                 continue
             self.names.add(name)
-            # Names of files need not be text, nor one line.
+            # File names may contain newlines and invalid UTF-8.
             shown = reason.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
-            logger.warning("Skipped a damaged photo (%d so far): %s", len(self.names), shown)
+            logger.warning("Skipped a corrupt image (%d so far): %s", len(self.names), shown)
             if len(self.names) > self.limit:
                 raise RuntimeError(
-                    f"more than {self.limit} photos are damaged (SPAR.DATA.MAX_DAMAGED), the last one: {shown}; "
-                    "all are named in the log"
+                    f"more than {self.limit} images are corrupt (SPAR.DATA.MAX_DAMAGED), the last one: {shown}; "
+                    "see the log for all of them"
                 )
 
 
 class PhotoLoader:
-    """Loads unlabeled images in the sampler's order; unreadable ones are logged once and skipped.
+    """Loads unlabeled images in the order of a sampler. Corrupt images are logged once and skipped.
 
     Args:
-        photos: the images.
-        sampler: their order.
-        workers: loading processes; 0 loads in this one.
-        max_damaged: number of unreadable images that is tolerated.
+        photos: data set of images.
+        sampler: sampler of batches.
+        workers: number of worker processes; 0 loads in the main process.
+        max_damaged: maximum number of corrupt images.
 
     Attributes:
-        corrupt: unreadable images so far.
+        corrupt: corrupt images so far.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class PhotoLoader:
         self.sampler.start = step
 
     def __iter__(self) -> Iterator[list[dict]]:
-        """Batches without end; raises ``RuntimeError`` where too many images are unreadable."""
+        """Yield batches infinitely; raises ``RuntimeError`` if too many images are corrupt."""
         options: dict[str, Any] = {"prefetch_factor": AHEAD, "persistent_workers": True} if self.workers else {}
         batches = DataLoader(
             self.photos,
@@ -115,11 +118,11 @@ class PhotoLoader:
 
 
 class LabeledLoader:
-    """One of Detectron2's loaders of labeled images.
+    """Wraps a Detectron2 loader of labeled images.
 
     Args:
         batches: Detectron2's loader.
-        sampler: the one that the loader was built with; None for samplers of Detectron2, which cannot be resumed.
+        sampler: sampler of the loader, or None for Detectron2's samplers, which cannot be resumed.
     """
 
     photos = None

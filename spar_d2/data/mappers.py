@@ -1,4 +1,4 @@
-"""From panoptic masks to what Detectron2's PanopticFPN trains on."""
+"""Dataset mapper for Detectron2's PanopticFPN."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from spar_d2.utils.id_maps import boxes, places, runs
 from spar_d2.utils.images import check_image_file
 from spar_d2.utils.panoptic_numbers import SeparateNumbers, separate_numbers
 
-# Class of things in "sem_seg", where stuff counts from 1 on.
+# Class of all things in "sem_seg"; stuff classes start at 1.
 _THINGS = 0
-# Of segments in an image: as many as 16 bits tell apart.
-_PLACES = 2**16
+# Maximum number of segments in an image, plus one: segment indices have 16 bits.
+_MAX_INDICES = 2**16
 
 
 class PanopticMapper:
-    """Reads an image and its panoptic mask, and augments both alike; stands where Detectron2's ``DatasetMapper`` does.
+    """Reads an image and its panoptic mask, and augments both. Replaces Detectron2's ``DatasetMapper``.
 
     Args:
-        is_train: in testing only the image is read.
-        augmentations: Detectron2's, for images and masks.
-        image_format: order of the image's channels, "BGR" or "RGB" (``INPUT.FORMAT``).
-        ignore_label: in "sem_seg", for pixels that belong to no segment.
-        numbers: PanopticFPN's numbers for the classes of the data sets; None where records have them already.
+        is_train: whether to read labels.
+        augmentations: Detectron2's augmentations, applied to images and masks.
+        image_format: channel order of the image, "BGR" or "RGB" (``INPUT.FORMAT``).
+        ignore_label: label in "sem_seg" of pixels without a segment.
+        numbers: mapping from the categories of the data sets to PanopticFPN's classes; None if records are already
+            mapped.
     """
 
     @configurable
@@ -61,16 +62,16 @@ class PanopticMapper:
         return {"is_train": is_train, "augmentations": augmentations, **form}
 
     def __call__(self, record: dict) -> dict:
-        """A dataset dict, see :func:`~spar_d2.data.datasets.panoptic.load_panoptic`, with what it names.
+        """Map a dataset dict, see :func:`~spar_d2.data.datasets.panoptic.load_panoptic`.
 
         Returns:
-            The dict's other entries, with "image" (3, H, W) uint8 and, in training, "instances" of the things that are
-            still seen and are no crowds (``gt_classes``, ``gt_boxes``, ``gt_masks``), and "sem_seg" (H, W) int64: stuff
-            from 1 on, 0 for things.
+            The dict without its mask entries, with "image" (3, H, W) uint8. In training, also "instances"
+            (``gt_classes``, ``gt_boxes``, ``gt_masks``) of the visible things that are not crowds, and "sem_seg" (H, W)
+            int64, where 0 stands for things and stuff classes start at 1.
 
         Raises:
-            FileNotFoundError: the image or its mask is not there.
-            ValueError: the image is damaged, or has not the size that the dict says, or see :func:`read_segments`.
+            FileNotFoundError: the image or its mask does not exist.
+            ValueError: the image is corrupt or its size differs from the dict; or as :func:`read_segments`.
         """
         result = {key: value for key, value in record.items() if key not in ("pan_seg_file_name", "segments_info")}
         check_image_file(record["file_name"])
@@ -81,7 +82,7 @@ class PanopticMapper:
         detection_utils.check_image_size(result, image)
         if self.is_train:
             segments = [self._renumbered(segment) for segment in record["segments_info"]]
-            # Records of Detectron2's own data sets have no size.
+            # Records of Detectron2's built-in data sets have no size.
             size = {"height": result["height"], "width": result["width"]}
             image, owners = self._augment(image, _read({**record, **size})[1], len(segments))
             result["instances"] = _instances(segments, owners)
@@ -95,7 +96,7 @@ class PanopticMapper:
         return result
 
     def _augment(self, image: np.ndarray, owners: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and places of segments; those that augmentations fill in, 0 or all bits set, are none's."""
+        """Augment the image and the segment indices. Added pixels get 0 or 65535, which is no segment."""
         augmented = T.AugInput(image, sem_seg=owners.astype(np.uint8))
         transforms = self.augmentations(augmented)
         low = augmented.sem_seg
@@ -110,58 +111,60 @@ class PanopticMapper:
         return {**segment, "category_id": numbers[segment["category_id"]], "iscrowd": crowd}
 
     def _stuff(self, segments: list[dict]) -> np.ndarray:
-        """Class in "sem_seg" of the segment at every place."""
-        classes = np.full(_PLACES, self.ignore_label, dtype=np.int64)
-        classes[1 : len(segments) + 1] = [_THINGS if one["isthing"] else one["category_id"] for one in segments]
+        """Return a lookup table from segment indices to classes in "sem_seg"."""
+        classes = np.full(_MAX_INDICES, self.ignore_label, dtype=np.int64)
+        classes[1 : len(segments) + 1] = [
+            _THINGS if segment["isthing"] else segment["category_id"] for segment in segments
+        ]
         return classes
 
 
 def _numbers(names: Sequence[str]) -> SeparateNumbers | None:
-    """Those of all data sets; None where they are ours, whose records have them."""
-    found = [separate_numbers(name, MetadataCatalog.get(name).as_dict()) for name in names if not is_panoptic(name)]
-    if found and (len(found) < len(names) or any(one != found[0] for one in found)):
-        raise ValueError(f"DATASETS.TRAIN: panoptic data sets must have the same numbers of classes, got {list(names)}")
-    return found[0] if found else None
+    """Class mapping of the data sets; None for this package's data sets, whose records are already mapped."""
+    mappings = [separate_numbers(name, MetadataCatalog.get(name).as_dict()) for name in names if not is_panoptic(name)]
+    if mappings and (len(mappings) < len(names) or any(mapping != mappings[0] for mapping in mappings)):
+        raise ValueError(f"DATASETS.TRAIN: panoptic data sets must have the same categories, got {list(names)}")
+    return mappings[0] if mappings else None
 
 
 def read_segments(record: dict) -> np.ndarray:
-    """The panoptic mask of a dataset dict: (H, W) int32 ids of segments, 0 for none.
+    """Read the panoptic mask of a dataset dict, as segment ids (H, W) int32, where 0 is no segment.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is no RGB picture, has not the size that the dict says, or a segment that the dict has not.
+        FileNotFoundError: the mask does not exist.
+        ValueError: the mask is not an RGB image, its size differs from the dict, or it has an unlisted segment.
     """
     return _read(record)[0]
 
 
 def _read(record: dict) -> tuple[np.ndarray, np.ndarray]:
-    """The mask, and as (H, W) uint16 the place of every pixel's segment in the dict's list, from 1 on; 0 is none."""
+    """Read the mask and convert it to segment indices (H, W) uint16: 1-based positions in ``segments_info``, or 0."""
     name = record["pan_seg_file_name"]
     ids = read_segment_ids(name)
     if ids.shape != (record["height"], record["width"]):
         size, expected = (f"{width}x{height}" for height, width in (ids.shape, (record["height"], record["width"])))
-        raise ValueError(f"the panoptic mask {name} is {size} pixels, its image {record['file_name']} {expected}")
+        raise ValueError(f"the panoptic mask {name} has {size} pixels, its image {record['file_name']} has {expected}")
     first, lengths = runs(ids)
-    numbers, strange = places(ids.ravel()[first], [segment["id"] for segment in record["segments_info"]])
-    if len(strange):
-        raise ValueError(f"the panoptic mask {name} has the segment {strange[0]}, which its data set does not list")
+    numbers, unknown = places(ids.ravel()[first], [segment["id"] for segment in record["segments_info"]])
+    if len(unknown):
+        raise ValueError(f"the panoptic mask {name} has the segment {unknown[0]}, which its data set does not list")
     return ids, np.repeat(numbers.astype(np.uint16), lengths).reshape(ids.shape)
 
 
 def _instances(segments: list[dict], owners: np.ndarray) -> Instances:
-    """Of the things that are seen and are no crowds."""
-    around = boxes(owners, len(segments))
+    """Create the instances of the visible things that are not crowds."""
+    bounds = boxes(owners, len(segments))
     things = [
-        place
-        for place, segment in enumerate(segments, start=1)
-        if segment["isthing"] and not segment["iscrowd"] and around[place, 2] > 0
+        index
+        for index, segment in enumerate(segments, start=1)
+        if segment["isthing"] and not segment["iscrowd"] and bounds[index, 2] > 0
     ]
     masks = np.zeros((len(things), *owners.shape), dtype=bool)
-    # Comparing all pixels with each thing would take longer than all else.
-    for mask, place, (x0, y0, x1, y1) in zip(masks, things, around[things].tolist()):
-        mask[y0:y1, x0:x1] = owners[y0:y1, x0:x1] == place
+    # Restricted to the bounding box: comparing all pixels with each thing would dominate the run time.
+    for mask, index, (x0, y0, x1, y1) in zip(masks, things, bounds[things].tolist()):
+        mask[y0:y1, x0:x1] = owners[y0:y1, x0:x1] == index
     instances = Instances(owners.shape)
-    instances.gt_classes = torch.tensor([segments[place - 1]["category_id"] for place in things], dtype=torch.int64)
+    instances.gt_classes = torch.tensor([segments[index - 1]["category_id"] for index in things], dtype=torch.int64)
     instances.gt_masks = BitMasks(torch.from_numpy(masks))
-    instances.gt_boxes = Boxes(torch.from_numpy(around[things].astype(np.float32)))
+    instances.gt_boxes = Boxes(torch.from_numpy(bounds[things].astype(np.float32)))
     return instances

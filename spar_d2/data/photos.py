@@ -1,4 +1,4 @@
-"""Unlabeled images, read and augmented."""
+"""Data set of unlabeled, augmented images."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from spar_d2.data.samplers import SampleIndex
 
 
 class PhotoDataset(Dataset):
-    """Reads and augments photos; the result depends on its arguments and the sample index alone.
+    """Reads and augments images. Each result depends only on the arguments and the sample index.
 
     Args:
-        dicts: dataset dicts with "file_name", and "name" where a photo has one that outlives a move of the files.
-        augmentations: applied in order.
-        format: order of the channels, "RGB" or "BGR".
-        seed: of the augmentation.
-        frozen: augment a photo the same way every time, with any seed, instead of anew in every epoch.
+        dicts: dataset dicts with "file_name", and optionally "name", a name that is independent of the file's location.
+        augmentations: augmentations, applied in order.
+        format: channel order, "RGB" or "BGR".
+        seed: random seed of the augmentations.
+        frozen: augment an image in the same way in every epoch, independent of the seed.
 
     Attributes:
-        look_up: what else belongs to an augmented image (3, H, W) uint8 in RGB, as entries of its dict; may be set
-            until images are read.
+        look_up: function that maps an augmented RGB image (3, H, W) uint8 to additional entries of its dict. Set it
+            before images are read.
     """
 
     def __init__(
@@ -52,51 +52,57 @@ class PhotoDataset(Dataset):
         return len(self.dicts)
 
     def __getitem__(self, sample_index: SampleIndex) -> dict:
-        """The photo of that index, or the next one that can be decoded.
+        """Return the image at an index, or the next one that can be decoded.
 
         Returns:
-            Its dataset dict with "image", (3, H, W) uint8, augmented; "position", that of the sample; "damaged", the
-            reason for each photo that was skipped, by its file name; and the entries that ``look_up`` adds.
+            The dataset dict with "image", the augmented image (3, H, W) uint8; "position", the position of the sample;
+            "damaged", the reason for each skipped image, by file name; and the entries that ``look_up`` returns.
 
         Raises:
-            RuntimeError: no photo at all can be decoded.
+            RuntimeError: none of the images can be decoded.
         """
         record, image, damaged = self.read(sample_index.index)
         sample = transforms.AugInput(image)
         name = record.get("name", os.path.basename(record["file_name"]))
-        # Of the photo alone, so that neither workers nor other photos change what becomes of it.
-        place = (0, 0) if self.frozen else (self.seed, 1 + sample_index.epoch)
-        with seeded_numpy(*place, zlib.crc32(os.fsencode(name))):
+        # Seeded by the image itself, so that workers and other images do not affect its augmentation.
+        epoch_seed = (0, 0) if self.frozen else (self.seed, 1 + sample_index.epoch)
+        with seeded_numpy(*epoch_seed, zlib.crc32(os.fsencode(name))):
             self.augmentations(sample)
         assert sample.image is not None
         # (H, W, 3) -> (3, H, W)
         image = torch.from_numpy(np.ascontiguousarray(cast(np.ndarray, sample.image).transpose(2, 0, 1)))
-        found = self.look_up(image.flip(0) if self.format == "BGR" else image) if self.look_up else {}
-        return {**record, "image": image, "position": sample_index.position, "damaged": damaged, **found}
+        extra = self.look_up(image.flip(0) if self.format == "BGR" else image) if self.look_up else {}
+        return {**record, "image": image, "position": sample_index.position, "damaged": damaged, **extra}
 
     def read(self, index: int) -> tuple[dict, np.ndarray, dict[str, str]]:
-        """Dataset dict and pixels (H, W, 3) uint8 of a photo, or of the next that can be decoded, and what is wrong
-        with those passed over; raises as :meth:`__getitem__`."""
+        """Read an image, or the next one that can be decoded.
+
+        Returns:
+            The dataset dict, the pixels (H, W, 3) uint8, and the reason for each skipped image, by file name.
+
+        Raises:
+            RuntimeError: none of the images can be decoded.
+        """
         damaged = {}
         for step in range(len(self)):
-            number = (index + step) % len(self)
-            record = self.dicts[number]
-            if number not in self._damaged:
+            position = (index + step) % len(self)
+            record = self.dicts[position]
+            if position not in self._damaged:
                 try:
                     image = read_photo(record)
                 except (ValueError, FileNotFoundError) as error:
-                    self._damaged[number] = str(error)
+                    self._damaged[position] = str(error)
                 else:
                     return record, np.ascontiguousarray(image[..., ::-1] if self.format == "BGR" else image), damaged
-            damaged[record["file_name"]] = self._damaged[number]
+            damaged[record["file_name"]] = self._damaged[position]
         raise RuntimeError(
-            f"SPAR.DATA.IMAGES: none of the {len(self)} photos can be decoded; {next(iter(damaged.values()))}"
+            f"SPAR.DATA.IMAGES: none of the {len(self)} images can be decoded; {next(iter(damaged.values()))}"
         )
 
 
 @contextlib.contextmanager
 def seeded_numpy(*seed: int) -> Iterator[None]:
-    """Seed numpy's global generator, which Detectron2's augmentations draw from, and put it back afterwards."""
+    """Temporarily seed NumPy's global generator, which Detectron2's augmentations use."""
     state = np.random.get_state()
     np.random.seed(np.random.SeedSequence(seed).generate_state(4))
     try:

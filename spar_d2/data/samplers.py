@@ -1,4 +1,4 @@
-"""Resumable, infinite samplers: the order of images follows from the seed and the step alone."""
+"""Resumable infinite samplers. The order of images depends only on the seed and the step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils.data import Sampler
 
 
 class SampleIndex(NamedTuple):
-    """One sample of a run.
+    """A sample of a training run.
 
     Attributes:
-        position: number of the sample, over all epochs and processes.
-        epoch: number of the pass over all images, from 0.
-        index: number of the image.
+        position: index of the sample over all epochs and processes.
+        epoch: number of completed passes over the data set.
+        index: index of the image in the data set.
     """
 
     position: int
@@ -26,22 +26,23 @@ class SampleIndex(NamedTuple):
 
 
 class ResumableBatchSampler(Sampler[list[SampleIndex]]):
-    """Batches of one process, without end, shuffled in every epoch.
+    """Infinite batches of one process, shuffled in every epoch.
 
-    Batch ``i`` of the run holds the samples from ``i * batch_size`` on, divided among the processes in order. So the
-    step alone says where a run continues, and any number of processes and workers sees the same images.
+    Batch ``i`` of the run consists of the samples from ``i * batch_size`` on, divided among the processes in order.
+    Therefore a run can be resumed from its step alone, and the images of a batch do not depend on the number of
+    processes and workers.
 
     Args:
         size: number of images.
-        batch_size: images in a batch, of all processes together.
-        seed: random seed of the order.
-        rank, world_size: number of this process, and of all processes.
+        batch_size: total batch size of all processes.
+        seed: random seed of the sampling order.
+        rank, world_size: rank of this process and number of processes.
 
     Attributes:
-        start: batch to begin with.
+        start: index of the first batch.
 
     Raises:
-        ValueError: there are no images, or the batch cannot be divided among the processes.
+        ValueError: there are no images, or the batch size is not a multiple of the number of processes.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
@@ -63,9 +64,9 @@ class ResumableBatchSampler(Sampler[list[SampleIndex]]):
             first += self.batch_size
 
     def sample(self, position: int) -> SampleIndex:
-        """The sample at a position of the run."""
-        epoch, place = divmod(position, self.size)
-        return SampleIndex(position, epoch, int(self._order(epoch)[place]))
+        """Return the sample at a position of the run."""
+        epoch, offset = divmod(position, self.size)
+        return SampleIndex(position, epoch, int(self._order(epoch)[offset]))
 
     def _order(self, epoch: int) -> torch.Tensor:
         if getattr(self, "_epoch", None) != (epoch, self.seed):
@@ -75,15 +76,15 @@ class ResumableBatchSampler(Sampler[list[SampleIndex]]):
 
 
 class ResumableTrainingSampler(TrainingSampler):
-    """Detectron2's training sampler, whose order can be entered at any step.
+    """Detectron2's training sampler, resumable at any step.
 
     Args:
         size: number of images.
-        batch_size: images in a step, of all processes together.
-        seed: random seed of the order.
+        batch_size: total batch size of all processes.
+        seed: random seed of the sampling order.
 
     Attributes:
-        generator: for the seeds of loading processes, which change with the step that a run continues from.
+        generator: generator of the seeds of worker processes, which depend on the step that a run resumes from.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int) -> None:
@@ -93,11 +94,11 @@ class ResumableTrainingSampler(TrainingSampler):
         self.start_at(0)
 
     def set_seed(self, seed: int) -> None:
-        """Change the seed; only before the first image is drawn."""
+        """Change the seed. Must be called before the first image is drawn."""
         self._seed = seed
 
     def start_at(self, step: int) -> None:
-        """Begin with a step other than the first."""
+        """Start at another step than the first."""
         self.start = step
         self.generator.manual_seed(self._seed * 1_000_003 + step)
 

@@ -1,4 +1,4 @@
-"""Detectron2's mapper with this package's readers: label maps by their numbers, images of known formats alone."""
+"""Detectron2's dataset mapper, with label maps read by value and a restricted set of image formats."""
 
 from __future__ import annotations
 
@@ -17,37 +17,39 @@ from spar_d2.utils.images import check_image_file, of_one_class, read_labels
 
 logger = logging.getLogger(__name__)
 
-# Of 16 bits, all of which augmentations set in pixels that they add.
+# 16-bit value of pixels that augmentations add: both of its bytes are 255.
 _ADDED = 2**16 - 1
-# Label maps without a second class, one after another, before that is told.
+# Number of label maps with a single class before a warning is logged.
 _PATIENCE = 8
 
 
 class ImageMapper(DatasetMapper):
-    """Detectron2's mapper without label maps, for testing: the evaluator reads them, at their own size."""
+    """Detectron2's mapper for testing. Skips label maps: the evaluator reads them at their original size."""
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """A dataset dict with its image.
+        """Read and augment the image of a dataset dict.
 
         Raises:
-            FileNotFoundError: the image is not there.
-            ValueError: it is no image of a known format.
+            FileNotFoundError: the image does not exist.
+            ValueError: the image format is not supported.
         """
         check_image_file(dataset_dict["file_name"])
         return super().__call__({key: value for key, value in dataset_dict.items() if key != "sem_seg_file_name"})
 
 
 class SemanticMapper(ImageMapper):
-    """Detectron2's mapper for training, which reads label maps as the evaluator does.
+    """Detectron2's mapper for training, which reads label maps in the same way as the evaluator.
 
-    Detectron2's own reads them as gray images: a palette's colors become gray values, and 16 bits are cut to 255.
+    Detectron2's mapper reads them as gray images, which converts the colors of a palette to gray values and clips
+    16-bit values at 255.
 
-    Label maps in which the second class may have been ignored, such as masks of 0 and 255, are told once.
+    If the first label maps have one class at most, for example because they are masks of 0 and 255, a warning is
+    logged.
 
     Args:
-        ignore_label: of pixels that augmentations add where labels have 16 bits; 65535 there is ignored, too.
-        classes: how many there are.
-        arguments: of ``DatasetMapper``.
+        ignore_label: label of pixels that augmentations add to 16-bit label maps; the value 65535 is mapped to it, too.
+        classes: number of classes.
+        arguments: arguments of ``DatasetMapper``.
     """
 
     @configurable
@@ -59,11 +61,11 @@ class SemanticMapper(ImageMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         head = cfg.MODEL.SEM_SEG_HEAD
-        own = {"ignore_label": head.IGNORE_VALUE, "classes": head.NUM_CLASSES}
-        return {**super().from_config(cfg, is_train), **own}
+        labels = {"ignore_label": head.IGNORE_VALUE, "classes": head.NUM_CLASSES}
+        return {**super().from_config(cfg, is_train), **labels}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """A dataset dict with what it names: "image", and "sem_seg" (H, W) int64 where it has a label map.
+        """Map a dataset dict to "image", and "sem_seg" (H, W) int64 if it has a label map.
 
         Raises:
             FileNotFoundError, ValueError: as :class:`ImageMapper` and :func:`spar_d2.utils.images.read_labels`.
@@ -76,20 +78,20 @@ class SemanticMapper(ImageMapper):
         return super().__call__(dataset_dict)
 
     def _look_at(self, labels: np.ndarray, file: str) -> None:
-        """Until a second class was seen, or the first label maps have none."""
+        """Collect the classes of the first label maps, and warn if there is only one."""
         self._seen.update(np.unique(labels).tolist())
         classes = self._seen - {self._ignored}
         self._patience = self._patience - 1 if len(classes) < 2 else 0
-        # Of several loading processes, one says it.
+        # Only one worker logs the warning.
         worker = get_worker_info()
         is_first = worker is None or worker.id == 0
         if len(classes) < 2 and not self._patience and self._ignored in self._seen and is_first:
-            what = of_one_class(classes, self._ignored)
-            logger.warning("DATASETS.TRAIN, %d label maps up to %s: %s", _PATIENCE, file, what)
+            message = of_one_class(classes, self._ignored)
+            logger.warning("DATASETS.TRAIN, %d label maps up to %s: %s", _PATIENCE, file, message)
 
 
 class _WithLabels:
-    """Augmentations that also change ``labels``, (H, W) as they were read or None, and hand them over."""
+    """Augmentations that also transform ``labels``, (H, W) in the original dtype, or None."""
 
     def __init__(self, augmentations: Callable[[T.AugInput], T.Transform], ignore_label: int) -> None:
         self.augmentations, self.ignore_label = augmentations, ignore_label
@@ -98,7 +100,7 @@ class _WithLabels:
     def __call__(self, augmented: T.AugInput) -> T.Transform:
         if self.labels is None:
             return self.augmentations(augmented)
-        # Some augmentations look at labels; they know 8 bits only.
+        # Some augmentations read the labels, but support only 8 bits.
         augmented.sem_seg = self.labels.astype(np.uint8)
         transform = self.augmentations(augmented)
         if self.labels.dtype != np.uint8:
@@ -107,9 +109,12 @@ class _WithLabels:
 
 
 def transformed_labels(transform: T.Transform, labels: np.ndarray, ignore_label: int = IGNORE_LABEL) -> np.ndarray:
-    """A label map (H, W) uint8 or uint16 after one of Detectron2's transforms, (H', W').
+    """Apply a Detectron2 transform to a label map (H, W) uint8 or uint16.
 
-    Where there are 16 bits, pixels that the transform adds, and those of 65535, get ``ignore_label``.
+    For 16-bit label maps, pixels that the transform adds and pixels of value 65535 become ``ignore_label``.
+
+    Returns:
+        (H', W') label map.
     """
     if labels.dtype == np.uint8:
         return transform.apply_segmentation(labels)
@@ -118,9 +123,10 @@ def transformed_labels(transform: T.Transform, labels: np.ndarray, ignore_label:
 
 
 def joined(transform: T.Transform, numbers: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Numbers (H, W) uint16 after a transform, (H', W') uint16, from ``low``, their lower bytes after it.
+    """Apply a transform to values (H, W) uint16, given their transformed low bytes ``low`` (H', W').
 
-    In 8 bits, as Detectron2 resizes wider numbers by a rule that shifts them against the image.
+    The bytes are transformed separately, because Detectron2 resizes 16-bit arrays with a slight shift against the
+    image.
     """
     return low + transform.apply_segmentation((numbers >> 8).astype(np.uint8)) * np.uint16(256)
 

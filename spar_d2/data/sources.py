@@ -1,4 +1,4 @@
-"""Finding photos: in folders, tar files and lists. Needs no Detectron2."""
+"""Finds images in folders, tar files and lists. Needs no Detectron2."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 KEY = "SPAR.DATA.IMAGES"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 TAR = ".tar"
-_LONGEST_HEADER = 1 << 20
+_MAX_HEADER_BYTES = 1 << 20
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
 @dataclass(frozen=True)
 class _File:
-    """A photo or tar file, its name within its source, and its real path, by which it is known if met again."""
+    """An image or tar file: its path, its name within the source, and its real path, to detect duplicates."""
 
     path: str
     name: str
@@ -33,45 +33,47 @@ class _File:
 
 
 def find_photos(sources: str | os.PathLike) -> list[dict]:
-    """Dataset dicts of all photos that ``SPAR.DATA.IMAGES`` names.
+    """Find all images of ``SPAR.DATA.IMAGES``.
 
-    Photos are jpg, png and webp files; hidden files and folders are left out, and a photo met twice is taken once. Tar
-    files are read in place. No photo is opened: a damaged one is found when it is read.
+    Images are jpg, png and webp files. Hidden files and folders are skipped, and duplicates (the same real path) are
+    listed once. Tar files are indexed, not unpacked. Images are not opened: corrupt ones are detected when they are
+    read.
 
     Args:
-        sources: a folder (with all its sub-folders, and the tar files in them), a tar file, a photo, or a list
-            (``*.txt`` in UTF-8, one folder, tar file or photo per line, relative to the list's folder); or several of
-            them joined by ``os.pathsep``.
+        sources: a folder (searched recursively, including its tar files), a tar file, an image, or a list (a UTF-8
+            ``*.txt`` file with one folder, tar file or image per line, relative to the list's folder); or several of
+            these, joined by ``os.pathsep``.
 
     Returns:
-        In the order of the sources, and sorted by path within each, {"file_name", "name", "image_id"} for each photo.
-        One in a tar file also has "tar", the path of that, and "offset" and "size", its place there in bytes. "name"
-        stays the same when a source is moved or other photos are added; photos of two sources may share one.
+        Dataset dicts {"file_name", "name", "image_id"}, in the order of the sources and sorted by path within a source.
+        For images in a tar file, also "tar", the path of the tar file, and "offset" and "size", the position of the
+        image in bytes. "name" does not change if a source is moved or images are added. Images of different sources may
+        have the same name.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: a source that is none of these or cannot be read, or no photo in any of them.
+        FileNotFoundError: a file or folder does not exist.
+        ValueError: a source has another format or cannot be read, or there are no images.
     """
     sources = os.fspath(sources)
     parts = [sources] if os.path.exists(sources) else [part for part in sources.split(os.pathsep) if part]
     found = [(part, _files(part, os.path.basename(part))) for part in parts]
     tars = sum(_is_tar(file.path) for _, files in found for file in files)
-    records, met = [], set()
+    records, seen = [], set()
     with tqdm(total=tars, desc="indexing tar files", disable=None if tars else True, leave=False) as bar:
         for part, files in found:
             before = len(records)
             for file in files:
-                if file.real in met:
+                if file.real in seen:
                     continue
-                met.add(file.real)
+                seen.add(file.real)
                 if _is_tar(file.path):
                     records += _tar_records(file)
                     bar.update()
                 else:
                     records.append({"file_name": file.path, "name": file.name})
-            logger.info("%d photos in %s", len(records) - before, part)
+            logger.info("%d images in %s", len(records) - before, part)
     if not records:
-        raise ValueError(f"{KEY}: there are no photos ({', '.join(EXTENSIONS)}) in {sources!r}")
+        raise ValueError(f"{KEY}: there are no images ({', '.join(EXTENSIONS)}) in {sources!r}")
     return [{**record, "image_id": index} for index, record in enumerate(records)]
 
 
@@ -80,11 +82,11 @@ def _is_tar(path: str) -> bool:
 
 
 def _files(path: str, name: str, listed: bool = False) -> list[_File]:
-    """Photos and tar files of one source, or of a line of a list, which calls a photo by ``name``."""
+    """List the images and tar files of a source, or of a line of a list; ``name`` is the name of a single image."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{KEY}: there is no file or folder {path}") from None
+        raise FileNotFoundError(f"{KEY}: {path} does not exist") from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     lower = path.lower()
@@ -94,14 +96,14 @@ def _files(path: str, name: str, listed: bool = False) -> list[_File]:
         return [_File(path, name, os.path.realpath(path))]
     if _is_tar(path):
         if not stat.S_ISREG(mode):
-            raise ValueError(f"{KEY}: {path} is no file")
+            raise ValueError(f"{KEY}: {path} is not a regular file")
         _check_readable(path)
         return [_File(path, os.path.basename(path), os.path.realpath(path))]
     if lower.endswith(COMPRESSED):
-        raise ValueError(f"{KEY}: tar files are read in place, so decompress {path}")
+        raise ValueError(f"{KEY}: compressed tar files are not supported; decompress {path}")
     if lower.endswith(".txt") and stat.S_ISREG(mode) and not listed:
         return _files_in_list(path)
-    allowed = f"a folder, a tar file, a photo ({', '.join(EXTENSIONS)})" + ("" if listed else " or a list (.txt)")
+    allowed = f"a folder, a tar file, an image ({', '.join(EXTENSIONS)})" + ("" if listed else " or a list (.txt)")
     raise ValueError(f"{KEY} must name {allowed}, got {path}")
 
 
@@ -119,19 +121,19 @@ def _files_in_list(path: str) -> list[_File]:
             wrong.append((number, error))
     if wrong:
         number, error = wrong[0]
-        more = f"; {len(wrong) - 1} more lines of it are wrong" if len(wrong) > 1 else ""
+        more = f"; {len(wrong) - 1} more lines are wrong" if len(wrong) > 1 else ""
         raise type(error)(f"{error} (line {number} of {path}){more}") from error
     return files
 
 
 def _files_in_folder(folder: str) -> list[_File]:
-    """Photos and tar files below a folder, sorted by name. Links are followed, but no folder is entered twice."""
+    """List the images and tar files in a folder, sorted by name. Links are followed, but no folder is entered twice."""
     files, linked, compressed = [], [], []
     entered = set()
-    # Linked folders come last, and linked files too: a link to what the folder has anyway changes no names.
-    waiting = deque([(folder, "")])
-    while waiting:
-        current, prefix = waiting.pop()
+    # Links come last, so that a link to something inside the folder does not change any names.
+    queue = deque([(folder, "")])
+    while queue:
+        current, prefix = queue.pop()
         real = os.path.realpath(current)
         if real in entered:
             continue
@@ -142,14 +144,14 @@ def _files_in_folder(folder: str) -> list[_File]:
         except OSError as error:
             if current == folder:
                 raise _unreadable(folder, error) from error
-            logger.warning("%s: left out the folder %s, which cannot be read: %s", KEY, current, error)
+            logger.warning("%s: skipped the folder %s, which cannot be read: %s", KEY, current, error)
             continue
         for entry in entries:
             name, link = prefix + entry.name, entry.is_symlink()
             if entry.name.startswith("."):
                 continue
             if _is_folder(entry):
-                (waiting.appendleft if link else waiting.append)((entry.path, f"{name}/"))
+                (queue.appendleft if link else queue.append)((entry.path, f"{name}/"))
             elif entry.name.lower().endswith((*EXTENSIONS, TAR)) and _is_file(entry):
                 target = os.path.realpath(entry.path) if link else os.path.join(real, entry.name)
                 (linked if link else files).append(_File(entry.path, name, target))
@@ -157,13 +159,13 @@ def _files_in_folder(folder: str) -> list[_File]:
                 compressed.append(entry.path)
     if compressed:
         shown = ", ".join(sorted(compressed)[:5]) + (", ..." if len(compressed) > 5 else "")
-        logger.warning("%s: left out %d compressed tar files, unpack them to use them: %s", KEY, len(compressed), shown)
+        logger.warning("%s: skipped %d compressed tar files, decompress them: %s", KEY, len(compressed), shown)
     unique = {file.real: file for file in reversed(files + linked)}
     return sorted(unique.values(), key=lambda file: file.name)
 
 
 def _is_file(entry: os.DirEntry) -> bool:
-    """Whether it is a file: reading a pipe might never end. A link to nothing is found when it is read."""
+    """Whether an entry is a regular file. Reading a pipe might block. Broken links are reported when they are read."""
     try:
         return stat.S_ISREG(entry.stat().st_mode)
     except OSError:
@@ -173,13 +175,13 @@ def _is_file(entry: os.DirEntry) -> bool:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or one into a place that may not be read
+    except OSError:  # a link loop, or a link into an inaccessible folder
         return False
 
 
 def _tar_records(file: _File) -> list[dict]:
-    """Dataset dicts, without image_id, of the photos in a tar file, sorted by name."""
-    # By name, as unpacking too would keep the last of several of the same name.
+    """Return dataset dicts, without image_id, of the images in a tar file, sorted by name."""
+    # Keyed by name: the last of several members with the same name wins, as in unpacking.
     members, damage = {}, ""
     try:
         length = os.path.getsize(file.path)
@@ -188,21 +190,21 @@ def _tar_records(file: _File) -> list[dict]:
             tarfile.open(fileobj=_Headers(raw), mode="r:", encoding="utf-8") as tar,
         ):
             for member in tar:
-                if member.size < 0:  # the next one would lie before it
+                if member.size < 0:  # the next member would start before this one
                     damage = "a member has a negative size"
                     break
                 if not member.issparse() and member.offset_data + member.size > length:
-                    damage = "it ends within a member"
+                    damage = "it is truncated"
                 elif _is_photo(member):
                     members[posixpath.normpath(member.name)] = member.offset_data, member.size
             if not damage and _has_data(tar):
-                damage = "a header in it cannot be read"
+                damage = "it has an unreadable header"
     except RecursionError:
-        damage = "its headers are nested"
+        damage = "its headers are nested too deeply"
     except (tarfile.TarError, OSError, ValueError) as error:
         damage = str(error)
     if damage:
-        logger.warning("%s: the tar file %s is damaged (%s); photos used: %d", KEY, file.path, damage, len(members))
+        logger.warning("%s: the tar file %s is corrupt (%s); images used: %d", KEY, file.path, damage, len(members))
     return [
         {
             "file_name": f"{file.path}/{name}",
@@ -216,16 +218,16 @@ def _tar_records(file: _File) -> list[dict]:
 
 
 class _Headers(io.BufferedReader):
-    """Of a tar file only headers are read, and a hostile one says that it is gigabytes long."""
+    """Limits the size of reads: only headers are read, and a malicious header may claim to be gigabytes long."""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= _LONGEST_HEADER:
-            raise tarfile.ReadError(f"a header in it is {size} bytes long")
+        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"it has a header of {size} bytes")
         return super().read(size)
 
 
 def _is_photo(member: tarfile.TarInfo) -> bool:
-    """Whether a member of a tar file is a photo, stored as it is (the pieces of a sparse file lie apart)."""
+    """Whether a tar member is an image that is stored contiguously (unlike a sparse file)."""
     is_plain = member.isreg() and not member.issparse() and "\0" not in member.name
     if not is_plain or not member.name.lower().endswith(EXTENSIONS):
         return False
@@ -233,7 +235,7 @@ def _is_photo(member: tarfile.TarInfo) -> bool:
 
 
 def _has_data(tar: tarfile.TarFile) -> bool:
-    """Whether there is something where the tar file ends; tarfile takes a damaged header for its end."""
+    """Whether data follows the last member. tarfile mistakes a corrupt header for the end of the file."""
     tar.fileobj.seek(tar.offset)
     return bool(tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"))
 

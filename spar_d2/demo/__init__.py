@@ -1,1 +1,1 @@
-"""The demo: photos and videos in, pictures of their classes out."""
+"""Demo: segments images and videos, and visualizes the results."""

@@ -1,4 +1,4 @@
-"""What the demo is given: photos and videos, by name, pattern or folder."""
+"""Inputs of the demo: images and videos, given as files, folders or patterns."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wm
 
 @dataclass(frozen=True)
 class Source:
-    """A photo or a video.
+    """An image or a video.
 
     Attributes:
-        record: the photo's dataset dict, as :func:`spar_d2.data.images.read_photo` takes it; of a video "file_name".
-        name: its path within the folder that was given, or else its file name; outputs are called after it.
-        is_video: whether it is one.
+        record: dataset dict of an image, see :func:`spar_d2.data.images.read_photo`; {"file_name"} for a video.
+        name: path relative to the given folder, or file name. Output names are derived from it.
+        is_video: whether it is a video.
     """
 
     record: dict
@@ -37,16 +37,16 @@ class Source:
 
 
 def find_inputs(words: Sequence[str], output: str | os.PathLike) -> list[Source]:
-    """Photos and videos that the words of ``--input`` name, each once.
+    """Find the images and videos of ``--input``, without duplicates.
 
     Args:
-        words: files, folders (photos and videos in them and their sub-folders), tar files, or patterns such as
+        words: files, folders (searched recursively for images and videos), tar files, or patterns such as
             "photos/*.jpg".
-        output: file or folder to be written to; what earlier runs left there, below a word's folder, is no input.
+        output: output file or folder. Results of earlier runs in it are excluded, if it is inside an input folder.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a folder without photos.
+        FileNotFoundError: there are no inputs.
+        ValueError: a folder has no images.
     """
     written = Path(os.path.realpath(output))
     sources: dict[str, Source] = {}
@@ -57,12 +57,12 @@ def find_inputs(words: Sequence[str], output: str | os.PathLike) -> list[Source]
             if not (skips and Path(real).is_relative_to(written)):
                 sources.setdefault(real, source)
     if not sources:
-        raise FileNotFoundError(f"{FLAG}: there are no photos in {' '.join(words)} but those in --output {output}")
+        raise FileNotFoundError(f"{FLAG}: there are no images in {' '.join(words)}, except in --output {output}")
     return list(sources.values())
 
 
 def _sources_of(word: str) -> Iterator[Source]:
-    """What a word names; of several matches of a pattern, one that cannot be used is told and left out."""
+    """Yield the inputs of a word. If a pattern has several matches, unusable ones are skipped with a warning."""
     matches = _matches(word)
     for path in matches:
         try:
@@ -70,11 +70,11 @@ def _sources_of(word: str) -> Iterator[Source]:
         except (ValueError, OSError) as error:
             if len(matches) == 1:
                 raise
-            logger.warning("left out: %s", error)
+            logger.warning("skipped: %s", error)
 
 
 def _fixed_part(word: str) -> str:
-    """A path, or the folder that a pattern begins with."""
+    """Return a path, or the folder before the first wildcard of a pattern."""
     path = Path(word)
     while not path.exists() and glob.has_magic(str(path)):
         path = path.parent
@@ -82,26 +82,26 @@ def _fixed_part(word: str) -> str:
 
 
 def _matches(word: str) -> list[str]:
-    """Paths that a word stands for."""
+    """Return the paths that match a word."""
     if os.path.exists(word):
         return [word]
     if not glob.has_magic(word):
-        raise FileNotFoundError(f"{FLAG}: there is no file or folder {word}")
-    known = (*EXTENSIONS, *VIDEOS, TAR)
-    # Not by the module glob, whose "**" enters links, also those to a folder above.
+        raise FileNotFoundError(f"{FLAG}: {word} does not exist")
+    extensions = (*EXTENSIONS, *VIDEOS, TAR)
+    # Path.glob instead of the glob module, whose "**" follows links, including those to a parent folder.
     start = Path(word).anchor
     pattern = f"{word}/*" if word.endswith("**") else word
     paths = sorted(Path(start).glob(os.path.relpath(pattern, start or None)))
-    found = [str(path) for path in paths if path.is_dir() or path.name.lower().endswith(known)]
-    found = [
+    matches = [str(path) for path in paths if path.is_dir() or path.name.lower().endswith(extensions)]
+    matches = [
         path
-        for path in found
+        for path in matches
         if not any(part.startswith(".") and part not in Path(word).parts for part in Path(path).parts)
     ]
-    files = [path for path in found if not os.path.isdir(path)]
-    if not found:
-        raise FileNotFoundError(f"{FLAG}: no photo, video or folder matches {word}")
-    return files or found
+    files = [path for path in matches if not os.path.isdir(path)]
+    if not matches:
+        raise FileNotFoundError(f"{FLAG}: no image, video or folder matches {word}")
+    return files or matches
 
 
 def _sources_at(path: str) -> list[Source]:
@@ -118,8 +118,8 @@ def _sources_at(path: str) -> list[Source]:
 
 
 def _videos_below(folder: str) -> list[Source]:
-    found = (path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in VIDEOS and path.is_file())
-    named = ((path, path.relative_to(folder)) for path in found)
+    matches = (path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in VIDEOS and path.is_file())
+    named = ((path, path.relative_to(folder)) for path in matches)
     return [
         Source({"file_name": str(path)}, name.as_posix(), is_video=True)
         for path, name in named
@@ -128,6 +128,6 @@ def _videos_below(folder: str) -> list[Source]:
 
 
 def stem_of(name: str) -> str:
-    """A name without its extension, in the way of this system, never leading out of a folder."""
+    """Return a name without its suffix, as a relative path of the operating system without ".." parts."""
     path = PurePosixPath(name).with_suffix("")
     return str(Path(*(part for part in path.parts if part not in ("/", ".."))))

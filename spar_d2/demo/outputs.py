@@ -1,4 +1,4 @@
-"""Where the demo's results go, and how they are written."""
+"""Plans the demo's output files and writes them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ FLAG = "--output"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO = ".mp4"
 _QUALITY = 92
-# Bytes, without endings and numbers; file systems allow 255.
-_LONGEST_NAME = 200
+# Maximum length in bytes, without suffixes and numbers. File systems allow 255.
+_MAX_NAME_BYTES = 200
 _WRITTEN_OF = "spar_d2 demo of"
-# Masks of more classes than a palette holds are 16-bit pictures.
+# Masks with more classes than a palette has entries are written in 16 bits.
 PALETTE_SIZE = 256
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the results of one photo or video go.
+    """Output paths of an image or video.
 
     Attributes:
-        picture: of the photo, or the video.
-        masks: class numbers: a file for a photo, a folder for a video; None if they are not asked for.
-        record: a JSON file; None if it is not asked for.
+        picture: visualization, an image or a video.
+        masks: mask file of an image or mask folder of a video; None if not requested.
+        record: JSON file; None if not requested.
     """
 
     picture: Path
@@ -48,7 +48,7 @@ class Target:
 
 
 def is_file_name(output: str | os.PathLike) -> bool:
-    """Whether ``--output`` names a file, rather than a folder."""
+    """Whether ``--output`` is a file rather than a folder."""
     if os.path.isdir(output):
         return False
     return Path(output).suffix.lower() in (*VIDEOS, *Image.registered_extensions())
@@ -57,46 +57,46 @@ def is_file_name(output: str | os.PathLike) -> bool:
 def plan_outputs(
     sources: Sequence[Source], output: str, ending: str = "", masks: bool = False, records: bool = False
 ) -> list[Target]:
-    """Decide on all names, before anything is computed.
+    """Determine all output paths before anything is computed.
 
     Args:
-        sources: what results are made of.
-        output: a folder, or for a single source a file.
-        ending: added to names of pictures and videos in a folder.
-        masks, records: whether there are such files.
+        sources: inputs.
+        output: a folder, or a file if there is a single input.
+        ending: suffix of the names of visualizations in a folder.
+        masks, records: whether masks and JSON files are requested.
 
     Returns:
-        For each source where its results go, no two to the same file: a number is added to names that were taken.
+        Output paths for each input. Names are made unique with a number.
 
     Raises:
-        ValueError: a file of a kind that cannot be written, or for more than one source; a place that is taken by one
-            of the inputs or, where a folder is needed, by a file.
+        ValueError: the format of a file is not supported, a file is given for several inputs, or a path is one of the
+            inputs or is occupied by a file where a folder is needed.
     """
     if is_file_name(output):
         _check_file(sources, output)
         targets = [_target(Path(output), Path(output).with_suffix(""), sources[0].is_video, masks, records)]
     else:
-        targets, taken = [], set()
+        targets, used = [], set()
         for source in sources:
-            # Of a name such as "...jpg" nothing is left.
+            # Names such as "...jpg" have no stem.
             stem = Path(output) / (stem_of(source.name).strip(".") or "_")
-            stem = stem.with_name(shortened(stem.name, _LONGEST_NAME))
+            stem = stem.with_name(shortened(stem.name, _MAX_NAME_BYTES))
             suffix = VIDEO if source.is_video else PICTURES[0]
             number = 1
             while True:
                 numbered = stem if number == 1 else stem.with_name(f"{stem.name}_{number}")
                 picture = numbered.with_name(f"{numbered.name}{ending}{suffix}")
                 target = _target(picture, numbered, source.is_video, masks, records)
-                # Some file systems take a.png and A.png for the same.
+                # Some file systems are case-insensitive.
                 keys = {str(path).lower() for path in target.paths}
-                if not keys & taken:
+                if not keys & used:
                     break
                 number += 1
-            taken |= keys
+            used |= keys
             targets.append(target)
     inputs = {os.path.realpath(source.record.get("tar", source.path)) for source in sources}
     for source, target in zip(sources, targets):
-        _check_places(target, inputs)
+        _check_paths(target, inputs)
         if source.is_video and target.masks:
             _check_masks(target.masks, source.path)
     return targets
@@ -116,28 +116,28 @@ def _check_file(sources: Sequence[Source], output: str) -> None:
         raise ValueError(f"{FLAG} {output} is a file, and there are {len(sources)} inputs: name a folder")
     allowed = (VIDEO,) if sources[0].is_video else PICTURES
     if Path(output).suffix.lower() not in allowed:
-        kind = "a video" if sources[0].is_video else "a photo"
+        kind = "a video" if sources[0].is_video else "an image"
         raise ValueError(f"{FLAG} for {kind} must end in {', '.join(allowed)}, or be a folder; got {output}")
 
 
-def _check_places(target: Target, inputs: Collection[str]) -> None:
+def _check_paths(target: Target, inputs: Collection[str]) -> None:
     for path in target.paths:
         if os.path.realpath(path) in inputs:
-            raise ValueError(f"{FLAG}: {path} is one of the inputs, which are never written to; name another folder")
+            raise ValueError(f"{FLAG}: {path} is one of the inputs, which are never overwritten; name another folder")
         above = next(parent for parent in path.absolute().parents if parent.exists() or parent.is_symlink())
         if not above.is_dir():
-            raise ValueError(f"{FLAG}: {above} is a file, and {path} needs a folder there")
+            raise ValueError(f"{FLAG}: {above} is a file, but {path} needs a folder there")
         if not os.access(above, os.W_OK):
-            raise ValueError(f"{FLAG}: {above} cannot be written to")
+            raise ValueError(f"{FLAG}: {above} is not writable")
         if path == target.record and path.is_file() and not _is_record(path):
-            raise ValueError(f"{FLAG}: {path} is not of an earlier demo, and would be replaced; name another folder")
+            raise ValueError(f"{FLAG}: {path} is not of an earlier demo and would be replaced; name another folder")
         is_folder = path == target.masks and path.suffix != ".png"
         if path.exists() and path.is_dir() != is_folder:
-            raise ValueError(f"{FLAG}: {path} is a {'file' if is_folder else 'folder'}, and cannot be replaced")
+            raise ValueError(f"{FLAG}: {path} is a {'file' if is_folder else 'folder'} and cannot be replaced")
 
 
 def frame_masks(folder: Path) -> dict[int, Path]:
-    """Files that are called as masks of a video's frames, by the numbers of these."""
+    """Return the files with names of frame masks, by frame number."""
     return {int(path.stem): path for path in folder.glob("[0-9]" * 6 + ".png")}
 
 
@@ -145,13 +145,13 @@ def _check_masks(folder: Path, video: str) -> None:
     others = [path for path in frame_masks(folder).values() if not is_mask_of(path, video)]
     if others:
         raise ValueError(
-            f"{FLAG}: {min(others)} is not of an earlier demo of {video}, and would be replaced or removed; name "
-            f"another folder, or remove {folder}"
+            f"{FLAG}: {min(others)} is not of an earlier demo of {video} and would be replaced or deleted; name "
+            f"another folder, or delete {folder}"
         )
 
 
 def is_mask_of(path: Path, source: str) -> bool:
-    """Whether it is what :func:`write_mask` wrote of that source."""
+    """Whether a file was written by :func:`write_mask` for this source."""
     try:
         with open_image(path, ["PNG"]) as image:
             return image.info.get(_WRITTEN_OF) == _name(source)
@@ -160,12 +160,12 @@ def is_mask_of(path: Path, source: str) -> bool:
 
 
 def _name(source: str) -> str:
-    # Names of files may hold bytes that are no text.
+    # File names may contain invalid UTF-8.
     return ascii(os.path.basename(source))
 
 
 def _is_record(path: Path) -> bool:
-    """Whether it is what :func:`write_record` wrote, and no annotations of somebody's photo."""
+    """Whether a file was written by :func:`write_record`, and is not, for example, an annotation file of the user."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -174,10 +174,10 @@ def _is_record(path: Path) -> bool:
 
 
 def write_picture(pixels: np.ndarray, path: Path) -> None:
-    """Write (H, W, 3) uint8 RGB in the format that the name ends in.
+    """Write an image (H, W, 3) uint8 RGB in the format of the file name.
 
     Raises:
-        ValueError: the format cannot hold it, as JPEG and WebP cannot hold very large pictures.
+        ValueError: the image is too large for the format, for example JPEG or WebP.
     """
     options: dict[str, Any] = {"compress_level": 4} if path.suffix.lower() == ".png" else {"quality": _QUALITY}
     with atomic_write(path) as temporary:
@@ -187,13 +187,13 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
             if isinstance(error, OSError) and error.errno:
                 raise  # a full disk
             height, width = pixels.shape[:2]
-            raise ValueError(f"{FLAG}: {path} of {width}x{height} pixels cannot be written: {error}") from error
+            raise ValueError(f"{FLAG}: {path} cannot be written with {width}x{height} pixels: {error}") from error
 
 
 def write_mask(labels: np.ndarray, colors: Sequence[tuple[int, int, int]], path: Path, source: str) -> None:
-    """Write (H, W) class numbers as a PNG: with the colors of up to 256 classes as its palette, or else in 16 bits.
+    """Write class indices (H, W) as a PNG, with the colors of up to 256 classes as palette, or else in 16 bits.
 
-    The name of the file that they are of stands in it, see :func:`is_mask_of`.
+    The name of the source file is stored in the PNG, see :func:`is_mask_of`.
     """
     if len(colors) <= PALETTE_SIZE:
         mask = Image.fromarray(labels.astype(np.uint8))
@@ -207,6 +207,6 @@ def write_mask(labels: np.ndarray, colors: Sequence[tuple[int, int, int]], path:
 
 
 def write_record(content: dict, path: Path) -> None:
-    """Write JSON in UTF-8."""
+    """Write a JSON file in UTF-8."""
     with atomic_write(path) as temporary:
         temporary.write_text(as_json(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

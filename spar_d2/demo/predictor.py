@@ -1,4 +1,4 @@
-"""One photo through a segmentor, and what it sees as a picture."""
+"""Segments an image and visualizes the result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Coloring = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class ClassArea:
-    """A class that was found in a picture; ``area`` is its share, 0..1."""
+    """A class in an image; ``area`` is its fraction of the image, 0..1."""
 
     number: int
     name: str
@@ -38,14 +38,14 @@ class ClassArea:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of a photo.
+    """Result of the model for an image.
 
     Attributes:
-        labels: (H, W) class numbers in the photo's own size; None if they are not asked for.
-        features: (D, h, w), on the CPU; None if they are not asked for.
-        covered: (H, W) of the photo's pixels that the features' grid covers, at least the photo.
-        seconds: that the model took.
-        segments: (H, W) numbers of segments, which are outlined; None where classes are.
+        labels: (H, W) class indices at the size of the image; None if not requested.
+        features: (D, h, w), on the CPU; None if not requested.
+        covered: (H, W) in image pixels of the area that the feature grid covers, at least the image.
+        seconds: run time of the model.
+        segments: (H, W) segment ids, which are outlined; None to outline classes.
     """
 
     labels: np.ndarray | None
@@ -55,29 +55,29 @@ class Prediction:
     segments: np.ndarray | None = None
 
     def needed_labels(self) -> np.ndarray:
-        """``labels``.
+        """Return ``labels``.
 
         Raises:
-            ValueError: they were not asked for.
+            ValueError: labels were not requested.
         """
         if self.labels is None:
-            raise ValueError("labels must be True for masks and records: the demo was built to show features alone")
+            raise ValueError("labels must be True for masks and records: the demo was built for features only")
         return self.labels
 
 
 class Demo:
-    """A segmentor with the way photos go in and pictures come out.
+    """Demo of a segmentor: preprocesses images, runs the model, and visualizes results.
 
     Args:
-        cfg: what to build, and how photos are resized for it.
-        shown: one or both of ``SHOWN``; of both, the features are to the right of the overlay.
-        weights: a student; "" for the config's ``MODEL.WEIGHTS`` or, where there are none, the pre-trained encoder.
-        labels: also find labels where they are not shown.
-        alpha: opacity of the classes' colors.
+        cfg: config of the model and of the preprocessing.
+        shown: one or both of ``SHOWN``. With both, features are drawn to the right of the overlay.
+        weights: weights of a student; "" for ``MODEL.WEIGHTS``, or the pre-trained encoder if that is empty.
+        labels: compute labels even if they are not shown.
+        alpha: opacity of the class colors.
 
     Raises:
-        ValueError: no vocabulary where one is needed, or an argument that is not allowed.
-        FileNotFoundError, RuntimeError: weights that are not there or do not fit.
+        ValueError: there is no vocabulary, or an argument has an invalid value.
+        FileNotFoundError, RuntimeError: the weights do not exist or do not fit the model.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Demo:
         self._set_look(cfg, shown, alpha)
         self.needs_labels = labels or "overlay" in shown
         if self.needs_labels and not (cfg.MODEL.SPAR.VOCABULARY or cfg.DATASETS.TEST):
-            raise ValueError(f"no classes to look for; name them, for example {EXAMPLE}")
+            raise ValueError(f"no classes to segment; name them, for example {EXAMPLE}")
         output = ["MODEL.SPAR.OUTPUT", "labels" if self.needs_labels else "features"]
         self.model = build_method(cfg, Method("demo", output, weights or cfg.MODEL.WEIGHTS))
         augmented = self.needs_labels and cfg.TEST.AUG.ENABLED
@@ -95,9 +95,9 @@ class Demo:
         self.names: list[str] = []
         if self.needs_labels:
             if self.vocabulary is None:
-                raise ValueError(f"the data set under test has no names of classes; name them, for example {EXAMPLE}")
+                raise ValueError(f"the test data set has no class names; name the classes, for example {EXAMPLE}")
             self.names = self.vocabulary.names
-            # So that the first photo takes no longer than the others.
+            # Compute text embeddings now, so that the first image is not slower.
             self.model.embeddings(self.vocabulary)
         self.colors = self._class_colors()
 
@@ -108,26 +108,26 @@ class Demo:
 
     @property
     def words(self) -> list[list[str]]:
-        """Words of every class, or its name where the model does not look for words."""
+        """Prompts of every class, or its name for models without prompts."""
         return [list(words) for words in self.vocabulary.classes] if self.vocabulary else [[n] for n in self.names]
 
     def _class_colors(self) -> list[tuple[int, int, int]]:
-        """Those of the data set where the classes are, or else ours."""
+        """Return the colors of the data set if its classes are used, or default colors."""
         if not self.cfg.MODEL.SPAR.VOCABULARY and self.names:
-            known = MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).get("stuff_colors") or ()
-            if len(known) == len(self.names):
-                return [tuple(color) for color in known]
+            dataset_colors = MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).get("stuff_colors") or ()
+            if len(dataset_colors) == len(self.names):
+                return [tuple(color) for color in dataset_colors]
         return class_colors(self.names)
 
     @torch.no_grad()
     def see(self, image: np.ndarray) -> Prediction:
-        """Run the model.
+        """Run the model on an image.
 
         Args:
             image: (H, W, 3) uint8 RGB.
 
         Raises:
-            ValueError: it is too large for the GPU.
+            ValueError: the image is too large for the GPU's memory.
         """
         height, width = image.shape[:2]
         x = self._input(image)
@@ -136,7 +136,7 @@ class Demo:
             seen = self._run(x, (height, width))
         except torch.cuda.OutOfMemoryError as error:
             size = f"{x.shape[2]}x{x.shape[1]}"
-            remedy = "--opts INPUT.MIN_SIZE_TEST 672 makes images smaller"
+            remedy = "use smaller images: --opts INPUT.MIN_SIZE_TEST 672"
             raise ValueError(f"the GPU has too little memory for an image of {size} pixels; {remedy}") from error
         return dataclasses.replace(seen, seconds=time.perf_counter() - started)
 
@@ -150,12 +150,12 @@ class Demo:
         return Prediction(labels, features, self._covered(features, x, size))
 
     def _input(self, image: np.ndarray) -> torch.Tensor:
-        """(3, H, W) uint8 in the config's order of channels, resized as in Detectron2's tests."""
+        """Resize an image as in Detectron2's tests, and convert it to (3, H, W) uint8 in the config's channel order."""
         height, width = image.shape[:2]
         shortest, longest = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
         if shortest:
             size = T.ResizeShortestEdge.get_output_shape(height, width, shortest, longest)
-            # The short side of a strip may come out as 0.
+            # The short side of a very long image may be rounded to 0.
             image = T.ResizeTransform(height, width, *(max(side, 1) for side in size)).apply_image(image)
         if self.cfg.INPUT.FORMAT == "BGR":
             image = image[:, :, ::-1]
@@ -166,17 +166,17 @@ class Demo:
             return size
         patch = self.model.backbone.encoder.patch_size
         sides = zip(features.shape[1:], x.shape[1:], size)
-        height, width = (max(math.ceil(cells * patch * own / given), own) for cells, given, own in sides)
+        height, width = (max(math.ceil(cells * patch * side / input_side), side) for cells, input_side, side in sides)
         return height, width
 
     def find(self, labels: np.ndarray) -> list[ClassArea]:
-        """The classes in a picture, by area."""
+        """Return the classes in an image, sorted by area."""
         areas = np.bincount(labels.ravel(), minlength=len(self.names))
         found = sorted(np.flatnonzero(areas).tolist(), key=lambda number: -areas[number])
         return [ClassArea(k, self.names[k], int(areas[k]), float(areas[k] / labels.size)) for k in found]
 
     def record(self, labels: np.ndarray) -> dict:
-        """What was found, for a JSON file."""
+        """Summarize the classes in an image for a JSON file."""
         classes = [
             {"number": f.number, "name": f.name, "area": f.area, "pixels": f.pixels, "color": self.colors[f.number]}
             for f in self.find(labels)
@@ -187,13 +187,13 @@ class Demo:
     def draw(
         self, image: np.ndarray, seen: Prediction, coloring: Coloring | None = None, listed: Sequence[int] | None = None
     ) -> np.ndarray:
-        """The picture to show.
+        """Visualize a prediction.
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            seen: what :meth:`see` gave for it.
-            coloring: of features; default: fitted to these.
-            listed: classes in the legend; default: those found.
+            seen: result of :meth:`see` for the image.
+            coloring: function from features to colors; default: fitted to these features.
+            listed: classes in the legend; default: the classes in the image.
 
         Returns:
             (H', W', 3) uint8 RGB.
@@ -210,7 +210,7 @@ class Demo:
 
     @staticmethod
     def _enlarged(colors: np.ndarray, covered: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-        """(h, w, 3) in 0..1 to (H, W, 3) uint8."""
+        """Upsample colors (h, w, 3) in 0..1 to (H, W, 3) uint8."""
         pixels = (colors * 255).round().astype(np.uint8)
         height, width = size
         large = cv2.resize(pixels, (covered[1], covered[0]), interpolation=cv2.INTER_NEAREST)

@@ -1,4 +1,4 @@
-"""All inputs of the demo, one after another, with what is said about them."""
+"""Runs the demo on all inputs and reports the results."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from spar_d2.demo.video import segment_video
 from spar_d2.utils.errors import printable
 from spar_d2.visualization.legend import percent
 
-# Named in a line; the picture and the JSON file have all.
+# Maximum number of classes in a printed line. The visualization and the JSON file have all.
 _CLASSES_NAMED = 8
 _SKIPPED_NAMED = 5
 
 
 @dataclass
 class RunSummary:
-    """What was done.
+    """Summary of a run.
 
     Attributes:
-        photos, frames: the model's seconds for each photo, and for each frame of a video.
-        videos: how many.
-        skipped: names of what could not be read.
+        photos, frames: run time of the model in seconds for each image, and for each video frame.
+        videos: number of videos.
+        skipped: names of unreadable inputs.
     """
 
     photos: list[float] = field(default_factory=list)
@@ -44,7 +44,7 @@ class RunSummary:
     def __str__(self) -> str:
         parts = []
         if self.photos:
-            parts.append(f"{_count(self.photos, 'photo')}, median {statistics.median(self.photos):.3f} s per image")
+            parts.append(f"{_count(self.photos, 'image')}, median {statistics.median(self.photos):.3f} s per image")
         if self.videos:
             median = f"median {statistics.median(self.frames):.3f} s per frame"
             parts.append(f"{_count(range(self.videos), 'video')}, {_count(self.frames, 'frame')}, {median}")
@@ -55,33 +55,33 @@ class RunSummary:
 
 
 def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target]) -> RunSummary:
-    """Segment all inputs, write what was asked for, and print a few lines on each.
+    """Segment all inputs, write the results, and print a summary of each.
 
-    Of several inputs, one that cannot be read is named and skipped.
+    If there are several inputs, unreadable ones are reported and skipped.
 
     Args:
-        demo: sees and draws.
-        sources: photos and videos.
-        targets: where the results of each go.
+        demo: demo to run.
+        sources: images and videos.
+        targets: output paths of each input.
 
     Raises:
         ValueError, FileNotFoundError: the only input cannot be read.
         OSError: a result cannot be written.
     """
-    tally, many = RunSummary(), len(sources) > 1
+    summary, several = RunSummary(), len(sources) > 1
     jobs = list(zip(sources, targets))
-    for source, target in tqdm(jobs, desc="segmenting", unit="file", disable=None if many else True, leave=False):
+    for source, target in tqdm(jobs, desc="segmenting", unit="file", disable=None if several else True, leave=False):
         try:
-            (_video if source.is_video else _photo)(demo, source, target, tally)
+            (_video if source.is_video else _photo)(demo, source, target, summary)
         except (ValueError, FileNotFoundError) as error:
-            if not many:
+            if not several:
                 raise
             tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
-            tally.skipped.append(source.name)
-    return tally
+            summary.skipped.append(source.name)
+    return summary
 
 
-def _photo(demo: Demo, source: Source, target: Target, tally: RunSummary) -> None:
+def _photo(demo: Demo, source: Source, target: Target, summary: RunSummary) -> None:
     image = read_photo(source.record)
     seen = demo.see(image)
     if target.masks or target.record:
@@ -91,32 +91,32 @@ def _photo(demo: Demo, source: Source, target: Target, tally: RunSummary) -> Non
         write_mask(seen.needed_labels(), demo.colors, target.masks, source.path)
     if target.record:
         write_record(demo.record(seen.needed_labels()), target.record)
-    tally.photos.append(seen.seconds)
+    summary.photos.append(seen.seconds)
     size = f"{image.shape[1]}x{image.shape[0]}"
-    _say(f"{source.path}: {size}, {seen.seconds:.3f} s, written to {target.picture}")
+    _print(f"{source.path}: {size}, {seen.seconds:.3f} s, written to {target.picture}")
     if seen.labels is not None:
-        _say_classes((found.name, found.area) for found in demo.find(seen.labels))
+        _print_classes((found.name, found.area) for found in demo.find(seen.labels))
 
 
-def _video(demo: Demo, source: Source, target: Target, tally: RunSummary) -> None:
+def _video(demo: Demo, source: Source, target: Target, summary: RunSummary) -> None:
     seconds, areas = segment_video(demo, source.path, target)
-    tally.frames += seconds
-    tally.videos += 1
+    summary.frames += seconds
+    summary.videos += 1
     median = f"median {statistics.median(seconds):.3f} s per frame"
-    _say(f"{source.path}: {_count(seconds, 'frame')}, {median}, written to {target.picture}")
-    _say_classes(sorted(((n, a) for n, a in zip(demo.names, areas) if a), key=lambda pair: -pair[1]))
+    _print(f"{source.path}: {_count(seconds, 'frame')}, {median}, written to {target.picture}")
+    _print_classes(sorted(((n, a) for n, a in zip(demo.names, areas) if a), key=lambda pair: -pair[1]))
 
 
-def _say(line: str) -> None:
-    # Beside a bar that may stand on the same screen.
+def _print(line: str) -> None:
+    # tqdm.write does not interfere with progress bars.
     tqdm.write(printable(line), file=sys.stdout)
 
 
-def _say_classes(found: Iterable[tuple[str, float]]) -> None:
-    """Print names and shares, largest first."""
+def _print_classes(found: Iterable[tuple[str, float]]) -> None:
+    """Print class names and areas, largest first."""
     parts = [f"{name} {percent(area)}" for name, area in found]
     if parts:
-        _say(f"  {', '.join(parts[:_CLASSES_NAMED])}{', ...' if len(parts) > _CLASSES_NAMED else ''}")
+        _print(f"  {', '.join(parts[:_CLASSES_NAMED])}{', ...' if len(parts) > _CLASSES_NAMED else ''}")
 
 
 def _count(things: Sequence, word: str) -> str:

@@ -1,4 +1,4 @@
-"""Videos through the demo, a frame at a time."""
+"""Runs the demo on videos, frame by frame."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from spar_d2.demo.predictor import Demo
 from spar_d2.utils.io import atomic_write
 from spar_d2.visualization import fit_pca_colors
 
-# Its readers print what they think of damaged files; here that is said in one line.
+# FFmpeg prints errors about corrupt files; they are reported in one line instead.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
-# A legend lists all classes in every frame, so that it stands still; with more than these there is none.
-_MOST_LISTED = 40
-# How files of videos begin. Others may be playlists, whatever they are called: FFmpeg opens the files and addresses in
-# them, and draws what may not be theirs.
-_BEGINNINGS = re.compile(
+# The legend of a video lists all classes in every frame, so that it does not move. It is omitted for more classes.
+_MAX_LISTED = 40
+# Signatures of video files. Other files may be playlists, regardless of their suffix. FFmpeg would open the files and
+# URLs in them, which may expose private files.
+_SIGNATURES = re.compile(
     rb"....(ftyp|moov|mdat|free|skip|wide|pnot)|RIFF....AVI |\x1aE\xdf\xa3|\x00\x00\x01|0&\xb2u|FLV\x01|OggS"
     rb"|\x47.{187}\x47|....\x47.{191}\x47",
     re.DOTALL,
 )
-# Where a file does not say how many frames a second it has.
-_USUAL_RATE = 25.0
+# Frame rate of files that do not specify it.
+_DEFAULT_RATE = 25.0
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video to read.
+    """A video file.
 
     Attributes:
-        path: of the file.
-        rate: frames a second.
-        frames: how many it says it has; 0 where it does not say.
+        path: path of the file.
+        rate: frames per second.
+        frames: number of frames according to the file; 0 if unknown.
     """
 
     path: str
@@ -51,19 +51,19 @@ class Video:
 
     @classmethod
     def open(cls, path: str) -> Video:
-        """Raises ``ValueError`` for what cannot be opened as a video."""
+        """Open a video. Raises ``ValueError`` if that fails."""
         with _capture(path) as capture:
             rate, frames = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        rate = rate if math.isfinite(rate) and rate > 0 else _USUAL_RATE
+        rate = rate if math.isfinite(rate) and rate > 0 else _DEFAULT_RATE
         return cls(path, rate, max(int(frames), 0) if math.isfinite(frames) else 0)
 
     def read(self) -> Iterator[np.ndarray]:
-        """Frames (H, W, 3) uint8 RGB, one at a time; raises ``ValueError`` where there is none."""
+        """Yield frames (H, W, 3) uint8 RGB. Raises ``ValueError`` if there are none."""
         with _capture(self.path) as capture:
             first = True
             while True:
-                there, frame = capture.read()
-                if not there:
+                success, frame = capture.read()
+                if not success:
                     break
                 first = False
                 yield np.ascontiguousarray(frame[:, :, ::-1])
@@ -74,16 +74,16 @@ class Video:
 @contextlib.contextmanager
 def _capture(path: str) -> Iterator[cv2.VideoCapture]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"video: there is no file {path}")
+        raise FileNotFoundError(f"video: {path} does not exist")
     with open(path, "rb") as file:
-        is_video = _BEGINNINGS.match(file.read(1024))
-    # Absolute, as FFmpeg takes what stands before a colon for a protocol.
+        is_video = _SIGNATURES.match(file.read(1024))
+    # Absolute, because FFmpeg interprets a prefix with a colon as a protocol.
     capture = cv2.VideoCapture(os.path.abspath(path)) if is_video else cv2.VideoCapture()
     try:
         if not capture.isOpened():
             raise ValueError(
-                f"video: {path} cannot be opened: it is damaged, no video (playlists are none), or of a kind OpenCV "
-                "cannot read"
+                f"video: {path} cannot be opened: it is corrupt, not a video (playlists are not supported), or in a "
+                "format that OpenCV cannot read"
             )
         yield capture
     finally:
@@ -91,7 +91,7 @@ def _capture(path: str) -> Iterator[cv2.VideoCapture]:
 
 
 class _Writer:
-    """Writes frames to a video, all of the size of the first, made even: the usual players ask for that."""
+    """Writes frames to a video of the size of the first one, padded to even sides, which common players require."""
 
     def __init__(self, path: Path, rate: float) -> None:
         self.path, self.rate = path, rate
@@ -104,7 +104,7 @@ class _Writer:
             self._size = (width + width % 2, height + height % 2)
             self._writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, self._size)
             if not self._writer.isOpened():
-                wanted = f"{width}x{height} pixels at {self.rate:g} frames a second"
+                wanted = f"{width}x{height} pixels at {self.rate:g} frames per second"
                 raise OSError(f"video: OpenCV cannot write a video of {wanted} to {self.path.parent}")
         width, height = self._size
         picture = picture[:height, :width]
@@ -118,24 +118,24 @@ class _Writer:
 
 
 def segment_video(demo: Demo, path: str, target: Target) -> tuple[list[float], list[float]]:
-    """Segment all frames of a video, and write them as another.
+    """Segment all frames of a video, and write the result as a video.
 
     Args:
-        demo: sees and draws frames.
-        path: of the video.
-        target: where the new one goes, and where asked for the masks of its frames, "000001.png" and so on, and a JSON
-            file with the share of every class in every frame.
+        demo: demo to run.
+        path: path of the video.
+        target: output paths of the video and, if requested, of frame masks ("000001.png" and so on) and a JSON file
+            with the area of every class in every frame.
 
     Returns:
-        Seconds of the model for each frame, and the mean share of every class.
+        Run time of the model for each frame, and mean area of every class, 0..1.
 
     Raises:
-        FileNotFoundError: no such video.
-        ValueError: it cannot be opened, or nothing in it can be decoded.
-        OSError: the new one cannot be written.
+        FileNotFoundError: the video does not exist.
+        ValueError: the video cannot be opened, or no frame can be decoded.
+        OSError: the result cannot be written.
     """
     video = Video.open(path)
-    listed = range(len(demo.names)) if len(demo.names) <= _MOST_LISTED else ()
+    listed = range(len(demo.names)) if len(demo.names) <= _MAX_LISTED else ()
     seconds, areas, coloring, size = [], [], None, (0, 0)
     with atomic_write(target.picture) as temporary:
         writer = _Writer(temporary, video.rate)
@@ -144,20 +144,20 @@ def segment_video(demo: Demo, path: str, target: Target) -> tuple[list[float], l
             for number, frame in enumerate(bar, start=1):
                 seen = demo.see(frame)
                 if seen.features is not None and coloring is None:
-                    # One projection for the whole video, so that its colors do not flicker.
+                    # The projection is fitted once, so that colors do not flicker.
                     coloring = fit_pca_colors([seen.features])
                 writer.write(demo.draw(frame, seen, coloring, listed))
                 seconds.append(seen.seconds)
                 size = frame.shape[:2]
                 if seen.labels is not None or target.masks or target.record:
-                    areas.append(_shares(demo, seen.needed_labels()))
+                    areas.append(_areas(demo, seen.needed_labels()))
                 if target.masks:
                     write_mask(seen.needed_labels(), demo.colors, target.masks / f"{number:06d}.png", path)
         finally:
             writer.close()
     if target.masks:
         for number, mask in frame_masks(target.masks).items():
-            # Of an earlier, longer video of this name.
+            # Delete masks of an earlier, longer video with the same name.
             if number > len(seconds) and is_mask_of(mask, path):
                 mask.unlink()
     if target.record:
@@ -165,14 +165,14 @@ def segment_video(demo: Demo, path: str, target: Target) -> tuple[list[float], l
     return seconds, np.mean(areas, axis=0).tolist() if areas else []
 
 
-def _shares(demo: Demo, labels: np.ndarray) -> np.ndarray:
+def _areas(demo: Demo, labels: np.ndarray) -> np.ndarray:
     return np.bincount(labels.ravel(), minlength=len(demo.names)) / labels.size
 
 
 def _record(demo: Demo, size: tuple[int, int], rate: float, areas: list[np.ndarray]) -> dict:
     found = [int(number) for number in np.flatnonzero(np.sum(areas, axis=0))]
     classes = [{"number": number, "name": demo.names[number], "color": demo.colors[number]} for number in found]
-    frames = [{demo.names[n]: float(shares[n]) for n in found if shares[n]} for shares in areas]
+    frames = [{demo.names[n]: float(frame_areas[n]) for n in found if frame_areas[n]} for frame_areas in areas]
     return {
         "width": size[1],
         "height": size[0],

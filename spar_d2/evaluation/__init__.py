@@ -1,11 +1,11 @@
-"""Measuring segmentations and features."""
+"""Evaluation of segmentations and features."""
 
 import importlib
 from typing import TYPE_CHECKING
 
 from spar_d2.evaluation.confusion_matrix import confusion_matrix, segmentation_scores
 
-# At once, for importing the module of that name later would put it in the function's place.
+# Imported eagerly: importing the submodule of the same name later would replace the function.
 from spar_d2.evaluation.panoptic.quality import panoptic_quality
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ __all__ = [
     "segmentation_scores",
 ]
 
-# They need Detectron2, which counting does not.
+# Imported lazily, because these need Detectron2.
 _EVALUATORS = {
     "FeatureEvaluator": "feature_evaluator",
     "PanopticEvaluator": "panoptic.evaluator",

@@ -1,4 +1,4 @@
-"""Counting and scoring of label maps, in numpy and OpenCV alone."""
+"""Confusion matrices and scores of label maps. Needs only NumPy and OpenCV."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from collections import Counter
 import cv2
 import numpy as np
 
-# Half the width of a boundary, as a share of the image's diagonal (Cheng et al., "Boundary IoU", CVPR 2021).
+# Distance of a boundary in fractions of the image diagonal (Cheng et al., "Boundary IoU", CVPR 2021).
 _BOUNDARY_RATIO = 0.02
 
 
 def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, classes: int, ignore_label: int = 255) -> np.ndarray:
-    """How often each true class was given each label, by one ``bincount``.
+    """Compute the confusion matrix of two label maps.
 
     Args:
         prediction: (H, W) integers; values outside 0..classes-1 count as wrong.
-        truth: (H, W) integers; pixels of ``ignore_label`` or outside 0..classes-1 are left out.
+        truth: (H, W) integers; pixels with ``ignore_label`` or values outside 0..classes-1 are ignored.
         classes: number of classes C.
 
     Returns:
-        (C, C + 1) int64, rows true, columns predicted; the last column counts labels that are no class.
+        (C, C + 1) int64, with true classes as rows and predicted classes as columns. The last column counts predictions
+        that are not a class.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: the shapes differ.
     """
     if prediction.shape != truth.shape:
-        raise ValueError(f"prediction and truth must have one size, got {prediction.shape} and {truth.shape}")
-    # What is no class is class C, whose row is left out.
+        raise ValueError(f"prediction and truth must have the same size, got {prediction.shape} and {truth.shape}")
+    # Values that are not a class become class C, whose row is dropped.
     columns = _scaled(prediction, classes, None, 1)
     pairs = _scaled(truth, classes, ignore_label, classes + 1)
     pairs += columns
@@ -37,22 +38,22 @@ def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, classes: int, ig
 def boundary_confusion_matrix(
     prediction: np.ndarray, truth: np.ndarray, classes: int, ignore_label: int = 255
 ) -> np.ndarray:
-    """The confusion matrix of Detectron2's boundary IoU.
+    """Compute the confusion matrix of Detectron2's boundary IoU.
 
-    Each map is reduced to its boundary, as there: from every label the smallest one within a distance of 2 % of the
-    diagonal is subtracted, with 0 outside of the image; what is left is counted under that number. From 16 classes on
-    Detectron2 counts wrongly, as its 8-bit numbers overflow; these are the numbers that it would have without that.
+    As in Detectron2, each map is reduced to its boundary: the minimum label within 2 % of the image diagonal is
+    subtracted from every label, with 0 outside the image, and the differences are counted as labels. For 16 classes or
+    more, Detectron2's 8-bit arithmetic overflows; the results here are those without overflow.
 
-    Args, returns: as :func:`confusion_matrix`; pixels of ``ignore_label`` have the number of classes as their label.
+    Arguments and result as in :func:`confusion_matrix`; ``ignore_label`` is mapped to the number of classes.
 
     Raises:
-        ValueError: shapes differ, or 255 classes or more, for which Detectron2 has none either.
+        ValueError: the shapes differ, or there are 255 classes or more, which Detectron2 does not support either.
     """
     if classes >= 255:
-        raise ValueError(f"boundary IoU is for less than 255 classes, got {classes}")
+        raise ValueError(f"boundary IoU supports less than 255 classes, got {classes}")
     maps = (_scaled(labels, classes, ignored, 1) for labels, ignored in ((prediction, None), (truth, ignore_label)))
-    found, true = map(_boundary, maps)
-    return confusion_matrix(found, true, classes, ignore_label=classes)
+    predicted, actual = map(_boundary, maps)
+    return confusion_matrix(predicted, actual, classes, ignore_label=classes)
 
 
 def _boundary(labels: np.ndarray) -> np.ndarray:
@@ -64,49 +65,49 @@ def _boundary(labels: np.ndarray) -> np.ndarray:
 
 
 def _scaled(labels: np.ndarray, classes: int, ignore_label: int | None, factor: int) -> np.ndarray:
-    """Labels times a factor, where what is no class, or ignored, is class number ``classes``."""
-    # The narrower the numbers, the less memory goes through the processor.
+    """Multiply labels by a factor, after mapping ignored and invalid labels to ``classes``."""
+    # Narrow dtypes reduce memory traffic.
     kind = np.uint16 if (classes + 1) ** 2 <= 1 << 16 else np.int64
     if labels.dtype != np.uint8 and labels.size and labels.min() >= 0 and labels.max() <= 255:
         labels = labels.astype(np.uint8)
     values = np.arange(256) if labels.dtype == np.uint8 else labels
-    known = (values >= 0) & (values < classes)
+    valid = (values >= 0) & (values < classes)
     if ignore_label is not None:
-        known &= values != ignore_label
-    scaled = np.where(known, values, classes).astype(kind) * kind(factor)
+        valid &= values != ignore_label
+    scaled = np.where(valid, values, classes).astype(kind) * kind(factor)
     return scaled[labels] if labels.dtype == np.uint8 else scaled
 
 
 def segmentation_scores(
     confusion: np.ndarray, names: list[str], boundary: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Scores in percent from a confusion matrix.
+    """Compute scores in percent from a confusion matrix.
 
     Args:
-        confusion: (C, C + 1) as from :func:`confusion_matrix`, summed over images.
-        names: of the C classes.
-        boundary: the same from :func:`boundary_confusion_matrix`, if wanted.
+        confusion: (C, C + 1) sum of :func:`confusion_matrix` over images.
+        names: names of the C classes.
+        boundary: sum of :func:`boundary_confusion_matrix`, optional.
 
     Returns:
-        ``mIoU`` and ``mACC`` over the classes present in the ground truth (Detectron2's rule); ``mIoU-all`` over all
-        classes that are present or predicted; ``fwIoU``, weighted by frequency; ``pACC``, share of right pixels;
-        ``IoU-name`` and ``ACC-name`` for every class, nan where it is not in the ground truth; a name that several
-        classes have is followed by the number of each, as in "IoU-tree (4)". With ``boundary`` also
-        ``BoundaryIoU-name`` and ``min(IoU, B-Iou)-name``. All but ``mIoU-all`` are Detectron2's numbers, those of
-        boundaries for less than 16 classes.
+        ``mIoU`` and ``mACC``, averaged over classes in the ground truth, as in Detectron2; ``mIoU-all``, averaged over
+        classes in the ground truth or the predictions; ``fwIoU``, weighted by class frequency; ``pACC``, the fraction
+        of correct pixels; ``IoU-name`` and ``ACC-name`` for every class, nan if it is not in the ground truth. Names
+        that several classes share are followed by the class index, as in "IoU-tree (4)". With ``boundary``, also
+        ``BoundaryIoU-name`` and ``min(IoU, B-Iou)-name``. All scores but ``mIoU-all`` equal Detectron2's; boundary
+        scores do so for less than 16 classes.
     """
-    right, true, iou = _overlap(confusion)
+    right, actual, iou = _overlap(confusion)
     uses = Counter(names)
     names = [name if uses[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]
     with np.errstate(divide="ignore", invalid="ignore"):
-        accuracy = right / true
-        present = true > 0
+        accuracy = right / actual
+        present = actual > 0
         scores = {
             "mIoU": iou[present].mean() if present.any() else np.nan,
             "mIoU-all": np.nanmean(iou) if present.any() else np.nan,
-            "fwIoU": (iou[present] * true[present]).sum() / true.sum(),
+            "fwIoU": (iou[present] * actual[present]).sum() / actual.sum(),
             "mACC": accuracy[present].mean() if present.any() else np.nan,
-            "pACC": right.sum() / true.sum(),
+            "pACC": right.sum() / actual.sum(),
         }
     iou = np.where(present, iou, np.nan)
     scores.update({f"IoU-{name}": value for name, value in zip(names, iou)})
@@ -114,15 +115,15 @@ def segmentation_scores(
     if boundary is not None:
         edges = _overlap(boundary)[2]
         scores.update({f"BoundaryIoU-{name}": value for name, value in zip(names, edges)})
-        # Where only the boundary is undefined, the other one.
+        # If only the boundary IoU is undefined, use the IoU.
         lower = np.where(present, np.fmin(iou, edges), np.nan)
         scores.update({f"min(IoU, B-Iou)-{name}": value for name, value in zip(names, lower)})
     return {name: 100 * float(value) for name, value in scores.items()}
 
 
 def _overlap(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every class its right pixels, its true ones, and intersection over union."""
+    """Return the number of correct pixels, the number of true pixels, and the IoU of every class."""
     confusion = confusion.astype(np.float64)
-    right, true, predicted = np.diagonal(confusion), confusion.sum(1), confusion[:, :-1].sum(0)
+    right, actual, predicted = np.diagonal(confusion), confusion.sum(1), confusion[:, :-1].sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return right, true, right / (true + predicted - right)
+        return right, actual, right / (actual + predicted - right)

@@ -1,4 +1,4 @@
-"""How close dense features are to a teacher's, as a Detectron2 evaluator: needs no labels and no words."""
+"""Detectron2 evaluator for the similarity of features to a teacher's. Needs no labels or class names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureEvaluator(DatasetEvaluator):
-    """Distance of a model's features to the targets that it is distilled on.
+    """Compares a model's features to its distillation targets.
 
     Args:
-        build_target: makes a function from an input's "image" (3, H, W) to its target (D, h, w); called once, when the
-            first image comes.
-        distributed: add up the sums of all processes; the first returns the scores.
+        build_target: builds a function from an input's "image" (3, H, W) to its target (D, h, w); called when the first
+            image is processed.
+        distributed: sum over all processes; only the main process returns scores.
     """
 
     def __init__(self, build_target: Callable[[], Callable[[torch.Tensor], torch.Tensor]], distributed: bool = True):
@@ -33,14 +33,15 @@ class FeatureEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        # Of cosines, squared errors, squared deviations, and cells; on the device of the features.
+        # Sums of cosines, squared errors and squared deviations, and the number of patches; on the device of the
+        # features.
         self._sums = torch.zeros(4, dtype=torch.float64)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Add one batch; outputs have "features" (D, h, w).
+        """Process a batch of outputs with "features" (D, h, w).
 
         Raises:
-            ValueError: an output without features, or of another shape than the target.
+            ValueError: an output has no features, or their shape differs from that of the target.
         """
         if self._target is None:
             self._target = self._build_target()
@@ -65,11 +66,11 @@ class FeatureEvaluator(DatasetEvaluator):
             self._sums = self._sums.to(spread.device) + torch.stack(sums)
 
     def evaluate(self) -> OrderedDict | None:
-        """Scores over all cells of all images, as {"features": {...}}; None in all processes but the first.
+        """Compute scores over all patches of all images, as {"features": {...}}; None except in the main process.
 
         Returns:
-            "cosine": mean cosine with the target, in percent. "mse": mean squared difference, which the distillation
-            loss is. "unexplained": that, as a percentage of the targets' own variance within images.
+            "cosine": mean cosine similarity to the target, in percent. "mse": mean squared error, which is the
+            distillation loss. "unexplained": squared error in percent of the variance of the targets within images.
         """
         sums = self._sums.cpu().numpy()
         if self.distributed:
@@ -78,7 +79,7 @@ class FeatureEvaluator(DatasetEvaluator):
                 return None
             sums = np.sum(gathered, axis=0)
         if not sums[3]:
-            raise RuntimeError("there was no image to evaluate on")
+            raise RuntimeError("there were no images to evaluate")
         cosine, error, spread, cells = sums
         scores = {
             "cosine": 100 * cosine / cells,

@@ -1,4 +1,4 @@
-"""Semantic segmentation as a Detectron2 evaluator."""
+"""Detectron2 evaluator for semantic segmentation."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from spar_d2.utils.processes import gather_when_done
 logger = logging.getLogger(__name__)
 
 _WARNED: set[tuple] = set()
-# Of values or classes in a warning.
-_MOST_LISTED = 8
+# Maximum number of values or classes listed in a warning.
+_MAX_LISTED = 8
 _SUMMARY = ("mIoU", "mIoU-all", "fwIoU", "mACC", "pACC")
 
 
 class SemanticEvaluator(DatasetEvaluator):
-    """Intersection over union of label maps.
+    """Computes the intersection over union of label maps.
 
-    Takes what our segmentor returns ("sem_seg_labels") as well as any Detectron2 model's scores ("sem_seg"). The true
-    labels are read from the input's "sem_seg_file_name", or else from what the data set has for its image; where there
-    is neither, they are its "sem_seg".
+    Supports the outputs of this package's segmentor ("sem_seg_labels") and of Detectron2's models ("sem_seg"). Ground
+    truth is read from the input's "sem_seg_file_name", or from the data set's entry for the image, or, if both are
+    missing, from the input's "sem_seg".
 
     Args:
-        dataset_name: registered name; its metadata must have "stuff_classes" and may have "ignore_label".
-        distributed: add up the counts of all processes; the first returns the scores.
-        output_dir: if given, write the scores ("sem_seg_scores.json") there and, with ``dump_predictions``, the masks
-            ("sem_seg_predictions.json", one run-length-encoded mask per image and class, as Detectron2 does).
+        dataset_name: name of a registered data set; its metadata must have "stuff_classes" and may have "ignore_label".
+        distributed: sum the counts of all processes; only the main process returns scores.
+        output_dir: if given, scores are written there ("sem_seg_scores.json") and, with ``dump_predictions``, masks
+            ("sem_seg_predictions.json", one run-length-encoded mask per image and class, as in Detectron2).
         dump_predictions: see ``output_dir``.
-        boundary_iou: also compute Detectron2's boundary IoU of every class; it takes several times as long.
+        boundary_iou: also compute Detectron2's boundary IoU of every class, which takes several times as long.
 
     Raises:
-        ValueError: the data set has no class names, or too many for boundaries, or masks are to be written but not
-            where.
+        ValueError: the data set has no class names, or too many for boundary IoU; or ``dump_predictions`` is set
+            without an ``output_dir``.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SemanticEvaluator(DatasetEvaluator):
         if dump_predictions and not output_dir:
             raise ValueError("dump_predictions needs an output_dir to write to")
         if boundary_iou and len(self.names) >= 255:
-            raise ValueError(f"boundary_iou is for less than 255 classes, {dataset_name!r} has {len(self.names)}")
+            raise ValueError(f"boundary_iou supports less than 255 classes, {dataset_name!r} has {len(self.names)}")
         self.dataset_name = dataset_name
         self.distributed = distributed
         self.output_dir = Path(output_dir) if output_dir else None
@@ -83,15 +83,15 @@ class SemanticEvaluator(DatasetEvaluator):
         self._on_device: DeviceConfusion | None = None
         self._boundary = np.zeros(shape, dtype=np.int64) if self.boundary_iou else None
         self._dumped: list[dict] = []
-        # Pixels of labels that are neither a class nor ignored.
-        self._strange: Counter[int] = Counter()
+        # Number of pixels by label, for labels that are neither a class nor ignored.
+        self._unknown: Counter[int] = Counter()
         self._pixels = 0
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Count one batch.
+        """Process a batch.
 
         Raises:
-            ValueError: an output without labels or scores, an image without ground truth, or sizes that differ.
+            ValueError: an output has no labels or scores, an image has no ground truth, or their sizes differ.
         """
         for record, output in zip(inputs, outputs):
             labels, truth = self._labels(output), self._truth(record)
@@ -101,7 +101,7 @@ class SemanticEvaluator(DatasetEvaluator):
                     f"{tuple(labels.shape)} and {truth.shape}"
                 )
             self._count(labels, truth)
-            self._note_strange(truth)
+            self._count_unknown(truth)
             self._pixels += truth.size
             if self._boundary is not None:
                 arguments = (labels.cpu().numpy(), truth, len(self.names), self.ignore_label)
@@ -110,59 +110,61 @@ class SemanticEvaluator(DatasetEvaluator):
                 self._dumped += self._encode(labels.cpu().numpy(), record.get("file_name", ""))
 
     def _count(self, labels: torch.Tensor, truth: np.ndarray) -> None:
-        """Count where the labels are: fewer bytes of truth go to a GPU than of labels would come from it."""
+        """Count on the device of the labels: copying ground truth to a GPU is cheaper than copying labels back."""
         if not labels.is_cuda:
             self._confusion += confusion_matrix(labels.cpu().numpy(), truth, len(self.names), self.ignore_label)
             return
         if self._on_device is None or self._on_device.device != labels.device:
-            self._take_from_device()
+            self._flush_device_counts()
             self._on_device = DeviceConfusion(len(self.names), self.ignore_label, labels.device)
         self._on_device.add(labels, truth)
 
-    def _note_strange(self, truth: np.ndarray) -> None:
-        """Remember labels that are neither a class nor ignored, which are left out of all counts."""
-        strange = ((truth >= len(self.names)) | (truth < 0)) & (truth != self.ignore_label)
-        if strange.any():
-            self._strange.update(dict(zip(*(part.tolist() for part in np.unique(truth[strange], return_counts=True)))))
+    def _count_unknown(self, truth: np.ndarray) -> None:
+        """Count pixels with labels that are neither a class nor ignored, which are excluded from all scores."""
+        unknown = ((truth >= len(self.names)) | (truth < 0)) & (truth != self.ignore_label)
+        if unknown.any():
+            self._unknown.update(dict(zip(*(part.tolist() for part in np.unique(truth[unknown], return_counts=True)))))
 
-    def _take_from_device(self) -> None:
+    def _flush_device_counts(self) -> None:
         if self._on_device is not None:
             self._confusion += self._on_device.total()
             self._on_device = None
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """What was counted so far, without dumped masks; :meth:`load_state_dict` goes on from it."""
-        self._take_from_device()
-        counts = {"confusion": self._confusion, "strange": np.array(sorted(self._strange.items())).reshape(-1, 2)}
+        """Return the counts so far, without dumped masks, for :meth:`load_state_dict`."""
+        self._flush_device_counts()
+        counts = {"confusion": self._confusion, "strange": np.array(sorted(self._unknown.items())).reshape(-1, 2)}
         counts["pixels"] = np.array(self._pixels)
         return counts if self._boundary is None else {**counts, "boundary": self._boundary}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Go on from what :meth:`state_dict` gave. Raises ``ValueError`` for counts of other classes."""
-        apart = ("strange", "pixels")
-        own, given = ({k: v for k, v in counts.items() if k not in apart} for counts in (self.state_dict(), state))
-        if {name: counts.shape for name, counts in own.items()} != {name: given[name].shape for name in given}:
-            raise ValueError(f"these counts are not of the {len(self.names)} classes of {self.dataset_name!r}")
-        for name, counts in own.items():
-            counts[:] = given[name]
-        self._strange = Counter(dict(state.get("strange", np.zeros((0, 2), int)).tolist()))
+        """Restore counts of :meth:`state_dict`. Raises ``ValueError`` if they belong to other classes."""
+        other_keys = ("strange", "pixels")
+        current, loaded = (
+            {k: v for k, v in counts.items() if k not in other_keys} for counts in (self.state_dict(), state)
+        )
+        if {name: counts.shape for name, counts in current.items()} != {name: loaded[name].shape for name in loaded}:
+            raise ValueError(f"these counts do not match the {len(self.names)} classes of {self.dataset_name!r}")
+        for name, counts in current.items():
+            counts[:] = loaded[name]
+        self._unknown = Counter(dict(state.get("strange", np.zeros((0, 2), int)).tolist()))
         self._pixels = int(state.get("pixels", 0))
 
     def evaluate(self) -> OrderedDict | None:
-        """Scores as {"sem_seg": {...}}, see :func:`segmentation_scores`; None in all processes but the first."""
-        self._take_from_device()
-        confusion, boundary, dumped, strange = self._confusion, self._boundary, self._dumped, self._strange
+        """Return {"sem_seg": scores}, see :func:`segmentation_scores`; None in all processes but the main one."""
+        self._flush_device_counts()
+        confusion, boundary, dumped, unknown = self._confusion, self._boundary, self._dumped, self._unknown
         pixels = self._pixels
         if self.distributed:
-            gathered = gather_when_done((confusion, boundary, dumped, strange, pixels))
+            gathered = gather_when_done((confusion, boundary, dumped, unknown, pixels))
             if not comm.is_main_process():
                 return None
-            confusions, boundaries, dumps, stranges, sizes = zip(*gathered)
+            confusions, boundaries, dumps, unknown_counts, sizes = zip(*gathered)
             confusion = np.sum(confusions, axis=0)
             boundary = np.sum(boundaries, axis=0) if self.boundary_iou else None
             dumped = [mask for part in dumps for mask in part]
-            strange, pixels = sum(stranges, Counter()), sum(sizes)
-        self._warn(strange, confusion, pixels - int(confusion.sum()) - sum(strange.values()))
+            unknown, pixels = sum(unknown_counts, Counter()), sum(sizes)
+        self._warn(unknown, confusion, pixels - int(confusion.sum()) - sum(unknown.values()))
         scores = segmentation_scores(confusion, self.names, boundary)
         if self.output_dir:
             write_json(scores, self.output_dir / "sem_seg_scores.json")
@@ -172,43 +174,43 @@ class SemanticEvaluator(DatasetEvaluator):
         logger.info("%s: %s", self.dataset_name, summary)
         return OrderedDict(sem_seg=scores)
 
-    def _warn(self, strange: Counter[int], confusion: np.ndarray, ignored: int) -> None:
-        """Once for a data set and what is found, however often it is evaluated; ``ignored`` is a count of pixels."""
-        found = (self.dataset_name, tuple(sorted(strange.items())), tuple(np.any(confusion, axis=1).tolist()))
-        if found in _WARNED:
+    def _warn(self, unknown: Counter[int], confusion: np.ndarray, ignored: int) -> None:
+        """Log each finding once per data set. ``ignored`` is the number of ignored pixels."""
+        finding = (self.dataset_name, tuple(sorted(unknown.items())), tuple(np.any(confusion, axis=1).tolist()))
+        if finding in _WARNED:
             return
-        _WARNED.add(found)
-        if strange:
-            listed = ", ".join(f"{value} in {pixels}" for value, pixels in sorted(strange.items())[:_MOST_LISTED])
+        _WARNED.add(finding)
+        if unknown:
+            listed = ", ".join(f"{value} in {pixels}" for value, pixels in sorted(unknown.items())[:_MAX_LISTED])
             logger.warning(
                 "%s: %d values in its label maps are neither a class (0..%d) nor ignored (%d), and their pixels are "
-                "left out: %s%s pixels. Where the numbers begin at 1, subtract 1 from the label maps; a value that has "
-                "no meaning can be the ignore_label in the metadata of the data set",
-                self.dataset_name, len(strange), len(self.names) - 1, self.ignore_label,
-                listed, ", ..." if len(strange) > _MOST_LISTED else "",
+                "excluded: %s%s pixels. If the labels start at 1, subtract 1 from the label maps; a value without a "
+                "meaning can be set as the ignore_label in the metadata of the data set",
+                self.dataset_name, len(unknown), len(self.names) - 1, self.ignore_label,
+                listed, ", ..." if len(unknown) > _MAX_LISTED else "",
             )  # fmt: skip
         seen = np.flatnonzero(confusion.any(1)).tolist()
         if ignored > 0 and len(seen) < min(2, len(self.names)):
             logger.warning("%s: %s", self.dataset_name, of_one_class(seen, self.ignore_label))
         absent = [name for name, row in zip(self.names, confusion) if not row.any()]
         if absent:
-            more = ", ..." if len(absent) > _MOST_LISTED else ""
+            more = ", ..." if len(absent) > _MAX_LISTED else ""
             logger.warning(
-                "%s: no pixel is of %d of the %d classes (%s%s): they have no IoU, and are left out of the mIoU",
-                self.dataset_name, len(absent), len(self.names), ", ".join(absent[:_MOST_LISTED]), more,
+                "%s: %d of the %d classes (%s%s) have no pixels: they have no IoU, and are excluded from the mIoU",
+                self.dataset_name, len(absent), len(self.names), ", ".join(absent[:_MAX_LISTED]), more,
             )  # fmt: skip
 
     def _truth(self, record: dict) -> np.ndarray:
         file = record.get("sem_seg_file_name") or self._truth_file(record.get("file_name"))
         if file is None:
-            # Last, for mappers resize it with the image.
+            # Last resort: mappers may have resized it with the image.
             if "sem_seg" in record:
                 return np.asarray(record["sem_seg"])
             raise ValueError(f"{self.dataset_name} has no ground truth for the image {record.get('file_name')}")
         return read_labels(file)
 
     def _truth_file(self, image: str | None) -> str | None:
-        """What the data set has for an image: mappers drop the name of the label file in testing."""
+        """Look up the label file of an image in the data set, because mappers drop it in testing."""
         if self._truth_files is None:
             known = self.dataset_name in DatasetCatalog
             dicts = DatasetCatalog.get(self.dataset_name) if known else []
@@ -216,7 +218,7 @@ class SemanticEvaluator(DatasetEvaluator):
         return None if image is None else self._truth_files.get(image)
 
     def _labels(self, output: dict) -> torch.Tensor:
-        """(H, W) integers, on their device."""
+        """Return the predicted labels, (H, W) integers, on their device."""
         if "sem_seg_labels" in output:
             return output["sem_seg_labels"]
         if "sem_seg" in output:
@@ -227,7 +229,7 @@ class SemanticEvaluator(DatasetEvaluator):
         masks = []
         for label in np.unique(labels):
             encoded = coco_mask.encode(np.asfortranarray(labels == label))
-            counts = cast("bytes", encoded["counts"])  # whatever its stubs say
+            counts = cast("bytes", encoded["counts"])  # the type stubs are wrong
             segmentation = {**encoded, "counts": counts.decode()}
             category = int(self._dataset_id.get(int(label), label))
             masks.append({"file_name": file_name, "category_id": category, "segmentation": segmentation})

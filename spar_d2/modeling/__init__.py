@@ -1,14 +1,14 @@
-"""What Detectron2 sees: backbones, segmentors and a linear probe; and the way from features to labels.
+"""Detectron2 backbones, segmentors and heads, and post-processing of dense features.
 
-Only the last needs no Detectron2. The rest registers itself when Detectron2's registries are imported, see
-:mod:`spar_d2.registration`.
+Only post-processing works without Detectron2. The other modules are registered when Detectron2's registries are
+imported, see :mod:`spar_d2.registration`.
 """
 
 import contextlib
 import importlib
 from typing import TYPE_CHECKING
 
-# That registers the modules of this room, which must not happen half-way through one of them.
+# This import registers the modules of this package. It must not happen while one of them is being imported.
 with contextlib.suppress(ImportError):
     import detectron2.modeling  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""The plain backbone: one dense map."""
+"""Plain backbone with a single dense feature map."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from spar_d2.utils.registering import registered
 logger = logging.getLogger(__name__)
 
 DENSE = "dense"
-# What frameworks that compare features with words call it.
+# FC-CLIP's name for the same map.
 CLIP_DENSE = "clip_vis_dense"
 
 
 @registered(BACKBONE_REGISTRY)
 class SPARViT(TextHooks, Backbone):
-    """A dense encoder as a Detectron2 backbone, with one output at the stride of the patch.
+    """A dense encoder as a Detectron2 backbone, with one output at the stride of the patch size.
 
     Args:
-        encoder: the image encoder, or what to build it from; only then it also has a text side.
-        pixel_mean, pixel_std: what the framework normalizes with, in the order of its channels, for pixels in 0..255
-            (``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``); it is undone, and the encoder's own applied. None: the input
-            is in the encoder's normalization, in RGB, already.
-        input_format: order of the framework's channels, "BGR" or "RGB" (``INPUT.FORMAT``); needed with ``pixel_mean``.
-        trainable: what is trained, see :func:`spar_d2.encoders.set_trainable`; None leaves the encoder as it is.
-        precision, compile, checkpointing: see :meth:`spar_d2.encoders.DenseEncoder.accelerate`; None leaves all three.
-        out_features: "dense", "clip_vis_dense" (the same map by FC-CLIP's name for it), or both.
-        text_width: channels of the vectors of words that the framework expects (``MODEL.FC_CLIP.EMBED_DIM``); None for
-            any.
+        encoder: image encoder, or the spec to build it from. Text embeddings are available only with a spec.
+        pixel_mean, pixel_std: pixel statistics that the framework normalizes with, in its channel order, for pixels in
+            0..255 (``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``). This normalization is replaced by the encoder's. None
+            means that the input is RGB and already normalized for the encoder.
+        input_format: channel order of the framework, "BGR" or "RGB" (``INPUT.FORMAT``); required with ``pixel_mean``.
+        trainable: parameters to train, see :func:`spar_d2.encoders.set_trainable`; None leaves the encoder unchanged.
+        precision, compile, checkpointing: see :meth:`spar_d2.encoders.DenseEncoder.accelerate`. With a precision of
+            None, all three are ignored.
+        out_features: "dense", "clip_vis_dense" (FC-CLIP's name for the same map), or both.
+        text_width: width of the text embeddings that the framework expects (``MODEL.FC_CLIP.EMBED_DIM``), or None.
 
     Raises:
-        ValueError: an argument that is not allowed; or as :func:`spar_d2.encoders.build_encoder`.
+        ValueError: an argument has an invalid value; or as :func:`spar_d2.encoders.build_encoder`.
     """
 
     @configurable
@@ -65,18 +65,20 @@ class SPARViT(TextHooks, Backbone):
         self.encoder: DenseEncoder = build(encoder) if isinstance(encoder, EncoderSpec) else encoder
         if text_width not in (None, self.encoder.embed_dim):
             name = spec.name if spec else type(self.encoder).__name__
-            raise ValueError(f"{WIDTH_KEY} must be {self.encoder.embed_dim}, as {name} has it; got {text_width}")
+            raise ValueError(f"{WIDTH_KEY} must be {self.encoder.embed_dim}, the width of {name}; got {text_width}")
         self.pixels: PixelConversion | None = None
         if pixel_mean is not None:
             if input_format is None:
-                # A wrong guess would swap colors, and nothing would say so.
-                raise ValueError('input_format must be "BGR" or "RGB" where pixel_mean is given (INPUT.FORMAT)')
-            own = (self.encoder.pixel_mean, self.encoder.pixel_std)
-            self.pixels = PixelConversion(pixel_mean, [1.0] * 3 if pixel_std is None else pixel_std, input_format, *own)
+                # A wrong guess would silently swap the color channels.
+                raise ValueError('input_format (INPUT.FORMAT) must be "BGR" or "RGB" if pixel_mean is given, got None')
+            encoder_statistics = (self.encoder.pixel_mean, self.encoder.pixel_std)
+            self.pixels = PixelConversion(
+                pixel_mean, [1.0] * 3 if pixel_std is None else pixel_std, input_format, *encoder_statistics
+            )
         if precision is not None:
             self.encoder.accelerate(precision, compile, checkpointing)
         if trainable is not None:
-            # Decided before an optimizer looks at the model, so that it never sees frozen weights.
+            # Freeze before the optimizer is built, so that it never sees frozen weights.
             _log_trainable(self.encoder, spec, trainable, set_trainable(self.encoder, trainable))
         self.text_side = TextSide(spec, self.encoder)
         self._out_features = _check_outputs(out_features)
@@ -102,7 +104,7 @@ class SPARViT(TextHooks, Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        # Heads that compare their output with labels of the padded size need whole cells.
+        # Heads that compare their output with labels of the padded size need whole patches.
         return self.encoder.patch_size
 
     @property
@@ -110,20 +112,20 @@ class SPARViT(TextHooks, Backbone):
         return {"size_divisibility": self.size_divisibility}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) as the framework normalized it, any size, to {"dense": (B, D, ceil(H / p), ceil(W / p))}."""
+        """Compute {"dense": (B, D, ceil(H / p), ceil(W / p))} of framework-normalized images (B, 3, H, W)."""
         return dict.fromkeys(self._out_features, self.encode(x))
 
     def convert(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) as the framework normalized it, to RGB as the encoder takes it."""
+        """Convert framework-normalized images (B, 3, H, W) to RGB, normalized for the encoder."""
         return x if self.pixels is None else self.pixels(x)
 
     def encode(self, x: torch.Tensor, multiple: int = 1) -> torch.Tensor:
-        """The dense map (B, D, h, w) of (B, 3, H, W) as the framework normalized it.
+        """Compute the dense map (B, D, h, w) of framework-normalized images (B, 3, H, W).
 
         Args:
             x: images of any size.
-            multiple: pad them at the right and bottom to a multiple of so many pixels, with the encoder's zero, which
-                is its mean color.
+            multiple: images are zero-padded at the bottom and right, after normalization, to a multiple of this number
+                of pixels.
         """
         x = self.convert(x)
         return self.encoder(F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple)))
@@ -134,7 +136,7 @@ def _check_outputs(names: Sequence[str]) -> list[str]:
     if isinstance(names, str) or not names or any(name not in allowed for name in names):
         raise ValueError(
             f"MODEL.SPAR.OUT_FEATURES of SPARViT must be a list out of {', '.join(allowed)}; got {names!r}. "
-            "MODEL.BACKBONE.NAME SPARPyramid has levels of other strides"
+            "use MODEL.BACKBONE.NAME SPARPyramid for levels of other strides"
         )
     return list(dict.fromkeys(names))
 

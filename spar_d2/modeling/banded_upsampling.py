@@ -1,4 +1,4 @@
-"""Score maps upsampled to full resolution, a band of rows at a time. Plain PyTorch, on the device of the maps."""
+"""Upsamples score maps to full resolution a chunk of rows at a time. Plain PyTorch, on the device of the maps."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from functools import cached_property
 
 import torch
 
-# Bytes of one band of upsampled scores: what a CPU's cache holds, or enough work for a GPU.
+# Size in bytes of one chunk of upsampled scores: it fits a CPU's cache, or keeps a GPU busy.
 _BAND_BYTES = {"cpu": 2 << 20, "other": 64 << 20}
 _LISTED_PIXELS = 1 << 20
 
 
 def covered_size(cells: Sequence[int], patch: int, given: Sequence[int], size: Sequence[int]) -> tuple[float, float]:
-    """What the cells of an image's whole patches cover, in pixels of the result.
+    """Return the size in result pixels of the area that the patches of an image cover.
 
     Args:
-        cells: (h, w) of the grid.
-        patch: side of a cell in pixels of the image.
+        cells: (h, w) of the feature grid.
+        patch: patch size in image pixels.
         given: (H, W) of the image, in pixels.
         size: (H, W) of the result, in pixels.
     """
-    # Whole numbers first and one division last: the result is rounded once and never below `size`.
+    # Integer products first and a single division last: the result is rounded once and never below `size`.
     height, width = (number * patch * wanted / side for number, wanted, side in zip(cells, size, given))
     return height, width
 
 
 @dataclass(frozen=True)
 class ScoreMap:
-    """Scores of every query on a grid over an image.
+    """Scores of all queries on a feature grid over an image.
 
     Attributes:
         scores: (h, w, Q) float32.
-        padded_size: pixels of the result that the grid covers, from its top left; may be fractional; None: all of it.
-        mirrored: the grid is over the mirror image; its right side is then what lies at the left of the result.
+        padded_size: height and width in result pixels of the area that the grid covers, from the top left. May be
+            fractional. None: the size of the result.
+        mirrored: whether the grid belongs to the horizontally flipped image.
     """
 
     scores: torch.Tensor
@@ -45,14 +46,14 @@ class ScoreMap:
 
 @dataclass(frozen=True)
 class Resampling:
-    """Bilinear resampling along one side (align_corners=False): each place lies between two cells.
+    """Bilinear resampling along one axis (align_corners=False): every pixel lies between two grid cells.
 
     Attributes:
-        cells: of the grid along this side.
-        covered: pixels that they cover.
-        wanted: pixels asked for, counted from the first.
-        mirrored: whether the last of those comes first.
-        device: of the tensors, each (wanted,).
+        cells: number of grid cells along this axis.
+        covered: number of pixels that they cover.
+        wanted: number of output pixels, from the first one.
+        mirrored: whether the output pixels are in reverse order.
+        device: device of the tensors, which have shape (wanted,).
     """
 
     cells: int
@@ -63,47 +64,47 @@ class Resampling:
 
     @cached_property
     def position(self) -> torch.Tensor:
-        """In cells, float32 in 0..cells - 1."""
-        places = torch.arange(self.wanted, device=self.device, dtype=torch.float32)
+        """Position of each output pixel in cells, float32 in 0..cells - 1."""
+        pixels = torch.arange(self.wanted, device=self.device, dtype=torch.float32)
         if self.mirrored:
-            places = places.flip(0)
-        return ((places + 0.5) * (self.cells / self.covered) - 0.5).clamp(0, self.cells - 1)
+            pixels = pixels.flip(0)
+        return ((pixels + 0.5) * (self.cells / self.covered) - 0.5).clamp(0, self.cells - 1)
 
     @cached_property
     def before(self) -> torch.Tensor:
-        """The cell at or before the position, int64."""
+        """Index of the cell at or before the position, int64."""
         return self.position.long()
 
     @cached_property
     def after(self) -> torch.Tensor:
-        """The one after it, int64; the last has none but itself."""
+        """Index of the next cell, int64, clamped to the last cell."""
         return (self.before + 1).clamp(max=self.cells - 1)
 
     @cached_property
     def fraction(self) -> torch.Tensor:
-        """Of the way from the one to the other, float32 in 0..1."""
+        """Fraction of the distance from ``before`` to ``after``, float32 in 0..1."""
         return self.position - self.before
 
-    def around(self, part: slice) -> tuple[int, int]:
-        """First and last cell, and a few more, that the places of a part lie between; without asking the device."""
-        ends = [self.wanted - 1 - place if self.mirrored else place for place in (part.start, part.stop - 1)]
+    def around(self, pixels: slice) -> tuple[int, int]:
+        """Range (first, last) of cells that a slice of pixels needs, with a margin; computed without the device."""
+        ends = [self.wanted - 1 - place if self.mirrored else place for place in (pixels.start, pixels.stop - 1)]
         first, last = (math.floor((place + 0.5) * (self.cells / self.covered) - 0.5) for place in sorted(ends))
-        # Float32 positions differ a little from these: a cell more on each side.
+        # The float32 positions may differ slightly from these, so add a cell on each side.
         return max(0, min(first - 1, self.cells - 1)), min(last + 2, self.cells - 1)
 
 
 @dataclass(frozen=True)
 class Upsampling:
-    """Scores (h, w, Q) and where between their cells the rows and columns of the result lie."""
+    """Scores (h, w, Q) and the positions of the result's rows and columns between their cells."""
 
     scores: torch.Tensor
     down: Resampling
     across: Resampling
 
     def block(self, rows: slice, columns: slice) -> torch.Tensor:
-        """Scores (rows, columns, Q)."""
+        """Return scores (rows, columns, Q) of a block."""
         down, across = self.down, self.across
-        # (rows, w, Q), then (rows, columns, Q): queries last, so that every step moves whole runs of memory.
+        # (rows, w, Q), then (rows, columns, Q). Queries come last, so that all steps access contiguous memory.
         first, last = across.around(columns)
         cells = self.scores[:, first : last + 1]
         band = torch.lerp(cells[down.before[rows]], cells[down.after[rows]], down.fraction[rows, None, None])
@@ -111,7 +112,7 @@ class Upsampling:
         return torch.lerp(band[:, before], band[:, after], across.fraction[columns, None])
 
     def pixels(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Scores (n, Q) of n single pixels."""
+        """Return scores (n, Q) of n single pixels."""
         above, below = self.down.before[y], self.down.after[y]
         fraction = self.down.fraction[y, None]
         left, right = (
@@ -122,19 +123,19 @@ class Upsampling:
 
 
 class UpsampledScores:
-    """Scores upsampled bilinearly and averaged over maps, computed a part at a time.
+    """Scores upsampled bilinearly and averaged over maps, computed in chunks.
 
     Args:
-        maps: at least one, all of the same queries on one device; scores of other types are cast to float32.
-        size: (H, W), the pixels wanted, counted from the top left.
+        maps: one or more score maps of the same queries on the same device. Scores are cast to float32.
+        size: (H, W) of the result, from the top left.
 
     Attributes:
-        maps: with float32 scores and a ``padded_size`` each.
-        grids: their scores, and the places between them.
-        size, device, queries: (H, W), where the scores are, and Q.
+        maps: score maps with float32 scores and a ``padded_size``.
+        grids: scores with their resampling positions.
+        size, device, queries: (H, W) of the result, device of the scores, and number of queries Q.
 
     Raises:
-        ValueError: no maps, a size that is not positive, or a ``padded_size`` smaller than ``size``.
+        ValueError: there are no maps, the size is not positive, or a ``padded_size`` is smaller than ``size``.
     """
 
     def __init__(self, maps: Sequence[ScoreMap], size: tuple[int, int]) -> None:
@@ -142,7 +143,7 @@ class UpsampledScores:
         if min(size) < 1:
             raise ValueError(f"size must be at least 1x1, got {height}x{width}")
         if not len(maps):
-            raise ValueError("maps must have at least one map of scores, got none")
+            raise ValueError("maps must have at least one score map, got none")
         self.size = (height, width)
         self.maps: list[ScoreMap] = []
         self.grids: list[Upsampling] = []
@@ -159,9 +160,9 @@ class UpsampledScores:
         self._pixels_at_once = max(1, budget // (self.queries * scores.element_size()))
 
     def bands(self) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
-        """Rows and columns of a part of the result and its scores (rows, columns, Q), from the top to the bottom.
+        """Yield index slices (rows, columns) of a chunk and its scores (rows, columns, Q), from top to bottom.
 
-        A part has all columns, unless a single row would be too large.
+        A chunk has all columns, unless a single row would be too large.
         """
         height, width = self.size
         rows, columns = max(1, self._pixels_at_once // width), min(width, self._pixels_at_once)
@@ -171,11 +172,11 @@ class UpsampledScores:
                 yield place, _mean(grid.block(*place) for grid in self.grids)
 
     def pixels(self, chosen: torch.Tensor) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        """Pixels (y, x) chosen by a mask (H, W) bool, some at a time, and their scores (n, Q).
+        """Yield indices (y, x) of pixels selected by a mask (H, W) bool, in chunks, and their scores (n, Q).
 
-        The host waits for the device.
+        Synchronizes with the device.
         """
-        # A list of all of them would be larger than the labels.
+        # A list of all selected pixels could be larger than the labels.
         step = max(1, _LISTED_PIXELS // self.size[1])
         for start in range(0, self.size[0], step):
             for part in chosen[start : start + step].nonzero().split(self._pixels_at_once):

@@ -1,4 +1,4 @@
-"""The best query of every pixel: by a fused kernel on a GPU, in bands elsewhere."""
+"""Best query of every pixel: a fused Triton kernel on a GPU, row chunks elsewhere."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from spar_d2.modeling.banded_upsampling import ScoreMap, UpsampledScores
 
-# Set it to 0 to do without the kernel.
+# Environment variable that disables the kernel if set to 0.
 SWITCH = "SPAR_FUSED_LABELS"
-# Share of pixels up to which a CPU is faster taking them one by one than all in bands.
-_FEW = 0.1
+# On a CPU, up to this fraction of pixels is processed as a pixel list rather than in row chunks.
+_MAX_LISTED_FRACTION = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -21,22 +21,22 @@ logger = logging.getLogger(__name__)
 def best_query(
     upsampled: UpsampledScores, logit_scale: float, prob_threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The query with the highest score at every pixel; of equal ones the first.
+    """Find the query with the highest score at every pixel; ties go to the first query.
 
-    On a CUDA device with Triton, scores are upsampled and compared in one kernel; the environment variable
-    SPAR_FUSED_LABELS=0 turns it off. Elsewhere, and where Triton cannot compile it (that is logged once), bands of
-    scores are. The two round differently: a pixel whose two best scores are equal up to rounding may get either, unless
-    they are equal in every cell. A score that is not a number never wins in the kernel and always in bands. On a CUDA
-    device the host does not wait.
+    On a CUDA device with Triton, scores are upsampled and compared in one kernel. The environment variable
+    SPAR_FUSED_LABELS=0 disables it. Elsewhere, or if Triton cannot compile the kernel (logged once), scores are
+    computed in row chunks. The two methods round differently: if the two best scores of a pixel are equal up to
+    rounding, either may win, unless they are equal in the whole map. A NaN score never wins in the kernel and always
+    wins in row chunks. On a CUDA device, the host does not wait.
 
     Args:
         upsampled: scores of Q queries.
         logit_scale: factor before the softmax over all queries.
-        prob_threshold: 0..1; 0 for none.
+        prob_threshold: 0..1; 0 disables it.
 
     Returns:
         best: (H, W) int64 in 0..Q - 1.
-        weak: (H, W) bool, whether the probability of ``best`` is below ``prob_threshold``; empty without one.
+        weak: (H, W) bool, True where the probability of ``best`` is below ``prob_threshold``; empty if that is 0.
     """
     return _fused(upsampled, logit_scale, prob_threshold) or _in_bands(upsampled, logit_scale, prob_threshold)
 
@@ -50,19 +50,19 @@ def best_allowed_query(
     weak: torch.Tensor,
     areas: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace queries that are not allowed by the best of those that are; query 0 where none is.
+    """Replace disallowed queries by the best allowed one, or by query 0 if none is allowed.
 
-    The softmax still runs over all queries. On a CUDA device the host waits at most once, and not for the kernel, which
-    passes over tiles in which nothing is to be replaced.
+    The softmax still runs over all queries. On a CUDA device, the host does not wait for the kernel, which skips tiles
+    without disallowed queries; the fallback waits once.
 
     Args:
         upsampled, logit_scale, prob_threshold: as for :func:`best_query`.
         allowed: (Q,) bool.
-        best, weak: what that returned; may be changed.
-        areas: (Q,) int64, pixels of each query in ``best``.
+        best, weak: results of :func:`best_query`; may be modified in place.
+        areas: (Q,) int64, number of pixels of each query in ``best``.
 
     Returns:
-        As :func:`best_query`.
+        Same as :func:`best_query`.
     """
     result = _fused(upsampled, logit_scale, prob_threshold, allowed, best, weak)
     if result is None:
@@ -94,11 +94,11 @@ def _replace_in_bands(
     weak: torch.Tensor,
     removed: int,
 ) -> None:
-    """In place; ``removed`` is the number of pixels whose query is not allowed."""
+    """Replace in place; ``removed`` is the number of pixels with a disallowed query."""
     if removed == 0:
         return
-    few = upsampled.device.type == "cpu" and removed < _FEW * best.numel()
-    for place, scores in upsampled.pixels(~allowed[best]) if few else upsampled.bands():
+    by_pixel = upsampled.device.type == "cpu" and removed < _MAX_LISTED_FRACTION * best.numel()
+    for place, scores in upsampled.pixels(~allowed[best]) if by_pixel else upsampled.bands():
         top, best[place] = scores.masked_fill(~allowed, -torch.inf).max(-1)
         if prob_threshold > 0:
             highest = scores.amax(-1)
@@ -107,7 +107,7 @@ def _replace_in_bands(
 
 
 def _exponentials(scores: torch.Tensor, highest: torch.Tensor, logit_scale: float) -> torch.Tensor:
-    """The sum of exponentials of all queries relative to the highest; overwrites the scores."""
+    """Sum the exponentials of all scores relative to the highest; overwrites the scores."""
     return scores.sub_(highest[..., None]).mul_(logit_scale).exp_().sum(-1)
 
 
@@ -122,7 +122,7 @@ def _fused(
     best: torch.Tensor | None = None,
     weak: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The result of the kernel; None where there is none."""
+    """Run the kernel; returns None if it is not available."""
     global _unusable
     if upsampled.device.type != "cuda" or _operator is None or _unusable or os.environ.get(SWITCH) == "0":
         return None
@@ -132,11 +132,11 @@ def _fused(
         return _operator(*maps, *upsampled.size, logit_scale, prob_threshold, allowed, best, weak)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # Of many kinds: no C compiler, an old GPU, a folder that cannot be written, ...
+    except Exception as error:  # for example: no C compiler, an old GPU, or an unwritable cache folder
         _unusable = True
         logger.warning(
-            f"Triton cannot compile or start the kernel for labels, which are now computed in bands: slower, otherwise "
-            f"the same. {SWITCH}=0 does without it from the start. {type(error).__name__}: {error}"
+            f"Triton cannot compile or start the label kernel. Labels are computed in row chunks "
+            f"instead, which is slower but equivalent. {SWITCH}=0 disables the kernel. {type(error).__name__}: {error}"
         )
         return None
 
@@ -157,7 +157,7 @@ def _operator_elsewhere(scores, covered, mirrored, height, width, logit_scale, p
     upsampled = _from_plain(scores, covered, mirrored, height, width)
     if best is None:
         return _in_bands(upsampled, logit_scale, prob_threshold)
-    # An operator returns tensors of its own.
+    # A custom operator must not return its inputs.
     best, weak = best.clone(), weak.clone()
     removed = int((~allowed[best]).sum())
     _replace_in_bands(upsampled, logit_scale, prob_threshold, allowed, best, weak, removed)
@@ -170,7 +170,7 @@ def _operator_without_values(scores, covered, mirrored, height, width, logit_sca
 
 
 def _define_operator():
-    """The kernel as one operator of PyTorch, so that what counts or replaces operators sees it; None without Triton."""
+    """Wrap the kernel as a PyTorch operator, so that profilers and dispatch modes see it; None without Triton."""
     if not hasattr(torch.library, "custom_op") or importlib.util.find_spec("triton") is None:
         return None
     operator = torch.library.custom_op(

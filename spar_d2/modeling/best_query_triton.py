@@ -1,13 +1,13 @@
-"""The best query of every pixel in one kernel, written in Triton. Nothing of pixels x queries reaches memory.
+"""Triton kernel for the best query of every pixel, without a pixels x queries tensor in memory.
 
-A program labels a tile, row after row. It goes through the queries in blocks and keeps, in registers, the best score so
-far of every pixel of the row in every lane of the block; lanes are compared once, at the end. The cells that a row lies
-between are loaded once for all its pixels, and scores are interpolated first down, then across.
+A program labels one tile, row by row. It loops over blocks of queries and keeps, in registers, the best score so far
+for every pixel of the row and every lane of the block. Lanes are compared once, at the end. The feature grid cells
+around a row are loaded once for all its pixels. Scores are interpolated vertically, then horizontally.
 
-What bounds it is the number of instructions: with cells of 16 pixels about 10 for a pixel and a query, 17 with
-probabilities, so that an H100 needs at least 1.4 or 2.4 ms for 2048x2048 pixels and 1000 queries. Loads take a third of
-that: cells come from L2, which holds the two rows of cells that a row of tiles lies between, and for all rows of a tile
-but the first mostly from L1. The indices themselves, 34 MB, are 0.01 ms.
+The kernel is bound by its instruction count. With cells of 16 pixels, it needs about 10 instructions per pixel and
+query, or 17 with probabilities, so an H100 needs at least 1.4 or 2.4 ms for 2048x2048 pixels and 1000 queries. Loads
+take a third of that time: cells come from L2, which holds the two rows of cells around a row of tiles, and mostly from
+L1 for all rows of a tile but the first. Writing the 34 MB of indices takes 0.01 ms.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import triton.language as tl
 
 from spar_d2.modeling.banded_upsampling import UpsampledScores
 
-# Of a tile, in pixels. The middles of cells of 16 pixels are 8, 24, 40, ...: a row of a tile lies between two of them.
+# Tile size in pixels. The centers of 16-pixel cells are 8, 24, 40, ...: a tile row lies between two of them.
 TILE = (8, 8)
 # Queries that a thread loads at once.
 _TOGETHER = 2
-# Of a block, for each of its warps. A thread has 8 pixels and 2 queries; more do not fit into registers.
+# Queries of a block, per warp. A thread has 8 pixels and 2 queries; more do not fit into registers.
 _QUERIES_OF_WARP = 64
-# The score of what fills up the last two queries and the last block: it never wins, and has no probability.
+# Score of the padding of the last query pair and block: it never wins and has no probability.
 _NEVER = -1e30
 
 
 @triton.jit
 def _column(upper, lower, fraction, cell, stride, known, NEVER: tl.constexpr):
-    """Scores (1, QUERIES) between two cells of a column, one above the other."""
+    """Interpolate scores (1, QUERIES) between two vertically adjacent cells of a column."""
     offset = cell * stride
     high = tl.load(upper + offset, mask=known, other=NEVER)
     low = tl.load(lower + offset, mask=known, other=NEVER)
@@ -42,31 +42,31 @@ def _column(upper, lower, fraction, cell, stride, known, NEVER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["height", "width", "pairs"])
 def best_query_kernel(
-    scores,  # float32, all maps one after the other, each (h, w, queries)
-    above,  # (maps, height) int64, where in scores the row of cells at or above a row of pixels begins
-    below,  # (maps, height) int64, the one below it
-    down,  # (maps, height) float32 in 0..1, of the way from the one to the other
-    across,  # (maps, width) float32, position between cells, rising or, mirrored, falling
+    scores,  # float32, all maps concatenated, each (h, w, queries)
+    above,  # (maps, height) int64, offset in scores of the row of cells at or above each pixel row
+    below,  # (maps, height) int64, offset of the next row of cells
+    down,  # (maps, height) float32 in 0..1, fraction of the distance from above to below
+    across,  # (maps, width) float32, horizontal position in cells; increasing, or decreasing if mirrored
     allowed,  # (queries,) bool
     old_best,  # (height, width) int64
     old_weak,  # (height, width) bool
-    best,  # (height, width) int64, written
-    weak,  # (height, width) bool, written
+    best,  # (height, width) int64, output
+    weak,  # (height, width) bool, output
     maps,
     height,
     width,
-    pairs,  # of queries
-    scale,  # of the sum of all maps' scores, in powers of 2
+    pairs,  # number of query pairs
+    scale,  # factor on the sum of all maps' scores, for base-2 exponentials
     threshold,
-    PROBABILITIES: tl.constexpr,  # whether weak is wanted
-    AGAIN: tl.constexpr,  # whether old_best is given, of which queries that are not allowed are replaced
+    PROBABILITIES: tl.constexpr,  # compute weak
+    AGAIN: tl.constexpr,  # replace disallowed queries of old_best
     NEVER: tl.constexpr,
     PIXELS: tl.constexpr,
     ROWS: tl.constexpr,
-    QUERIES: tl.constexpr,  # of a block
+    QUERIES: tl.constexpr,  # queries of a block
 ):
     queries = pairs * 2
-    # Products may pass 2**31.
+    # Products may exceed 2**31.
     wide, stride = width.to(tl.int64), pairs.to(tl.int64) * 2
     runs = tl.cdiv(width, PIXELS)
     x0 = tl.program_id(0) % runs * PIXELS
@@ -95,7 +95,7 @@ def best_query_kernel(
                 for number in range(maps):
                     row = number * height + y
                     fraction = tl.load(down + row)
-                    # (1, QUERIES) pointers to the cells of column 0 above and below this row of pixels.
+                    # (1, QUERIES) pointers to the cells of column 0 above and below this pixel row.
                     upper = scores + tl.multiple_of(tl.load(above + row), 2) + query
                     lower = scores + tl.multiple_of(tl.load(below + row), 2) + query
                     places = across + number * width
@@ -117,20 +117,20 @@ def best_query_kernel(
                 if AGAIN:
                     candidate = tl.where(tl.load(allowed + query, mask=known, other=0) != 0, score, float("-inf"))
                 if PROBABILITIES:
-                    # The sum of exponentials relative to the highest score so far, with one exponential an element.
+                    # Online sum of exponentials relative to the highest score so far, with one exponential per element.
                     before = highest if AGAIN else top
                     exponential = tl.exp2(-tl.abs(score - before) * scale)
                     total = tl.where(score > before, total * exponential + 1.0, total + exponential)
                     if AGAIN:
                         highest = tl.maximum(highest, score)
-                # The first of equal ones stays.
+                # Ties go to the first query.
                 better = candidate > top
                 top = tl.where(better, candidate, top)
                 index = tl.where(better, query, index)
             winner = tl.max(top, 1)
             # Triton's own types say tuples where these are tensors, so they are not checked.
             found = tl.min(tl.where(top == winner[:, None], index, queries), 1).to(tl.int64)  # pyright: ignore
-            # 0 where no query can win: scores that are no numbers, or none that are allowed.
+            # 0 if no query can win: all scores are NaN, or no query is allowed.
             found = tl.where(winner > NEVER / 2, found, 0)
             if AGAIN:
                 found = tl.where(gone, found, old)
@@ -157,10 +157,10 @@ def launch(
     best: torch.Tensor | None = None,
     weak: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`spar_d2.modeling.best_query.best_query` returns for the same arguments; the host does not wait.
+    """Run the kernel; same results as :func:`spar_d2.modeling.best_query.best_query`. The host does not wait.
 
     Raises:
-        Whatever Triton raises where it cannot compile or start a kernel.
+        Exception: any error of Triton if it cannot compile or start the kernel.
     """
     (height, width), maps = upsampled.size, len(upsampled.grids)
     extra = -upsampled.queries % _TOGETHER
@@ -180,7 +180,7 @@ def launch(
     new_weak = torch.empty((height, width) if probabilities else 0, dtype=torch.bool, device=scores.device)
     again = best is not None
     if allowed is None or best is None or weak is None:
-        old = new_weak, new_best, new_weak  # pointers that are not looked at
+        old = new_weak, new_best, new_weak  # placeholders, never read
     else:
         old = F.pad(allowed, (0, extra), value=False), best, weak
     warps = 1 if queries <= _QUERIES_OF_WARP else 2
@@ -200,7 +200,7 @@ def launch(
             height,
             width,
             queries // _TOGETHER,
-            # Of sums, in place of means; and in powers of 2.
+            # The kernel sums the maps instead of averaging them, and uses base-2 exponentials.
             logit_scale / maps * math.log2(math.e),
             prob_threshold,
             PROBABILITIES=probabilities,

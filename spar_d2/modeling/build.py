@@ -1,4 +1,4 @@
-"""From a config to its encoder and text tower."""
+"""Builds encoders and teachers from a config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spar_d2.teacher import SlidingWindowTeacher
 
 
 def encoder_spec(cfg: CfgNode) -> EncoderSpec:
-    """What ``MODEL.SPAR`` says of the encoder."""
+    """Convert ``MODEL.SPAR`` to an encoder spec."""
     spar = cfg.MODEL.SPAR
     return EncoderSpec(
         name=spar.ENCODER,
@@ -28,10 +28,10 @@ def encoder_spec(cfg: CfgNode) -> EncoderSpec:
 
 
 def precision_from_config(cfg: CfgNode) -> str:
-    """``MODEL.SPAR.PRECISION`` as it is on ``MODEL.DEVICE``, where "auto" is one of the others.
+    """Return ``MODEL.SPAR.PRECISION``, with "auto" resolved for ``MODEL.DEVICE``.
 
     Raises:
-        ValueError: another precision.
+        ValueError: the precision is unknown.
     """
     precision = resolve_precision(cfg.MODEL.SPAR.PRECISION, cfg.MODEL.DEVICE)
     _check_precision("MODEL.SPAR.PRECISION must be one of", precision)
@@ -39,15 +39,15 @@ def precision_from_config(cfg: CfgNode) -> str:
 
 
 def teacher_from_config(cfg: CfgNode) -> SlidingWindowTeacher:
-    """The teacher of ``SPAR.TEACHER``, with the pre-trained encoder of ``MODEL.SPAR``, on ``MODEL.DEVICE``.
+    """Build the teacher of ``SPAR.TEACHER`` with the pre-trained encoder of ``MODEL.SPAR``, on ``MODEL.DEVICE``.
 
     Raises:
-        ValueError: a precision, window or stride that is not allowed; or as ``build_encoder``.
+        ValueError: the precision, window or stride is invalid; or as ``build_encoder``.
     """
     spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
     precision = resolve_precision(teacher.PRECISION or spar.PRECISION, cfg.MODEL.DEVICE)
     if not teacher.PRECISION and cfg.SOLVER.AMP.ENABLED and precision == "float32":
-        precision = "float16"  # as Detectron2's mixed precision is for the student
+        precision = "float16"  # same as Detectron2's mixed precision for the student
     _check_precision('SPAR.TEACHER.PRECISION must be "" or one of', precision)
     encoder = build(encoder_spec(cfg)).accelerate(precision, spar.COMPILE).to(cfg.MODEL.DEVICE)
     return SlidingWindowTeacher(encoder, teacher.WINDOW, teacher.STRIDE, teacher.BATCH_SIZE)

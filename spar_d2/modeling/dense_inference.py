@@ -1,4 +1,4 @@
-"""From an input's image to the dense map that a segmentor reads, in a single pass or by a sliding window."""
+"""Mixin that computes the dense feature map of an image, in a single pass or with a sliding window."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ INFERENCES = ("single_pass", "sliding_window")
 
 
 class DenseInference:
-    """Mixed into segmentors, which have ``backbone``, ``pixel_mean`` and ``pixel_std``, and call :meth:`_infer_by`."""
+    """Mixin for segmentors with ``backbone``, ``pixel_mean``, ``pixel_std``; they call :meth:`_set_inference_mode`."""
 
     backbone: SPARViT
     pixel_mean: torch.Tensor
     pixel_std: torch.Tensor
 
-    def _infer_by(self, inference: str, window: int, stride: int, window_batch: int) -> None:
-        """Choose how images are encoded.
+    def _set_inference_mode(self, inference: str, window: int, stride: int, window_batch: int) -> None:
+        """Choose the inference mode.
 
         Args:
             inference: "single_pass" or "sliding_window".
-            window, stride, window_batch: of the sliding window; window 0 is the encoder's native size, window_batch 0
-                is chosen by it.
+            window, stride, window_batch: settings of the sliding window. A window of 0 means the pre-training image
+                size of the encoder; a window_batch of 0 is chosen from the window size.
 
         Raises:
-            ValueError: an argument that is not allowed.
+            ValueError: an argument has an invalid value.
         """
         check_choice("INFERENCE", inference, INFERENCES)
         self.inference = inference
         self.windows = check_window(self.backbone.encoder, window, stride, window_batch)
 
     def encoder_input(self, image: torch.Tensor) -> torch.Tensor:
-        """What the encoder is given for an image: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (1, 3, H, W)."""
+        """Convert an image (3, H, W) in ``INPUT.FORMAT``, 0..255, to encoder input (1, 3, H, W)."""
         return self.backbone.convert(self._normalize(image)[None])
 
     def dense_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """What is read: images (B, 3, H, W) as the encoder takes them to (B, D, ceil(H / p), ceil(W / p))."""
+        """Compute feature maps (B, D, ceil(H / p), ceil(W / p)) of encoder input (B, 3, H, W)."""
         if self.inference == "single_pass":
             return self.backbone.encoder(x)
         return sliding_window_features(self.backbone.encoder, x, *self.windows)
@@ -46,12 +46,13 @@ class DenseInference:
     def _normalize(self, image: torch.Tensor) -> torch.Tensor:
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f'"image" must be (3, H, W), in the order of INPUT.FORMAT; got {tuple(image.shape)}')
-        # As they are, usually one byte a value: cast on the device, and without waiting where memory is pinned.
+        # Images are usually uint8: copy them as they are and cast on the device. Pinned memory is copied
+        # asynchronously.
         pixels = image.to(self.pixel_mean.device, non_blocking=True).to(self.pixel_mean.dtype)
         return (pixels - self.pixel_mean) / self.pixel_std
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` where a key of ``MODEL.SPAR`` has a value that is not allowed."""
+    """Raise ``ValueError`` if the value of a key of ``MODEL.SPAR`` is not allowed."""
     if value not in allowed:
         raise ValueError(f"MODEL.SPAR.{key} must be one of {', '.join(allowed)}; got {value!r}")

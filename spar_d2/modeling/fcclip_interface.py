@@ -1,4 +1,4 @@
-"""What frameworks that compare features with words ask of a backbone: FC-CLIP (arXiv:2308.02487) and its kin."""
+"""Backbone interface of frameworks that compare features with text: FC-CLIP (arXiv:2308.02487) and its variants."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from spar_d2.encoders import DenseEncoder, EncoderSpec, TextTower
 from spar_d2.encoders.registry import build_text, check_has_text
 
-# FC-CLIP pools masks over "clip_vis_dense" for models with this word in their name, and refuses models whose names have
-# none of the words that it knows.
+# FC-CLIP checks model names for known substrings. With this one, it pools masks over "clip_vis_dense". Other names are
+# refused.
 _POOLED_LIKE = "convnext"
-# FC-CLIP's own key for the width of the vectors.
+# FC-CLIP's key for the width of the text embeddings.
 WIDTH_KEY = "MODEL.FC_CLIP.EMBED_DIM"
 _UNKNOWN = (
-    "this backbone was given an encoder, not what to build it from, so its text tower is not known: "
-    "give it an EncoderSpec"
+    "this backbone was built from an encoder instance, so its text tower is not known: pass an EncoderSpec instead"
 )
 
 
 class TextSide:
-    """The text tower of an encoder, built when it is first asked for.
+    """The text tower of an encoder, built on first use.
 
-    It is no module, so that the tower is none of a backbone's: it is in no checkpoint, optimizer or parameter count.
+    This is not an ``nn.Module``, so that the tower does not become part of the backbone's checkpoints, optimizer and
+    parameter count.
 
     Args:
-        spec: what the encoder was built from; None where that is not known.
-        encoder: the encoder.
+        spec: spec that the encoder was built from, or None if unknown.
+        encoder: image encoder.
     """
 
     def __init__(self, spec: EncoderSpec | None, encoder: DenseEncoder) -> None:
@@ -40,10 +40,10 @@ class TextSide:
         return self.spec.name if self.spec else type(self.encoder).__name__
 
     def tower(self) -> TextTower:
-        """The text tower.
+        """Return the text tower.
 
         Raises:
-            ValueError: the encoder has no text side, or it is not known which.
+            ValueError: the encoder has no text tower, or it is unknown.
         """
         if self.spec is None:
             raise ValueError(_UNKNOWN)
@@ -53,7 +53,7 @@ class TextSide:
 
     @property
     def missing(self) -> str:
-        """Why there is no text tower; "" where there is one. Builds none."""
+        """Reason why there is no text tower, or "". Does not build the tower."""
         if self.spec is None:
             return _UNKNOWN
         try:
@@ -63,12 +63,12 @@ class TextSide:
         return ""
 
     def __getstate__(self) -> dict:
-        # It is built again where it is asked for; those of other libraries cannot all be pickled.
+        # The tower is rebuilt on demand: not all text towers can be pickled.
         return {**vars(self), "_tower": None}
 
 
 class _ClipModel:
-    """What FC-CLIP reads of a CLIP model; the text tower is only built when it does."""
+    """The part of a CLIP model that FC-CLIP reads. The text tower is built on first access."""
 
     def __init__(self, text_side: TextSide) -> None:
         self._text_side = text_side
@@ -82,65 +82,66 @@ class _ClipModel:
 
 
 class TextHooks:
-    """Mixed into backbones, which set ``text_side``."""
+    """Mixin for backbones that set ``text_side``."""
 
     text_side: TextSide
 
     @property
     def dim_latent(self) -> int:
-        """Channels of the space that dense features and the vectors of words share."""
+        """Width of the embedding space that dense features and text embeddings share."""
         return self.text_side.encoder.embed_dim
 
     @property
     def model_name(self) -> str:
-        """Name of the model, with the word by which FC-CLIP pools masks over dense features."""
+        """Model name, with the substring that makes FC-CLIP pool masks over dense features."""
         return f"{self.text_side.name} (masks pooled as for {_POOLED_LIKE})"
 
     def __getattr__(self, name: str):
-        # No property: what one raises, a module would replace by words of its own.
+        # Not a property: nn.Module would hide the message of an AttributeError raised by a property.
         if name == "clip_model" and "text_side" in vars(self):
             return self._clip_model()
-        return super().__getattr__(name)  # pyright: ignore[reportAttributeAccessIssue]  # of nn.Module, beside it
+        return super().__getattr__(name)  # pyright: ignore[reportAttributeAccessIssue]  # nn.Module's, via the subclass
 
     def _clip_model(self) -> _ClipModel:
-        """Has ``logit_scale``, a number as a tensor: the logarithm of the factor on cosines that the model learned.
+        """Return an object with ``logit_scale``: a scalar tensor, the logarithm of the learned factor on cosine scores.
 
         Raises:
-            AttributeError: the encoder has no text side.
+            AttributeError: the encoder has no text tower.
         """
         if missing := self.text_side.missing:
             raise AttributeError(missing)
         return _ClipModel(self.text_side)
 
     def get_text_classifier(self, text_list: Sequence[str], device: torch.device | str) -> torch.Tensor:
-        """Vectors of texts, which are read as they are: sentences around words are the caller's business.
+        """Encode texts as they are. Prompt templates are applied by the caller.
 
         Args:
             text_list: n texts.
-            device: where they are encoded.
+            device: device of the text tower.
 
         Returns:
             (n, D) float32, not normalized, without gradient.
 
         Raises:
-            ValueError: the model has no text side, or ``text_list`` is no list of texts.
+            ValueError: the model has no text tower, or ``text_list`` is not a list of strings.
         """
         if isinstance(text_list, str) or not text_list or not all(isinstance(text, str) for text in text_list):
-            raise ValueError(f"text_list must be a list of at least one text, got {text_list!r}")
+            raise ValueError(f"text_list must be a non-empty list of strings, got {text_list!r}")
         return self.text_side.tower().to(device).encode(list(text_list))
 
     def visual_prediction_forward(self, x: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
-        """Dense features that a framework pooled over masks, to vectors to compare with words.
+        """Convert mask-pooled dense features to embeddings that can be compared with text embeddings.
 
         Args:
-            x: (B, Q, D) pooled features, which are in that space already, or a map (B, D, h, w).
-            masks: (B, Q, h, w) logits, for a map: it is averaged where they are above 0, over nothing to zeros.
+            x: (B, Q, D) pooled features, which are already in the shared space, or a feature map (B, D, h, w).
+            masks: (B, Q, h, w) mask logits, for a feature map. The map is averaged where the logits are above 0; empty
+                masks give zeros.
 
         Returns:
             (B, Q, D).
 
         Raises:
-            ValueError: other channels than the encoder's.
+            ValueError: the number of channels differs from the encoder's.
         """
         channels = x.shape[-1] if masks is None else x.shape[1]
         if channels != self.dim_latent:

@@ -1,4 +1,4 @@
-"""The head of linear probing: a norm and one linear layer over dense features."""
+"""Linear probe head: a norm and one linear layer on dense features."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ NORMS = ("", "BN", "SyncBN", "naiveSyncBN", "naiveSyncBN_N", "FrozenBN", "GN", "
 
 @registered(SEM_SEG_HEADS_REGISTRY)
 class LinearProbe(nn.Module):
-    """A norm over the channels of one feature map, and one linear layer (a 1x1 convolution) to the classes.
+    """A norm over the channels of a feature map, followed by a linear layer (1x1 convolution) to class logits.
 
     Args:
-        input_shape: outputs of the backbone.
-        num_classes: C; labels are 0..C-1.
-        in_feature: the output that is probed.
-        norm: for Detectron2's ``get_norm``; "" is none.
-        ignore_value: label that has no loss.
-        loss_weight: factor on the loss, above 0.
+        input_shape: output shapes of the backbone.
+        num_classes: number of classes C; labels are 0..C-1.
+        in_feature: name of the backbone output to probe.
+        norm: norm as in Detectron2's ``get_norm``; "" for none.
+        ignore_value: label that is ignored in the loss.
+        loss_weight: weight of the loss, above 0.
 
     Raises:
-        ValueError: an argument that is not allowed.
+        ValueError: an argument has an invalid value.
     """
 
     @configurable
@@ -65,7 +65,7 @@ class LinearProbe(nn.Module):
         if shape.channels is None or shape.stride is None:
             raise ValueError(
                 f"in_feature (MODEL.SEM_SEG_HEAD.IN_FEATURES) of LinearProbe must be an output with channels and a "
-                f"stride; the backbone's output_shape() says of {in_feature!r} {shape}"
+                f"stride; the backbone's output_shape() of {in_feature!r} is {shape}"
             )
         self.in_feature, self.stride = in_feature, shape.stride
         self.num_classes, self.ignore_value, self.loss_weight = num_classes, ignore_value, loss_weight
@@ -97,37 +97,38 @@ class LinearProbe(nn.Module):
     def forward(
         self, features: Mapping[str, torch.Tensor], targets: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Detectron2's interface of such heads.
+        """Detectron2's interface of semantic segmentation heads.
 
         Args:
-            features: maps (B, D, h, w) by their names.
-            targets: (B, H, W) labels of the padded images; needed in training.
+            features: dict of feature maps (B, D, h, w).
+            targets: labels (B, H, W) of the padded images; required in training.
 
         Returns:
-            In training None and {"loss_sem_seg": ...}; in inference logits (B, C, h * stride, w * stride) float32,
-            upsampled bilinearly, and {}.
+            In training, None and {"loss_sem_seg": ...}. In inference, bilinearly upsampled logits (B, C, h * stride,
+            w * stride) float32 and {}.
 
         Raises:
-            ValueError: as :meth:`losses`, or no labels to train with.
+            ValueError: as :meth:`losses`, or there are no labels in training.
         """
         logits = self.predictor(self._normalized(features[self.in_feature]))
         if not self.training:
             return _upsample(logits.float(), self.stride), {}
         if targets is None:
-            raise ValueError('LinearProbe is trained on labels: the inputs have no "sem_seg"')
+            raise ValueError('LinearProbe needs labels in training: the inputs have no "sem_seg"')
         return None, self.losses(list(logits), list(targets))
 
     def classify(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Logits (C, h, w) of maps (D, h, w) of any sizes; in training the norm's statistics are over all their cells.
+        """Compute logits (C, h, w) of feature maps (D, h, w) of any sizes.
 
-        Nothing is padded, so that no cell counts that is not an image's.
+        In training, the norm's statistics are computed over the features of all maps. Maps are not padded, so that
+        padding does not affect the statistics.
 
         Raises:
-            ValueError: no maps.
+            ValueError: there are no maps.
         """
         if not len(maps):
-            raise ValueError("maps must have at least one map of features, got none")
-        # (1, D, 1, N) of the cells of all maps.
+            raise ValueError("maps must have at least one feature map, got none")
+        # (1, D, 1, N): the features of all maps.
         cells = torch.cat([features.flatten(1) for features in maps], dim=1)[None, :, None]
         logits = self.predictor(self._normalized(cells))[0, :, 0]
         sizes = [features.shape[1] * features.shape[2] for features in maps]
@@ -135,21 +136,21 @@ class LinearProbe(nn.Module):
         return [part.unflatten(1, features.shape[1:]) for part, features in parts]
 
     def losses(self, logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The mean cross-entropy over all pixels of all images that have a label.
+        """Compute the mean cross-entropy over all labeled pixels of all images.
 
-        Logits are upsampled bilinearly to the pixels that their cells cover and cropped to the labels, so that pixels
-        stay aligned. Only one image is upsampled at a time, also for the gradient.
+        Logits are upsampled bilinearly to the pixels that the feature grid covers and cropped to the labels, so that
+        pixels stay aligned. Only one image is upsampled at a time, also for the gradient.
 
         Args:
-            logits: (C, h, w) of each image.
-            labels: (H, W) integers, where ``stride`` pixels or less of the last row and column of cells may be missing.
+            logits: logits (C, h, w) of each image.
+            labels: integer labels (H, W) of each image. The last row and column of patches may be incomplete.
 
         Returns:
-            {"loss_sem_seg": ...}; zero where no pixel has a label.
+            {"loss_sem_seg": ...}; zero if no pixel is labeled.
 
         Raises:
-            ValueError: labels that are no class (looked for on a CPU only, see :func:`check_labels`), or of another
-                size; no logits, or labels of another number of images.
+            ValueError: a label is out of range (checked on the CPU only, see :func:`check_labels`); the sizes of logits
+                and labels do not match; or their numbers differ or are zero.
         """
         if not len(logits) or len(logits) != len(labels):
             raise ValueError(
@@ -165,7 +166,7 @@ class LinearProbe(nn.Module):
     def _normalized(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.norm, nn.SyncBatchNorm) and self.training and not x.is_cuda:
             raise ValueError(
-                'MODEL.SEM_SEG_HEAD.NORM "SyncBN" needs GPUs; "BN" and, for several processes, "naiveSyncBN_N" do not'
+                'MODEL.SEM_SEG_HEAD.NORM "SyncBN" needs GPUs; use "BN", or "naiveSyncBN_N" for several processes'
             )
         return self.norm(x)
 
@@ -173,16 +174,16 @@ class LinearProbe(nn.Module):
         grid = tuple(math.ceil(side / self.stride) for side in labels.shape)
         if grid != tuple(logits.shape[1:]):
             raise ValueError(
-                f"labels of {'x'.join(map(str, labels.shape))} pixels have {'x'.join(map(str, grid))} cells of "
-                f"{self.stride} pixels, their image has {'x'.join(map(str, logits.shape[1:]))}: an image and its "
-                "labels must have one size"
+                f"labels of {'x'.join(map(str, labels.shape))} pixels have {'x'.join(map(str, grid))} patches of "
+                f"{self.stride} pixels, but their image has {'x'.join(map(str, logits.shape[1:]))}: an image and its "
+                "labels must have the same size"
             )
-        if not labels.is_cuda:  # there, a GPU would have to be waited for; data mappers have looked before
+        if not labels.is_cuda:  # avoids a GPU sync; the data mappers have already checked the labels
             check_labels(labels, self.num_classes, self.ignore_value)
 
 
 class _PixelLoss(torch.autograd.Function):
-    """Sum of the pixels' cross-entropies, which keeps for the gradient what is as small as the logits of cells."""
+    """Sum of per-pixel cross-entropies. Stores only gradients of the size of the low-resolution logits."""
 
     @staticmethod
     def forward(ctx, labels, stride, ignore_value, *logits):
@@ -207,7 +208,7 @@ def _upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:
 
 
 def check_classes(cfg: CfgNode) -> None:
-    """Raise ``ValueError`` where a data set of a config has not as many classes as its ``MODEL.SEM_SEG_HEAD``."""
+    """Raise ``ValueError`` if ``MODEL.SEM_SEG_HEAD`` and a data set of the config differ in their number of classes."""
     count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         classes = MetadataCatalog.get(name).get("stuff_classes") or ()

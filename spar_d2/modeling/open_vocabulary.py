@@ -1,4 +1,4 @@
-"""The open-vocabulary segmentor: dense features compared with the vectors of words."""
+"""Open-vocabulary segmentor: compares dense features with text embeddings."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ _VOCABULARIES_KEPT = 8
 class OpenVocabularySegmentor(DenseInference, nn.Module):
     """Segments images into the classes of any vocabulary, without training on labels.
 
-    In training it only encodes the images and returns no loss of its own: a
-    :class:`~spar_d2.distillation.DistillationHook` adds it.
+    In training mode, it only encodes the images and returns no loss.
+    A :class:`~spar_d2.distillation.DistillationHook` adds the loss.
 
     Args:
-        backbone: gives the dense map.
-        embeddings: gives the vectors of words.
-        vocabulary: the classes; None until :meth:`set_vocabulary`.
-        pixel_mean, pixel_std: in the order of the input's channels, for 0..255.
-        logit_scale, prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`; ``area_threshold``
-            0 is none.
+        backbone: backbone that computes the dense feature map.
+        embeddings: computes the text embeddings of a vocabulary.
+        vocabulary: class names; None if :meth:`set_vocabulary` is called later.
+        pixel_mean, pixel_std: pixel statistics in the channel order of the input, for values in 0..255.
+        logit_scale, prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`. An
+            ``area_threshold`` of 0 disables it.
         output: "labels", "scores" or "features", see :meth:`forward`.
-        inference: "single_pass" or "sliding_window".
-        window, stride, window_batch: of the sliding window; window 0 is the encoder's native size, window_batch 0 is
-            chosen by it.
+        inference: inference mode, "single_pass" or "sliding_window".
+        window, stride, window_batch: settings of the sliding window. A window of 0 means the pre-training image size of
+            the encoder; a window_batch of 0 is chosen from the window size.
 
     Raises:
-        ValueError: an argument that is not allowed.
+        ValueError: an argument has an invalid value.
     """
 
     @configurable
@@ -77,22 +77,22 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.output = output
-        self._infer_by(inference, window, stride, window_batch)
+        self._set_inference_mode(inference, window, stride, window_batch)
         self._text: dict[Vocabulary, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._read_by(vocabulary, logit_scale, prob_threshold, area_threshold)
+        self._set_inference_settings(vocabulary, logit_scale, prob_threshold, area_threshold)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
-        reading = _reading(cfg)
-        if reading["vocabulary"] is not None:
+        settings = _inference_settings(cfg)
+        if settings["vocabulary"] is not None:
             check_has_text(spar.ENCODER)
         return {
             "backbone": build_backbone(cfg),
             "embeddings": text_embeddings(encoder_spec(cfg), spar.TEMPLATES, spar.TEXT_CACHE, cfg.MODEL.DEVICE),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            **reading,
+            **settings,
             "output": spar.OUTPUT,
             "inference": spar.INFERENCE,
             "window": teacher.WINDOW,
@@ -101,25 +101,25 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         }
 
     def set_vocabulary(self, vocabulary: Vocabulary | str | list | None) -> None:
-        """Change the classes, at once; the vectors of words that are new are computed when first needed.
+        """Change the classes. Text embeddings of new classes are computed at the next inference.
 
         Args:
-            vocabulary: as :meth:`spar_d2.text.Vocabulary.of` takes it; None for none. Labels are the numbers of its
-                classes, of which none is left out or merged.
+            vocabulary: any form that :meth:`spar_d2.text.Vocabulary.of` accepts, or None. Label k stands for class k of
+                the vocabulary; no class is dropped or merged.
         """
         self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
 
     @contextlib.contextmanager
     def configured(self, cfg: CfgNode) -> Iterator[None]:
-        """Within it, vocabulary, logit scale and thresholds are those of another config; raises as the class does."""
+        """Temporarily use the vocabulary, logit scale and thresholds of another config; raises as the class does."""
         before = (self.vocabulary, self.logit_scale, self.prob_threshold, self.area_threshold)
-        self._read_by(**_reading(cfg))
+        self._set_inference_settings(**_inference_settings(cfg))
         try:
             yield
         finally:
-            self._read_by(*before)
+            self._set_inference_settings(*before)
 
-    def _read_by(
+    def _set_inference_settings(
         self,
         vocabulary: Vocabulary | None,
         logit_scale: float,
@@ -138,24 +138,24 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         """Detectron2's interface.
 
         Args:
-            batched_inputs: each with "image" (3, H, W) in ``INPUT.FORMAT``, 0..255, any size; for inference optionally
-                "height" and "width" of the result (default: the image's), and "vocabulary", the classes of this image
-                alone, as :meth:`spar_d2.text.Vocabulary.of` takes them.
+            batched_inputs: dicts with "image" (3, H, W) in ``INPUT.FORMAT``, 0..255, of any size. Optional in
+                inference: "height" and "width" of the result (default: those of the image), and "vocabulary", the
+                classes of this image only, in any form that :meth:`spar_d2.text.Vocabulary.of` accepts.
 
         Returns:
-            In inference a list with, for each image, "sem_seg_labels" (height, width) int64, or, with output "scores",
-            "sem_seg" (classes, height, width) float32 probabilities, or, with output "features", "features" (D, h, w).
-            In training an empty dict of losses.
+            In inference, one dict per image: "sem_seg_labels" (height, width) int64 for output "labels"; "sem_seg"
+            (classes, height, width) float32 probabilities for output "scores"; "features" (D, h, w) for output
+            "features". In training, an empty dict of losses.
 
         Raises:
-            RuntimeError: training without a distillation hook, or inference without a vocabulary.
-            ValueError: an image of another shape.
+            RuntimeError: there is no distillation hook in training, or no vocabulary in inference.
+            ValueError: an image has another shape.
         """
         images = [self._normalize(inputs["image"]) for inputs in batched_inputs]
         if not self.training:
             batched_inputs = [with_vocabulary(inputs) for inputs in batched_inputs]
             if self.output != "features":
-                # Words that are not there should not be found out after encoding.
+                # Fail before encoding if there is no vocabulary.
                 for inputs in batched_inputs:
                     self._text_vectors(inputs)
             return [self._output(inputs, dense) for inputs, dense in zip(batched_inputs, self._encode(images))]
@@ -176,11 +176,11 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
 
     @torch.no_grad()
     def score_maps(self, views: list[dict], mirrored: list[bool], size: tuple[int, int]) -> list[ScoreMap]:
-        """Cosines of several views of one image with its words.
+        """Compute cosine scores of several augmented copies of one image.
 
         Args:
-            views: as ``batched_inputs`` of :meth:`forward`, with words as :func:`with_vocabulary` makes them.
-            mirrored: for each view whether it shows the mirror image.
+            views: augmented copies, as ``batched_inputs`` of :meth:`forward`, prepared by :func:`with_vocabulary`.
+            mirrored: whether each copy is horizontally flipped.
             size: (H, W) of the result.
         """
         dense = self._encode([self._normalize(view["image"]) for view in views])
@@ -188,7 +188,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
 
     @torch.no_grad()
     def read(self, maps: list[ScoreMap], inputs: dict, size: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """What :meth:`forward` returns for an image, from its score maps."""
+        """Convert the score maps of an image to the output of :meth:`forward`."""
         _, query_class = self._text_vectors(inputs)
         if self.output == "scores":
             classes = len(self._vocabulary_of(inputs))
@@ -199,8 +199,8 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
     def _score_map(self, inputs: dict, features: torch.Tensor, size: tuple[int, int], mirrored: bool) -> ScoreMap:
         text, _ = self._text_vectors(inputs)
         height, width = inputs["image"].shape[-2:]
-        # What the grid covers, in pixels of the result: the padded image, or with REFERENCE_COMPAT the authors' choice,
-        # which stretches the grid over the result.
+        # Result pixels that the feature grid covers: those of the padded image. As in the reference code,
+        # REFERENCE_COMPAT stretches the grid over the result instead.
         encoder = self.backbone.encoder
         covered = size
         if not encoder.reference_compat:
@@ -208,26 +208,26 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         return ScoreMap(cosine_scores(features, text), covered, mirrored)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Dense features as inference uses them: (3, H, W) in ``INPUT.FORMAT``, 0..255, to (D, h, w)."""
+        """Compute the features (D, h, w) that inference uses for an image (3, H, W) in ``INPUT.FORMAT``, 0..255."""
         return self._encode([self._normalize(image)])[0]
 
     @torch.no_grad()
     def _encode(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
-        """For each image (3, H, W), normalized, (D, h, w)."""
+        """Encode normalized images (3, H, W) to feature maps (D, h, w)."""
         dense: dict[int, torch.Tensor] = {}
         for same in _of_one_size(images):
             x = torch.stack([images[index] for index in same])
-            # By the backbone itself where it can, so that hooks on it see every image.
+            # Call the backbone itself where possible, so that its hooks see every image.
             single_pass = self.inference == "single_pass"
             maps = self.backbone(x)[DENSE] if single_pass else self.dense_maps(self.backbone.convert(x))
             dense.update(zip(same, maps))
         return [dense[index] for index in range(len(images))]
 
     def _text_vectors(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Vectors (Q, D) and classes (Q,) of the words of an image, on the model's device."""
+        """Return text embeddings (Q, D) and class indices (Q,) for an image, on the model's device."""
         vocabulary = self._vocabulary_of(inputs)
         if vocabulary not in self._text:
-            # Those of the last few, which the images of a batch may alternate between.
+            # Keep the last few vocabularies: the images of a batch may alternate between them.
             while len(self._text) >= _VOCABULARIES_KEPT:
                 self._text.pop(next(iter(self._text)))
             text, query_class = self.embeddings(vocabulary)
@@ -243,27 +243,27 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
 
 
 def with_vocabulary(inputs: dict) -> dict:
-    """An input whose own words, if it has any, are a :class:`Vocabulary`: they are read once, whatever their form."""
-    own = inputs.get("vocabulary")
-    return inputs if own is None else {**inputs, "vocabulary": Vocabulary.of(own)}
+    """Return an input whose "vocabulary", if present, is a :class:`Vocabulary`, so that it is parsed only once."""
+    vocabulary = inputs.get("vocabulary")
+    return inputs if vocabulary is None else {**inputs, "vocabulary": Vocabulary.of(vocabulary)}
 
 
 def result_size(inputs: dict) -> tuple[int, int]:
-    """(H, W) of the result asked for: "height" and "width" of an input, or those of its image."""
+    """Return (H, W) of the result: "height" and "width" of an input, or the size of its image."""
     height, width = inputs["image"].shape[-2:]
     return inputs.get("height", height), inputs.get("width", width)
 
 
 def _of_one_size(images: list[torch.Tensor]) -> list[list[int]]:
-    """Indices of images that are encoded together, by size; sizes are never padded to each other."""
+    """Group image indices by image size. Images of different sizes are never padded to a common size."""
     groups: dict[torch.Size, list[int]] = {}
     for index, image in enumerate(images):
         groups.setdefault(image.shape, []).append(index)
     return list(groups.values())
 
 
-def _reading(cfg: CfgNode) -> dict:
-    """How a config wants features to be read, as arguments of the segmentor."""
+def _inference_settings(cfg: CfgNode) -> dict:
+    """Inference settings of a config, as arguments of the segmentor."""
     spar = cfg.MODEL.SPAR
     return {
         "vocabulary": _vocabulary(cfg),
@@ -274,7 +274,7 @@ def _reading(cfg: CfgNode) -> dict:
 
 
 def _vocabulary(cfg: CfgNode) -> Vocabulary | None:
-    """The configured classes, or those of the first test data set; None where none are needed, or it has no names."""
+    """Return the configured classes, or those of the first test data set; None if not needed or not available."""
     if cfg.MODEL.SPAR.OUTPUT == "features":
         return None
     if cfg.MODEL.SPAR.VOCABULARY:
@@ -282,7 +282,7 @@ def _vocabulary(cfg: CfgNode) -> Vocabulary | None:
     for name in cfg.DATASETS.TEST:
         metadata = MetadataCatalog.get(name)
         classes = metadata.get("stuff_classes")
-        if words := metadata.get("vocabulary"):
-            return Vocabulary.of(words)
+        if vocabulary := metadata.get("vocabulary"):
+            return Vocabulary.of(vocabulary)
         return Vocabulary(classes) if classes else None
     return None

@@ -1,4 +1,4 @@
-"""From the pixels that a framework normalized to those that an encoder was trained with."""
+"""Converts pixels from the normalization of a framework to that of an encoder."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import nn
 
 
 class PixelConversion(nn.Module):
-    """Undoes a framework's normalization and applies an encoder's, in one multiplication and one addition.
+    """Undoes a framework's normalization and applies the encoder's, with one multiplication and one addition.
 
     Args:
-        mean, std: what the framework normalized with, three numbers in the order of its channels, for pixels in 0..255
-            (``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``).
-        format: order of the framework's channels, "RGB" or "BGR" (``INPUT.FORMAT``).
-        encoder_mean, encoder_std: what the encoder wants, RGB, for pixels in 0..1.
+        mean, std: pixel statistics that the framework normalizes with, three numbers in its channel order, for pixels
+            in 0..255 (``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``).
+        format: channel order of the framework, "RGB" or "BGR" (``INPUT.FORMAT``).
+        encoder_mean, encoder_std: pixel statistics of the encoder, RGB, for pixels in 0..1.
 
     Raises:
-        ValueError: another format, not three numbers, or a deviation that is not positive.
+        ValueError: the format is unknown, or the statistics are not three numbers each with positive deviations.
     """
 
     scale: torch.Tensor
@@ -37,7 +37,7 @@ class PixelConversion(nn.Module):
             raise ValueError(f'INPUT.FORMAT must be "RGB" or "BGR", got {format!r}')
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(
-                "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be three numbers each, deviations above 0; "
+                "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be three numbers each, standard deviations above 0; "
                 f"got {list(mean)} and {list(std)}"
             )
         self.flip = format == "BGR"
@@ -49,7 +49,7 @@ class PixelConversion(nn.Module):
         self.register_buffer("shift", shift.float().view(3, 1, 1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalized by the framework, to RGB normalized for the encoder."""
+        """Convert (B, 3, H, W) from the framework's normalization to RGB in the encoder's normalization."""
         if self.flip:
             x = x.flip(1)
         return x * self.scale + self.shift

@@ -1,8 +1,8 @@
-"""From dense features to class labels at full resolution, in row bands.
+"""Converts dense features to class labels at full resolution, in row chunks.
 
-No ``classes x height x width`` tensor is made on the way to labels: scores are upsampled and reduced a band of rows at
-a time, so that memory grows with the band alone, or on a GPU in one kernel. On the device of the features, and always
-in float32, also where autocast or TF32 surrounds it.
+Labels are computed without a ``classes x height x width`` tensor: scores are upsampled and reduced a chunk of rows at a
+time (on a GPU, in one kernel), so that memory is bounded by the chunk size. Everything runs on the device of the
+features, in float32, even under autocast or TF32.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from spar_d2.encoders.precision import full_float32
 from spar_d2.modeling.banded_upsampling import ScoreMap, UpsampledScores
 from spar_d2.modeling.best_query import best_allowed_query, best_query
 
-# As torch.nn.functional.normalize: what a vector of zeros is divided by.
+# Smallest norm to divide by, as in torch.nn.functional.normalize.
 _SHORTEST = 1e-12
-# Of each query's pixels, on a GPU.
+# Partial histograms per query, on a GPU.
 _COUNTS = 256
 
 
 def cosine_scores(features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Cosines of every patch with every query.
+    """Compute the cosine similarity of every patch and every query.
 
     Args:
-        features: (D, h, w), any length, any type.
-        text: (Q, D), unit vectors.
+        features: (D, h, w) of any norm and dtype.
+        text: (Q, D) unit vectors.
 
     Returns:
         (h, w, Q) float32 in -1..1.
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: shapes do not match.
     """
     if features.ndim != 3 or text.ndim != 2 or features.shape[0] != text.shape[1]:
         raise ValueError(f"features (D, h, w) and text (Q, D) needed, got {tuple(features.shape)}, {tuple(text.shape)}")
-    # (D, h, w) -> (h * w, D), without a copy; lengths are divided by last, for they are few.
+    # (D, h, w) -> (h * w, D) without a copy. Norms are divided out last: dividing the scores is cheaper.
     with full_float32(features.device):
         patches = features.float().flatten(1).T
         lengths = patches.norm(dim=1, keepdim=True).clamp_(min=_SHORTEST)
@@ -57,27 +57,27 @@ def segment_features(
 ) -> torch.Tensor:
     """Label every pixel with the class of its best query.
 
-    Cosine scores are upsampled bilinearly; the probability of a class is the largest of its queries' in a softmax over
-    all queries of ``logit_scale * score``. With ``area_threshold``, a class k >= 1 is removed unless it covers more
-    than that share of the pixels that classes >= 1 cover. Pixels whose best remaining class is less probable than
-    ``prob_threshold``, or which have none, become class 0.
+    Cosine scores are upsampled bilinearly. The probability of a class is the largest probability of its queries in a
+    softmax over all queries of ``logit_scale * score``. With ``area_threshold``, a class k >= 1 is removed unless it
+    covers more than that fraction of the pixels of classes >= 1. Pixels become class 0 if the probability of their best
+    remaining class is below ``prob_threshold``, or if no class remains.
 
     Args:
-        features: (D, h, w), of any length.
-        text: (Q, D), unit vectors.
+        features: (D, h, w) of any norm.
+        text: (Q, D) unit vectors.
         query_class: (Q,) int64, the class of each query.
         size: (H, W) of the labels.
-        padded_size: pixels that the feature grid covers, at least ``size``; the labels are cropped from the top left.
-            Default: ``size``.
-        logit_scale: factor before the softmax; without thresholds it has no effect.
+        padded_size: height and width in pixels of the area that the feature grid covers, at least ``size``. The labels
+            are its top left part. Default: ``size``.
+        logit_scale: factor before the softmax; has no effect without thresholds.
         prob_threshold: 0..1.
-        area_threshold: 0..1, or None for none.
+        area_threshold: 0..1, or None to disable.
 
     Returns:
         (H, W) int64, on the device of ``features``.
 
     Raises:
-        ValueError: shapes that do not go together, a threshold outside 0..1, or a scale that is not positive.
+        ValueError: shapes do not match, a threshold is outside 0..1, or the scale is not positive.
     """
     _check_classes(query_class, text)
     maps = [ScoreMap(cosine_scores(features, text), padded_size)]
@@ -93,10 +93,10 @@ def segment_scores(
     prob_threshold: float = 0.0,
     area_threshold: float | None = None,
 ) -> torch.Tensor:
-    """As :func:`segment_features`, from cosine scores averaged over one or more maps of an image.
+    """Same as :func:`segment_features`, from cosine scores averaged over one or more maps of an image.
 
-    One pass over the pixels; those of classes that ``area_threshold`` removes are looked at a second time. On a CUDA
-    device the host does not wait, see :func:`spar_d2.modeling.best_query.best_query`.
+    Takes one pass over the pixels, and a second one over pixels of classes that ``area_threshold`` removes. On a CUDA
+    device, the host does not wait, see :func:`spar_d2.modeling.best_query.best_query`.
     """
     for name, value in (("prob_threshold", prob_threshold), ("area_threshold", area_threshold or 0)):
         if not 0 <= value <= 1:
@@ -111,32 +111,32 @@ def segment_scores(
             areas = _areas(best, len(query_class))
             kept = _large_enough(areas, query_class, area_threshold)
             best, weak = best_allowed_query(upsampled, logit_scale, prob_threshold, kept, best, weak, areas)
-            # Queries that are not allowed are left where none is, as class 0 may have no query.
+            # Pixels without an allowed query keep their old one. Map those queries to class 0, which may have no query.
             query_class = query_class.masked_fill(~kept, 0)
-        # Several times as fast on a CPU as query_class[best].
+        # Several times faster than query_class[best] on a CPU.
         labels = query_class.index_select(0, best.flatten()).view_as(best)
         return labels.masked_fill_(weak, 0) if prob_threshold > 0 else labels
 
 
 def _areas(best: torch.Tensor, queries: int) -> torch.Tensor:
-    """Pixels of each query, (Q,) int64, from the queries of all pixels."""
+    """Count the pixels (Q,) int64 of each query."""
     if best.device.type == "cpu":
         return torch.bincount(best.flatten(), minlength=queries)
-    # Elsewhere bincount waits for the device. Rows are added to different counts, for pixels that are added to the same
-    # one wait for each other.
+    # bincount synchronizes on a GPU. Rows are distributed over several counters, because additions to the same counter
+    # are serialized.
     rows = torch.arange(len(best), device=best.device) % _COUNTS
-    places = (best + queries * rows[:, None]).flatten()
+    bins = (best + queries * rows[:, None]).flatten()
     counts = torch.zeros(_COUNTS * queries, dtype=torch.int32, device=best.device)
-    return counts.scatter_add_(0, places, torch.ones_like(counts[:1]).expand_as(places)).view(_COUNTS, -1).sum(0)
+    return counts.scatter_add_(0, bins, torch.ones_like(counts[:1]).expand_as(bins)).view(_COUNTS, -1).sum(0)
 
 
 def _large_enough(areas: torch.Tensor, query_class: torch.Tensor, threshold: float) -> torch.Tensor:
-    """(Q,) bool: queries of class 0, and of classes with more than a share of the pixels of classes >= 1."""
+    """Return (Q,) bool: queries of class 0, and of classes with a large enough share of the pixels of classes >= 1."""
     rest = query_class == 0
     areas = areas.masked_fill(rest, 0)
-    # Numbers of classes below Q, however large their names are: the place of the first of its queries in their order.
-    number = torch.searchsorted(query_class.sort().values, query_class)
-    of_class = torch.zeros_like(areas).scatter_add_(0, number, areas)[number]
+    # Map classes to indices below Q, however large the class numbers are: the rank of the first query of each class.
+    index = torch.searchsorted(query_class.sort().values, query_class)
+    of_class = torch.zeros_like(areas).scatter_add_(0, index, areas)[index]
     return (of_class > threshold * areas.sum()) | rest
 
 
@@ -150,14 +150,14 @@ def class_probabilities(
     logit_scale: float = 40.0,
     classes: int | None = None,
 ) -> torch.Tensor:
-    """Probability of every class at every pixel: the whole map, for those who need it.
+    """Compute the probability of every class at every pixel, as a full-resolution map.
 
-    Arguments as for :func:`segment_features`, and ``classes``, the number of classes. Its default, one more than the
-    largest in ``query_class``, is read from the device, for which the host waits.
+    Takes the arguments of :func:`segment_features`, and ``classes``, the number of classes. By default, this is one
+    more than the largest value in ``query_class``, which is read from the device with a synchronization.
 
     Returns:
-        (classes, H, W) float32 in 0..1, the largest probability among each class's queries; does not sum to one where
-        a class has synonyms.
+        (classes, H, W) float32 in 0..1, the largest probability of each class's queries. Does not sum to one if a class
+        has several queries.
     """
     _check_classes(query_class, text)
     maps = [ScoreMap(cosine_scores(features, text), padded_size)]
@@ -172,7 +172,7 @@ def score_probabilities(
     logit_scale: float = 40.0,
     classes: int | None = None,
 ) -> torch.Tensor:
-    """As :func:`class_probabilities`, from cosine scores averaged over one or more maps of an image."""
+    """Same as :func:`class_probabilities`, from cosine scores averaged over one or more maps of an image."""
     upsampled = UpsampledScores(maps, size)
     classes = int(query_class.max()) + 1 if classes is None else classes
     query_class = query_class.to(upsampled.device)
@@ -188,7 +188,7 @@ def score_probabilities(
 
 def _check_classes(query_class: torch.Tensor, text: torch.Tensor) -> None:
     if len(query_class) != len(text) or not len(text):
-        raise ValueError(f"query_class must name the class of each of the {len(text)} queries, got {len(query_class)}")
-    # On a GPU the host would wait for it.
+        raise ValueError(f"query_class must have one class for each of the {len(text)} queries, got {len(query_class)}")
+    # Skipped on a GPU, where it would synchronize.
     if query_class.device.type == "cpu" and query_class.min() < 0:
-        raise ValueError(f"query_class must be numbers of classes, 0 or more, got {query_class.min()}")
+        raise ValueError(f"query_class must be class indices of 0 or more, got {query_class.min()}")

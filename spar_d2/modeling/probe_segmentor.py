@@ -1,4 +1,4 @@
-"""The segmentor around a linear probe: labels in bands, features by one pass or a sliding window, or kept ones."""
+"""Segmentor for a linear probe."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ OUTPUTS = ("labels", "scores")
 
 @registered(META_ARCH_REGISTRY)
 class ProbeSegmentor(DenseInference, SemanticSegmentor):
-    """Detectron2's segmentor for a :class:`LinearProbe`, with the same weights by the same names, that
+    """Detectron2's segmentor for a :class:`LinearProbe`, with the same weight names. Unlike Detectron2's segmentor, it
 
-    - returns labels, made in bands: no map of all classes and pixels;
-    - encodes images of other sizes apart, so that none is padded to another;
-    - can take features by a sliding window, or, in training, features that were kept ("features" of an input).
+    - computes labels in row chunks, without a map of all classes and pixels;
+    - encodes images of different sizes separately, without padding them to a common size;
+    - supports sliding-window features and, in training, precomputed features ("features" of an input).
 
     Args:
-        backbone: gives the dense map.
-        sem_seg_head: the probe.
-        pixel_mean, pixel_std: in the order of the input's channels, for 0..255.
+        backbone: backbone that computes the dense feature map.
+        sem_seg_head: linear probe.
+        pixel_mean, pixel_std: pixel statistics in the channel order of the input, for values in 0..255.
         output: "labels" or "scores", see :meth:`forward`.
-        inference: "single_pass" or "sliding_window", in training too.
-        window, stride, window_batch: of the sliding window; window 0 is the encoder's native size, window_batch 0 is
-            chosen by it.
+        inference: "single_pass" or "sliding_window"; also used in training.
+        window, stride, window_batch: settings of the sliding window. A window of 0 means the pre-training image size of
+            the encoder; a window_batch of 0 is chosen from the window size.
 
     Raises:
-        ValueError: an argument that is not allowed.
+        ValueError: an argument has an invalid value.
     """
 
     @configurable
@@ -61,17 +61,17 @@ class ProbeSegmentor(DenseInference, SemanticSegmentor):
                 raise ValueError(
                     f"MODEL.{key}.NAME must be {kind.__name__} for ProbeSegmentor, got {type(part).__name__}"
                 )
-        # Detectron2's @configurable hides the arguments of what it wraps.
+        # @configurable hides the signature of Detectron2's segmentor.
         arguments = {"backbone": backbone, "sem_seg_head": sem_seg_head}
         super().__init__(**arguments, pixel_mean=pixel_mean, pixel_std=pixel_std)  # pyright: ignore[reportCallIssue]
         check_choice("OUTPUT", output, OUTPUTS)
-        self._infer_by(inference, window, stride, window_batch)
+        self._set_inference_mode(inference, window, stride, window_batch)
         encoder = backbone.encoder
         if encoder.reference_compat:
             raise ValueError("MODEL.SPAR.REFERENCE_COMPAT must be False for ProbeSegmentor: it stretches score maps")
         if inference == "sliding_window" and any(p.requires_grad for p in encoder.parameters()):
             raise ValueError(
-                'MODEL.SPAR.TRAINABLE must be "none" with MODEL.SPAR.INFERENCE sliding_window: windows have no gradient'
+                'MODEL.SPAR.TRAINABLE must be "none" with MODEL.SPAR.INFERENCE sliding_window, which has no gradient'
             )
         self.output = output
 
@@ -91,22 +91,22 @@ class ProbeSegmentor(DenseInference, SemanticSegmentor):
         """Detectron2's interface.
 
         Args:
-            batched_inputs: each with "image" (3, H, W) in ``INPUT.FORMAT``, 0..255, any size; for inference optionally
-                "height" and "width" of the result (default: the image's); in training "sem_seg" (H, W), and optionally
-                "features" (D, h, w) in place of the image.
+            batched_inputs: dicts with "image" (3, H, W) in ``INPUT.FORMAT``, 0..255, of any size. Optional in
+                inference: "height" and "width" of the result (default: those of the image). In training: "sem_seg" (H,
+                W), and optionally "features" (D, h, w) in place of the image.
 
         Returns:
-            In training the losses; in inference for each image "sem_seg_labels" (height, width) int64, or, with output
-            "scores", "sem_seg" (C, height, width) float32 probabilities.
+            In training, the losses. In inference, one dict per image: "sem_seg_labels" (height, width) int64, or, for
+            output "scores", "sem_seg" (C, height, width) float32 probabilities.
 
         Raises:
-            ValueError: an image of another shape, or as :meth:`LinearProbe.losses`.
+            ValueError: an image has another shape; or as :meth:`LinearProbe.losses`.
         """
         if not self.training:
             return self._segment(batched_inputs)
         missing = [inputs.get("file_name", "an image") for inputs in batched_inputs if "sem_seg" not in inputs]
         if missing:
-            raise ValueError(f'LinearProbe is trained on labels: {missing[0]} has no "sem_seg"')
+            raise ValueError(f'LinearProbe needs labels in training: {missing[0]} has no "sem_seg"')
         logits = self.sem_seg_head.classify(self._features(batched_inputs))
         labels = [inputs["sem_seg"].to(self.device, non_blocking=True) for inputs in batched_inputs]
         return self.sem_seg_head.losses(logits, labels)
@@ -127,14 +127,14 @@ class ProbeSegmentor(DenseInference, SemanticSegmentor):
         return results
 
     def _features(self, batched_inputs: list[dict]) -> list[torch.Tensor]:
-        """(D, h, w) of each image."""
+        """Return the features (D, h, w) of each image."""
         if all("features" in inputs for inputs in batched_inputs):
             return [inputs["features"].to(self.device, non_blocking=True).float() for inputs in batched_inputs]
         images = [self.encoder_input(inputs["image"]) for inputs in batched_inputs]
-        together = len({image.shape for image in images}) == 1
-        return [features for x in ([torch.cat(images)] if together else images) for features in self.dense_maps(x)]
+        same_size = len({image.shape for image in images}) == 1
+        return [features for x in ([torch.cat(images)] if same_size else images) for features in self.dense_maps(x)]
 
     @contextlib.contextmanager
     def configured(self, cfg: CfgNode) -> Iterator[None]:
-        """For tests on several data sets, as the open-vocabulary segmentor's; a probe's classes are its own."""
+        """Does nothing: a probe has fixed classes. Same interface as the open-vocabulary segmentor."""
         yield

@@ -1,4 +1,4 @@
-"""The pyramid backbone: the levels that most Detectron2 heads ask for."""
+"""Pyramid backbone with the feature levels that most Detectron2 heads expect."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ from spar_d2.utils.registering import registered
 
 logger = logging.getLogger(__name__)
 
-# Names of the levels, by the logarithm of their stride.
+# Level names and the base-2 logarithms of their strides.
 LEVELS = {f"p{k}": k for k in range(2, 8)} | {f"res{k}": k for k in range(2, 6)}
 DEFAULT_OUT_FEATURES = ("p2", "p3", "p4", "p5", "p6")
 _DEFAULT_CHANNELS = 256
-# Detectron2's FPN, too, takes every second cell of the level before for "p6", where channels are the same.
+# As in Detectron2's FPN, "p6" subsamples the previous level if both have the same number of channels.
 _SUBSAMPLED = (7, 6)
-# Strides of dense maps that levels are made from; maps of other patches are resampled to the last.
+# Strides of dense maps that the levels can be built from. Maps of other strides are resampled to the last one.
 _BASES = (4, 8, 16)
-# What Detectron2's pyramid makes of a map; coarser levels start from a map that is pooled before.
+# Smallest scale factor of Detectron2's pyramid. Coarser levels start from a max-pooled map.
 _LEAST_SCALE = 0.5
 
 
 @registered(BACKBONE_REGISTRY)
 class SPARPyramid(TextHooks, Backbone):
-    """Levels of strides 4 to 128 on the dense map, by Detectron2's simple feature pyramid (ViTDet, arXiv:2203.16527).
+    """Feature levels of strides 4 to 128, built by Detectron2's simple feature pyramid (ViTDet, arXiv:2203.16527).
 
-    Every level is a stage of that pyramid for its stride; "p6" is every second cell of "p5", and "p7" of "p6", unless
-    they have other channels. For patches of 4 and 8 pixels, coarse levels start from the pooled dense map; for other
-    patches than 4, 8 and 16, all start from the dense map resampled to a stride of 16. "p4" and "res4" are the same
-    level. Images are padded inside, at the right and bottom, to a multiple of the coarsest stride; a level covers
-    ceil(H / stride) x ceil(W / stride) cells. At multiples of ``size_divisibility``, which frameworks pad to,
-    neighboring levels differ by exactly 2 in height and width.
+    Each level is one stage of that pyramid. "p6" subsamples "p5", and "p7" subsamples "p6", unless their channels
+    differ. For patch sizes 4 and 8, coarse levels start from the max-pooled dense map. For patch sizes other than 4, 8
+    and 16, all levels start from the dense map resampled to stride 16. "p4" and "res4" are the same level. Images are
+    padded internally, at the bottom and right, to a multiple of the coarsest stride. A level has ceil(H / stride) x
+    ceil(W / stride) positions. For image sizes that are multiples of ``size_divisibility``, neighboring levels differ
+    by a factor of exactly 2 in height and width.
 
     Args:
-        net: the plain backbone.
-        out_features: any of "p2" ... "p7", "res2" ... "res5", "dense" (the plain map at the stride of the patch) and
-            "clip_vis_dense" (FC-CLIP's name for the map that levels are made from, which is the plain one for patches
-            of 4, 8 and 16), in the order in which they are returned.
-        out_channels: channels of every level, one number or a list of one, or of each level of ``out_features`` in
-            their order.
-        square_pad: side of the square in pixels that frameworks which know of it pad images to; 0 for none.
-        norm: of the stages, as in Detectron2's pyramid; "LN" is one of a type that optimizers know for a norm.
+        net: plain backbone.
+        out_features: output names, in the order of the returned dict: "p2" ... "p7", "res2" ... "res5", "dense" (the
+            plain map, at the stride of the patch size) and "clip_vis_dense" (FC-CLIP's name for the map that the levels
+            are built from; for patch sizes 4, 8 and 16, this is the plain map).
+        out_channels: number of channels of all levels (a number or a list of one), or of each level of
+            ``out_features`` in order.
+        square_pad: side in pixels of the square that frameworks with support for it pad images to; 0 disables it.
+        norm: norm of the stages, as in Detectron2's pyramid. "LN" uses a class that optimizers recognize as a norm.
 
     Raises:
-        ValueError: an argument that is not allowed.
+        ValueError: an argument has an invalid value.
     """
 
     @configurable
@@ -86,10 +86,10 @@ class SPARPyramid(TextHooks, Backbone):
         self._out_features = names
         self._out_feature_channels = {name: channels[LEVELS[name]] if name in LEVELS else width for name in names}
         self._out_feature_strides = {name: strides[name] for name in names}
-        # Levels are made of whole cells of the map that they start from.
+        # Pad so that every level consists of whole positions of the map that it is built from.
         self._multiple = patch if names == [DENSE] else max(self._base, *(strides[n] for n in names if n != DENSE))
         levels = ", ".join(f"{n} (stride {s.stride}, {s.channels} channels)" for n, s in self.output_shape().items())
-        logger.info("SPARPyramid gives %s", levels)
+        logger.info("SPARPyramid outputs: %s", levels)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
@@ -102,12 +102,12 @@ class SPARPyramid(TextHooks, Backbone):
         }
 
     def _stage(self, stride: int, channels: int, norm: str) -> nn.Module:
-        """From the map of stride ``_base`` to a level."""
+        """Build the module that computes a level from the map of stride ``_base``."""
         scale = self._base / stride
         halvings = max(0, round(math.log2(_LEAST_SCALE / scale)))
         shape = {DENSE: ShapeSpec(channels=self.net.encoder.embed_dim, stride=self._base * 2**halvings)}
-        # Detectron2's own "LN" is none of torch's types, which optimizer builders leave out of weight decay. Types are
-        # taken as well as names, whatever it declares.
+        # Detectron2's "LN" is not a torch class, so optimizer builders would apply weight decay to it. The pyramid
+        # accepts classes as well as names, despite its type hint.
         kind = cast("str", LayerNorm2d) if norm == "LN" else norm
         stage = SimpleFeaturePyramid(_Shape(shape), DENSE, channels, (scale * 2**halvings,), norm=kind).stages[0]
         return nn.Sequential(nn.MaxPool2d(2**halvings), stage) if halvings else stage
@@ -118,11 +118,11 @@ class SPARPyramid(TextHooks, Backbone):
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        # Detectron2's own pyramid misspells the first key, so that frameworks that read it here would not pad.
+        # Detectron2's pyramid misspells the first key, so frameworks that read it would not pad.
         return {"size_divisibility": self._multiple, "square_size": self.square_pad}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) as the framework normalized it, any size, to (B, C, ceil(H / stride), ceil(W / stride)) each."""
+        """Compute maps (B, C, ceil(H / s), ceil(W / s)) of stride s from framework-normalized images (B, 3, H, W)."""
         sides = x.shape[-2:]
         padded = [side + -side % self._multiple for side in sides]
         dense = self.net.encode(x, self._multiple)
@@ -144,14 +144,14 @@ class SPARPyramid(TextHooks, Backbone):
         return known[level]
 
     def _resampled(self, dense: torch.Tensor, padded: list[int]) -> torch.Tensor:
-        """The dense map at a stride of ``_base``, so that cell centers keep their places in the image."""
+        """Resample the dense map to stride ``_base``, keeping features aligned with the image."""
         factor = self.net.encoder.patch_size / self._base
         resampled = F.interpolate(dense, scale_factor=factor, mode="bilinear", recompute_scale_factor=False)
         return resampled[..., : padded[0] // self._base, : padded[1] // self._base]
 
 
 class _Shape(Backbone):
-    """Stands for the backbone that Detectron2's pyramid asks for the shape of a map."""
+    """Stand-in backbone that only tells Detectron2's pyramid the shape of its input map."""
 
     def __init__(self, shape: dict[str, ShapeSpec]) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class _Shape(Backbone):
         return self._shape
 
     def forward(self) -> None:
-        raise NotImplementedError("it only tells a shape")
+        raise NotImplementedError("this stand-in only provides output_shape()")
 
 
 def _check_names(names: Sequence[str]) -> list[str]:
@@ -176,7 +176,7 @@ def _check_names(names: Sequence[str]) -> list[str]:
 
 
 def _channels_by_level(names: list[str], channels: int | Sequence[int]) -> dict[int, int]:
-    """Channels of the levels named, by the logarithm of their stride."""
+    """Map the base-2 logarithm of the stride of each level to its number of channels."""
     key = "out_channels (MODEL.SPAR.OUT_CHANNELS)"
     named = [name for name in names if name in LEVELS]
     if not isinstance(channels, (int, Sequence)) or isinstance(channels, (bool, str)):
@@ -188,9 +188,9 @@ def _channels_by_level(names: list[str], channels: int | Sequence[int]) -> dict[
         levels = ", ".join(named) or "none"
         raise ValueError(f"{key} must be one number, or one for each level ({levels}); got {channels}")
     if any(not isinstance(number, int) or number < 1 for number in each):
-        raise ValueError(f"{key} must be whole numbers of at least 1, got {channels}")
+        raise ValueError(f"{key} must be integers of at least 1, got {channels}")
     result: dict[int, int] = {}
     for name, number in zip(named, each):
         if result.setdefault(LEVELS[name], number) != number:
-            raise ValueError(f"{key}: {name} is twice among the levels, with different channels; got {channels}")
+            raise ValueError(f"{key}: {name} occurs twice with different channels; got {channels}")
     return result

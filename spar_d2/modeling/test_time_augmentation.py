@@ -1,4 +1,4 @@
-"""Test-time augmentation of the open-vocabulary segmentor, by Detectron2's config keys ``TEST.AUG.*``."""
+"""Test-time augmentation (``TEST.AUG.*``) for the open-vocabulary segmentor."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from spar_d2.utils.images import check_sides
 
 
 class SegmentorWithTTA(nn.Module):
-    """The segmentor over several sizes and the mirror image of each input, with its interface.
+    """Test-time augmentation over several image sizes and horizontal flips, with the interface of the segmentor.
 
-    The cosines of all views are averaged at every pixel of the result, still in row bands, and read once.
+    The cosine scores of all augmented copies are averaged at every pixel of the result, in row chunks, and converted to
+    labels once.
 
     Args:
-        cfg: ``TEST.AUG.MIN_SIZES``, ``MAX_SIZE`` and ``FLIP`` say which views there are.
-        model: the segmentor, in eval mode.
-        tta_mapper: makes the views of an input; default: Detectron2's.
+        cfg: config whose ``TEST.AUG.MIN_SIZES``, ``MAX_SIZE`` and ``FLIP`` select the augmentations.
+        model: segmentor in eval mode.
+        tta_mapper: creates the augmented copies of an input; default: Detectron2's mapper.
 
     Raises:
-        ValueError: a model that is no :class:`OpenVocabularySegmentor`, or one that returns features, or no sizes, or
-            absurd ones.
+        ValueError: the model is not an :class:`OpenVocabularySegmentor` or returns features, or the sizes are missing
+            or out of range.
     """
 
     model: OpenVocabularySegmentor
@@ -37,12 +38,10 @@ class SegmentorWithTTA(nn.Module):
         segmentor = getattr(model, "module", model)
         if not isinstance(segmentor, OpenVocabularySegmentor):
             raise ValueError(
-                f"TEST.AUG.ENABLED: augmented tests need an OpenVocabularySegmentor, got {type(segmentor).__name__}"
+                f"TEST.AUG.ENABLED: the model must be an OpenVocabularySegmentor, got {type(segmentor).__name__}"
             )
         if segmentor.output == "features":
-            raise ValueError(
-                'TEST.AUG.ENABLED: there is no average of features, MODEL.SPAR.OUTPUT must not be "features"'
-            )
+            raise ValueError('TEST.AUG.ENABLED: features cannot be averaged, MODEL.SPAR.OUTPUT must not be "features"')
         sizes = cfg.TEST.AUG.MIN_SIZES
         if tta_mapper is None and (not sizes or not all(isinstance(size, int) and size > 1 for size in sizes)):
             raise ValueError(
@@ -56,12 +55,12 @@ class SegmentorWithTTA(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict[str, torch.Tensor]]:
-        """As :meth:`OpenVocabularySegmentor.forward` in inference."""
+        """Same as :meth:`OpenVocabularySegmentor.forward` in inference."""
         return [self._segment(inputs) for inputs in batched_inputs]
 
     def _segment(self, inputs: dict) -> dict[str, torch.Tensor]:
         inputs, size = with_vocabulary(inputs), result_size(inputs)
-        # The mapper works in numpy, and needs the size that the image had.
+        # The mapper works in NumPy and needs the original image size.
         views = self.tta_mapper({**inputs, "image": inputs["image"].cpu(), "height": size[0], "width": size[1]})
         mirrored = [_is_mirrored(view) for view in views]
         return self.model.read(self.model.score_maps(views, mirrored, size), inputs, size)

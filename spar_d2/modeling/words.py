@@ -1,4 +1,4 @@
-"""The vectors of words that belong to an encoder. Needs no Detectron2."""
+"""Text embeddings of an encoder. Does not need Detectron2."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from spar_d2.text import TextEmbeddings, load_templates
 
 
 def text_embeddings(spec: EncoderSpec, templates: str, cache_dir: str, device: str) -> TextEmbeddings:
-    """Vectors of words by the text tower of a model, which is built when it is first needed.
+    """Create text embeddings for a model. Its text tower is built on first use.
 
     Args:
-        spec: the model.
+        spec: spec of the model.
         templates: see :func:`spar_d2.text.load_templates`.
-        cache_dir: see :class:`spar_d2.text.TextEmbeddings`; "" keeps vectors in memory only.
-        device: where words are encoded.
+        cache_dir: see :class:`spar_d2.text.TextEmbeddings`; "" caches embeddings in memory only.
+        device: device of the text tower.
     """
 
-    # Random weights are not worth keeping, and differ between versions of PyTorch.
+    # Embeddings of random weights are useless, and differ between versions of PyTorch.
     folder = cache_dir if spec.pretrained else None
-    # Functions of this module, so that the vectors can be pickled with their model.
+    # Module-level functions, so that the embeddings can be pickled with their model.
     build_tower, identity = functools.partial(_build_tower, spec, device), functools.partial(_identity, spec)
     return TextEmbeddings(build_tower, identity, load_templates(templates), folder)
 
@@ -33,9 +33,9 @@ def _build_tower(spec: EncoderSpec, device: str) -> TextTower:
 
 
 def _identity(spec: EncoderSpec) -> str:
-    """Text that differs where vectors of the same words may."""
+    """Cache key of the text tower: differs if embeddings of the same text may differ."""
     family = find_family(spec.name)
-    # Said only where it is not what the name says, so that what was kept before there was a choice is found.
+    # The activation is added only if it is not the model's default, so that existing cache entries stay valid.
     usual = family.conventions(EncoderSpec(spec.name)).quick_gelu
     taken = settled(spec, family).quick_gelu
     activation = "" if taken == usual else f" quick_gelu={taken}"

@@ -1,4 +1,4 @@
-"""Training a linear probe on features that are computed once, where that can be."""
+"""Precomputes the features of training images for linear probes, if the config allows it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def is_probe(cfg: CfgNode) -> bool:
 
 
 def obstacles(cfg: CfgNode) -> list[str]:
-    """What keeps a probe's features from being computed once, a text for each; none where they can be."""
+    """Return the reasons why features cannot be precomputed with a config; empty if they can."""
     inputs, sizes = cfg.INPUT, tuple(cfg.INPUT.MIN_SIZE_TRAIN)
     conditions = (
         _Condition(
@@ -76,33 +76,35 @@ def obstacles(cfg: CfgNode) -> list[str]:
 
 
 def check_probing(cfg: CfgNode) -> None:
-    """Raise ``ValueError`` where a config names a folder for features that cannot be kept."""
-    if cfg.SPAR.PROBE.CACHE_DIR not in ("", "auto") and (found := obstacles(cfg)):
-        raise ValueError(f'{KEY} {cfg.SPAR.PROBE.CACHE_DIR!r}: to keep features, {"; ".join(found)}. "" keeps none')
+    """Raise ``ValueError`` if a config sets a cache folder, but features cannot be precomputed."""
+    if cfg.SPAR.PROBE.CACHE_DIR not in ("", "auto") and (reasons := obstacles(cfg)):
+        raise ValueError(
+            f'{KEY} {cfg.SPAR.PROBE.CACHE_DIR!r}: to precompute features, {"; ".join(reasons)}. "" turns it off'
+        )
 
 
 def feature_loader(cfg: CfgNode, model: ProbeSegmentor, loader: LabeledLoader) -> LabeledLoader:
-    """What to train on: kept features, all computed before this returns, or else what is loaded anyway.
+    """Return a loader of precomputed features, computing them first, or ``loader`` if that is not possible.
 
-    Whole images come in the same order either way.
+    Both load whole images in the same order.
 
     Args:
-        cfg: of the training.
-        model: with the weights that it is trained from.
-        loader: of images and labels, see :func:`spar_d2.data.build.build_labeled_loader`.
+        cfg: training config.
+        model: model with its initial weights.
+        loader: loader of images and labels, see :func:`spar_d2.data.build.build_labeled_loader`.
 
     Raises:
-        Interrupted: the user stopped it.
-        RuntimeError: there is too little room, or features cannot be written.
-        FileNotFoundError: an image is not there.
+        Interrupted: the user stopped the computation.
+        RuntimeError: there is not enough disk space, or features cannot be written.
+        FileNotFoundError: an image does not exist.
     """
     folder = cfg.SPAR.PROBE.CACHE_DIR
     reasons = obstacles(cfg) if folder else [f'{KEY} is ""']
     if reasons:
-        logger.info("The encoder is run in every step, no features are kept (%s)", "; ".join(reasons))
+        logger.info("The encoder runs in every step, features are not precomputed (%s)", "; ".join(reasons))
         return loader
     folder = os.path.join(cfg.OUTPUT_DIR, "features") if folder == "auto" else folder
-    # As the loader's, in the same order.
+    # Same records and order as those of the loader.
     records = cast(
         list, get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     )
@@ -118,27 +120,27 @@ def feature_loader(cfg: CfgNode, model: ProbeSegmentor, loader: LabeledLoader) -
 
 
 def keep_features(cfg: CfgNode, model: ProbeSegmentor, records: Sequence[dict], folder: str) -> list[dict]:
-    """Compute and keep the features of images, those that are missing; several processes share the work.
+    """Compute and store missing features of images, distributed over processes.
 
-    It can be stopped at any time, and started again.
+    The computation can be interrupted and resumed.
 
     Args:
-        cfg: says how images are read and resized.
-        model: its encoder is frozen.
+        cfg: config that defines how images are read and resized.
+        model: model with a frozen encoder.
         records: dataset dicts.
-        folder: that keeps them, for any encoders and sizes.
+        folder: cache folder, which may be shared between encoders and image sizes.
 
     Returns:
-        The records with the files of their features.
+        The records, with the paths of their feature files.
 
     Raises:
-        As :func:`feature_loader`; FloatingPointError: features that are NaN or infinite.
+        As :func:`feature_loader`; FloatingPointError: features are NaN or infinite.
     """
     inputs = cfg.INPUT
-    reading = f"{inputs.FORMAT} {tuple(inputs.MIN_SIZE_TRAIN)} {inputs.MAX_SIZE_TRAIN}"
-    store = FeatureStore(folder, FeatureSource(model), reading)
+    input_settings = f"{inputs.FORMAT} {tuple(inputs.MIN_SIZE_TRAIN)} {inputs.MAX_SIZE_TRAIN}"
+    store = FeatureStore(folder, FeatureSource(model), input_settings)
     missing = [record for record in records if store.find(record["file_name"]) is None]
-    # Every process has to have looked before the first one writes.
+    # All processes must look for features before the first one writes.
     wait_for_all()
     if missing:
         if comm.is_main_process():
@@ -149,7 +151,7 @@ def keep_features(cfg: CfgNode, model: ProbeSegmentor, records: Sequence[dict], 
         if comm.is_main_process():
             store.write_index()
     else:
-        logger.info("The features of all %d images are in %s", len(records), store.folder)
+        logger.info("The features of all %d images are already in %s", len(records), store.folder)
     return [{**record, FILE: str(store.find(record["file_name"]))} for record in records]
 
 
@@ -166,25 +168,25 @@ def _encode(cfg: CfgNode, model: ProbeSegmentor, store: FeatureStore, records: S
         for record in bar:
             store.keep(record["file_name"], model.encoder_input(record["image"])[0])
     except KeyboardInterrupt as stop:
-        raise Interrupted(f"stopped; features so far are in {store.folder}, the same command goes on") from stop
+        raise Interrupted(f"stopped; features so far are in {store.folder}; run the same command to resume") from stop
     finally:
         store.write_index()
 
 
 def _check_room(cfg: CfgNode, store: FeatureStore, missing: Sequence[dict], total: int) -> None:
-    """Say how much room features take, estimated from some images; raise ``RuntimeError`` where there is too little."""
+    """Estimate and log the disk space of the features; raise ``RuntimeError`` if there is not enough."""
     resize = training_size(cfg)
-    some = missing[:: max(1, len(missing) // _SAMPLED)]
-    needed = math.ceil(sum(_bytes(record, resize, store) for record in some) / len(some) * len(missing))
+    sample = missing[:: max(1, len(missing) // _SAMPLED)]
+    needed = math.ceil(sum(_bytes(record, resize, store) for record in sample) / len(sample) * len(missing))
     free = shutil.disk_usage(store.folder).free
     logger.info(
-        "Features of %d of %d images are computed, and take about %.2f GiB in %s (%.1f GiB are free)",
+        "Computing the features of %d of %d images, which take about %.2f GiB in %s (%.1f GiB are free)",
         len(missing), total, needed / 2**30, store.folder, free / 2**30,
     )  # fmt: skip
     if needed + RESERVE > free:
         raise RuntimeError(
-            f"{KEY}: about {needed / 2**30:.1f} GiB are needed in {store.folder} and {RESERVE / 2**30:.0f} GiB are "
-            f'left free, but there are {free / 2**30:.1f} GiB. Choose another folder, or "" to keep no features'
+            f"{KEY}: features need {needed / 2**30:.1f} GiB in {store.folder}, and {RESERVE / 2**30:.0f} GiB stay "
+            f'free, but only {free / 2**30:.1f} GiB are available. Choose another folder, or "" to keep no features'
         )
 
 

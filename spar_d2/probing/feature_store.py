@@ -1,4 +1,4 @@
-"""Features of labeled images on disk, which a linear probe is trained on."""
+"""On-disk features of labeled images, for training linear probes."""
 
 from __future__ import annotations
 
@@ -26,68 +26,68 @@ from spar_d2.utils.io import atomic_write, signature
 logger = logging.getLogger(__name__)
 
 KEY = "SPAR.PROBE.CACHE_DIR"
-# In dataset dicts: where an image's features are.
+# Key in dataset dicts: path of the image's features.
 FILE = "features_file_name"
 
 
 class FeatureSource:
-    """What a probe looks at, as the cache of targets knows teachers: an encoder and the way it is used.
+    """The feature extractor of a probe, with the interface that the target cache expects of a teacher.
 
     Args:
-        model: its encoder is frozen.
+        model: model with a frozen encoder.
     """
 
     def __init__(self, model: ProbeSegmentor) -> None:
         self.encoder = model.backbone.encoder
         sliding = model.inference == "sliding_window"
-        # No teacher has a window of 0.
+        # A window of 0 distinguishes single-pass features from those of any teacher.
         self.window, self.stride = model.windows[:2] if sliding else (0, 0)
         self._encode = model.dense_maps
 
     @torch.no_grad()
     def targets(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Features (1, D, h, w) of images (3, H, W), as the encoder takes them."""
+        """Compute features (1, D, h, w) of encoder inputs (3, H, W)."""
         return [self._encode(image[None]) for image in images]
 
 
 class FeatureStore(TargetCache):
-    """A cache of targets that also remembers which image file has which of them, so that no image is read twice.
+    """Target cache with an index from image files to feature files, so that images need not be read again.
 
     Args:
-        folder: of the cache; made if it is not there.
-        source: whose features are kept.
-        reading: how image files become images, as text.
+        folder: cache folder; created if it does not exist.
+        source: feature extractor.
+        reading: description of the image preprocessing.
 
     Raises:
-        ValueError: ``folder`` is a file, or cannot be made.
-        RuntimeError: features cannot be written; those that were are kept.
+        ValueError: ``folder`` is a file or cannot be created.
+        RuntimeError: features cannot be written; existing ones are kept.
     """
 
     def __init__(self, folder: str | os.PathLike, source: FeatureSource, reading: str) -> None:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{KEY} must be a folder that can be made, got {folder}: {error}") from error
+            raise ValueError(f"{KEY} must be a folder that can be created, got {folder}: {error}") from error
         super().__init__(folder, source)
         self._index_file = self.folder / f"index_{hashlib.sha256(reading.encode()).hexdigest()[:16]}.json"
         self._index = self._read_index()
 
     def find(self, image_file: str) -> Path | None:
-        """The file with the features of an image file as it is now; None where there is none.
+        """Return the feature file of an image in its current version, or None if there is none.
 
         Raises:
-            FileNotFoundError: there is no such image.
+            FileNotFoundError: the image does not exist.
         """
         name = self._index.get(stamp(image_file))
         path = self.folder / name if name else None
         return path if path and path.is_file() else None
 
     def keep(self, image_file: str, image: torch.Tensor) -> None:
-        """Encode an image and keep its features, unless they are there.
+        """Encode an image and store its features, unless they exist.
 
         Args:
-            image_file: what the image was read from.
-            image: (3, H, W), as the encoder takes it.
+            image_file: file that the image was read from.
+            image: encoder input (3, H, W).
 
         Raises:
             FloatingPointError: the features are NaN or infinite.
@@ -100,15 +100,15 @@ class FeatureStore(TargetCache):
 
     @property
     def index(self) -> dict[str, str]:
-        """Which image (by its :func:`stamp`) has which file of features in ``folder``."""
+        """Mapping from image signatures (:func:`stamp`) to feature files in ``folder``."""
         return dict(self._index)
 
     def merge(self, index: Mapping[str, str]) -> None:
-        """Take over what another store of the same features remembers."""
+        """Add the index of another store of the same features."""
         self._index |= index
 
     def write_index(self) -> None:
-        """Remember it beyond this process; without, images are only read again, not encoded."""
+        """Write the index to disk. Without it, images are read again, but not encoded again."""
         try:
             with atomic_write(self._index_file) as temporary:
                 temporary.write_text(json.dumps(self._index), encoding="utf-8")
@@ -122,29 +122,29 @@ class FeatureStore(TargetCache):
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, AttributeError) as error:
-            logger.warning("%s is damaged (%s); images are read again", self._index_file, error)
+            logger.warning("%s is corrupt (%s); images are read again", self._index_file, error)
             return {}
 
     def _stop_writing(self, reason: str) -> None:
-        # Without its features an image cannot be trained on.
+        # Training requires the features of all images.
         raise RuntimeError(f"{KEY}: features cannot be written to {self.folder}: {reason}. Choose another folder")
 
 
 class FeatureMapper:
-    """From a dataset dict with ``FILE`` to an input of :class:`ProbeSegmentor`; for Detectron2's loaders.
+    """Dataset mapper that maps a dataset dict with ``FILE`` to an input of :class:`ProbeSegmentor`.
 
     Args:
-        cfg: says the training size; nothing else is done to labels.
+        cfg: config that defines the training size, which labels are resized to.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         self._resize = training_size(cfg)
 
     def __call__(self, record: Mapping) -> dict:
-        """The record with "features" (D, h, w) float16 and "sem_seg" (H, W), uint8 or where they are larger int64.
+        """Return the record with "features" (D, h, w) float16 and "sem_seg" (H, W), uint8, or int64 for 16-bit labels.
 
         Raises:
-            FileNotFoundError, ValueError: there is no label map that can be read.
+            FileNotFoundError, ValueError: the label map does not exist or cannot be read.
             RuntimeError: as :func:`read_features`.
         """
         labels = read_labels(record["sem_seg_file_name"])
@@ -154,35 +154,35 @@ class FeatureMapper:
 
 
 def training_size(cfg: CfgNode) -> ResizeShortestEdge:
-    """Detectron2's resizing of training images."""
+    """Return Detectron2's resizing of training images."""
     return build_augmentation(cfg, is_train=True)[0]
 
 
 def read_features(path: str | os.PathLike) -> torch.Tensor:
-    """(D, h, w), as :class:`FeatureStore` wrote them.
+    """Read features (D, h, w) that :class:`FeatureStore` wrote.
 
     Raises:
-        RuntimeError: the file is damaged, or gone.
+        RuntimeError: the file is corrupt or does not exist.
     """
     try:
         with safe_open(path, "pt") as file:
             (name,) = file.keys()
             stored, checksum = file.get_tensor(name), (file.metadata() or {}).get("checksum")
     except (OSError, SafetensorError, ValueError) as error:
-        raise RuntimeError(f"{_again(path)}: {error}") from error
+        raise RuntimeError(f"{_unreadable(path)}: {error}") from error
     if tensor_checksum(stored) != checksum:
-        raise RuntimeError(f"{_again(path)}: its checksum is another")
+        raise RuntimeError(f"{_unreadable(path)}: its checksum does not match")
     return stored[0]
 
 
 def stamp(file: str) -> str:
-    """Text that changes with a file, by its size and time; raises ``FileNotFoundError`` where there is none."""
+    """Return a file signature of path, size and modification time; raises ``FileNotFoundError`` if missing."""
     try:
         size, changed = signature(file)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"the data set names the file {file}, which is not there") from error
+        raise FileNotFoundError(f"the file {file} of the data set does not exist") from error
     return f"{os.path.abspath(file)} {size} {changed}"
 
 
-def _again(path: str | os.PathLike) -> str:
-    return f"{KEY}: {path} cannot be read; remove it and start again with --resume, then it is computed anew"
+def _unreadable(path: str | os.PathLike) -> str:
+    return f"{KEY}: {path} cannot be read; delete it and restart with --resume to compute it again"

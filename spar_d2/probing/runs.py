@@ -1,4 +1,4 @@
-"""Linear probes of several encoders or ways to use them: each trained once, evaluated, and drawn side by side."""
+"""Trains, evaluates and visualizes linear probes of several encoders or inference modes."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ _FINAL = "model_final.pth"
 
 @dataclass(frozen=True)
 class Probe:
-    """One trained probe.
+    """A trained probe.
 
     Attributes:
-        method: its row of the table, with the weights of the whole model.
-        trained, frozen: numbers of parameters.
+        method: row of the table, with the weights of the whole model.
+        trained, frozen: numbers of trained and frozen parameters.
     """
 
     method: Method
@@ -58,36 +58,36 @@ class Probe:
 
 
 def probe_methods(cfg: CfgNode, rows: Sequence[str] | None, student: str) -> dict[str, Method]:
-    """What is probed, by the names of rows.
+    """Return the methods to probe, by row name.
 
     Args:
-        cfg: says the stride of the sliding window.
-        rows: out of ``ROWS``; None: all, the student's where there is one.
-        student: file of a distilled student; "" for none.
+        cfg: config that defines the stride of the sliding window.
+        rows: names out of ``ROWS``; None for all, with the student if one is given.
+        student: weight file of a distilled student; "" for none.
 
     Raises:
-        ValueError: the student's row without a student.
-        FileNotFoundError: there is no such file.
+        ValueError: the student's row is requested without a student.
+        FileNotFoundError: the file does not exist.
     """
     if "student" in (rows or ()) and not student:
         raise ValueError("--rows student needs the student's weights: --student FILE")
     if student and not Path(student).is_file():
-        raise FileNotFoundError(f"--student: there is no file {student}")
+        raise FileNotFoundError(f"--student: {student} does not exist")
     sliding = ("MODEL.SPAR.INFERENCE", "sliding_window")
-    known = {
+    methods = {
         "single_pass": Method("pre-trained, single pass"),
         "sliding_window": Method(f"pre-trained, sliding window, stride {cfg.SPAR.TEACHER.STRIDE}", sliding),
         "student": Method("SPAR student, single pass", ("MODEL.WEIGHTS", student)),
     }
-    return {row: known[row] for row in rows or ROWS if row != "student" or student}
+    return {row: methods[row] for row in rows or ROWS if row != "student" or student}
 
 
 def check_rows(cfg: CfgNode) -> None:
-    """Find out before hours of work what is wrong with a config to compare probes with.
+    """Validate a config before probes are trained.
 
     Raises:
-        ValueError: a key that is wrong.
-        FileNotFoundError: a data set is not there.
+        ValueError: a config key is invalid.
+        FileNotFoundError: a data set does not exist.
     """
     model = cfg.MODEL
     conditions = {
@@ -98,7 +98,7 @@ def check_rows(cfg: CfgNode) -> None:
     }
     for key, (value, needed) in conditions.items():
         if value != needed:
-            raise ValueError(f"{key} must be {needed!r} here, got {value!r}: rows differ in what they probe alone")
+            raise ValueError(f"{key} must be {needed!r} here, got {value!r}: rows may only differ in what they probe")
     for key, names in (("DATASETS.TRAIN", cfg.DATASETS.TRAIN), ("DATASETS.TEST", cfg.DATASETS.TEST)):
         if not names:
             raise ValueError(f"{key} must name a data set, got {names!r}")
@@ -109,35 +109,35 @@ def check_rows(cfg: CfgNode) -> None:
 
 
 def train_probe(cfg: CfgNode, method: Method, folder: Path, resume: bool) -> Probe:
-    """Train a probe in a folder of its own, unless that is done and nothing changed.
+    """Train a probe in its own folder, unless it is already trained with the same settings.
 
     Args:
-        cfg: of all rows.
-        method: what this one differs in.
-        folder: for its checkpoints.
-        resume: go on from the last checkpoint, where it is of the same settings.
+        cfg: config shared by all rows.
+        method: overrides of this row.
+        folder: folder of its checkpoints.
+        resume: resume from the last checkpoint, if its settings are the same.
 
     Raises:
-        Interrupted: the user stopped it; what there is is kept.
-        ValueError, FileNotFoundError, RuntimeError: as the trainer does.
+        Interrupted: the user stopped the training; checkpoints are kept.
+        ValueError, FileNotFoundError, RuntimeError: as the trainer.
     """
-    own = cfg.clone()
-    own.defrost()
-    own.merge_from_list([*method.overrides, "OUTPUT_DIR", str(folder)])
-    # Rows are evaluated together, afterwards.
-    own.DATASETS.TEST = ()
+    config = cfg.clone()
+    config.defrost()
+    config.merge_from_list([*method.overrides, "OUTPUT_DIR", str(folder)])
+    # All rows are evaluated together after training.
+    config.DATASETS.TEST = ()
     folder.mkdir(parents=True, exist_ok=True)
-    identity, before = _identity(own), _read(folder / _RECORD)
-    same = before.get("identity") == identity
+    identity, previous = _identity(config), _read(folder / _RECORD)
+    same = previous.get("identity") == identity
     trained = replace(method, weights=str(folder / _FINAL))
-    if same and before.get("finished") and (folder / _FINAL).is_file():
-        logger.info("%s: trained already, in %s", method.name, folder)
-        return Probe(trained, before["trained"], before["frozen"])
+    if same and previous.get("finished") and (folder / _FINAL).is_file():
+        logger.info("%s: already trained, in %s", method.name, folder)
+        return Probe(trained, previous["trained"], previous["frozen"])
     if resume and not same and (folder / LAST).is_file():
-        logger.warning("%s: --resume finds a probe of other settings in %s, and begins anew", method.name, folder)
-    # The probe's first weights must not depend on the rows before.
-    seed_all_rng(own.SEED if own.SEED >= 0 else None)
-    trainer = ProbeTrainer(own)
+        logger.warning("%s: %s has a probe with other settings; --resume starts over", method.name, folder)
+    # The initial weights must not depend on previous rows.
+    seed_all_rng(config.SEED if config.SEED >= 0 else None)
+    trainer = ProbeTrainer(config)
     count, total = parameter_counts(trainer.model)
     record = {"identity": identity, "trained": count, "frozen": total - count}
     trainer.resume_or_load(resume=resume and same)
@@ -150,17 +150,17 @@ def train_probe(cfg: CfgNode, method: Method, folder: Path, resume: bool) -> Pro
 
 
 def evaluate_probes(cfg: CfgNode, probes: Sequence[Probe], folder: Path) -> list[Score]:
-    """Scores on every data set of ``DATASETS.TEST``, see :func:`spar_d2.comparison.evaluate.evaluate_methods`.
+    """Evaluate probes on all data sets of ``DATASETS.TEST``, see :func:`spar_d2.comparison.evaluate.evaluate_methods`.
 
-    What was evaluated before is kept in ``folder``; an evaluation that was stopped goes on where it was.
+    Results are stored in ``folder`` and reused; interrupted evaluations are resumed.
     """
     return evaluate_methods(cfg, [probe.method for probe in probes], list(cfg.DATASETS.TEST), folder)
 
 
 def probe_table(probes: Sequence[Probe], scores: Sequence[Score]) -> str:
-    """The rows in Markdown, a table for each data set, and what was trained.
+    """Format the results as Markdown, with one table per data set, and the numbers of parameters.
 
-    Speed-ups are relative to the sliding window, or else to the first row.
+    Speed-ups are relative to the sliding window, or to the first row if there is none.
     """
     by_dataset: dict[str, list[Result]] = {}
     for score in scores:
@@ -176,32 +176,32 @@ def probe_table(probes: Sequence[Probe], scores: Sequence[Score]) -> str:
 
 
 def probe_summary(probes: Sequence[Probe], scores: Sequence[Score]) -> list[dict]:
-    """All numbers, for a JSON file: one record for each row and data set."""
+    """Collect all numbers for a JSON file: one record for each row and data set."""
     counts = {p.method.name: {"trained parameters": p.trained, "frozen parameters": p.frozen} for p in probes}
     return [{**score.plain(), **counts[score.method]} for score in scores]
 
 
 @torch.no_grad()
 def draw_probes(cfg: CfgNode, probes: Mapping[str, Probe], path: Path, count: int = 3) -> None:
-    """Write a picture: images, their true classes and what every probe says, side by side.
+    """Draw images, ground truth and the predictions of all probes side by side.
 
     Args:
-        cfg: its first test data set is drawn; without "stuff_colors" in its metadata there is no picture.
-        probes: by their titles.
-        path: file to write.
-        count: images, spread evenly over the data set.
+        cfg: config whose first test data set is drawn, which must have "stuff_colors" in its metadata.
+        probes: probes by title.
+        path: output file.
+        count: number of images, evenly distributed over the data set.
     """
     dataset = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(dataset)
     colors = metadata.get("stuff_colors")
     if not colors:
-        logger.warning("%s has no colors (stuff_colors): no picture is drawn", dataset)
+        logger.warning("%s has no colors (stuff_colors): no figure is drawn", dataset)
         return
-    # What has no class is black.
+    # Ignored pixels are black.
     palette = np.zeros((256, 3), dtype=np.uint8)
     palette[: len(colors)] = colors
-    every = DatasetCatalog.get(dataset)
-    records = every[:: -(-len(every) // count)]
+    all_records = DatasetCatalog.get(dataset)
+    records = all_records[:: -(-len(all_records) // count)]
     mapper = ImageMapper(cfg, is_train=False)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
     columns = [
         [read_rgb(record["file_name"]) for record in records],
@@ -216,26 +216,26 @@ def draw_probes(cfg: CfgNode, probes: Mapping[str, Probe], path: Path, count: in
 
 
 def _identity(cfg: CfgNode) -> str:
-    """Text that differs where a trained probe may."""
-    own = cfg.clone()
-    own.defrost()
-    spar = own.MODEL.SPAR
+    """Cache key of a trained probe: differs if its weights may differ."""
+    config = cfg.clone()
+    config.defrost()
+    spar = config.MODEL.SPAR
     read = functools.cache(source_checksum)
-    sources = (own.MODEL.WEIGHTS, spar.ENCODER, spar.PRETRAINED, spar.DINOV3_BACKBONE)
+    sources = (config.MODEL.WEIGHTS, spar.ENCODER, spar.PRETRAINED, spar.DINOV3_BACKBONE)
     weights = [read(source) for source in sources]
-    spar.PRECISION = precision_from_config(own)
-    # What changes no weight.
-    own.MODEL.WEIGHTS = own.MODEL.DEVICE = own.OUTPUT_DIR = spar.TEXT_CACHE = own.SPAR.PROBE.CACHE_DIR = ""
-    own.DATALOADER.NUM_WORKERS = own.SOLVER.CHECKPOINT_PERIOD = own.SPAR.KEEP_CHECKPOINTS = 0
-    own.INPUT.MIN_SIZE_TEST = own.INPUT.MAX_SIZE_TEST = own.SPAR.TEACHER.BATCH_SIZE = 0
+    spar.PRECISION = precision_from_config(config)
+    # Clear settings that do not affect the weights.
+    config.MODEL.WEIGHTS = config.MODEL.DEVICE = config.OUTPUT_DIR = spar.TEXT_CACHE = config.SPAR.PROBE.CACHE_DIR = ""
+    config.DATALOADER.NUM_WORKERS = config.SOLVER.CHECKPOINT_PERIOD = config.SPAR.KEEP_CHECKPOINTS = 0
+    config.INPUT.MIN_SIZE_TEST = config.INPUT.MAX_SIZE_TEST = config.SPAR.TEACHER.BATCH_SIZE = 0
     if spar.INFERENCE != "sliding_window":
-        own.SPAR.TEACHER.WINDOW = own.SPAR.TEACHER.STRIDE = 0
-    for node in (own.TEST, own.SPAR.TEST):
+        config.SPAR.TEACHER.WINDOW = config.SPAR.TEACHER.STRIDE = 0
+    for node in (config.TEST, config.SPAR.TEST):
         node.clear()
-    filter_empty = own.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    records = cast("list[dict]", get_detection_dataset_dicts(own.DATASETS.TRAIN, filter_empty=filter_empty))
+    filter_empty = config.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    records = cast("list[dict]", get_detection_dataset_dicts(config.DATASETS.TRAIN, filter_empty=filter_empty))
     files = [stamp(record[key]) for record in records for key in ("file_name", "sem_seg_file_name")]
-    return hashlib.sha256("\n".join([own.dump(), *weights, *files]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join([config.dump(), *weights, *files]).encode()).hexdigest()[:16]
 
 
 def _read(path: Path) -> dict:
@@ -244,6 +244,6 @@ def _read(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        logger.warning("%s is damaged (%s); beginning anew", path, error)
+        logger.warning("%s is corrupt (%s); starting over", path, error)
         return {}
     return record if isinstance(record, dict) else {}

@@ -1,4 +1,4 @@
-"""The trainer of linear probes, which are fed with features that are computed once where that is possible."""
+"""Trainer of linear probes, which uses precomputed features if possible."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ class ProbeTrainer(Trainer):
     """Trains a linear probe; see :class:`~spar_d2.engine.trainer.Trainer` and ``SPAR.PROBE.CACHE_DIR``.
 
     Raises:
-        ValueError: as the other trainer, or a folder for features that cannot be kept.
+        ValueError: as :class:`~spar_d2.engine.trainer.Trainer`, or a cache folder is set, but features cannot be
+            precomputed.
     """
 
-    # Detectron2 gives its trainers a model in a way that no checker sees.
+    # Detectron2 assigns the model in a way that type checkers do not see.
     model: nn.Module
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -32,5 +33,5 @@ class ProbeTrainer(Trainer):
 
 
 def trainer_class(cfg: CfgNode) -> type[Trainer]:
-    """The trainer of what a config describes."""
+    """Return the trainer class for a config."""
     return ProbeTrainer if is_probe(cfg) else Trainer

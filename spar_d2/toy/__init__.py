@@ -1,1 +1,1 @@
-"""The synthetic data set and its tiny models."""
+"""Synthetic (toy) data set and tiny models."""

@@ -1,4 +1,4 @@
-"""Tiny relatives of SigLIP's and DINOv3's ViTs for the demo's drawn world: 64 pixels, patch 8; registered with timm."""
+"""Tiny SigLIP and DINOv3 ViTs for the toy data set (64 pixels, patch size 8), registered with timm."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _SIZES = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 5, "num_he
 
 @register_model
 def vit_nano_patch8_siglip_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """SigLIP's ViT with 5 blocks of 128 channels; there are no weights for it."""
+    """SigLIP ViT with 5 blocks of 128 channels, without pre-trained weights."""
     model = timm.create_model("vit_base_patch16_siglip_224", **{**_SIZES, **kwargs})
     return cast("VisionTransformer", model)
 
 
 @register_model
 def vit_nano_patch8_dinov3(pretrained: bool = False, **kwargs: Any) -> Eva:
-    """DINOv3's ViT with 5 blocks of 128 channels; there are no weights for it.
+    """DINOv3 ViT with 5 blocks of 128 channels, without pre-trained weights.
 
-    Its layer scale starts at 1: DINOv3's own 1e-5 makes the blocks of an untrained model do next to nothing.
+    Layer scale is initialized with 1: with DINOv3's 1e-5, the blocks of an untrained model would have almost no effect.
     """
     model = timm.create_model("vit_small_patch16_dinov3", **{**_SIZES, "init_values": 1.0, **kwargs})
     return cast("Eva", model)

@@ -1,8 +1,7 @@
-"""Procedurally drawn scenes with exact labels: a small world in which everything can be tried without downloads.
+"""Procedural images with exact labels: a synthetic data set for trying everything without downloads.
 
-Grounds are textures, objects are filled shapes. Every class has its own hue with some spread, so that both color and
-form carry information. A scene is drawn at its own size, never enlarged: a larger scene shows more objects, not
-bigger ones.
+Grounds are textures, objects are filled shapes. Every class has its own hue with some variation, so that both color
+and shape carry information. Larger images show more objects, not bigger ones.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ GROUNDS = ("grass", "sand", "water", "brick", "snow")
 OBJECTS = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
 SCENE_CLASSES = GROUNDS + OBJECTS
 
-# Thirteen evenly spaced hues. The grounds take those that suit their names; the objects share out the rest.
+# Thirteen evenly spaced hues. Grounds get natural hues, objects share the rest.
 _HUE_SLOTS = {
     "brick": 0, "star": 1, "sand": 2, "moon": 3, "grass": 4, "triangle": 5, "circle": 6,
     "snow": 7, "water": 8, "square": 9, "cross": 10, "ring": 11, "heart": 12,
@@ -31,12 +30,12 @@ _PLACEMENT_TRIES = 12
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn scene.
+    """A synthetic image with labels.
 
     Attributes:
         image: (H, W, 3) uint8, RGB.
         labels: (H, W) uint8, indices into ``SCENE_CLASSES``.
-        objects: (H, W) uint8, the object that is seen, by its number from 1 on; 0 where it is the ground.
+        objects: (H, W) uint8, 1-based index of the visible object; 0 for the ground.
     """
 
     image: np.ndarray
@@ -44,16 +43,16 @@ class Scene:
     objects: np.ndarray
 
     def visible(self, min_pixels: int = 24) -> list[str]:
-        """Names of the classes that cover at least ``min_pixels`` pixels, in class order."""
+        """Return the names of the classes that cover at least ``min_pixels`` pixels, in class order."""
         counts = np.bincount(self.labels.ravel(), minlength=len(SCENE_CLASSES))
         return [name for name, count in zip(SCENE_CLASSES, counts) if count >= min_pixels]
 
     def segments(self, min_pixels: int = 4) -> tuple[np.ndarray, dict[int, int]]:
-        """Panoptic segments: every ground and every object of which ``min_pixels`` or more are seen.
+        """Return the panoptic segments: grounds and objects with at least ``min_pixels`` visible pixels.
 
         Returns:
-            (H, W) int32 numbers of segments, 0 where an object has too few pixels, and the class of every number, an
-            index into ``SCENE_CLASSES``.
+            (H, W) int32 segment ids, 0 for segments with too few pixels, and the class of each id, an index into
+            ``SCENE_CLASSES``.
         """
         grounds = self.labels.astype(np.int32) + 1
         segments = np.where(self.objects > 0, self.objects + np.int32(len(SCENE_CLASSES)), grounds)
@@ -71,17 +70,17 @@ def draw_scene(
     radius: tuple[float, float],
     grounds: tuple[int, int],
 ) -> Scene:
-    """Draw one scene.
+    """Generate an image.
 
     Args:
-        rng: source of all randomness; the same state gives the same scene.
+        rng: random number generator; the same state gives the same image.
         height, width: size in pixels.
-        objects: smallest and largest number of objects (both inclusive).
-        radius: smallest and largest object radius in pixels.
-        grounds: smallest and largest number of ground regions (both inclusive).
+        objects: minimum and maximum number of objects.
+        radius: minimum and maximum object radius in pixels.
+        grounds: minimum and maximum number of ground regions.
 
     Raises:
-        ValueError: a size, count or radius that is not positive, or a range that is upside down.
+        ValueError: a size, count or radius is not positive, or a range is not ascending.
     """
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be at least 1, got {height}x{width}")
@@ -98,39 +97,39 @@ def draw_scene(
 
 
 def training_scene(seed: int, index: int, size: int = 64) -> Scene:
-    """Scene number ``index`` of the small scenes for contrastive pre-training: 1 to 3 objects on 1 or 2 grounds."""
+    """Generate small image ``index`` for contrastive pre-training, with 1 to 3 objects on 1 or 2 grounds."""
     return draw_scene(np.random.default_rng([seed, index]), size, size, (1, 3), (9, 26), (1, 2))
 
 
 def large_scene(seed: int, index: int) -> Scene:
-    """Scene number ``index`` of the high-resolution scenes: 13 to 20 objects, 256x256 and 192x320 in turn."""
+    """Generate large image ``index``, with 13 to 20 objects; sizes alternate between 256x256 and 192x320."""
     height, width = ((256, 256), (192, 320))[index % 2]
     return draw_scene(np.random.default_rng([seed, index]), height, width, (13, 20), (9, 44), (2, 5))
 
 
 def class_colors() -> list[list[int]]:
-    """An RGB color, 0..255, for every class, of its middle hue: for legends and label pictures."""
+    """Return the mean RGB color, 0..255, of every class, for legends and label images."""
     hues = [_HUE_SLOTS[name] / len(SCENE_CLASSES) for name in SCENE_CLASSES]
-    # Grounds pale, objects strong, so that the two can be told apart.
+    # Pale grounds and saturated objects, so that they are easy to distinguish.
     tones = [(0.35, 0.75)] * len(GROUNDS) + [(0.9, 0.9)] * len(OBJECTS)
     return [[round(255 * part) for part in colorsys.hsv_to_rgb(hue, *tone)] for hue, tone in zip(hues, tones)]
 
 
 def _color(rng: np.random.Generator, name: str) -> np.ndarray:
-    """A random color of the class, (3,) float32 in 0..255."""
+    """Draw a random color (3,) float32 in 0..255 of a class."""
     hue = _HUE_SLOTS[name] / len(SCENE_CLASSES) + rng.uniform(-_HUE_SPREAD, _HUE_SPREAD)
     saturation, value = rng.uniform(0.45, 0.95), rng.uniform(0.5, 0.95)
     return np.asarray(colorsys.hsv_to_rgb(hue % 1.0, saturation, value), dtype=np.float32) * 255
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:
-    """(height, width) float32, about zero mean and unit deviation, with blobs of about ``cell`` pixels."""
+    """Generate noise (height, width) float32 of about zero mean and unit variance, with blobs of ``cell`` pixels."""
     coarse = rng.standard_normal((math.ceil(height / cell) + 2, math.ceil(width / cell) + 2)).astype(np.float32)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def _ground_texture(rng: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
-    """(height, width) float32 brightness offsets in gray levels."""
+    """Generate the texture of a ground, (height, width) float32 offsets in gray levels."""
     ys, xs = np.mgrid[:height, :width].astype(np.float32)
     if name == "grass":  # short upright blades
         return 26 * cv2.resize(rng.standard_normal((height // 5 + 2, width)).astype(np.float32), (width, height))
@@ -148,7 +147,7 @@ def _ground_texture(rng: np.random.Generator, name: str, height: int, width: int
 
 
 def _draw_grounds(rng: np.random.Generator, height: int, width: int, regions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split the plane into regions around random points, with bent borders, and fill each with a ground."""
+    """Split the image into regions around random points, with curved borders, and fill each with a ground."""
     names = rng.permutation(GROUNDS)[:regions]
     ys, xs = np.mgrid[:height, :width].astype(np.float32)
     ys = ys + 5 * _smooth_noise(rng, height, width, 24)
@@ -167,13 +166,13 @@ def _draw_grounds(rng: np.random.Generator, height: int, width: int, regions: in
 
 
 def _polar(radii: np.ndarray, turns: np.ndarray) -> np.ndarray:
-    """(n, 2) points from radii and angles in turns, starting upwards."""
+    """Convert radii and angles (in turns, clockwise from the top) to points (n, 2)."""
     angles = 2 * np.pi * turns
     return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
 
 
 def _outline(name: str) -> list[np.ndarray]:
-    """Polygons of the shape in the unit disc, (n, 2) each; a second polygon is a hole."""
+    """Return the polygons (n, 2) of a shape in the unit disc; a second polygon is a hole."""
     fine = np.arange(48) / 48
     circle = _polar(np.ones(48), fine)
     if name == "circle":
@@ -196,7 +195,7 @@ def _outline(name: str) -> list[np.ndarray]:
         x = 16 * np.sin(t) ** 3
         y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
         return [np.stack([x, y], axis=1) / 17]
-    # Moon: the unit circle less a circle of radius 0.8 around (0.5, 0); the two meet at x = 0.61.
+    # Moon: the unit circle without a circle of radius 0.8 around (0.5, 0). They intersect at x = 0.61.
     meeting, inner_meeting = math.acos(0.61), math.acos((0.61 - 0.5) / 0.8)
     outer = np.linspace(meeting, 2 * np.pi - meeting, 40)
     inner = np.linspace(2 * np.pi - inner_meeting, inner_meeting, 32)[1:-1]
@@ -205,7 +204,7 @@ def _outline(name: str) -> list[np.ndarray]:
 
 
 def _object_pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(height, width) float32 brightness offsets: stripes, dots, noise or nothing, whatever the class."""
+    """Generate a random pattern, (height, width) float32 brightness offsets, independent of the class."""
     kind = rng.integers(4)
     ys, xs = np.mgrid[:height, :width].astype(np.float32)
     if kind == 0:
@@ -228,7 +227,7 @@ def _draw_object(
     number: int,
     radius_range: tuple[float, float],
 ) -> None:
-    """Draw an object into image, labels and, by its number, ``owner``; left out where no free place is found."""
+    """Draw an object into ``image``, ``labels`` and ``owner``; skipped if no free place is found."""
     height, width = labels.shape
     name = OBJECTS[rng.integers(len(OBJECTS))]
     radius, aspect, angle = rng.uniform(*radius_range), rng.uniform(0.85, 1.15), rng.uniform(0, 2 * np.pi)
@@ -251,7 +250,7 @@ def _draw_object(
 
 
 def _coverage(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
-    """(height, width) float32 share of each pixel inside the first polygon and outside the second, if there is one."""
+    """Compute the fraction (height, width) float32 of each pixel inside the first and outside the second polygon."""
     alpha = np.zeros((height, width), dtype=np.uint8)
     for polygon, value in zip(polygons, (255, 0)):
         points = np.round(polygon * (1 << _SUBPIXEL_BITS)).astype(np.int32)

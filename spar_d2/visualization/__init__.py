@@ -1,4 +1,4 @@
-"""Pictures: features as colors, predictions side by side, and, with Detectron2, over their photos (``overlay.py``)."""
+"""Visualization of features and predictions. Only ``overlay.py`` needs Detectron2."""
 
 from spar_d2.visualization.palette import class_colors
 from spar_d2.visualization.panels import draw_panels

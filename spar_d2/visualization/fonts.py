@@ -1,4 +1,4 @@
-"""Letters for names in any script: fonts that have them, and how much room they take."""
+"""Fonts for class names in any script, and text measurement."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontMan
 
 logger = logging.getLogger(__name__)
 
-# It comes with matplotlib: Latin, Greek, Cyrillic and more.
+# Comes with matplotlib, and covers Latin, Greek, Cyrillic and more.
 _BASE = "DejaVu Sans"
 _NO_GLYPH = "□"
-# Fonts that show which script a letter is of, in place of the letter.
-_STAND_INS = "Last Resort"
+# Placeholder fonts, which show the script of a letter instead of the letter.
+_PLACEHOLDER_FONT = "Last Resort"
 _REGULAR = (400, "normal", "regular", "book")
 _warned: set[str] = set()
 
 
 class Letters:
-    """How texts are written in a picture.
+    """Fonts and sizes for texts in an image.
 
     Args:
-        texts: all that will be written; fonts are chosen for them.
-        pixels: size of the font.
+        texts: all texts that will be drawn.
+        pixels: font size.
 
     Attributes:
-        families: names of fonts for ``matplotlib.text.Text``; each is asked for what those before it do not have.
-        height: of a line, in pixels.
+        families: font names for ``matplotlib.text.Text``; later fonts are fallbacks for missing letters.
+        height: line height in pixels.
     """
 
     def __init__(self, texts: Iterable[str], pixels: float) -> None:
@@ -40,19 +40,19 @@ class Letters:
         self.families = [_BASE, *families]
         self.pixels = pixels
         self._properties = FontProperties(family=self.families, size=pixels)
-        # What matplotlib takes for the height of any line.
+        # matplotlib's line height.
         self.height = self._measure("lp")[1]
 
     def readable(self, text: str) -> str:
-        """A text without what cannot be drawn."""
+        """Replace letters that cannot be drawn."""
         return "".join(_NO_GLYPH if letter in self._missing else letter for letter in _clean(text))
 
     def width(self, text: str) -> float:
-        """Width in pixels of a text that is readable."""
+        """Width of a readable text in pixels."""
         return self._measure(text)[0]
 
     def shortened(self, text: str, room: float) -> str:
-        """A readable text that is no wider than ``room`` pixels, or else its beginning and an ellipsis."""
+        """Truncate a readable text to ``room`` pixels, with an ellipsis."""
         if self.width(text) <= room:
             return text
         low, high = 0, len(text)
@@ -69,44 +69,44 @@ class Letters:
 
 @functools.lru_cache(maxsize=1)
 def _renderer():
-    # At 72 dots per inch a point is a pixel.
+    # At 72 dpi, points equal pixels.
     return FigureCanvasAgg(Figure((1, 1), dpi=72)).get_renderer()
 
 
 def _clean(text: str) -> str:
-    """A text without control characters and marks that only say how others are to be joined or shown."""
+    """Remove control characters and invisible formatting characters."""
     text = unicodedata.normalize("NFC", text)
-    kept = (" " if letter.isspace() else letter for letter in text)
-    return "".join(letter for letter in kept if not _is_unseen(letter))
+    letters = (" " if letter.isspace() else letter for letter in text)
+    return "".join(letter for letter in letters if not _is_invisible(letter))
 
 
-def _is_unseen(letter: str) -> bool:
+def _is_invisible(letter: str) -> bool:
     return unicodedata.category(letter) in ("Cc", "Cf", "Cs") or "\ufe00" <= letter <= "\ufe0f"
 
 
 @functools.lru_cache(maxsize=64)
 def _fonts_for(letters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Names of installed fonts that together have the letters, and the letters that none has, with a warning."""
+    """Find installed fonts for letters. Returns font names and the letters that no font has, which are logged."""
     families, missing = [], set(letters)
     for entry in sorted(fontManager.ttflist, key=_preference):
         if not missing:
             break
-        if entry.name in families or entry.name.startswith(_STAND_INS) or not missing & _letters_of(entry.fname):
+        if entry.name in families or entry.name.startswith(_PLACEHOLDER_FONT) or not missing & _letters_of(entry.fname):
             continue
-        # matplotlib looks a font up by its name, and may find another file.
-        found = missing & _letters_of(_path_of(entry.name))
-        if found:
+        # matplotlib looks fonts up by name, and may choose another file of the same name.
+        covered = missing & _letters_of(_path_of(entry.name))
+        if covered:
             families.append(entry.name)
-            missing -= found
+            missing -= covered
     if missing - _warned:
         _warned.update(missing)
         shown = "".join(sorted(missing)[:20]) + ("..." if len(missing) > 20 else "")
-        logger.warning("No installed font has %s: drawn as %s. Noto has fonts for all scripts.", shown, _NO_GLYPH)
+        logger.warning("No installed font has %s: drawn as %s. The Noto fonts cover all scripts.", shown, _NO_GLYPH)
     return tuple(families), frozenset(missing)
 
 
 def _preference(entry: FontEntry) -> tuple:
-    """Upright and regular fonts without serifs first."""
+    """Sort key of fonts: upright, regular sans-serif fonts first."""
     regular = entry.style == "normal" and entry.variant == "normal" and entry.weight in _REGULAR
     return not regular, "sans" not in entry.name.lower(), entry.name, entry.fname
 
@@ -120,7 +120,7 @@ def _path_of(family: str) -> str:
 
 @functools.cache
 def _letters_of(path: str) -> frozenset[str]:
-    """What a font can draw; nothing where it cannot be loaded or, as many of emoji, holds pictures."""
+    """Return the letters of a font; empty if it cannot be loaded or is a bitmap font, such as many emoji fonts."""
     try:
         font = get_font(path)
         return frozenset(map(chr, font.get_charmap())) if font.scalable else frozenset()

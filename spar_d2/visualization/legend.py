@@ -1,4 +1,4 @@
-"""The legend of a picture: how it is laid out, and where."""
+"""Layout of legends."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 from spar_d2.visualization.fonts import Letters
 
-# More entries than this are summed up in the last.
-_MOST_ENTRIES = 60
-# Longer names are shortened; in heights of the font.
-_LONGEST_NAME = 14
-_WIDEST_SHARE = "100.0%"
+# If there are more entries, the last one summarizes the rest.
+_MAX_ENTRIES = 60
+# Maximum width of names, as a multiple of the font size. Longer names are truncated.
+_MAX_NAME_WIDTH = 14
+_WIDEST_PERCENTAGE = "100.0%"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A class in a legend, its share of the picture as text; what sums up several has no color."""
+    """An entry of a legend: class name, area as text, and color. A summary of several classes has no color."""
 
     name: str
     share: str
@@ -26,16 +26,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Legend:
-    """A legend that is laid out; all in pixels.
+    """A legend with its layout in pixels.
 
     Attributes:
-        entries: with names as long as there is room for.
+        entries: entries, with truncated names.
         places: left and top of each entry.
-        patch: side of a color patch.
-        name_at, share_ends_at: offsets of the two texts from an entry's left.
+        patch: side of the color patches.
+        name_at, share_ends_at: horizontal offsets of the name's left and the area's right end.
         line: height of an entry.
-        width, height: of the whole.
-        beside: whether it goes to the right of the picture rather than below.
+        width, height: size of the legend.
+        beside: whether the legend goes to the right of the image rather than below.
     """
 
     entries: Sequence[Entry]
@@ -50,21 +50,21 @@ class Legend:
 
 
 def percent(share: float) -> str:
-    """A share in 0..1 as text."""
+    """Format a fraction in 0..1."""
     return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
 def list_classes(
     shares: Sequence[float], names: Sequence[str], colors: Sequence[tuple[int, int, int]], listed: Sequence[int]
 ) -> list[Entry]:
-    """Entries of a legend.
+    """Create the entries of a legend.
 
     Args:
-        shares: of the picture, 0..1, for every class.
-        names, colors: of every class.
-        listed: numbers of the classes to list, in this order; of very many the last are summed up.
+        shares: fraction of the image, 0..1, of every class.
+        names, colors: name and color of every class.
+        listed: classes to list, in order. If there are too many, the last ones are summarized.
     """
-    shown = listed if len(listed) <= _MOST_ENTRIES else listed[: _MOST_ENTRIES - 1]
+    shown = listed if len(listed) <= _MAX_ENTRIES else listed[: _MAX_ENTRIES - 1]
     entries = [Entry(names[number], percent(shares[number]), colors[number]) for number in shown]
     rest = listed[len(shown) :]
     if rest:
@@ -74,19 +74,19 @@ def list_classes(
 
 
 def lay_out(entries: Sequence[Entry], picture: tuple[int, int], letters: Letters) -> Legend:
-    """Put entries into rows and columns below or beside a picture, whichever keeps the whole more compact.
+    """Arrange entries in rows and columns below or beside an image, whichever is more compact.
 
     Args:
-        entries: at least one.
-        picture: (H, W).
-        letters: fonts for all of their texts.
+        entries: one or more entries.
+        picture: (H, W) of the image.
+        letters: fonts for the texts of all entries.
     """
     height, width = picture
     unit = letters.pixels
-    names = [letters.shortened(letters.readable(entry.name), _LONGEST_NAME * unit) for entry in entries]
+    names = [letters.shortened(letters.readable(entry.name), _MAX_NAME_WIDTH * unit) for entry in entries]
     patch, line = math.ceil(0.9 * unit), math.ceil(1.5 * unit)
     name_at = math.ceil(1.4 * unit)
-    share_ends_at = math.ceil(name_at + max(map(letters.width, names)) + 0.7 * unit + letters.width(_WIDEST_SHARE))
+    share_ends_at = math.ceil(name_at + max(map(letters.width, names)) + 0.7 * unit + letters.width(_WIDEST_PERCENTAGE))
     margin, between = math.ceil(0.6 * unit), math.ceil(1.6 * unit)
     cell = share_ends_at + between
 
@@ -98,12 +98,12 @@ def lay_out(entries: Sequence[Entry], picture: tuple[int, int], letters: Letters
     below = (columns, math.ceil(count / columns))
     rows = min(max((height - 2 * margin) // line, 1), count)
     aside = (math.ceil(count / rows), rows)
-    # Half the way round the whole.
+    # Half of the perimeter of the result.
     length_below = max(width, size(*below)[0]) + height + size(*below)[1]
     length_beside = width + size(*aside)[0] + max(height, size(*aside)[1])
     beside = length_beside < length_below
     columns, rows = aside if beside else below
-    # Column by column beside the picture, where it has few, and row by row below.
+    # Beside the image, entries are ordered by column; below it, by row.
     grid = [(n // rows, n % rows) if beside else (n % columns, n // columns) for n in range(count)]
     places = [(margin + column * cell, margin + row * line) for column, row in grid]
     entries = [Entry(name, entry.share, entry.color) for name, entry in zip(names, entries)]

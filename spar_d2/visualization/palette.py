@@ -1,4 +1,4 @@
-"""A color for every class."""
+"""Class colors."""
 
 from __future__ import annotations
 
@@ -8,50 +8,51 @@ from collections.abc import Sequence
 import numpy as np
 
 _BACKGROUND = (0, 0, 0)
-# Steps between the levels of a channel: 18 levels, of which those that are neither dark nor pale are well over 3,000.
+# Step between channel values: 18 values. More than 3,000 of their colors are neither too dark nor too pale.
 _STEP = 15
-# What is distinct from these too: the background, the white of margins and outlines.
-_TAKEN = ((0, 0, 0), (255, 255, 255))
+# Colors to stay distinct from: the background, and the white of margins and outlines.
+_RESERVED = ((0, 0, 0), (255, 255, 255))
 
 
 def class_colors(classes: int | Sequence[str]) -> list[tuple[int, int, int]]:
-    """Colors that are easy to tell apart, the same for the same number of a class.
+    """Return distinct colors, which depend only on the class index.
 
-    Each is as different as can be from those before it, so that a class keeps its color when others are added at the
-    end. Some 3,000 are unique, after that they repeat.
+    Each color is as different as possible from all previous ones, so that a class keeps its color if classes are
+    appended. About 3,000 colors are unique, then they repeat.
 
     Args:
-        classes: how many, or their names; a first class of the name "background" becomes black.
+        classes: number of classes, or their names. A first class named "background" becomes black.
 
     Returns:
+        (red, green, blue) in 0..255 for each class.
         (red, green, blue) in 0..255 for each class.
     """
     count = classes if isinstance(classes, int) else len(classes)
     background = not isinstance(classes, int) and count > 0 and classes[0].strip().lower() == "background"
-    wanted = count - background
-    colors = _distinct(min(wanted, len(_candidates())))
-    colors = [colors[number % len(colors)] for number in range(wanted)]
+    needed = count - background
+    colors = _distinct(min(needed, len(_candidates())))
+    colors = [colors[number % len(colors)] for number in range(needed)]
     return [_BACKGROUND, *colors] if background else colors
 
 
 @functools.lru_cache(maxsize=8)
 def _distinct(count: int) -> list[tuple[int, int, int]]:
-    """The candidate that is farthest from all that were taken, again and again."""
+    """Repeatedly choose the candidate that is farthest from all chosen colors."""
     candidates = _candidates()
-    places = _lab(candidates)
-    distance = np.min([((places - taken) ** 2).sum(1) for taken in _lab(np.array(_TAKEN))], axis=0)
+    lab = _lab(candidates)
+    distance = np.min([((lab - taken) ** 2).sum(1) for taken in _lab(np.array(_RESERVED))], axis=0)
     chosen = []
     for _ in range(count):
         best = int(distance.argmax())
         chosen.append(tuple(int(value) for value in candidates[best]))
-        distance = np.minimum(distance, ((places - places[best]) ** 2).sum(1))
+        distance = np.minimum(distance, ((lab - lab[best]) ** 2).sum(1))
         distance[best] = -1
     return chosen
 
 
 @functools.lru_cache(maxsize=1)
 def _candidates() -> np.ndarray:
-    """(n, 3) RGB in 0..255: neither nearly black or white, nor gray, nor glaring."""
+    """Return candidates (n, 3) RGB in 0..255 that are not nearly black, white, gray or too vivid."""
     levels = np.arange(0, 256, _STEP)
     colors = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     lab = _lab(colors)
@@ -60,9 +61,9 @@ def _candidates() -> np.ndarray:
 
 
 def _lab(colors: np.ndarray) -> np.ndarray:
-    """(n, 3) sRGB in 0..255 to CIE L*a*b* under D65, where distance is about how different colors look.
+    """Convert sRGB (n, 3) in 0..255 to CIE L*a*b* (D65), where distances approximate perceived differences.
 
-    Rounded, so that which of two colors is farther does not hang on the last bit of a machine's arithmetic.
+    Rounded, so that comparisons of distances do not depend on a machine's floating-point arithmetic.
     """
     rgb = colors / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)

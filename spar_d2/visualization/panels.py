@@ -1,4 +1,4 @@
-"""Pictures in rows and columns, with titles and a legend."""
+"""Draws images in rows and columns, with titles and a legend."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def draw_panels(
     path: str | os.PathLike,
     legend: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """Write a PNG of pictures side by side.
+    """Write images side by side as a PNG.
 
     Args:
-        rows: pictures, row by row; each (H, W, 3), uint8 or float in 0..1. Sizes may differ.
-        titles: one for each column.
-        path: file to write.
-        legend: name to RGB in 0..255, shown below.
+        rows: rows of images, each (H, W, 3), uint8 or float in 0..1. Sizes may differ.
+        titles: title of each column.
+        path: output file.
+        legend: mapping from names to RGB colors in 0..255, shown below the images.
 
     Raises:
-        ValueError: a row with more or fewer pictures than there are titles, or no row.
+        ValueError: there are no rows, or a row and the titles differ in length.
     """
     if not rows or any(len(row) != len(titles) for row in rows):
-        raise ValueError(f"every row must have {len(titles)} pictures, got {[len(row) for row in rows]}")
-    # Inches: columns of one width, rows as high as their tallest picture needs.
+        raise ValueError(f"every row must have {len(titles)} images, got {[len(row) for row in rows]}")
+    # In inches. Columns have equal widths; the height of a row is that of its tallest image.
     width = 2.4
     heights = [max(picture.shape[0] / picture.shape[1] for picture in row) * width for row in rows]
     legend_height = 0.32 * -(-len(legend) // 7) + 0.1 if legend else 0.0
@@ -41,12 +41,12 @@ def draw_panels(
     figure = Figure(figsize=(width * len(titles), sum(heights) + 0.3 + legend_height), dpi=110, layout=layout)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
-    for number, (row, places) in enumerate(zip(rows, axes)):
-        for picture, place, title in zip(row, places, titles):
-            place.imshow(picture, interpolation="nearest")
-            place.set_axis_off()
+    for number, (row, row_axes) in enumerate(zip(rows, axes)):
+        for picture, axis, title in zip(row, row_axes, titles):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_axis_off()
             if number == 0:
-                place.set_title(title, fontsize=10)
+                axis.set_title(title, fontsize=10)
     if legend:
         patches = [Patch(color=(r / 255, g / 255, b / 255), label=name) for name, (r, g, b) in legend.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=7, frameon=False, fontsize=9)

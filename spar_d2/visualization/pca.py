@@ -1,4 +1,4 @@
-"""Feature maps as colors, by their three main directions."""
+"""Visualizes feature maps by their first three principal components."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ import torch
 
 
 def shared_pca_colors(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Project feature maps on their first three principal components, one projection for all, and show them as RGB.
+    """Map features to RGB colors by their first three principal components, with a joint projection of all maps.
 
-    Equal colors mean equal features, across maps too.
+    Equal colors mean equal features, also across maps.
 
     Args:
-        maps: each (D, h, w), any h and w; D is the same for all.
+        maps: feature maps (D, h, w) of any size, with the same D.
 
     Returns:
-        For each map (h, w, 3) float32 in 0..1, on the CPU.
+        Colors (h, w, 3) float32 in 0..1 of each map, on the CPU.
 
     Raises:
-        ValueError: no maps, or fewer than three channels.
+        ValueError: there are no maps, or fewer than three channels.
     """
     colors = fit_pca_colors(maps)
     return [colors(m) for m in maps]
 
 
 def fit_pca_colors(maps: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The coloring of :func:`shared_pca_colors`, as a function that other maps can be given to as well.
+    """Return the mapping of :func:`shared_pca_colors` as a function, which can be applied to other maps.
 
-    Arguments and errors are the same; what is beyond the range of ``maps`` gets the color at its end.
+    Arguments and exceptions are the same. Colors are clipped to the range of ``maps``.
     """
     if not maps or any(m.ndim != 3 or m.shape[0] < 3 for m in maps):
         raise ValueError(f"maps must be (D, h, w) with D >= 3, got {[tuple(m.shape) for m in maps]}")
-    # (D, h, w) -> (h * w, D), all maps in one table.
+    # (D, h, w) -> (h * w, D), all maps in one matrix.
     table = torch.cat([_rows(m) for m in maps])
     mean = table.mean(0)
-    centerd = table - mean
-    # Eigenvectors of the covariance, the largest last; the sign of each is arbitrary, so it is fixed.
-    directions = torch.linalg.eigh(centerd.T @ centerd).eigenvectors[:, -3:].flip(1)
+    centered = table - mean
+    # Eigenvectors are sorted in ascending order, and their signs are arbitrary, so they are normalized.
+    directions = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -3:].flip(1)
     largest = directions.abs().argmax(0)
     directions = directions * directions[largest, torch.arange(3)].sign()
-    colors = centerd @ directions
-    # Nearly all of the range: single outliers must not make everything else gray.
+    colors = centered @ directions
+    # Quantiles instead of the full range: a single outlier would reduce the contrast of everything else.
     low, high = colors.quantile(0.01, dim=0), colors.quantile(0.99, dim=0)
 
     def color(features: torch.Tensor) -> torch.Tensor:

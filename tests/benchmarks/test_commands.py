@@ -101,7 +101,7 @@ def test_wrong_options_of_teacher_are_one_line(benchmark, capsys, options, messa
         (["--encoders", "dinov3_vitl16_dinotxt_tet1280d20h24l"], "--dinov3-repo: "),
         pytest.param(
             ["--device", "cuda"],
-            "--device cuda: PyTorch finds no GPU here",
+            "--device cuda: PyTorch finds no GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
@@ -192,7 +192,7 @@ def test_full_maps_without_room_are_left_out(benchmark, capsys):
     options = ["--encoder", TINY, "--long-side", "64", "--words", "3", "--repeats", "1", "--device", "cpu"]
     benchmark("postprocess", *options, "--room", "0")
     printed = capsys.readouterr().out
-    assert "| - | - |" in printed and "no room for them in memory" in printed
+    assert "| - | - |" in printed and "not enough memory" in printed
 
 
 @pytest.mark.parametrize(

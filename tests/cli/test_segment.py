@@ -310,8 +310,8 @@ def scene_classes():
     ("arguments", "message"),
     [
         (["--input", "nowhere.jpg"], "--input: there is no file or folder nowhere.jpg"),
-        (["--input", "nothing/*.jpg"], "--input: no photo, video or folder matches nothing/*.jpg"),
-        (["--input", "empty"], "--input: there are no photos"),
+        (["--input", "nothing/*.jpg"], "--input: no image, video or folder matches nothing/*.jpg"),
+        (["--input", "empty"], "--input: there are no images"),
         (["--input", "bad.jpg"], "image: bad.jpg cannot be read"),
         (["--input", "bad.mp4"], "video: bad.mp4 cannot be opened"),
         (["--input", "photo.png", "photo.png", "bad.jpg", "--output", "one.png"], "one.png is a file, and there are 2"),

@@ -164,7 +164,7 @@ def test_wrong_keys_are_named(tiny_cfg):
         config_for(tiny_cfg, "voc21")
     tiny_cfg.SPAR.TEST.PROTOCOL = "paper"
     tiny_cfg.MODEL.SPAR.VOCABULARY = "voc20"
-    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.VOCABULARY has 20 classes and 'voc21' 21"):
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.VOCABULARY has 20 classes, but 'voc21' has 21"):
         config_for(tiny_cfg, "voc21")
 
 

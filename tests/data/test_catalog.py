@@ -123,11 +123,11 @@ def test_colors_of_voc_are_its_own():
 @pytest.mark.parametrize("name", LABELED_SETS)
 def test_what_is_not_on_disk_says_what_to_do(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=rf"fetch .* unpack .* then run tools/prepare_datasets\.py {name} "):
+    with pytest.raises(FileNotFoundError, match=rf"download .* unpack .* then run tools/prepare_datasets\.py {name} "):
         DatasetCatalog.get(name)
     assert found(name) == (0, LABELED_SETS[name].images)
     part = "training" if name in TRAINING_SPLITS else "validation"
-    assert missing(name).startswith(f"{name}: 0 of {LABELED_SETS[name].images} {part} images are prepared; there")
+    assert missing(name).startswith(f"{name}: 0 of {LABELED_SETS[name].images} {part} images are prepared; {tmp_path}")
 
 
 def test_a_name_that_is_taken_stays_with_a_warning(monkeypatch, caplog):
@@ -138,7 +138,7 @@ def test_a_name_that_is_taken_stays_with_a_warning(monkeypatch, caplog):
             register_benchmarks()
         assert DatasetCatalog.get("mine") == [{"file_name": "a.png"}]
         assert MetadataCatalog.get("mine").get("stuff_classes") is None
-        assert "'mine' is registered already" in caplog.text
+        assert "'mine' is already registered" in caplog.text
     finally:
         DatasetCatalog.remove("mine")
         MetadataCatalog.remove("mine")
@@ -151,7 +151,7 @@ def test_metadata_that_are_set_stay_with_a_warning(monkeypatch, caplog):
         with caplog.at_level(logging.WARNING):
             register_benchmarks()
         assert MetadataCatalog.get("mine").stuff_classes == ["a"]
-        assert "metadata of 'mine' were set already" in caplog.text
+        assert "metadata of 'mine' are already set" in caplog.text
     finally:
         DatasetCatalog.remove("mine")
         MetadataCatalog.remove("mine")

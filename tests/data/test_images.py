@@ -84,7 +84,7 @@ def test_depth_is_told_from_the_values(tmp_path, values, kind, expected):
 @pytest.mark.parametrize("value", [1e9, np.inf, np.nan])
 def test_floats_that_are_no_colors_are_refused(tmp_path, value):
     Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / "odd.tif")
-    with pytest.raises(ValueError, match=r"odd\.tif cannot be read: its pixels must be numbers up to 65535"):
+    with pytest.raises(ValueError, match=r"odd\.tif cannot be read: its pixel values must be .* at most 65535"):
         read_rgb(tmp_path / "odd.tif")
 
 
@@ -164,7 +164,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cut\.png cannot be read"):
         read_rgb(tmp_path / "cut.png")
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         read_rgb(tmp_path / "none.png")
 
 
@@ -188,7 +188,7 @@ def test_files_that_are_no_images_are_refused(tmp_path, content):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         read_rgb(tmp_path)
 
 
@@ -210,11 +210,11 @@ def test_photos_of_dataset_dicts(tmp_path, packed):
 def test_photos_of_dataset_dicts_that_cannot_be_read_are_named(packed):
     with pytest.raises(ValueError, match=r"t\.tar/a\.png cannot be read: it is no image"):
         read_photo({**packed, "offset": 0})
-    with pytest.raises(ValueError, match=r"t\.tar/a\.png cannot be read: the tar file ends"):
+    with pytest.raises(ValueError, match=r"t\.tar/a\.png cannot be read: the tar file is truncated"):
         read_photo({**packed, "offset": 900})
-    with pytest.raises(FileNotFoundError, match=r"no file .*gone\.tar, which should hold .*t\.tar/a\.png"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.tar of .*t\.tar/a\.png does not exist"):
         read_photo({**packed, "tar": "gone.tar"})
-    with pytest.raises(FileNotFoundError, match=r"no file gone\.png"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.png does not exist"):
         read_photo({"file_name": "gone.png"})
 
 

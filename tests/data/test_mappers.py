@@ -229,7 +229,7 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=f"mask.png has the segment {ids.max()}, which its data set does not list"):
         mapper({**record, "segments_info": listed})
     Image.new("RGB", (12, 10)).save(tmp_path / "mask.png")
-    with pytest.raises(ValueError, match=r"mask.png is 12x10 pixels, its image .*image.png 95x70"):
+    with pytest.raises(ValueError, match=r"mask.png has 12x10 pixels, its image .*image.png has 95x70"):
         mapper(record)
     (tmp_path / "mask.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"mask.png"):

@@ -34,7 +34,7 @@ def test_when_no_photo_can_be_decoded_it_stops(photo_folder):
     for path in photo_folder.rglob("*.jp*g"):
         path.write_bytes(path.read_bytes()[:400])
     records = [{"file_name": str(path)} for path in photo_folder.rglob("*.jp*g")]
-    with pytest.raises(RuntimeError, match=r"none of the 2 photos can be decoded.*cannot be read"):
+    with pytest.raises(RuntimeError, match=r"none of the 2 images can be decoded.*cannot be read"):
         PhotoDataset(records, [], "RGB")[draw(1)]
 
 

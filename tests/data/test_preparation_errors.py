@@ -33,7 +33,7 @@ def first_file(name, root):
 
 @pytest.mark.parametrize("name", LABELED_SETS)
 def test_missing_archives_are_named(name, root):
-    with pytest.raises(MissingArchive, match=r"fetch \S+ .*from \S+\.\S+ and unpack it in "):
+    with pytest.raises(MissingArchive, match=r"download \S+ .*from \S+\.\S+ and unpack it in "):
         prepare(name)
     tree(name, root)
     labels = first_file(name, root).parent
@@ -50,7 +50,7 @@ def test_missing_archives_are_named(name, root):
 def test_names_of_the_459_classes_are_asked_for(root):
     tree("context60", root, "459")
     (root / "pascal_context/labels.txt").unlink()
-    with pytest.raises(MissingArchive, match=r"fetch labels\.txt from .* and put it in .*pascal_context"):
+    with pytest.raises(MissingArchive, match=r"labels\.txt does not exist: download .* and put it in .*pascal_context"):
         prepare("context60")
 
 
@@ -79,7 +79,7 @@ def test_missing_labels(name, root, caplog):
     tree(name, root)
     label = first_file(name, root)
     label.unlink()
-    with pytest.raises(ValueError, match=rf"has 3 .* with labels there are 2 .*{label.name}; --partial"):
+    with pytest.raises(ValueError, match=rf"has 3 .* 2 with labels were found .*{label.name}; --partial"):
         prepare(name)
     assert not list((root / "spar_labels").rglob("*.png"))
     done = prepare(name, partial=True)
@@ -87,7 +87,7 @@ def test_missing_labels(name, root, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(DatasetCatalog.get(name)) == 2
     part = "training" if name.endswith("_train") else "validation"
-    assert f"{name}: only 2 of 3 {part} images are there and prepared" in caplog.text
+    assert f"{name}: only 2 of 3 {part} images are available and prepared" in caplog.text
     assert found(name) == (2, 3)
     assert missing(name).startswith(f"{name}: 2 of 3 {part} images are prepared; run tools/")
 
@@ -98,7 +98,7 @@ def test_missing_images(name, root):
     image = list(PREPARATIONS[name].images(root).values())[1]
     image.unlink()
     assert survey(name).advice == "find 1 missing images, prepare"
-    with pytest.raises(ValueError, match=rf"there are 2 .*{image.name}; --partial"):
+    with pytest.raises(ValueError, match=rf"2 with labels were found .*{image.name}; --partial"):
         prepare(name)
     assert prepare(name, partial=True).images == 2
     assert survey(name).advice == "find 1 missing images"
@@ -109,7 +109,7 @@ def test_no_images_at_all(partial, root):
     tree("ade20k", root)
     for path in (root / "ADEChallengeData2016").rglob("*.*"):
         path.unlink()
-    with pytest.raises(ValueError, match="ade20k has 3 validation images, with labels there are 0 in [^;]*$"):
+    with pytest.raises(ValueError, match="ade20k has 3 validation images, but 0 with labels were found in [^;]*$"):
         prepare("ade20k", partial=partial)
 
 
@@ -118,7 +118,7 @@ def test_more_images_than_the_data_set_has(root, monkeypatch, caplog):
     monkeypatch.setitem(BENCHMARKS, "ade20k", dataclasses.replace(BENCHMARKS["ade20k"], images=2))
     with caplog.at_level(logging.WARNING):
         assert prepare("ade20k").images == 3
-    assert "ade20k has 2 validation images, here are 3" in caplog.text
+    assert "ade20k has 2 validation images, but 3 were found" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -207,6 +207,6 @@ def test_names_that_lead_out_of_the_folder_are_refused(root, wrong):
     (names,) = root.rglob("ImageSets/Segmentation/val.txt")
     names.write_text(f"{names.read_text()}\n{wrong}\n")
     before = sorted(root.parent.rglob("*"))
-    with pytest.raises(ValueError, match="voc21: the name .* of an image leads out of its folder"):
+    with pytest.raises(ValueError, match="voc21: the image name .* leads out of its folder"):
         prepare("voc21")
     assert sorted(root.parent.rglob("*")) == before

@@ -31,14 +31,14 @@ def official(name, root):
 
 @pytest.mark.parametrize("name", PANOPTIC)
 def test_missing_archives_are_named(name, root):
-    with pytest.raises(MissingArchive, match=r"fetch \S+ from \S+\.\S+ and unpack it in "):
+    with pytest.raises(MissingArchive, match=r"download \S+ from \S+\.\S+ and unpack it in "):
         prepare(name)
     tree(PANOPTIC[name], root)
     folder = root / ("cityscapes/gtFine" if name[0] == "c" else "ADEChallengeData2016/annotations_instance")
     shutil.rmtree(folder)
     archive = "gtFine_trainvaltest.zip" if name[0] == "c" else "annotations_instance.tar"
     assert (survey(name).missing, survey(name).images) == ((archive,), 3)
-    with pytest.raises(MissingArchive, match=rf"fetch {archive} from {SITES[name[0]]}\S* and unpack it in {root}"):
+    with pytest.raises(MissingArchive, match=rf"download {archive} from {SITES[name[0]]}\S* and unpack it in {root}"):
         prepare(name)
 
 
@@ -54,7 +54,7 @@ def test_missing_and_damaged_labels(name, number, root):
     path.unlink()
     part = "training" if name.endswith("_train") else "validation"
     with pytest.raises(
-        ValueError, match=rf"{name} has 3 {part} images, with labels there are 2 .*{path.name}; --partial"
+        ValueError, match=rf"{name} has 3 {part} images, but 2 with labels were found .*{path.name}; --partial"
     ):
         prepare(name)
     prepare(name, partial=True)
@@ -87,8 +87,8 @@ def test_values_of_cityscapes_that_are_no_labels(value, root):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({(3, 4): (0, 7)}, "has an instance of the class 0, not of 1..100"),
-        ({(3, 4): (101, 7)}, "has an instance of the class 101, not of 1..100"),
+        ({(3, 4): (0, 7)}, "has an instance of class 0, must be in 1..100"),
+        ({(3, 4): (101, 7)}, "has an instance of class 101, must be in 1..100"),
         ({(3, 4): (2, 7), (5, 6): (9, 7)}, "has several classes for the instance 7: 2, 9"),
     ],
 )
@@ -141,8 +141,8 @@ def test_official_labels_may_go_once_they_are_prepared(name, root):
     shutil.rmtree(folder)
     assert (survey(name).advice, prepare(name).written) == ("", 0)
     PREPARATIONS[name].index(root).unlink()
-    assert survey(name).advice.startswith("fetch ")
-    with pytest.raises(MissingArchive, match=f"there is no {folder}"):
+    assert survey(name).advice.startswith("download ")
+    with pytest.raises(MissingArchive, match=f"{folder}.* does not exist"):
         prepare(name)
 
 

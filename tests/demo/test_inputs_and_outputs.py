@@ -53,7 +53,7 @@ def test_what_a_pattern_matches_besides_photos_is_left_out(photos, caplog):
     (photos / "empty").mkdir()
     assert names("photos/[ax]*") == ["a.jpg"]
     assert names("photos/[me]*") == ["b.jpg", "deep/c.jpg"]
-    assert "x.tar is no file" in caplog.text and "no photos" in caplog.text
+    assert "x.tar is not a regular file" in caplog.text and "no images" in caplog.text
 
 
 def test_annotations_of_a_photo_are_not_replaced(photos):
@@ -68,7 +68,7 @@ def test_pipes_are_not_read(photos):
     os.mkfifo(photos / "x.tar")
     os.mkfifo(photos / "y.jpg")
     assert names("photos") == ["a.jpg", "more/b.jpg", "more/deep/c.jpg"]
-    with pytest.raises(ValueError, match=r"--input: .*x\.tar is no file"):
+    with pytest.raises(ValueError, match=r"--input: .*x\.tar is not a regular file"):
         names("photos/x.tar")
 
 

@@ -48,7 +48,7 @@ def test_damaged_photos_are_named_and_counted_up_to_the_limit(cfg, photo_folder,
     assert caplog.text.count("a.jpg") == 1
     (photo_folder / "b.JPG").write_bytes(b"ruined")
     cfg.SPAR.DATA.MAX_DAMAGED = 1
-    with pytest.raises(RuntimeError, match=r"more than 1 photos are damaged"):
+    with pytest.raises(RuntimeError, match=r"more than 1 images are corrupt"):
         fill_cache(cfg, show=False)
 
 

@@ -136,7 +136,7 @@ def test_sets_without_its_labels_are_named(registered, tmp_path, model, missing)
     name = "own_without_labels"
     DatasetCatalog.register(name, lambda: [{"file_name": "a.jpg", "height": 9, "width": 9, "image_id": 0}])
     try:
-        with pytest.raises(ValueError, match=rf"{model} is trained on .*'{name}'\] has no {missing} in its records"):
+        with pytest.raises(ValueError, match=rf"{model} is trained on .*{name}.* have no {missing};"):
             Trainer.build_train_loader(config(tmp_path, name, "MODEL.META_ARCHITECTURE", model))
     finally:
         DatasetCatalog.remove(name)

@@ -225,16 +225,16 @@ SEGMENT = ("annotations", 0, "segments_info", 0)
         ("gt", ["annotations", 0], 5, "gt.json: annotations[0] must be an object, got 5"),
         ("gt", ["categories"], {}, "gt.json: 'categories' must be a list, got a dict"),
         ("gt", ["categories", 1, "isthing"], None, "gt.json, categories[1]: 'isthing' must be an integer, got nothing"),
-        ("gt", ["categories", 1, "id"], 5, "gt.json, categories[1]: the category 5 is there twice"),
+        ("gt", ["categories", 1, "id"], 5, "gt.json, categories[1]: the category 5 is listed more than once"),
         (
             "gt",
             ["annotations", 0, "image_id"],
             None,
             "gt.json, annotations[0]: 'image_id' must be a number or a string",
         ),
-        ("gt", ["annotations", 1, "image_id"], "one", "gt.json, image 'one': it is there twice"),
-        ("pred", ["annotations", 1, "image_id"], 2, "pred.json, image 2: it is there twice"),
-        ("gt", ["annotations", 0, "file_name"], 7, "gt.json, image 'one': 'file_name' must be a name, got 7"),
+        ("gt", ["annotations", 1, "image_id"], "one", "gt.json, image 'one': the image is listed more than once"),
+        ("pred", ["annotations", 1, "image_id"], 2, "pred.json, image 2: the image is listed more than once"),
+        ("gt", ["annotations", 0, "file_name"], 7, "gt.json, image 'one': 'file_name' must be a file name, got 7"),
         ("pred", ["annotations", 0, "file_name"], "../2.png", "image 2: 'file_name' must be within the folder"),
         ("pred", ["annotations", 0, "file_name"], "/2.png", "image 2: 'file_name' must be within the folder"),
         ("gt", [*SEGMENT, "id"], "3", "gt.json, image 'one', segments_info[0]: 'id' must be an integer, got a str"),
@@ -243,10 +243,15 @@ SEGMENT = ("annotations", 0, "segments_info", 0)
         ("gt", [*SEGMENT, "area"], "4", "segments_info[0]: 'area' must be a number of pixels, got a str"),
         ("gt", [*SEGMENT, "area"], -1, "segments_info[0]: 'area' must be a number of pixels, got -1"),
         ("gt", [*SEGMENT, "area"], float("nan"), "segments_info[0]: 'area' must be a number of pixels, got nan"),
-        ("gt", [*SEGMENT, "area"], 1, "image one (one.png): the segment 70000 has more pixels than its area 1 says"),
-        ("gt", [*SEGMENT, "id"], 6, "ground truth of the image one (one.png): the id 70000 is in the map and not in"),
-        ("gt", [*SEGMENT, "category_id"], 6, "image one (one.png): the segment 70000 has the category 6, which is not"),
-        ("pred", ["annotations", 2, "segments_info", 0, "id"], 1, "image 'one': the segment 1 is there twice"),
+        ("gt", [*SEGMENT, "area"], 1, "image one (one.png): the segment 70000 has more pixels than its area 1"),
+        ("gt", [*SEGMENT, "id"], 6, "ground truth of the image one (one.png): the id 70000 is in the map, but not in"),
+        ("gt", [*SEGMENT, "category_id"], 6, "image one (one.png): the segment 70000 has the unknown category 6"),
+        (
+            "pred",
+            ["annotations", 2, "segments_info", 0, "id"],
+            1,
+            "image 'one': the segment 1 is listed more than once",
+        ),
         ("pred", ["annotations", 2, "segments_info", 0, "id"], 7, "of the image one (one.png): the id 2 is in the map"),
         (
             "pred",
@@ -273,9 +278,7 @@ def test_damaged_json_is_named(files, capsys, content):
 
 def test_json_of_something_else_is_named(files, capsys):
     (files / "pred.json").write_text("[1, 2]")
-    assert "pred.json must hold an object with the key 'annotations', it holds a list" in failing(
-        capsys, arguments(files)
-    )
+    assert "pred.json must hold an object with the key 'annotations', got a list" in failing(capsys, arguments(files))
 
 
 def test_sizes_that_differ_are_named(files, capsys):
@@ -288,8 +291,8 @@ def test_sizes_that_differ_are_named(files, capsys):
     [
         (["--workers", "0"], "--workers must be at least 1, got 0"),
         (["--output", "."], "--output must be a file, . is a folder"),
-        (["--gt-json", "none.json"], "there is no file none.json"),
-        (["--pred-dir", "nowhere"], "there is no folder nowhere with the PNGs of "),
+        (["--gt-json", "none.json"], "the file none.json does not exist"),
+        (["--pred-dir", "nowhere"], "the folder nowhere with the PNGs of "),
     ],
 )
 def test_wrong_options_are_one_line(files, capsys, options, message):

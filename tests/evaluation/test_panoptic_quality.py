@@ -137,25 +137,25 @@ A, B = np.array([[1, 2], [0, 0]]), np.array([[3, 3], [0, 0]])
     [
         (
             {"prediction": A + 4},
-            "prediction of the image 77: the ids 4, 5, 6 are in the map and not in the list of segments",
+            "prediction of the image 77: the ids 4, 5, 6 are in the map, but not in the list of segments",
         ),
-        ({"truth": B * 9}, "ground truth of the image 77: the id 27 is in the map and not in the list of segments"),
+        ({"truth": B * 9}, "ground truth of the image 77: the id 27 is in the map, but not in the list of segments"),
         ({"prediction": -A}, "prediction of the image 77: the ids -2, -1 are in the map"),
         (
             {"predicted": {1: 1, 2: 1, 9: 4}},
-            "prediction of the image 77: the id 9 is in the list of segments and in no pixel",
+            "prediction of the image 77: the id 9 is in the list of segments, but not in the map",
         ),
         (
             {"predicted": {1: 1, 2: 5}},
-            "prediction of the image 77: the segment 2 has the category 5, which is not known",
+            "prediction of the image 77: the segment 2 has the unknown category 5",
         ),
-        ({"segments": [(3, 5, 0)]}, "ground truth of the image 77: the segment 3 has the category 5"),
+        ({"segments": [(3, 5, 0)]}, "ground truth of the image 77: the segment 3 has the unknown category 5"),
         (
             {"predicted": {0: 1, 1: 1, 2: 1}},
             "prediction of the image 77: a segment has the id 0, which stands for void",
         ),
         ({"segments": [(3, 1, 0), (3, 1, 0)]}, "ground truth of the image 77: the id 3 is listed more than once"),
-        ({"segments": [(3, 1, 0, 1)], "prediction": np.where(B, 1, 0), "predicted": {1: 1}}, "than its area 1 says"),
+        ({"segments": [(3, 1, 0, 1)], "prediction": np.where(B, 1, 0), "predicted": {1: 1}}, "than its area 1"),
         ({"truth": B[:1]}, r"image 77 differ in size: \(2, 2\) and \(1, 2\); predict at the image's own size"),
         ({"truth": B[None]}, r"ground truth of the image 77 must be \(H, W\) integers, got \(1, 2, 2\)"),
         ({"prediction": A / 2}, r"prediction of the image 77 must be \(H, W\) integers, got \(2, 2\) float64"),

@@ -225,7 +225,7 @@ def test_where_triton_fails_bands_are_used_and_one_warning_says_so(monkeypatch, 
         labels = segment_features(*(tensor.to("cuda") for tensor in arguments), (30, 40), None, 40.0, 0.1, 0.1)
         assert torch.equal(labels.cpu(), expected)
     (message,) = [record.getMessage() for record in caplog.records if record.name == best_query.__name__]
-    assert re.search(f"bands.*{best_query.SWITCH}=0.*Error", message)
+    assert re.search(f"row chunks.*{best_query.SWITCH}=0.*Error", message)
 
 
 @pytest.mark.slow

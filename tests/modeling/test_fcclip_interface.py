@@ -37,7 +37,7 @@ def test_vectors_are_the_models_own(backbone, reference_clip):
 
 @pytest.mark.parametrize("texts", ["cat", [], [3]])
 def test_texts_are_a_list(backbone, texts):
-    with pytest.raises(ValueError, match="list of at least one text"):
+    with pytest.raises(ValueError, match="text_list must be a non-empty list"):
         backbone.get_text_classifier(texts, "cpu")
 
 

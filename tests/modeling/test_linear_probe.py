@@ -326,8 +326,8 @@ def test_wrong_keys_are_named(keys, message):
             r"labels must be in 0\.\.4 .*NUM_CLASSES 5\) or 255 .*IGNORE_VALUE\); got 5\.\.5",
         ),
         (torch.full((8, 8), -1), r"got -1\.\.-1"),
-        (torch.zeros(9, 8, dtype=torch.long), r"labels of 9x8 pixels have 3x2 cells of 4 pixels, .* has 2x2"),
-        (torch.zeros(4, 8, dtype=torch.long), r"labels of 4x8 pixels have 1x2 cells"),
+        (torch.zeros(9, 8, dtype=torch.long), r"labels of 9x8 pixels have 3x2 patches of 4 pixels, .* has 2x2"),
+        (torch.zeros(4, 8, dtype=torch.long), r"labels of 4x8 pixels have 1x2 patches"),
     ],
 )
 def test_wrong_labels_are_named(labels, message):
@@ -351,7 +351,7 @@ def test_what_is_missing_in_training_is_named():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda probe: probe.classify([]), "maps must have at least one map of features, got none"),
+        (lambda probe: probe.classify([]), "maps must have at least one .*, got none"),
         (lambda probe: probe.losses([], []), "logits and labels must be of the same images, at least one; got 0 and 0"),
         (lambda probe: probe.losses([torch.zeros(CLASSES, 2, 2)], []), "got 1 and 0"),
         (lambda probe: probe.losses([torch.zeros(CLASSES, 2, 2)], [torch.zeros(8, 8).long()] * 2), "got 1 and 2"),

@@ -98,7 +98,7 @@ def test_class_zero_is_neither_counted_nor_removed():
     [
         ({"features": torch.zeros(3, 2, 2)}, "features"),
         ({"query_class": torch.arange(3)}, "query_class"),
-        ({"query_class": torch.arange(2) - 1}, "query_class must be numbers of classes, 0 or more, got -1"),
+        ({"query_class": torch.arange(2) - 1}, "query_class must be .*, got -1"),
         ({"query_class": torch.arange(0), "text": torch.zeros(0, 2)}, "query_class"),
         ({"size": (0, 4)}, "size"),
         ({"size": (-1, 4)}, "size"),
@@ -216,5 +216,5 @@ def test_number_of_classes_can_be_given():
     ids=["upsampled", "labels", "probabilities"],
 )
 def test_no_maps_are_refused(read):
-    with pytest.raises(ValueError, match="maps must have at least one map of scores, got none"):
+    with pytest.raises(ValueError, match="maps must have at least one .*, got none"):
         read()

@@ -208,13 +208,11 @@ def test_what_is_damaged_lost_or_changed_is_computed_anew(tmp_path, encoded, dra
     encoded.clear()
     index.write_text("{")
     train(cfg)
-    assert encoded == [] and "is damaged" in caplog.text
+    assert encoded == [] and "is corrupt" in caplog.text
 
     damaged = features_of(folder)[0]
     damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
-    with pytest.raises(
-        RuntimeError, match=rf"SPAR\.PROBE\.CACHE_DIR: {damaged} cannot be read; remove it and .*--resu"
-    ):
+    with pytest.raises(RuntimeError, match=rf"SPAR\.PROBE\.CACHE_DIR: {damaged} cannot be read; .*--resu"):
         train(cfg)
     damaged.unlink()
     train(cfg)
@@ -257,7 +255,7 @@ OBSTACLES = [
 @pytest.mark.parametrize(("keys", "message"), OBSTACLES)
 def test_features_that_cannot_be_kept_are_refused_where_that_was_asked_for(tmp_path, keys, message):
     cfg = config(tmp_path / "run", *keys, "SPAR.PROBE.CACHE_DIR", str(tmp_path / "features"))
-    with pytest.raises(ValueError, match=rf"SPAR\.PROBE\.CACHE_DIR .*to keep features, {message}"):
+    with pytest.raises(ValueError, match=rf"SPAR\.PROBE\.CACHE_DIR .*to precompute features, {message}"):
         ProbeTrainer(cfg)
     assert len(probing.obstacles(cfg)) == 1
 
@@ -265,7 +263,7 @@ def test_features_that_cannot_be_kept_are_refused_where_that_was_asked_for(tmp_p
 def test_and_otherwise_the_log_says_why_they_are_not(tmp_path, encoded, caplog):
     with caplog.at_level(logging.INFO, logger="spar_d2"):
         train(config(tmp_path / "run", "INPUT.RANDOM_FLIP", "horizontal", "SOLVER.MAX_ITER", 1))
-    assert 'no features are kept (INPUT.RANDOM_FLIP must be "none", got ' in caplog.text
+    assert 'features are not precomputed (INPUT.RANDOM_FLIP must be "none", got ' in caplog.text
     assert sum(encoded) == 2 and not (tmp_path / "run" / "features").exists()
 
 
@@ -280,7 +278,7 @@ def test_detectron2s_own_segmentor_is_trained_and_tested(tmp_path):
 
 def test_too_little_room_is_said_before_anything_is_computed(tmp_path, encoded, monkeypatch):
     monkeypatch.setattr(probing, "RESERVE", 1 << 60)
-    with pytest.raises(RuntimeError, match=r'CACHE_DIR: about 0\.0 GiB are needed in .* or "" to keep no features'):
+    with pytest.raises(RuntimeError, match=r'CACHE_DIR: features need 0\.0 GiB in .* or "" to keep no features'):
         train(config(tmp_path / "run"))
     assert encoded == []
 
@@ -294,7 +292,7 @@ def test_a_full_disk_is_an_error_that_names_the_key(tmp_path, encoded, monkeypat
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"SPAR\.PROBE\.CACHE_DIR must be a folder that can be made, got .*file"):
+    with pytest.raises(ValueError, match=r"SPAR\.PROBE\.CACHE_DIR must be a folder that can be created, got .*file"):
         train(config(tmp_path / "run", "SPAR.PROBE.CACHE_DIR", str(tmp_path / "file")))
 
 
@@ -310,7 +308,7 @@ def test_labels_of_another_size_than_their_image_are_named(tmp_path, monkeypatch
         labels.resize((40, 40)).save(tmp_path / "small.png")
     broken = [{**record, "sem_seg_file_name": str(tmp_path / "small.png")} for record in records]
     monkeypatch.setitem(DatasetCatalog.data, "spar_scenes_train", lambda: broken)
-    with pytest.raises(ValueError, match="labels of 40x40 pixels have 5x5 cells .* an image and its labels must have"):
+    with pytest.raises(ValueError, match="labels of 40x40 pixels have 5x5 patches .* must have the same size"):
         train(config(tmp_path / "run"))
 
 

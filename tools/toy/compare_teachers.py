@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Compare teachers on the demo's world: all windows, all windows kept in a cache, and a few at random.
+"""Compare teachers on the toy data set: all windows, all windows with a cache, and random subsets of windows.
 
-For every teacher, learning rate and seed a student is distilled and evaluated. The learning rate is chosen on scenes of
-their own ("tune"), the scores reported are those on the evaluation scenes ("val"). Finished runs are kept in the output
-folder, so that the comparison can be stopped and started again.
+A student is distilled and evaluated for every teacher, learning rate and seed. The learning rate is selected on
+separate images ("tune"), and scores are reported on the evaluation images ("val"). Finished runs are stored in the
+output folder, so that the comparison can be interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import spar_d2  # noqa: F401  registers
+import spar_d2  # noqa: F401  registers data sets and models
 from spar_d2.comparison.methods import Method, measure
 from spar_d2.distillation import DistillationHook
 from spar_d2.engine.hooks import StepTimer
@@ -39,20 +39,20 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         default=TEACHERS,
         metavar="TEACHER",
-        help='"all" windows, "cached" (all, of frozen images, each encoded once), or a number of windows per image '
+        help='"all" windows, "cached" (all windows of frozen images, each encoded once), or a number of windows '
         f"(default: {' '.join(TEACHERS)})",
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[8e-3, 1.6e-2, 3.2e-2], help="learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--output", type=Path, default=Path("output/compare_teachers"), help="folder for all runs")
+    parser.add_argument("--output", type=Path, default=Path("output/compare_teachers"), help="output folder")
     return parser.parse_args()
 
 
 def teacher_overrides(teacher: str, folder: Path) -> list:
-    """Config keys and values of a teacher.
+    """Return the config keys and values of a teacher.
 
     Raises:
-        ValueError: no teacher.
+        ValueError: the teacher is invalid.
     """
     if teacher == "cached":
         return ["SPAR.TEACHER.WINDOWS_PER_IMAGE", 0, "SPAR.DATA.FROZEN", True, "SPAR.TEACHER.CACHE_DIR", str(folder)]
@@ -62,12 +62,12 @@ def teacher_overrides(teacher: str, folder: Path) -> list:
 
 
 def distill(config_file: str, folder: Path, teacher: str, rate: float, seed: int) -> dict[str, float]:
-    """One run; read from its folder if it is there."""
+    """Distill and evaluate a student, or read the result if the run is finished."""
     record = folder / "result.json"
     if record.is_file():
-        # No score of a class that is not there.
-        kept = json.loads(record.read_text())
-        return {name: math.nan if value is None else value for name, value in kept.items()}
+        # JSON has no nan: the scores of absent classes are null.
+        stored = json.loads(record.read_text())
+        return {name: math.nan if value is None else value for name, value in stored.items()}
     overrides = [*teacher_overrides(teacher, folder / "cache"), "SOLVER.BASE_LR", rate, "SEED", seed]
     cfg = load_config(config_file, [*overrides, "OUTPUT_DIR", str(folder), "DATASETS.TEST", ()])
     prepare(cfg, argparse.Namespace(config_file=config_file, eval_only=False), quiet=True)
@@ -75,7 +75,7 @@ def distill(config_file: str, folder: Path, teacher: str, rate: float, seed: int
     trainer.register_hooks([timer])
     trainer.train()
     if trainer.iter < trainer.max_iter:
-        raise SystemExit(f"stopped; runs that were finished are kept in {folder.parent}")
+        raise SystemExit(f"stopped; finished runs are in {folder.parent}")
     hook = next(hook for hook in trainer._hooks if isinstance(hook, DistillationHook))
     result = {"windows": hook.windows_encoded, "seconds": timer.seconds}
     cfg.defrost()
@@ -88,11 +88,11 @@ def distill(config_file: str, folder: Path, teacher: str, rate: float, seed: int
 
 
 def table(results: dict[tuple[str, float, int], dict], args: argparse.Namespace) -> str:
-    """For every teacher the rate that is best on the tuning scenes, and what it gives."""
+    """Format the results; the best learning rate on the tuning images is bold."""
     lines = [
-        "| windows per image | learning rate | mIoU on tuning scenes | mIoU, seeds "
+        "| windows per image | learning rate | mIoU (tune) | mIoU (val), seeds "
         + ", ".join(map(str, args.seeds))
-        + " | mean mIoU | teacher windows a run | seconds a run |",
+        + " | mean mIoU | teacher windows per run | seconds per run |",
         "|---:|---:|---:|---|---:|---:|---:|",
     ]
     for teacher in args.teachers:
@@ -127,7 +127,7 @@ def main() -> None:
         text = table(results, args)
         with atomic_write(args.output / "table.md") as temporary:
             temporary.write_text(text + "\n")
-    print(f"\n{text}\n\nThe rate in bold is the best on the tuning scenes. Everything is in {args.output}.")
+    print(f"\n{text}\n\nBold: best learning rate on the tuning images. Results are in {args.output}.")
 
 
 if __name__ == "__main__":

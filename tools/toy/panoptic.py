@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The panoptic demo: fine-tune PanopticFPN on drawn scenes over three encoders, compare them, draw what they see."""
+"""Fine-tune PanopticFPN on the toy data set with three encoders, compare them, and draw their predictions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection_utils
 from torch import nn
 
-import spar_d2  # noqa: F401  registers
+import spar_d2  # noqa: F401  registers data sets and models
 from spar_d2.data.mappers import read_segments
 from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import Trainer
@@ -30,11 +30,11 @@ COLUMNS = ("PQ", "SQ", "RQ", "PQ_th", "PQ_st")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--config-file", default=get_config_file("toy/panoptic.yaml"), help="what to train and how")
-    parser.add_argument("--student", type=Path, default=STUDENT, help="the student of tools/run_demo.py")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the trainings")
-    parser.add_argument("--output", type=Path, default=Path("output/demo_panoptic"), help="folder for what is written")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints that are there")
+    parser.add_argument("--config-file", default=get_config_file("toy/panoptic.yaml"), help="training config")
+    parser.add_argument("--student", type=Path, default=STUDENT, help="student weights from tools/run_demo.py")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the trainings")
+    parser.add_argument("--output", type=Path, default=Path("output/demo_panoptic"), help="output folder")
+    parser.add_argument("--resume", action="store_true", help="resume from existing checkpoints")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
     return parser.parse_args()
 
@@ -46,7 +46,7 @@ def main() -> None:
         base = load_config(args.config_file, args.opts)
         if not args.student.is_file():
             raise FileNotFoundError(
-                f"--student: there is no file {args.student}; tools/run_demo.py (make demo) makes it"
+                f"--student: {args.student} does not exist; tools/run_demo.py (make demo) creates it"
             )
         weights = {
             "untrained encoder": "",
@@ -64,11 +64,11 @@ def main() -> None:
             with atomic_write(args.output / name) as temporary:
                 temporary.write_text(content)
         draw(base.DATASETS.TEST[0], models, args.output / "panoptic.png")
-    print(f"\n{table}\n\nThe table and a picture are in {args.output}; {time.time() - started:.0f} s in all.")
+    print(f"\n{table}\n\nThe table and a figure are in {args.output}; total time {time.time() - started:.0f} s.")
 
 
 def fine_tune(cfg: CfgNode, args: argparse.Namespace, name: str) -> tuple[dict[str, float], nn.Module]:
-    """Train by a config; returns the scores and the model."""
+    """Train with a config; returns the scores and the model."""
     with clean_start(cfg.OUTPUT_DIR):
         prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)
         trainer = Trainer(cfg)
@@ -76,12 +76,12 @@ def fine_tune(cfg: CfgNode, args: argparse.Namespace, name: str) -> tuple[dict[s
     print(f"{name}: {cfg.SOLVER.MAX_ITER} steps (log: {cfg.OUTPUT_DIR}/log.txt) ...")
     trainer.train()
     if trainer.iter < trainer.max_iter:
-        raise SystemExit("stopped; the same command with --resume goes on")
+        raise SystemExit("stopped; run the same command with --resume to continue")
     return trainer.scores["panoptic_seg"], trainer.model.eval()
 
 
 def markdown(scores: dict[str, dict[str, float]]) -> str:
-    """A table with a row for every encoder."""
+    """Format the scores as a table with one row per encoder."""
     lines = [f"| encoder | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
     for name, values in scores.items():
         lines.append(f"| {name} | {' | '.join(f'{values[column]:.1f}' for column in COLUMNS)} |")
@@ -90,7 +90,7 @@ def markdown(scores: dict[str, dict[str, float]]) -> str:
 
 @torch.no_grad()
 def draw(data_set: str, models: dict[str, nn.Module], path: Path) -> None:
-    """Write a picture of some scenes: image, ground truth, and what each model predicts."""
+    """Draw some images, their ground truth, and the predictions of each model."""
     metadata = MetadataCatalog.get(data_set)
     rows = []
     for record in (DatasetCatalog.get(data_set)[index] for index in SHOWN_SCENES):
@@ -98,15 +98,15 @@ def draw(data_set: str, models: dict[str, nn.Module], path: Path) -> None:
         x = torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy())
         inputs = [{"image": x, "height": image.shape[0], "width": image.shape[1]}]
         truth = torch.from_numpy(read_segments(record))
-        found = [(truth, record["segments_info"]), *(model(inputs)[0]["panoptic_seg"] for model in models.values())]
-        rows.append([image, *(paint(ids.cpu().numpy(), segments, metadata) for ids, segments in found)])
+        panoptics = [(truth, record["segments_info"]), *(model(inputs)[0]["panoptic_seg"] for model in models.values())]
+        rows.append([image, *(paint(ids.cpu().numpy(), segments, metadata) for ids, segments in panoptics)])
     names, colors = metadata.stuff_classes[1:], metadata.stuff_colors[1:]
     legend = dict(zip([*names, *metadata.thing_classes], [*colors, *metadata.thing_colors]))
     draw_panels(rows, ["image", "ground truth", *models], path, legend)
 
 
 def paint(ids: np.ndarray, segments: list[dict], metadata: Metadata) -> np.ndarray:
-    """Segments (H, W) in the colors of their classes, things with a white outline, to (H, W, 3) uint8."""
+    """Draw segments (H, W) in the colors of their classes, with white outlines of things; returns (H, W, 3) uint8."""
     painted = np.zeros((*ids.shape, 3), dtype=np.uint8)
     for segment in segments:
         inside = ids == segment["id"]

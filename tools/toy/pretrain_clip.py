@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Pre-train one of the demo's tiny models on drawn scenes with captions.
+"""Pre-train a tiny CLIP model on captioned images of the toy data set.
 
-It takes 40 minutes on two CPU cores; the result for tiny_clip is kept in configs/toy.
+Takes 40 minutes on two CPU cores. The weights of tiny_clip are included in configs/toy.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=DEMO / "tiny_clip.json", help="open_clip model config")
     parser.add_argument("--output", type=Path, default=DEMO / "tiny_clip.safetensors", help="weights file to write")
     parser.add_argument("--steps", type=int, default=14000, help="optimizer steps")
-    parser.add_argument("--scenes", type=int, default=24000, help="scenes in the pool, drawn first")
-    parser.add_argument("--batch", type=int, default=32, help="scenes a step")
+    parser.add_argument("--scenes", type=int, default=24000, help="number of training images, generated first")
+    parser.add_argument("--batch", type=int, default=32, help="batch size")
     parser.add_argument("--lr", type=float, default=1.2e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, captions and order")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, captions and image order")
     return parser.parse_args()
 
 
 def draw_pool(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(count, 3, 64, 64) uint8 scenes and (count, 13) bool, which classes each shows."""
+    """Generate images (count, 3, 64, 64) uint8, and bool (count, 13): the classes that each image shows."""
     images = torch.empty(count, 3, 64, 64, dtype=torch.uint8)
     shown = torch.zeros(count, len(SCENE_CLASSES), dtype=torch.bool)
     for index in tqdm(range(count), desc="drawing scenes"):
@@ -52,7 +52,7 @@ def draw_pool(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def write_caption(rng: np.random.Generator, shown: np.ndarray) -> tuple[str, np.ndarray]:
-    """A caption such as "a photo of a star and a ring on grass" and (13,) bool, the classes that it names."""
+    """Write a caption such as "a photo of a star and a ring on grass". Also returns bool (13,): the named classes."""
     named = np.flatnonzero(shown)
     if rng.random() < 0.6:
         named = rng.permutation(named)[: rng.integers(1, len(named) + 1)]
@@ -69,7 +69,7 @@ def write_caption(rng: np.random.Generator, shown: np.ndarray) -> tuple[str, np.
 
 
 def augment(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Random flips and brightness, then normalization: (B, 3, H, W) uint8 to float32."""
+    """Random flips, random brightness and normalization: (B, 3, H, W) uint8 to float32."""
     x = images.float() / 255
     flip = torch.rand(len(x)) < 0.5
     x[flip] = x[flip].flip(-1)
@@ -78,11 +78,11 @@ def augment(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torc
 
 
 def pairwise_sigmoid_loss(logits: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
-    """Sigmoid loss of image-text pairs (SigLIP, arXiv:2303.15343, eq. 1), where an image may have several texts.
+    """Sigmoid loss of image-text pairs (SigLIP, arXiv:2303.15343, eq. 1), where an image may match several texts.
 
     Args:
-        logits: (B, B) scaled and biased cosines.
-        positive: (B, B) bool, whether the text says only what the image shows.
+        logits: (B, B) scaled and biased cosine similarities.
+        positive: (B, B) bool, whether every class that the text names is in the image.
     """
     return F.softplus(torch.where(positive, -logits, logits)).sum() / len(logits)
 
@@ -109,7 +109,7 @@ def main() -> None:
         picked = torch.from_numpy(rng.integers(0, args.scenes, args.batch))
         texts, masks = zip(*(write_caption(rng, row) for row in shown[picked].numpy()))
         named = torch.from_numpy(np.stack(masks))
-        # A pair is positive where every class that the text names is in the image.
+        # A pair is positive if every class that the text names is in the image.
         positive = ~(named[None] & ~shown[picked][:, None]).any(-1)
         image_vectors, text_vectors, scale, bias = model(augment(images[picked], mean, std), tokenize(list(texts)))
         loss = pairwise_sigmoid_loss(scale * image_vectors @ text_vectors.T + bias, positive)
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def write_weights(model: torch.nn.Module, path: Path) -> None:
-    """Half-precision safetensors, through a temporary name so that no half-written file is left."""
+    """Write half-precision safetensors, through a temporary file so that no incomplete file is left behind."""
     tensors = {k: v.detach().half().contiguous() for k, v in model.state_dict().items() if v.is_floating_point()}
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary)

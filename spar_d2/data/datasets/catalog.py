@@ -1,4 +1,4 @@
-"""Data sets with a class for every pixel: those of the paper's table and how each is evaluated, and training splits.
+"""Semantic segmentation benchmarks of the paper with their evaluation protocols, and training splits.
 
 Needs no Detectron2.
 """
@@ -14,19 +14,19 @@ from spar_d2.data.datasets import class_names
 from spar_d2.data.datasets.class_names import BACKGROUND
 from spar_d2.data.datasets.colors import voc_colors
 
-# Name of OpenCLIP's family of encoders, which some data sets have other thresholds for.
+# Name of OpenCLIP's encoder family, which has its own thresholds on some data sets.
 _OPEN_CLIP = "open_clip ViT"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledSet:
-    """A data set with a class for every pixel.
+    """A semantic segmentation data set.
 
     Attributes:
-        name: registered with Detectron2.
-        images: number of its images.
-        classes: official names; in label maps, label k is the k-th of them and 255 is ignored.
-        vocabulary: built-in one of these classes; "" is that of the data set's own name.
+        name: name of the data set in Detectron2's catalog.
+        images: number of images.
+        classes: official class names; label k in label maps is the k-th of them, and 255 is ignored.
+        vocabulary: name of the built-in vocabulary of these classes; "" for the name of the data set.
     """
 
     name: str
@@ -35,22 +35,22 @@ class LabeledSet:
     vocabulary: str = ""
 
     def colors(self) -> list[list[int]]:
-        """An RGB color, 0..255, for every class: VOC's of its label, black for a background."""
+        """Return an RGB color, 0..255, for every class: the VOC color of its label, black for a background."""
         first = 0 if self.classes[0] == BACKGROUND else 1
         return voc_colors(first + len(self.classes))[first:].tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark(LabeledSet):
-    """Validation images of a data set, and the paper's protocol on it.
+    """Validation split of a data set, with the paper's evaluation protocol.
 
     Attributes:
-        title: in the paper's table.
-        min_size, max_size: short side of images, unless the long side became longer than the second, in pixels.
-        logit_scale: factor on the cosines before the softmax.
-        prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`; 0 is none.
-        open_clip: values of these fields for OpenCLIP's family of encoders, where they are others.
-        in_mean: the paper's mean over data sets counts it.
+        title: column title in the paper's table.
+        min_size, max_size: short side of images in pixels, unless the long side would exceed the maximum.
+        logit_scale: factor on the cosine scores before the softmax.
+        prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`; 0 disables them.
+        open_clip: values of these fields that differ for OpenCLIP encoders.
+        in_mean: whether the paper's mean over data sets includes it.
     """
 
     title: str
@@ -63,17 +63,17 @@ class Benchmark(LabeledSet):
     in_mean: bool = True
 
     def settings(self, family: str) -> dict[str, int | float]:
-        """The protocol as config keys.
+        """Return the protocol as config keys.
 
         Args:
             family: name of the encoder's family, see :func:`spar_d2.encoders.registry.find_family`.
         """
-        own = self.open_clip if family == _OPEN_CLIP else {}
+        overrides = self.open_clip if family == _OPEN_CLIP else {}
         thresholds = ("logit_scale", "prob_threshold", "area_threshold")
         return {
             "INPUT.MIN_SIZE_TEST": self.min_size,
             "INPUT.MAX_SIZE_TEST": self.max_size,
-            **{f"MODEL.SPAR.{key.upper()}": float(own.get(key, getattr(self, key))) for key in thresholds},
+            **{f"MODEL.SPAR.{key.upper()}": float(overrides.get(key, getattr(self, key))) for key in thresholds},
         }
 
 
@@ -100,7 +100,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             prob_threshold=0.1,
         ),
         Benchmark(name="context59", title="C59", images=5105, classes=class_names.CONTEXT),
-        # Not in the paper, which gives no settings for it either.
+        # Not in the paper, which therefore gives no settings for it.
         Benchmark(
             name="coco_object",
             title="COCO-Obj",
@@ -117,7 +117,7 @@ def _training_split(benchmark: str, images: int) -> LabeledSet:
     return LabeledSet(name=f"{benchmark}_train", images=images, classes=classes, vocabulary=benchmark)
 
 
-# Training images of benchmarks, with the same classes: to learn from, nothing is evaluated on them.
+# Training splits of benchmarks, with the same classes. They are not used for evaluation.
 TRAINING_SPLITS: dict[str, LabeledSet] = {
     split.name: split
     for split in (
@@ -127,5 +127,5 @@ TRAINING_SPLITS: dict[str, LabeledSet] = {
     )
 }
 
-# All of them, the benchmarks first.
+# All data sets, benchmarks first.
 LABELED_SETS: Mapping[str, LabeledSet] = ChainMap(TRAINING_SPLITS, cast("dict[str, LabeledSet]", BENCHMARKS))

@@ -1,4 +1,4 @@
-"""Names of the classes of the benchmark data sets, in the order of their labels. Needs no Detectron2."""
+"""Class names of the benchmark data sets, in the order of their labels. Needs no Detectron2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOC = _names(
     """
 )
 
-# The 59 of Pascal Context's 459 classes that are frequent enough to be evaluated, ordered by the alphabet.
+# The 59 of Pascal Context's 459 classes that are frequent enough for evaluation, in alphabetical order.
 CONTEXT = _names(
     """
     aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat,
@@ -27,7 +27,7 @@ CONTEXT = _names(
     """
 )
 
-# Those of Cityscapes' classes that are evaluated.
+# The classes of Cityscapes that are evaluated.
 CITYSCAPES = _names(
     """
     road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person,
@@ -35,7 +35,7 @@ CITYSCAPES = _names(
     """
 )
 
-# The most readable of the names that ADE20K has for a class.
+# The most readable of ADE20K's synonyms for each class.
 ADE20K = _names(
     """
     wall, building, sky, floor, tree, ceiling, road, bed, window, grass, cabinet, sidewalk, person, earth, door,
@@ -53,7 +53,7 @@ ADE20K = _names(
     """
 )
 
-# The things of COCO, in the order of their category ids.
+# COCO's things, ordered by category id.
 COCO_THINGS = _names(
     """
     person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
@@ -66,7 +66,7 @@ COCO_THINGS = _names(
     """
 )
 
-# Of ADE20K: what cannot be counted, in the panoptic task; the other 100 are things.
+# Stuff classes of ADE20K in the panoptic task; the other 100 classes are things.
 _ADE20K_STUFF = frozenset(
     [0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59]
     + [60, 61, 63, 68, 77, 79, 84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145]

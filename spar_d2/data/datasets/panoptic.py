@@ -1,7 +1,7 @@
-"""Panoptic data sets in one form: that of Detectron2's PanopticFPN, read from COCO's panoptic files.
+"""Panoptic data sets in COCO's panoptic format, loaded as Detectron2's PanopticFPN expects them.
 
-Detectron2's own need packages for their preparation that are on no registry. All names begin with "spar_", as other
-frameworks register the plain ones.
+Detectron2's built-in data sets need preparation packages that are not on PyPI. All names begin with "spar_", because
+other frameworks register the plain names.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from spar_d2.toy import scenes
 from spar_d2.utils.images import read_ids, read_labels
 from spar_d2.utils.io import atomic_write
 
-# Detectron2's number of instances that a class may have in an image, where a segment's number tells its class.
+# Detectron2's encoding of segments: id = class * divisor + instance.
 _LABEL_DIVISOR = 1000
 _THINGS_COLOR = [82, 82, 82]
 
 
 @dataclass(frozen=True)
 class PanopticDataset:
-    """A data set in COCO's panoptic form.
+    """A data set in COCO's panoptic format.
 
     Attributes:
         images: folder of the images.
-        labels: JSON file; the masks are in a folder of the same name without its suffix, unless ``masks`` says where.
-        categories: gives its classes, as in COCO: "id", "name", "isthing", "color".
-        image_file: name of an image's file within ``images``, from its entry in the JSON file.
-        remedy: what to do where files are missing.
-        masks: see ``labels``.
-        prepare: called with the root folder before anything is read.
+        labels: JSON file. Masks are in a folder of the same name without the suffix, unless ``masks`` is set.
+        categories: returns the categories in COCO's format: "id", "name", "isthing", "color".
+        image_file: maps an image entry of the JSON file to the file name within ``images``.
+        remedy: instructions for error messages if files are missing.
+        masks: folder of the masks, if it differs from the default.
+        prepare: called with the root folder before files are read.
     """
 
     images: str
@@ -57,7 +57,7 @@ def _by_name(image: dict) -> str:
 
 
 def _in_city(image: dict) -> str:
-    # The names in the file that Cityscapes' tool writes are those of no file.
+    # The file names that Cityscapes' tools write do not exist.
     return f"{image['id'].split('_')[0]}/{image['id']}_leftImg8bit.png"
 
 
@@ -77,26 +77,26 @@ def _scene_categories() -> list[dict]:
 
 @functools.cache
 def panoptic_datasets() -> dict[str, PanopticDataset]:
-    """All of them, by the names that they are registered under."""
-    found, scene_folder = {}, scenes_root("").name
+    """Return all panoptic data sets, by name."""
+    datasets, scene_folder = {}, scenes_root("").name
     for split, folder in (("train", "training"), ("val", "validation")):
-        found[f"spar_coco_panoptic_{split}"] = PanopticDataset(
+        datasets[f"spar_coco_panoptic_{split}"] = PanopticDataset(
             f"coco/{split}2017",
             f"coco/annotations/panoptic_{split}2017.json",
             _coco_categories,
             _by_name,
             f"unpack {split}2017.zip and panoptic_annotations_trainval2017.zip of cocodataset.org in its folder coco, "
-            f"and there the panoptic_{split}2017.zip that is in the second",
+            f"and there panoptic_{split}2017.zip, which is part of the second",
             masks=f"coco/panoptic_{split}2017",
         )
-        found[f"spar_cityscapes_panoptic_{split}"] = PanopticDataset(
+        datasets[f"spar_cityscapes_panoptic_{split}"] = PanopticDataset(
             f"cityscapes/leftImg8bit/{split}",
             f"cityscapes/gtFine/cityscapes_panoptic_{split}.json",
             cityscapes_panoptic.categories,
             _in_city,
             "run: python tools/prepare_datasets.py cityscapes_panoptic",
         )
-        found[f"spar_ade20k_panoptic_{split}"] = PanopticDataset(
+        datasets[f"spar_ade20k_panoptic_{split}"] = PanopticDataset(
             f"ADEChallengeData2016/images/{folder}",
             f"ADEChallengeData2016/ade20k_panoptic_{split}.json",
             ade20k_panoptic.categories,
@@ -104,29 +104,29 @@ def panoptic_datasets() -> dict[str, PanopticDataset]:
             "run: python tools/prepare_datasets.py ade20k_panoptic",
         )
     for split in SCENE_SPLITS:
-        found[f"spar_scenes_panoptic_{split}"] = PanopticDataset(
+        datasets[f"spar_scenes_panoptic_{split}"] = PanopticDataset(
             f"{scene_folder}/{split}",
             f"{scene_folder}/panoptic_{split}.json",
             _scene_categories,
             _by_name,
-            "delete what is there of the scenes; they are drawn anew",
+            "delete the folder of the synthetic data set; it is generated again",
             masks=f"{scene_folder}/{split}",
             prepare=functools.partial(_prepare_scenes, split),
         )
-    return found
+    return datasets
 
 
 def is_panoptic(name: str) -> bool:
-    """Whether a data set is one of these."""
+    """Whether this is one of this package's panoptic data sets."""
     return name in panoptic_datasets()
 
 
 def has_panoptic_masks(name: str) -> bool:
-    """Whether the records of a data set have panoptic masks: one of these, or one of ``register_coco_panoptic``."""
+    """Whether a data set has panoptic masks: this package's data sets and those of ``register_coco_panoptic``."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     metadata = MetadataCatalog.get(name) if name in DatasetCatalog else None
-    # Sets of `register_coco_panoptic_separated` have polygons and labels of stuff in their records instead.
+    # Data sets of `register_coco_panoptic_separated` have polygons and stuff labels in their records instead.
     return is_panoptic(name) or bool(metadata and metadata.get("panoptic_root") and not metadata.get("sem_seg_root"))
 
 
@@ -140,7 +140,7 @@ def register_panoptic() -> None:
 
 
 def _metadata(categories: Sequence[dict]) -> dict[str, Any]:
-    """As Detectron2's "separated" metadata: things from 0 on; stuff from 1 on, where 0 stands for all things."""
+    """Create metadata like Detectron2's "separated" sets: things from 0 on; stuff from 1 on, 0 for all things."""
     things = [category for category in categories if category["isthing"]]
     stuff = [category for category in categories if not category["isthing"]]
     return {
@@ -157,19 +157,19 @@ def _metadata(categories: Sequence[dict]) -> dict[str, Any]:
 
 
 def load_panoptic(name: str, root: str | os.PathLike | None = None) -> list[dict]:
-    """Dataset dicts of a panoptic data set; its metadata then says where its files are.
+    """Load the dataset dicts of a panoptic data set, and set the paths of its files in the metadata.
 
     Args:
-        name: as registered.
-        root: folder of all data sets; default: ``$DETECTRON2_DATASETS``, or "datasets".
+        name: registered name of the data set.
+        root: root folder of all data sets; default: ``$DETECTRON2_DATASETS``, or "datasets".
 
     Returns:
-        For each image file_name, image_id, height, width, pan_seg_file_name and segments_info, a list of dicts with
-        id, isthing, iscrowd and category_id, which counts things from 0 and stuff from 1 on.
+        Dataset dicts with file_name, image_id, height, width, pan_seg_file_name and segments_info, a list of dicts with
+        id, isthing, iscrowd and category_id, which starts at 0 for things and at 1 for stuff.
 
     Raises:
-        FileNotFoundError: its files are not there; says what to do.
-        ValueError: no such name, or its files are not in COCO's panoptic form, or have other classes.
+        FileNotFoundError: files are missing; the message says what to do.
+        ValueError: the name is unknown, or the files are not in COCO's panoptic format or have other categories.
     """
     from detectron2.data import MetadataCatalog
 
@@ -182,9 +182,9 @@ def load_panoptic(name: str, root: str | os.PathLike | None = None) -> list[dict
     masks = root / data.masks if data.masks else labels.with_suffix("")
     _check_there(name, data, labels, masks, root / data.images)
     metadata = MetadataCatalog.get(name)
-    # Set past its check that nothing changes: the root may be another one than before.
-    places = {"panoptic_json": labels, "panoptic_root": masks, "image_root": root / data.images}
-    vars(metadata).update({key: str(path) for key, path in places.items()})
+    # Bypass the metadata's check against changes: the root folder may differ from that of an earlier call.
+    paths = {"panoptic_json": labels, "panoptic_root": masks, "image_root": root / data.images}
+    vars(metadata).update({key: str(path) for key, path in paths.items()})
     numbers = {
         **{category: (number, True) for category, number in metadata.thing_dataset_id_to_contiguous_id.items()},
         **{category: (number, False) for category, number in metadata.stuff_dataset_id_to_contiguous_id.items()},
@@ -197,9 +197,9 @@ def load_panoptic(name: str, root: str | os.PathLike | None = None) -> list[dict
             for annotation in content["annotations"]
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        problem = f"it is not in COCO's panoptic form, or has other classes ({type(error).__name__}: {error})"
-        raise ValueError(f"{name}: {labels} is of no use: {problem}; {data.remedy}") from error
-    # To look for all of them would take minutes on a file server.
+        problem = f"not in COCO's panoptic format, or it has other categories ({type(error).__name__}: {error})"
+        raise ValueError(f"{name}: {labels} is {problem}; {data.remedy}") from error
+    # Checking all files would take minutes on a network file system.
     for record in records[:1]:
         _check_there(name, data, record["file_name"], record["pan_seg_file_name"])
     return records
@@ -209,7 +209,7 @@ def _check_there(name: str, data: PanopticDataset, *paths: str | os.PathLike) ->
     for path in paths:
         if not os.path.exists(path):
             raise FileNotFoundError(
-                f"{name}: there is no {path} ($DETECTRON2_DATASETS says where data sets are); {data.remedy}"
+                f"{name}: {path} does not exist ($DETECTRON2_DATASETS is the root folder of data sets); {data.remedy}"
             )
 
 
@@ -237,7 +237,7 @@ def _record(
 
 
 def _prepare_scenes(split: str, root: Path) -> None:
-    """Draw the scenes of a split, and write their panoptic JSON file from what was drawn."""
+    """Generate the images of a split and its panoptic JSON file."""
     records = load_scenes(split, root)
     path = scenes_root(root) / f"panoptic_{split}.json"
     if path.is_file():
@@ -266,5 +266,5 @@ def _scene_segments(masks: Path, labels: str) -> list[dict]:
 
 
 def read_segment_ids(path: str | os.PathLike) -> np.ndarray:
-    """Numbers of the segments in a mask in COCO's panoptic form, (H, W) int32; see :func:`read_ids`."""
+    """Read segment ids (H, W) int32 of a mask in COCO's panoptic format; see :func:`read_ids`."""
     return read_ids(path).view(np.int32)

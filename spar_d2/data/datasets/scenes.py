@@ -1,4 +1,4 @@
-"""Data sets that are registered with Detectron2 on import."""
+"""The synthetic (toy) data sets and folders of images as Detectron2 data sets."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from spar_d2.toy import scenes
 from spar_d2.utils.id_maps import as_colors
 from spar_d2.utils.io import atomic_write
 
-# Name of a split to (seed, number of scenes). "train" is used without its labels; "tune" is for choosing settings.
+# Split names with (seed, number of images). "train" is used without labels; "tune" is for hyperparameters.
 SCENE_SPLITS = {"train": (101, 60), "tune": (202, 40), "val": (303, 60)}
 IGNORE_LABEL = 255
-# Of the files with a scene's panoptic segments, in COCO's form: number = R + 256 G + 65536 B.
+# Suffix of the panoptic masks, which are in COCO's format: id = R + 256 G + 65536 B.
 SEGMENTS_ENDING = "_panoptic"
 
 
 def register_scenes() -> None:
-    """Register ``spar_scenes_{train,tune,val}``; their scenes are drawn when they are first asked for."""
-    # Here, as importing it is what calls this function, when this module may be half-way through its own imports.
+    """Register ``spar_scenes_{train,tune,val}``. Images are generated on first use."""
+    # Imported here because importing detectron2 calls this function, possibly while this module is being imported.
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     for split in SCENE_SPLITS:
@@ -41,9 +41,9 @@ def register_scenes() -> None:
 
 
 def register_photos(sources: str) -> str:
-    """Register the photos of ``SPAR.DATA.IMAGES``, see :func:`find_photos`; returns the data set's name.
+    """Register the images of ``SPAR.DATA.IMAGES``, see :func:`find_photos`, and return the data set's name.
 
-    They are looked for when the data set is first asked for.
+    The images are searched on first use.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -55,15 +55,15 @@ def register_photos(sources: str) -> str:
 
 
 def load_scenes(split: str, root: str | os.PathLike | None = None) -> list[dict]:
-    """Dataset dicts of drawn scenes in Detectron2's form for semantic segmentation.
+    """Load the dataset dicts of the synthetic data set, in Detectron2's format for semantic segmentation.
 
     Args:
         split: one of ``SCENE_SPLITS``.
-        root: where the images are kept, in a folder named after the version of the drawing code; drawn if not there.
-            Default: ``$DETECTRON2_DATASETS``, or "datasets".
+        root: root folder. Images are stored in a subfolder named after the version of the generator, and generated
+            if they do not exist. Default: ``$DETECTRON2_DATASETS``, or "datasets".
 
     Returns:
-        For each scene file_name, sem_seg_file_name, image_id, height, width.
+        Dataset dicts with file_name, sem_seg_file_name, image_id, height, width.
     """
     folder = scenes_root(root) / split
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def load_scenes(split: str, root: str | os.PathLike | None = None) -> list[dict]
 
 
 def scenes_root(root: str | os.PathLike | None = None) -> Path:
-    """Folder of all drawn scenes, named after the version of the drawing code; ``root`` as :func:`load_scenes`."""
+    """Folder of the synthetic data set, named after the version of the generator; ``root`` as :func:`load_scenes`."""
     version = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:8]
     return datasets_root(root) / f"spar_scenes_{version}"
 

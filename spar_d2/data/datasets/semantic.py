@@ -14,17 +14,16 @@ logger = logging.getLogger(__name__)
 
 
 def register_benchmarks() -> None:
-    """Register :data:`~spar_d2.data.datasets.catalog.LABELED_SETS`, the benchmarks and the training splits of some.
+    """Register the benchmarks and training splits of :data:`~spar_d2.data.datasets.catalog.LABELED_SETS`.
 
-    Nothing is looked for on disk before one is asked for. Where a name is taken, the data set that has it stays, with a
-    warning.
+    Files are not accessed before a data set is loaded. Names that are already registered are skipped with a warning.
     """
-    # Here, as importing it is what calls this function, when this module may be half-way through its own imports.
+    # Imported here because importing detectron2 calls this function, possibly while this module is being imported.
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     for name, data in LABELED_SETS.items():
         if name in DatasetCatalog:
-            logger.warning("The data set %r is registered already; that one stays, not ours.", name)
+            logger.warning("The data set %r is already registered and is not replaced.", name)
             continue
         DatasetCatalog.register(name, functools.partial(load_labeled, name))
         try:
@@ -36,24 +35,24 @@ def register_benchmarks() -> None:
                 vocabulary=data.vocabulary or name,
             )
         except AssertionError as error:
-            logger.warning("The metadata of %r were set already and stay: %s", name, error)
+            logger.warning("The metadata of %r are already set and are not replaced: %s", name, error)
 
 
 def load_labeled(name: str, root: str | os.PathLike | None = None) -> list[dict]:
-    """Dataset dicts of a benchmark or training split in Detectron2's form for semantic segmentation.
+    """Load the dataset dicts of a benchmark or training split, in Detectron2's format for semantic segmentation.
 
-    Sizes are left out, as they would mean opening every image; Detectron2 adds them when it reads one.
+    Image sizes are omitted, because reading them would mean opening every image. Detectron2's mapper adds them.
 
     Args:
-        name: of the data set.
-        root: the folder of all data sets; default: ``$DETECTRON2_DATASETS``, or "datasets".
+        name: name of the data set.
+        root: root folder of all data sets; default: ``$DETECTRON2_DATASETS``, or "datasets".
 
     Returns:
-        For each image with a prepared label file_name, sem_seg_file_name, image_id.
+        Dataset dicts with file_name, sem_seg_file_name and image_id, for each image with converted labels.
 
     Raises:
-        FileNotFoundError: there is none; says what to do.
-        ValueError: no such data set.
+        FileNotFoundError: there are no such images; the message says what to do.
+        ValueError: the data set is unknown.
     """
     try:
         pairs = prepared_pairs(name, root)
@@ -64,18 +63,18 @@ def load_labeled(name: str, root: str | os.PathLike | None = None) -> list[dict]
     preparation = find_preparation(name)
     if len(pairs) < preparation.expected:
         shown = f"{len(pairs)} of {preparation.expected} {preparation.part} images"
-        logger.warning("%s: only %s are there and prepared.", name, shown)
+        logger.warning("%s: only %s are available and prepared.", name, shown)
     return [{"file_name": str(image), "sem_seg_file_name": str(label), "image_id": key} for key, image, label in pairs]
 
 
 def found(name: str, root: str | os.PathLike | None = None) -> tuple[int, int]:
-    """How many images of a data set are on disk with prepared labels, and how many there should be."""
+    """Return the number of images with converted labels on disk, and the expected number."""
     state = survey(name, root)
     return state.prepared, state.expected
 
 
 def missing(name: str, root: str | os.PathLike | None = None) -> str:
-    """What to do to have a data set complete and prepared; "" where nothing is to be done."""
+    """Return instructions to complete a data set; "" if it is complete."""
     state = survey(name, root)
     if state.prepared >= state.expected:
         return ""

@@ -1,4 +1,4 @@
-"""Official label files of benchmarks, training splits and panoptic data sets to what Detectron2 reads.
+"""Converts official label files of benchmarks, training splits and panoptic data sets for Detectron2.
 
 Needs no Detectron2.
 """

@@ -1,4 +1,4 @@
-"""ADE20K's scene parsing challenge of 2016."""
+"""ADE20K, as in the scene parsing challenge of 2016."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ARCHIVE = ("ADEChallengeData2016.zip", "data.csail.mit.edu/places/ADEchallenge"
 
 
 class Ade20kPreparation(FolderPreparation):
-    """Labels 1 to 150, and 0 (other), which is ignored. They are written to where Detectron2's own data set reads them.
+    """Official labels 1 to 150, and 0 (other), which is ignored. Written where Detectron2's data set reads them.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
         split: "val" or "train".
     """
 
@@ -28,7 +28,7 @@ class Ade20kPreparation(FolderPreparation):
 
 
 def photos_and_classes(split: str) -> tuple[FilePattern, FilePattern]:
-    """Images and official semantic labels of a split."""
+    """Return file patterns of the images and official semantic labels of a split."""
     images, labels = (f"{FOLDER}/{folder}/{PARTS[split]}" for folder in ("images", "annotations"))
     return FilePattern(ArchiveSpec((images,), *_ARCHIVE), ".jpg"), FilePattern(
         ArchiveSpec((labels,), *_ARCHIVE), ".png"

@@ -1,4 +1,4 @@
-"""ADE20K's classes and instances as panoptic labels, as Mask2Former makes them."""
+"""ADE20K's panoptic labels, made from its classes and instances as in Mask2Former."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from spar_d2.data.preparation.folders import FilePattern
 from spar_d2.data.preparation.panoptic import PanopticLabels, PanopticPreparation, areas_and_boxes
 
 _THINGS = np.array(class_names.ADE20K_THINGS)
-# A segment's id: this times its class, counted from 1, plus the number of the instance; 0 for stuff.
+# Segment id = factor * (class + 1) + instance number, which is 0 for stuff.
 _INSTANCES = 1000
 
 
 class Ade20kPanopticPreparation(PanopticPreparation):
-    """Stuff by the semantic labels, and over it things by the instances; what is neither is void.
+    """Stuff from the semantic labels, overlaid with things from the instance labels. All other pixels are void.
 
-    Where they overlap a pixel is the thing's. Area and box of the stuff stay those of the semantic labels, as in the
-    files that published results were measured with, and a stuff segment that is covered wholly stays in the list.
+    In overlaps, pixels belong to the thing. Area and bounding box of stuff are those of the semantic labels, as in the
+    files that published results are measured with, and fully covered stuff segments stay in the list.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
         split: "val" or "train".
     """
 
@@ -44,7 +44,7 @@ class Ade20kPanopticPreparation(PanopticPreparation):
         self.instances = FilePattern(place, ".png")
 
     def labels(self, root: Path) -> PanopticLabels:
-        # The archive of the images is that of the classes, and named when those are looked for.
+        # The images' archive is the same as that of the semantic labels, which reports it if it is missing.
         for official in (self.instances, self.official):
             official.place.find(root)
         return _ClassesAndInstances(self, root)
@@ -54,11 +54,11 @@ class Ade20kPanopticPreparation(PanopticPreparation):
 
 
 class _ClassesAndInstances(PanopticLabels):
-    """Official files of classes and of instances.
+    """Official semantic and instance label files.
 
     Args:
-        preparation: says which they are.
-        root: the folder of all data sets.
+        preparation: preparation that knows the files.
+        root: root folder of all data sets.
     """
 
     def __init__(self, preparation: Ade20kPanopticPreparation, root: Path) -> None:
@@ -89,27 +89,27 @@ def _segment(number: int, place: dict) -> dict:
 
 
 def read_instances(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The instances in an official file: red is a class of things from 1 on, green the number of one in the image.
+    """Read an official instance file: red is the class of a thing (1-based), green the instance number in the image.
 
     Returns:
-        (H, W) uint8, the number of each pixel's instance, 0 for none; and (256,), the class in ADE20K of each number.
+        (H, W) uint8, the instance number of each pixel, 0 for none; and (256,), the ADE20K class of each instance.
 
     Raises:
-        ValueError: it cannot be read, is no RGB picture, or an instance has several classes or one that is none.
+        ValueError: the file cannot be read or is not RGB, or an instance has several classes or an invalid one.
     """
     mode, pixels = read_pixels(path)
     if mode not in ("RGB", "RGBA"):
-        raise ValueError(f"the label image {path} must be RGB (class and number of instances), its mode is {mode}")
+        raise ValueError(f"the label image {path} must be RGB (class and instance number), its mode is {mode}")
     kinds, numbers = pixels[..., 0], pixels[..., 1]
     pairs = np.bincount((numbers.astype(np.int32) * 256 + kinds).ravel(), minlength=256 * 256).reshape(256, 256) > 0
     pairs[0] = False
     several = np.flatnonzero(pairs.sum(axis=1) > 1)
     if len(several):
-        found = ", ".join(map(str, np.flatnonzero(pairs[several[0]]).tolist()))
-        raise ValueError(f"the label file {path} has several classes for the instance {several[0]}: {found}")
+        conflicting = ", ".join(map(str, np.flatnonzero(pairs[several[0]]).tolist()))
+        raise ValueError(f"the label file {path} has several classes for the instance {several[0]}: {conflicting}")
     wrong = [value for value in np.flatnonzero(pairs.any(axis=0)).tolist() if not 1 <= value <= len(_THINGS)]
     if wrong:
-        raise ValueError(f"the label file {path} has an instance of the class {wrong[0]}, not of 1..{len(_THINGS)}")
+        raise ValueError(f"the label file {path} has an instance of class {wrong[0]}, must be in 1..{len(_THINGS)}")
     class_of = np.zeros(256, dtype=np.int32)
     number, kind = np.nonzero(pairs)
     class_of[number] = _THINGS[kind - 1]
@@ -117,9 +117,9 @@ def read_instances(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def categories() -> list[dict]:
-    """The classes in COCO's form."""
+    """Return the categories in COCO's format."""
     names, things = class_names.ADE20K, set(_THINGS.tolist())
-    # Less black, which is for no class.
+    # Without black, which stands for no class.
     colors = voc_colors(len(names) + 1)[1:].tolist()
     return [
         {"id": number, "name": name, "isthing": int(number in things), "color": color}

@@ -1,4 +1,4 @@
-"""Cityscapes' instances as panoptic labels, as its own tools make them."""
+"""Cityscapes' panoptic labels, made from its instances as in Cityscapes' tools."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from spar_d2.data.preparation.cityscapes import EVALUATED, GT_FINE, IDS, photos_
 from spar_d2.data.preparation.common import IGNORED, classes_in, label_table, read_values
 from spar_d2.data.preparation.panoptic import PanopticLabels, PanopticPreparation, areas_and_boxes
 
-# From this value on, a value is that of a class times this, plus the number of one instance.
+# Values from here on encode instances: value = factor * class + instance number.
 _INSTANCES = 1000
-# Ids of things, all of which are at the end.
+# Smallest id of a thing; all larger ids are things, too.
 _FIRST_THING = 24
 _GROUPS = {7: "flat", 11: "construction", 17: "object", 21: "nature", 23: "sky", 24: "human", 26: "vehicle"}
 _COLORS = (
@@ -26,12 +26,12 @@ _COLORS = (
 
 
 class CityscapesPanopticPreparation(PanopticPreparation):
-    """Segments of the 19 evaluated classes, with official ids as categories; everything else is void.
+    """Segments of the 19 evaluated classes, with official ids as categories. All other pixels are void.
 
-    A segment's id is the official value. Things of which single ones are not told apart are one crowd.
+    The segment id is the official value. Things whose instances are not separated form one crowd segment.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
         split: "val" or "train".
     """
 
@@ -56,17 +56,17 @@ class CityscapesPanopticPreparation(PanopticPreparation):
         return _InstanceIds(lambda name: self.official.file(root, name), self.table)
 
     def image_file(self, identity: str) -> str:
-        # What Cityscapes' own tool writes; the image itself has a shorter name.
+        # File name that Cityscapes' tools write. The image itself has a shorter name.
         return f"{identity}_gtFine_leftImg8bit.png"
 
 
 @dataclass(frozen=True)
 class _InstanceIds(PanopticLabels):
-    """Official files of instances.
+    """Official instance label files.
 
     Attributes:
-        file: the official file of an image, given the image's name.
-        table: category of every official value, see :func:`label_table`.
+        file: maps an image name to its official file.
+        table: category of each official value, see :func:`label_table`.
     """
 
     file: Callable[[str], Path]
@@ -89,11 +89,11 @@ class _InstanceIds(PanopticLabels):
 
 
 def categories() -> list[dict]:
-    """The classes in COCO's form."""
-    found, group = [], ""
+    """Return the categories in COCO's format."""
+    result, group = [], ""
     for number, name, color in zip(EVALUATED, class_names.CITYSCAPES, _COLORS):
         group = _GROUPS.get(number, group)
         thing = int(number >= _FIRST_THING)
-        shown = {"supercategory": group, "color": list(color)}
-        found.append({"id": number, "name": name, "isthing": thing, **shown})
-    return found
+        extra = {"supercategory": group, "color": list(color)}
+        result.append({"id": number, "name": name, "isthing": thing, **extra})
+    return result

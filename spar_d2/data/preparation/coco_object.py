@@ -1,23 +1,23 @@
-"""The 80 things of COCO 2017 and a background."""
+"""The 80 things of COCO 2017, and a background class."""
 
 from __future__ import annotations
 
 from spar_d2.data.preparation.common import IGNORED, ArchiveSpec, label_table
 from spar_d2.data.preparation.folders import FilePattern, FolderPreparation
 
-# COCO's category ids: 1..90 are things, and some of these were never used; stuff follows.
+# COCO's category ids: 1..90 are things, some of which were never used; stuff follows.
 _THINGS, _LAST = 90, 182
 _UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
 
 class CocoObjectPreparation(FolderPreparation):
-    """The pixel maps of COCO-Stuff, which hold a category's id less 1.
+    """The label maps of COCO-Stuff, whose values are category ids minus 1.
 
-    The 80 things are classes 1 to 80, in the order of their ids. Everything else is the background 0, stuff included.
-    Pixels without a label (255) are ignored: whether there is a thing in them is not known.
+    The 80 things become classes 1 to 80, ordered by id. Everything else, including stuff, becomes the background class
+    0. Unlabeled pixels (255) are ignored, because they may show things.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
     """
 
     def __init__(self, name: str) -> None:

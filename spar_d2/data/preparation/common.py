@@ -1,4 +1,4 @@
-"""What the preparations of all data sets share: places of official files, values of official labels."""
+"""Common parts of all preparations: official archives, label tables, and base classes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from spar_d2.utils.images import DAMAGE, open_image
 
 IGNORED = 255
 PARTS = {"val": "validation", "train": "training"}
-# In tables: an official value that must not occur.
+# Table entry of official values that must not occur.
 NO_LABEL = 254
 
 
 class MissingArchive(FileNotFoundError):
-    """Official files are not there.
+    """Official files are missing.
 
     Args:
-        message: what is missing, where to fetch it and where to unpack it.
-        archive: what has to be fetched.
+        message: what is missing, where to download it and where to unpack it.
+        archive: file name of the archive to download.
     """
 
     def __init__(self, message: str, archive: str) -> None:
@@ -35,13 +35,13 @@ class MissingArchive(FileNotFoundError):
 
 @dataclass(frozen=True)
 class ArchiveSpec:
-    """Where the files of an official archive lie.
+    """Location of the files of an official archive.
 
     Attributes:
-        folders: relative to the root; the first that is there is used.
-        archive: its file name.
-        site: where it is to be had.
-        unpacked_in: the folder it is unpacked in, relative to the root.
+        folders: possible folders, relative to the root; the first existing one is used.
+        archive: file name of the archive.
+        site: website of the archive.
+        unpacked_in: folder to unpack the archive in, relative to the root.
     """
 
     folders: tuple[str, ...]
@@ -50,28 +50,29 @@ class ArchiveSpec:
     unpacked_in: str = "."
 
     def find(self, root: Path, inside: str = "") -> Path:
-        """A file or folder ``inside`` of it.
+        """Return the path of a file or folder ``inside`` the archive.
 
         Raises:
-            MissingArchive: it is not there; says what to do.
+            MissingArchive: it does not exist; the message says what to do.
         """
         for folder in self.folders:
             if (root / folder / inside).exists():
                 return root / folder / inside
-        message = f"there is no {root / self.folders[0] / inside}"
+        message = f"{root / self.folders[0] / inside} does not exist"
         raise MissingArchive(
-            f"{message}: fetch {self.archive} from {self.site} and unpack it in {root / self.unpacked_in}", self.archive
+            f"{message}: download {self.archive} from {self.site} and unpack it in {root / self.unpacked_in}",
+            self.archive,
         )
 
 
 def read_values(path: Path) -> np.ndarray:
-    """The values of an official label image: its grays, or its indices into a palette.
+    """Read the values of an official label image: gray values or palette indices.
 
     Returns:
         (H, W) integers.
 
     Raises:
-        ValueError: it cannot be read, or is of another kind.
+        ValueError: the image cannot be read, or has another mode.
     """
     mode, values = read_pixels(path)
     if values.ndim != 2 or values.dtype.kind not in "ui":
@@ -80,10 +81,10 @@ def read_values(path: Path) -> np.ndarray:
 
 
 def read_pixels(path: Path) -> tuple[str, np.ndarray]:
-    """Mode and pixels of an image as they are stored.
+    """Read the mode and the stored pixels of an image.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the image cannot be read.
     """
     try:
         with open_image(path) as image:
@@ -93,34 +94,34 @@ def read_pixels(path: Path) -> tuple[str, np.ndarray]:
 
 
 def label_table(labels: dict[int, int], size: int = 256) -> np.ndarray:
-    """The class of every official value below ``size``: those of ``labels``, and :data:`NO_LABEL`; (size,) uint8."""
+    """Create a lookup table (size,) uint8 from official values to classes; missing values get :data:`NO_LABEL`."""
     table = np.full(size, NO_LABEL, dtype=np.uint8)
     table[list(labels)] = list(labels.values())
     return table
 
 
 def without_background(classes: int) -> np.ndarray:
-    """The table of a data set whose value 0 is ignored: 1, 2, ... are 0, 1, ..."""
+    """Create the table of a data set whose value 0 is ignored: values 1, 2, ... become classes 0, 1, ..."""
     return label_table({0: IGNORED, **{k + 1: k for k in range(classes)}, IGNORED: IGNORED})
 
 
 def with_background(classes: int) -> np.ndarray:
-    """The table of a data set whose values are the classes, the background's 0 included."""
+    """Create the table of a data set whose values are the classes, including 0 for the background."""
     return label_table({**{k: k for k in range(classes)}, IGNORED: IGNORED})
 
 
 def relabel(values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Official values to classes.
+    """Map official values to classes.
 
     Args:
         values: (H, W) integers.
-        table: (n,) uint8, the class of every value, see :func:`label_table`.
+        table: (n,) uint8, the class of each value, see :func:`label_table`.
 
     Returns:
-        (H, W) uint8, classes and 255, which is ignored.
+        (H, W) uint8, classes, and 255 for ignored pixels.
 
     Raises:
-        ValueError: a value that is not in the table.
+        ValueError: a value is not in the table.
     """
     inside = (values >= 0) & (values < len(table))
     labels = table[np.where(inside, values, 0)]
@@ -133,7 +134,7 @@ def relabel(values: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def classes_in(path: Path, values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """:func:`relabel` of what was read from a file, which its errors name."""
+    """Call :func:`relabel` for the values of a file; errors name the file."""
     try:
         return relabel(values, table)
     except ValueError as error:
@@ -141,32 +142,32 @@ def classes_in(path: Path, values: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 class Labels(ABC):
-    """The official labels of a data set, and what becomes of them."""
+    """Official labels of a data set, and their conversion."""
 
     @abstractmethod
     def files(self, name: str) -> tuple[Path, ...]:
-        """The official label files of an image, given the image's name; they need not be there."""
+        """Return the official label files of an image name. The files may not exist."""
 
     @abstractmethod
     def convert(self, name: str) -> tuple[np.ndarray, Any]:
-        """The prepared labels of an image.
+        """Convert the labels of an image.
 
         Returns:
-            Pixels to write, (H, W) or (H, W, 3) uint8, and what :meth:`Preparation.finish` has to know of them.
+            Pixels to write, (H, W) or (H, W, 3) uint8, and the image's entry for :meth:`Preparation.finish`.
 
         Raises:
-            ValueError: a file is damaged, or has other values than the data set.
+            ValueError: a file is corrupt, or its values do not belong to the data set.
         """
 
 
 @dataclass(frozen=True)
 class ClassLabels(Labels):
-    """One class for every pixel.
+    """Semantic labels: one class per pixel.
 
     Attributes:
-        file: the official label file of an image, given the image's name; it need not be there.
-        table: class of every official value, see :func:`label_table`.
-        read: reads such a file as (H, W) integers, or raises ``ValueError``.
+        file: maps an image name to its official label file, which may not exist.
+        table: class of each official value, see :func:`label_table`.
+        read: reads a label file as (H, W) integers, or raises ``ValueError``.
     """
 
     file: Callable[[str], Path]
@@ -182,12 +183,12 @@ class ClassLabels(Labels):
 
 
 class Preparation(ABC):
-    """Where one split of a data set lies, official and prepared.
+    """Locations of the official and converted files of a split.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
         split: "val" or "train".
-        images_of: the one of :data:`~spar_d2.data.datasets.catalog.LABELED_SETS` with the same images;
+        images_of: data set of :data:`~spar_d2.data.datasets.catalog.LABELED_SETS` with the same images;
             default: ``name``.
     """
 
@@ -196,72 +197,72 @@ class Preparation(ABC):
 
     @property
     def part(self) -> str:
-        """The split, as it is called in texts."""
+        """Name of the split in messages."""
         return PARTS[self.split]
 
     @property
     def expected(self) -> int:
-        """Number of images of the whole data set."""
+        """Number of images of the complete data set."""
         return LABELED_SETS[self.images_of].images
 
     @abstractmethod
     def images(self, root: Path) -> dict[str, Path]:
-        """The images by name; those known of that are missing too.
+        """Return the image files by image name, including known but missing ones.
 
         Raises:
-            MissingArchive: none are there.
+            MissingArchive: there are no images.
         """
 
     @abstractmethod
     def labels(self, root: Path) -> Labels:
-        """The official labels.
+        """Return the official labels.
 
         Raises:
-            MissingArchive: none are there.
+            MissingArchive: there are no labels.
         """
 
     def folder(self, root: Path) -> Path:
-        """Where prepared labels go."""
+        """Return the folder of the converted labels."""
         return root / "spar_labels" / self.name
 
     def prepared(self, root: Path, name: str) -> Path:
-        """The prepared label file of an image, given the image's name.
+        """Return the converted label file of an image name.
 
         Raises:
             ValueError: the name leads out of the folder.
         """
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
-            raise ValueError(f"{self.name}: the name {name!r} of an image leads out of its folder; correct the list")
+            raise ValueError(f"{self.name}: the image name {name!r} leads out of its folder; correct the list")
         return self.folder(root) / f"{name}.png"
 
     def index(self, root: Path) -> Path | None:
-        """A file about all prepared labels, without which they are of no use; None where none is needed."""
+        """Return the index file of the converted labels, which is required to use them; None if there is none."""
         return None
 
     def finish(self, root: Path, entries: dict[str, Any]) -> None:
-        """Write the index, once all labels are.
+        """Write the index file, after all labels.
 
         Args:
-            root: the folder of all data sets.
-            entries: what :meth:`Labels.convert` told of every image, by name, in the order of the data set.
+            root: root folder of all data sets.
+            entries: entries that :meth:`Labels.convert` returned, by image name, in the order of the data set.
         """
         return None
 
 
 def names_in_list(path: Path) -> list[str]:
-    """The first word of every line of a list of images.
+    """Return the first column of a list of images.
 
     Raises:
-        ValueError: it is no text.
+        ValueError: it is not a text file.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"the list {path} is no text file: {error}") from error
+        raise ValueError(f"the list {path} is not a UTF-8 text file: {error}") from error
     return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
 
 
 def datasets_root(root: str | os.PathLike | None = None) -> Path:
-    """The folder of all data sets: the one given, or ``$DETECTRON2_DATASETS``, or "datasets"."""
+    """Return the root folder of all data sets: ``root``, ``$DETECTRON2_DATASETS``, or "datasets"."""
     return Path(root or os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()

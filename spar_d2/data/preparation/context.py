@@ -1,6 +1,6 @@
-"""Pascal Context, with a background (context60) and without (context59).
+"""Pascal Context, with a background class (context60) and without (context59).
 
-Its labels come in three forms: as 59 classes, as MATLAB files of 459 classes, and as other projects convert those.
+Three label formats are supported: 59 classes, MATLAB files of 459 classes, and their conversion by other projects.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _VOC = ArchiveSpec(
     ("VOCdevkit/VOC2010", "VOC2010"), "VOCtrainval_03-May-2010.tar", "host.robots.ox.ac.uk/pascal/VOC/voc2010"
 )
 _LISTS = ("ImageSets/SegmentationContext/val.txt", "ImageSets/Main/val.txt")
-# Folders that labels are looked for in.
-_PLACES = ("VOCdevkit/VOC2010", "VOC2010", "pascal_context", ".")
-# Other names of a class in the official lists.
+# Folders that may contain the labels.
+_FOLDERS = ("VOCdevkit/VOC2010", "VOC2010", "pascal_context", ".")
+# Synonyms in the official lists.
 _ALIASES = {"diningtable": "table"}
-# Numbers of the last class where all are counted, and where those of this data set are; 0 is none of them.
+# Largest label in the lists of all classes and of the 59 classes; 0 stands for other classes.
 _ALL, _COMMON = 459, 59
 _ALPHABETICAL = dict(enumerate(class_names.CONTEXT, 1))
 
 
 class ContextPreparation(Preparation):
-    """Numbers of 59 classes, and 0 for all others; without a background, 0 is ignored and 1 becomes 0.
+    """Labels of 59 classes, and 0 for all others. Without a background class, 0 is ignored and 1 becomes 0.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
         background: whether the background is a class.
     """
 
@@ -56,18 +56,18 @@ class ContextPreparation(Preparation):
         return {name: folder / f"{name}.jpg" for name in names}
 
     def labels(self, root: Path) -> Labels:
-        """The first of the three forms that is there.
+        """Return the labels in the first of the three formats that exists.
 
         Raises:
-            MissingArchive: none is.
-            ValueError: the list of their classes lacks one.
+            MissingArchive: there are no labels.
+            ValueError: the list of classes is incomplete.
         """
-        for place in _PLACES:
+        for folder in _FOLDERS:
             for find in (self._as_59, self._as_459, self._as_converted):
-                if (labels := find(root / place)) is not None:
+                if (labels := find(root / folder)) is not None:
                     return labels
         raise MissingArchive(
-            f"there are no labels of Pascal Context under {root}: fetch 59_context_labels.tar.gz and 59_labels.txt, or "
+            f"there are no labels of Pascal Context in {root}: download 59_context_labels.tar.gz and 59_labels.txt, or "
             "trainval.tar.gz and labels.txt, from cs.stanford.edu/~roozbeh/pascal-context and unpack them in "
             f"{root / 'pascal_context'}",
             "59_context_labels.tar.gz",
@@ -88,7 +88,7 @@ class ContextPreparation(Preparation):
         names = next((path for path in (folder / "labels.txt", files / "labels.txt") if path.is_file()), None)
         if names is None:
             raise MissingArchive(
-                f"there is no {folder / 'labels.txt'}: fetch labels.txt from cs.stanford.edu/~roozbeh/pascal-context "
+                f"{folder / 'labels.txt'} does not exist: download it from cs.stanford.edu/~roozbeh/pascal-context "
                 f"and put it in {folder}",
                 "labels.txt",
             )
@@ -101,21 +101,21 @@ class ContextPreparation(Preparation):
         return ClassLabels(lambda name: images / f"{name}.png", self._table(_ALPHABETICAL, _COMMON))
 
     def _table(self, names: dict[int, str], last: int) -> np.ndarray:
-        """The class of every official number from 0 to ``last``, given the names that some of them have."""
+        """Create the table from official labels 0 to ``last`` to classes, given the official labels of class names."""
         first, others = (1, 0) if self.background else (0, IGNORED)
         classes = {name: k for k, name in enumerate(class_names.CONTEXT, first)}
         labels = {number: classes[names[number]] if number in names else others for number in range(last + 1)}
-        # In an image of 8 bits 255 is ignored; in a list of 459 it is a class like others.
+        # 255 means ignored in 8-bit images, but is a normal class in the list of 459.
         if last < IGNORED:
             labels[IGNORED] = IGNORED
         return label_table(labels, max(labels) + 1)
 
 
 def _numbers(path: Path, last: int) -> dict[int, str]:
-    """Names of the 59 classes by their official number, from a list with lines such as "397: table".
+    """Read the names of the 59 classes by official label, from a list with lines such as "397: table".
 
     Raises:
-        ValueError: a line of another form, a number beyond ``last``, or a class that is not in the list.
+        ValueError: a line has another format, a label is larger than ``last``, or a class is missing.
     """
     names = {}
     for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
@@ -123,32 +123,34 @@ def _numbers(path: Path, last: int) -> dict[int, str]:
             continue
         match = re.fullmatch(r"\s*(\d+)\s*:(.*)", line)
         if match is None or int(match[1]) > last:
-            raise ValueError(f'every line of {path} must be like "397: table", with up to {last}, got {line!r}')
+            raise ValueError(f'every line of {path} must be like "397: table", with labels up to {last}, got {line!r}')
         name = "".join(match[2].split()).lower()
         name = _ALIASES.get(name, name)
         if name in class_names.CONTEXT:
             names[int(match[1])] = name
-    lacking = [name for name in class_names.CONTEXT if name not in names.values()]
-    if lacking:
-        raise ValueError(f"{path} does not have the classes {', '.join(lacking[:5])}")
+    missing = [name for name in class_names.CONTEXT if name not in names.values()]
+    if missing:
+        raise ValueError(f"{path} lacks the classes {', '.join(missing[:5])}")
     return names
 
 
 def _read_mat(path: Path) -> np.ndarray:
-    """The labels in a MATLAB file.
+    """Read the labels of a MATLAB file.
 
     Raises:
         RuntimeError: scipy is not installed.
-        ValueError: it cannot be read, or holds something else.
+        ValueError: the file cannot be read, or has other content.
     """
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise RuntimeError("the labels of Pascal Context are MATLAB files; to read them: pip install scipy") from error
+        raise RuntimeError(
+            "reading the MATLAB label files of Pascal Context requires scipy: pip install scipy"
+        ) from error
     try:
         values = loadmat(path)["LabelMap"]
-    except Exception as error:  # damaged ones raise all kinds of errors
+    except Exception as error:  # corrupt files raise many kinds of errors
         raise ValueError(f"the label file {path} cannot be read: {error}") from error
     if values.ndim != 2 or values.dtype.kind not in "ui":
-        raise ValueError(f"the label file {path} must hold whole numbers (H, W), got {values.dtype} {values.shape}")
+        raise ValueError(f"the label file {path} must hold integers (H, W), got {values.dtype} {values.shape}")
     return values

@@ -1,4 +1,4 @@
-"""Data sets whose images are all images of a folder."""
+"""Data sets that consist of all images in a folder."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from spar_d2.data.preparation.common import ArchiveSpec, ClassLabels, Labels, Mi
 
 @dataclass(frozen=True)
 class FilePattern:
-    """All files below a place whose names end in ``suffix``; what is before it, sub-folders included, is a name."""
+    """All files in a folder, with subfolders, that end in ``suffix``. Names are relative paths without the suffix."""
 
     place: ArchiveSpec
     suffix: str
 
     def names(self, root: Path) -> list[str]:
-        """Names of the files that are there.
+        """Return the names of the existing files.
 
         Raises:
-            MissingArchive: the folder is not there.
+            MissingArchive: the folder does not exist.
         """
         folder = self.place.find(root)
         found = (path for path in folder.rglob(f"*{self.suffix}") if not path.name.startswith("."))
         return [path.relative_to(folder).as_posix().removesuffix(self.suffix) for path in found]
 
     def file(self, root: Path, name: str) -> Path:
-        """The file of that name, there or not."""
+        """Return the path of the file of a name, which may not exist."""
         return self.place.find(root) / f"{name}{self.suffix}"
 
 
 class FolderPreparation(Preparation):
-    """A data set with a folder of images and one of labels.
+    """A data set with a folder of images and a folder of labels.
 
     Args:
         name, split, images_of: see :class:`Preparation`.
-        photos: its images.
-        official: its official labels.
-        table: class of every official value, see :func:`~spar_d2.data.preparation.common.label_table`.
+        photos: image files.
+        official: official label files.
+        table: class of each official value, see :func:`~spar_d2.data.preparation.common.label_table`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class FolderPreparation(Preparation):
 
     def images(self, root: Path) -> dict[str, Path]:
         names = set(self.photos.names(root))
-        # An image that was not copied is known by its label.
+        # Labels reveal images that were not copied.
         with contextlib.suppress(MissingArchive):
             names.update(self.official.names(root))
         return {name: self.photos.file(root, name) for name in sorted(names)}

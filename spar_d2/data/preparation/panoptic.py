@@ -1,4 +1,4 @@
-"""Panoptic labels as COCO keeps them: a picture of the segments of each image, and one JSON file about all of them."""
+"""Panoptic labels in COCO's format: a mask image of the segments of each image, and a JSON file."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from spar_d2.utils.io import atomic_write
 
 
 class PanopticLabels(Labels):
-    """Official labels that become segments."""
+    """Official labels that are converted to segments."""
 
     @abstractmethod
     def segments(self, name: str) -> tuple[np.ndarray, list[dict]]:
-        """The segments of an image, given the image's name.
+        """Convert the labels of an image to segments.
 
         Returns:
-            (H, W) integers, the id of each pixel's segment, 0 (none) to 2**24 - 1; and for each segment in COCO's form
-            id, category_id, area, bbox, iscrowd.
+            (H, W) integers, the segment id of each pixel, 0 (none) to 2**24 - 1; and the segments in COCO's format,
+            with id, category_id, area, bbox and iscrowd.
 
         Raises:
-            ValueError: a file is damaged, or has other values than the data set.
+            ValueError: a file is corrupt, or its values do not belong to the data set.
         """
 
     def convert(self, name: str) -> tuple[np.ndarray, dict[str, Any]]:
@@ -37,12 +37,12 @@ class PanopticLabels(Labels):
 
 
 class PanopticPreparation(FolderPreparation):
-    """A data set whose labels become segments, in a folder and a JSON file beside it with the same name.
+    """A data set with panoptic labels, in a folder and a JSON file of the same name.
 
     Args:
         name, split, images_of, photos, official, table: see :class:`FolderPreparation`.
-        target: that folder, relative to the root.
-        categories: its classes in COCO's form.
+        target: folder of the masks, relative to the root.
+        categories: categories in COCO's format.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PanopticPreparation(FolderPreparation):
 
     @abstractmethod
     def image_file(self, identity: str) -> str:
-        """The image's file name in the JSON file, given its id there."""
+        """Return the file name of an image in the JSON file, given its id."""
 
     def finish(self, root: Path, entries: dict[str, dict[str, Any]]) -> None:
         images, annotations = [], []
@@ -83,22 +83,22 @@ class PanopticPreparation(FolderPreparation):
 
 
 def areas_and_boxes(values: np.ndarray) -> dict[int, dict[str, Any]]:
-    """Where each value but 0 is.
+    """Compute the area and bounding box of each value except 0.
 
     Args:
-        values: (H, W) integers that are not negative. Memory grows with the largest.
+        values: (H, W) non-negative integers. Memory grows with the largest value.
 
     Returns:
-        By value, in ascending order, "area" in pixels and "bbox", its left, top, width and height.
+        A dict with "area" in pixels and "bbox" (left, top, width, height) for each value, in ascending order.
     """
     areas = np.bincount(values.ravel())
     areas[:1] = 0
-    found = np.flatnonzero(areas)
-    number = np.zeros(len(areas), dtype=np.intp)
-    number[found] = np.arange(1, len(found) + 1)
-    left, top, right, bottom = boxes(number[values], len(found))[1:].T
-    places = np.stack([left, top, right - left, bottom - top], axis=1).tolist()
+    present = np.flatnonzero(areas)
+    index = np.zeros(len(areas), dtype=np.intp)
+    index[present] = np.arange(1, len(present) + 1)
+    left, top, right, bottom = boxes(index[values], len(present))[1:].T
+    bboxes = np.stack([left, top, right - left, bottom - top], axis=1).tolist()
     return {
-        value: {"area": area, "bbox": place}
-        for value, area, place in zip(found.tolist(), areas[found].tolist(), places)
+        value: {"area": area, "bbox": bbox}
+        for value, area, bbox in zip(present.tolist(), areas[present].tolist(), bboxes)
     }

@@ -1,4 +1,4 @@
-"""The preparation of every data set."""
+"""Registry of all preparations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PREPARATIONS: dict[str, Preparation] = {
     )
 }
 
-# Names that stand for several; the panoptic labels of Cityscapes are read together with its classes.
+# Names of groups of data sets. Cityscapes' panoptic evaluation also needs the semantic labels.
 GROUPS: dict[str, tuple[str, ...]] = {
     "cityscapes_panoptic": (
         *("cityscapes_train", "cityscapes_panoptic_train"),
@@ -42,11 +42,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def find_preparation(name: str) -> Preparation:
-    """The preparation of a data set.
+    """Return the preparation of a data set.
 
     Raises:
-        ValueError: there is no such data set.
+        ValueError: the data set is unknown.
     """
     if name not in PREPARATIONS:
-        raise ValueError(f"a data set must be one of {', '.join(PREPARATIONS)}; got {name!r}")
+        raise ValueError(f"data set must be one of {', '.join(PREPARATIONS)}; got {name!r}")
     return PREPARATIONS[name]

@@ -1,4 +1,4 @@
-"""What of a data set is on disk."""
+"""Status of a data set on disk."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from spar_d2.data.preparation.registry import find_preparation
 
 @dataclass(frozen=True)
 class Status:
-    """What of a data set is on disk.
+    """Status of a data set on disk.
 
     Attributes:
-        name: of the data set.
-        images: images found.
-        prepared: those of them with prepared labels.
-        finished: there is what goes with the prepared labels, see :meth:`Preparation.index`.
-        missing: archives to fetch; official labels that are prepared already are not asked for.
-        reason: what the first of these is about, and where to get it; "" where none is.
+        name: name of the data set.
+        images: number of existing images.
+        prepared: number of existing images with converted labels.
+        finished: whether the index file exists or is not needed, see :meth:`Preparation.index`.
+        missing: archives to download, without those of labels that are already converted.
+        reason: message about the first missing archive and its website; "" if none is missing.
     """
 
     name: str
@@ -32,19 +32,19 @@ class Status:
 
     @property
     def expected(self) -> int:
-        """Number of images of the whole data set."""
+        """Number of images of the complete data set."""
         return find_preparation(self.name).expected
 
     @property
     def part(self) -> str:
-        """What images these are: "validation" or "training"."""
+        """Name of the split: "validation" or "training"."""
         return find_preparation(self.name).part
 
     @property
     def advice(self) -> str:
-        """What is to be done for a complete data set, in a few words; "" where nothing is."""
+        """Short instructions to complete the data set; "" if it is complete."""
         if self.missing:
-            return f"fetch {' and '.join(self.missing)}"
+            return f"download {' and '.join(self.missing)}"
         steps = []
         if self.images < self.expected:
             steps.append(f"find {self.expected - self.images} missing images")
@@ -54,14 +54,14 @@ class Status:
 
 
 def survey(name: str, root: str | os.PathLike | None = None) -> Status:
-    """Look what of a data set is on disk, without opening an image.
+    """Determine the status of a data set, without opening images.
 
     Args:
-        name: of the data set.
-        root: the folder of all data sets; default: ``$DETECTRON2_DATASETS``, or "datasets".
+        name: name of the data set.
+        root: root folder of all data sets; default: ``$DETECTRON2_DATASETS``, or "datasets".
 
     Raises:
-        ValueError: no such data set, or a list of its images that is damaged.
+        ValueError: the data set is unknown, or a list of its images is corrupt.
     """
     preparation, folder = find_preparation(name), datasets_root(root)
     images, missing = {}, []
@@ -82,9 +82,9 @@ def survey(name: str, root: str | os.PathLike | None = None) -> Status:
 
 
 def prepared_pairs(name: str, root: str | os.PathLike | None = None) -> list[tuple[str, Path, Path]]:
-    """Name, image and prepared label of every image that has both, in the order of the data set.
+    """Return (name, image, converted label) of all images that have both files, in the order of the data set.
 
-    Args, raises: as :func:`survey`; also :class:`MissingArchive` without any images.
+    Arguments and exceptions as in :func:`survey`; also raises :class:`MissingArchive` if there are no images.
     """
     preparation, folder = find_preparation(name), datasets_root(root)
     pairs = [(key, image, preparation.prepared(folder, key)) for key, image in preparation.images(folder).items()]

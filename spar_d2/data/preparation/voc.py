@@ -1,4 +1,4 @@
-"""Pascal VOC 2012, with its background (voc21) and without (voc20)."""
+"""Pascal VOC 2012, with a background class (voc21) and without (voc20)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _VOC = ArchiveSpec(
 
 
 class VocPreparation(Preparation):
-    """Labels 0 (background) to 20 and 255 (borders); without a background, 0 is ignored and 1 becomes 0.
+    """Labels 0 (background) to 20, and 255 (borders). Without a background class, 0 is ignored and 1 becomes 0.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
         background: whether the background is a class.
         split: "val" or "train".
     """
@@ -50,10 +50,10 @@ class VocPreparation(Preparation):
 
 
 def read_voc_labels(path: Path) -> np.ndarray:
-    """The values of a label image of VOC, (H, W): as stored in the official ones, or by their colors in copies.
+    """Read the labels (H, W) of a VOC label image: palette indices in official files, RGB colors in copies.
 
     Raises:
-        ValueError: it cannot be read, or has other colors.
+        ValueError: the image cannot be read, or has colors outside the VOC color map.
     """
     mode, pixels = read_pixels(path)
     if mode not in ("RGB", "RGBA"):
@@ -65,11 +65,11 @@ def read_voc_labels(path: Path) -> np.ndarray:
     wrong = known[values] != codes
     if wrong.any():
         red, green, blue = pixels[wrong][0, :3].tolist()
-        raise ValueError(f"the label image {path} has the color ({red}, {green}, {blue}), which is none of VOC's")
+        raise ValueError(f"the label image {path} has the color ({red}, {green}, {blue}), which is not a VOC color")
     return values
 
 
 def _codes(colors: np.ndarray) -> np.ndarray:
-    """(..., 3 or more) uint8 RGB to one number each."""
+    """Pack uint8 RGB colors (..., 3 or more) into integers."""
     red, green, blue = np.moveaxis(colors[..., :3].astype(np.int64), -1, 0)
     return red << 16 | green << 8 | blue

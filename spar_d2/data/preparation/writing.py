@@ -1,4 +1,4 @@
-"""Writing prepared labels: what Detectron2 reads, one class or segment per pixel."""
+"""Converts labels of a data set and writes them for Detectron2."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`prepare` did.
+    """Result of :func:`prepare`.
 
     Attributes:
-        name: of the data set.
-        images: those that have prepared labels now.
-        written: label files written; all others were there.
-        folder: where they are.
+        name: name of the data set.
+        images: number of images with converted labels.
+        written: number of label files written; the others already existed.
+        folder: folder of the label files.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Task:
-    """An image, its official label files and what reads them, and the prepared one to write, kept where it is there."""
+    """An image with its official label files, and the converted label file, which is kept if it exists."""
 
     name: str
     image: Path
@@ -51,22 +51,22 @@ class _Task:
 def prepare(
     name: str, root: str | os.PathLike | None = None, partial: bool = False, workers: int | None = None
 ) -> Summary:
-    """Write the prepared labels of a data set.
+    """Convert the labels of a data set.
 
-    Labels that are there are kept, so that it can be stopped and called again. An index that goes with them is written
-    last, and removed before labels are added to those it knows.
+    Existing labels are kept, so that the conversion can be interrupted and resumed. If there is an index file, it is
+    written last, and removed before labels are added.
 
     Args:
-        name: of the data set.
-        root: the folder of all data sets; default: ``$DETECTRON2_DATASETS``, or "datasets".
-        partial: be content with a part of the images.
-        workers: threads; default: one for each CPU.
+        name: name of the data set.
+        root: root folder of all data sets; default: ``$DETECTRON2_DATASETS``, or "datasets".
+        partial: accept an incomplete set of images.
+        workers: number of threads; default: number of CPUs.
 
     Raises:
-        MissingArchive: official files are not there; says what to fetch.
-        RuntimeError: they need a package that is not installed.
-        ValueError: an argument that is not allowed; images or labels are missing, damaged, of different size, or have
-            other values than the data set.
+        MissingArchive: official files are missing; the message says what to download.
+        RuntimeError: a required package is not installed.
+        ValueError: an argument has an invalid value; or images or labels are missing, corrupt, of different size, or
+            their values do not belong to the data set.
     """
     preparation, folder = find_preparation(name), datasets_root(root)
     workers = os.cpu_count() or 1 if workers is None else workers
@@ -75,16 +75,16 @@ def prepare(
     index = preparation.index(folder)
     remove_leftovers(preparation.folder(folder) if index is None else index.parent)
     images = preparation.images(folder)
-    left = {key: path for key, path in images.items() if not _is_ready(path, preparation.prepared(folder, key))}
+    remaining = {key: path for key, path in images.items() if not _is_ready(path, preparation.prepared(folder, key))}
     finished = index is None or index.is_file()
-    # Official labels may be gone once all are prepared.
-    labels = preparation.labels(folder) if left or not images or not finished else None
-    tasks, missing = _find_tasks(preparation, folder, labels, left)
+    # The official labels may have been deleted after the conversion.
+    labels = preparation.labels(folder) if remaining or not images or not finished else None
+    tasks, missing = _find_tasks(preparation, folder, labels, remaining)
     if index is not None and (tasks or not finished):
-        # An index tells of all images, so all official labels are read again.
-        left = images
-        tasks, missing = _find_tasks(preparation, folder, labels, left)
-    ready = len(images) - len(left)
+        # An index file covers all images, so all official labels are read again.
+        remaining = images
+        tasks, missing = _find_tasks(preparation, folder, labels, remaining)
+    ready = len(images) - len(remaining)
     _check_count(preparation, ready + len(tasks), missing, folder, partial)
     written = sum(not task.target.is_file() for task in tasks)
     if index is not None and tasks:
@@ -102,7 +102,7 @@ def _is_ready(image: Path, target: Path) -> bool:
 def _find_tasks(
     preparation: Preparation, root: Path, labels: Labels | None, images: dict[str, Path]
 ) -> tuple[list[_Task], list[Path]]:
-    """What can be done of these images, and the files that the others lack; ``labels`` are there if images are."""
+    """Return the tasks of images with all files, and the missing files of the others. ``labels`` may be None."""
     tasks, missing = [], []
     if labels is None:
         return tasks, missing
@@ -116,22 +116,22 @@ def _find_tasks(
 
 
 def _check_count(preparation: Preparation, found: int, missing: list[Path], root: Path, partial: bool) -> None:
-    """Raise ``ValueError`` where images or labels are missing, unless a part of them is enough."""
+    """Raise ``ValueError`` if images or labels are missing, unless an incomplete set is accepted."""
     whole = f"{preparation.name} has {preparation.expected} {preparation.part} images"
     if found > preparation.expected:
-        logger.warning("%s, here are %d: scores will not compare.", whole, found)
+        logger.warning("%s, but %d were found: scores will not be comparable.", whole, found)
     if found >= preparation.expected or (partial and found):
         return
-    shown = f"; missing first: {', '.join(map(str, missing[:3]))}" if missing else ""
-    hint = "; --partial prepares those that are there" if found else ""
-    raise ValueError(f"{whole}, with labels there are {found} in {root}{shown}{hint}")
+    shown = f"; first missing files: {', '.join(map(str, missing[:3]))}" if missing else ""
+    hint = "; --partial prepares the available ones" if found else ""
+    raise ValueError(f"{whole}, but {found} with labels were found in {root}{shown}{hint}")
 
 
 def _write_all(name: str, tasks: list[_Task], workers: int, ready: int) -> dict[str, Any]:
-    """Do all tasks in threads: nearly all of the time goes into decoding and encoding, which run side by side there.
+    """Run all tasks in threads: decoding and encoding take nearly all of the time and release the GIL.
 
     Returns:
-        By the images' names, in the order of ``tasks``, what the labels tell of them.
+        Entries that :meth:`Labels.convert` returned, by image name, in the order of ``tasks``.
     """
     total = ready + len(tasks)
     with (
@@ -144,7 +144,7 @@ def _write_all(name: str, tasks: list[_Task], workers: int, ready: int) -> dict[
                 future.result()
                 bar.update()
         except BaseException:
-            # After ctrl-C too, only the files that are being written are finished.
+            # After Ctrl-C, too, only the files in progress are completed.
             pool.shutdown(cancel_futures=True)
             raise
     return {key: future.result() for key, future in futures.items()}
@@ -158,7 +158,7 @@ def _write(task: _Task, labels: Labels) -> Any:
     except DAMAGE as error:
         raise ValueError(f"the image {task.image} cannot be read: {error}") from error
     if prepared.shape[:2] != size:
-        sizes = f"{_shown(prepared.shape)} and {_shown(size)} pixels"
+        sizes = f"{_format_size(prepared.shape)} and {_format_size(size)} pixels"
         raise ValueError(f"the label file {task.sources[0]} and its image {task.image} differ in size: {sizes}")
     if not task.target.is_file():
         with atomic_write(task.target) as temporary:
@@ -166,5 +166,5 @@ def _write(task: _Task, labels: Labels) -> Any:
     return entry
 
 
-def _shown(size: tuple[int, ...]) -> str:
+def _format_size(size: tuple[int, ...]) -> str:
     return f"{size[1]}x{size[0]}"

@@ -1,4 +1,4 @@
-"""Panoptic quality. ``PanopticEvaluator`` needs Detectron2, the rest does not."""
+"""Panoptic quality. Only ``PanopticEvaluator`` needs Detectron2."""
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""Panoptic quality of a folder of predictions: ``python -m spar_d2.evaluation.panoptic``; needs no Detectron2."""
+"""Command line tool for the panoptic quality of a folder of predictions. Needs no Detectron2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spar_d2.utils.io import check_not_read, write_json
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compare as the arguments say, by default those of the command line; writes the scores and prints a table."""
+    """Compare predictions with ground truth, write the scores and print a table."""
     args = _parse_args(arguments)
     with readable_errors():
         if args.workers < 1:
@@ -35,22 +35,22 @@ def main(arguments: list[str] | None = None) -> None:
 def _parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m spar_d2.evaluation.panoptic",
-        description="Panoptic, segmentation and recognition quality of predictions in COCO's panoptic form, by COCO's "
-        "rules: over all categories, things, stuff, and each category.",
+        description="Panoptic, segmentation and recognition quality of predictions in COCO's panoptic format, by "
+        "COCO's rules: for all categories, things, stuff, and each category.",
     )
     add = parser.add_argument
-    add("--gt-json", type=Path, required=True, metavar="FILE", help="the ground truth")
-    add("--gt-dir", type=Path, metavar="DIR", help="its PNGs (default: named as the JSON, without .json)")
-    add("--pred-json", type=Path, required=True, metavar="FILE", help="the predictions")
-    add("--pred-dir", type=Path, metavar="DIR", help="their PNGs (default: named as the JSON, without .json)")
-    add("--output", type=Path, required=True, metavar="FILE", help="JSON with the scores, in 0..1")
-    workers = _processors()
-    add("--workers", type=int, default=workers, metavar="N", help="threads (default: one for each processor)")
+    add("--gt-json", type=Path, required=True, metavar="FILE", help="ground truth JSON")
+    add("--gt-dir", type=Path, metavar="DIR", help="folder of its PNGs (default: the JSON's name without .json)")
+    add("--pred-json", type=Path, required=True, metavar="FILE", help="prediction JSON")
+    add("--pred-dir", type=Path, metavar="DIR", help="folder of its PNGs (default: the JSON's name without .json)")
+    add("--output", type=Path, required=True, metavar="FILE", help="JSON file for the scores, in 0..1")
+    workers = _cpu_count()
+    add("--workers", type=int, default=workers, metavar="N", help="number of threads (default: number of CPUs)")
     return parser.parse_args(arguments)
 
 
-def _processors() -> int:
-    """Those that this process may use."""
+def _cpu_count() -> int:
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""Panoptic segmentations in COCO's JSON: images and their segments, read and checked."""
+"""Reads and validates COCO's panoptic JSON files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REQUIRED = object()
 
 @dataclass(frozen=True)
 class TrueImage:
-    """The ground truth of one image: its PNG's name within the folder, and its segments."""
+    """Ground truth of an image: the file name of its PNG within the folder, and its segments."""
 
     image_id: int | str
     file_name: str
@@ -26,7 +26,7 @@ class TrueImage:
 
 @dataclass(frozen=True)
 class FoundImage:
-    """The prediction for one image: its PNG's name within the folder, and the category of each segment."""
+    """Prediction for an image: the file name of its PNG within the folder, and the category of each segment."""
 
     file_name: str
     categories: dict[int, int]
@@ -34,13 +34,13 @@ class FoundImage:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What a ground truth JSON says.
+    """Content of a ground truth JSON.
 
     Attributes:
-        folder: of the PNGs.
-        names: the name of each category, in the file's order.
-        things: the categories that are things.
-        images: those with an annotation, by their ids.
+        folder: folder of the PNGs.
+        names: name of each category, in the order of the file.
+        things: categories that are things.
+        images: annotated images, by id.
     """
 
     folder: Path
@@ -49,7 +49,7 @@ class GroundTruth:
     images: dict[int | str, TrueImage] = field(repr=False)
 
     def find(self, image_id: int | str) -> int | str | None:
-        """The id by which the file knows an image; "0012" and 12 are the same where that leaves no choice."""
+        """Return the image id in the file; "0012" and 12 are equivalent if unambiguous. None if not found."""
         if image_id in self.images:
             return image_id
         number = _number(image_id)
@@ -66,30 +66,32 @@ class GroundTruth:
 
 
 def read_ground_truth(path: str | os.PathLike, folder: str | os.PathLike | None = None) -> GroundTruth:
-    """Read and check a ground truth JSON; its PNGs are read later.
+    """Read and validate a ground truth JSON. Its PNGs are not read.
 
     Args:
-        path: the JSON file.
-        folder: of the PNGs; by default named as the JSON without its suffix.
+        path: JSON file.
+        folder: folder of the PNGs; default: the JSON's name without its suffix.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: not in COCO's form.
+        FileNotFoundError: the file or folder does not exist.
+        ValueError: the content is not in COCO's format.
     """
     content, folder = _read_json(path, folder)
     names, things = {}, set()
     for where, category in _records(content, "categories", str(path)):
         number = _integer(category, "id", where)
         if number in names:
-            raise ValueError(f"{where}: the category {number} is there twice")
+            raise ValueError(f"{where}: the category {number} is listed more than once")
         names[number] = str(category.get("name", number))
         if _integer(category, "isthing", where) == 1:
             things.add(number)
     images: dict[int | str, TrueImage] = {}
     for where, annotation in _annotations(content, str(path), images):
         segments = tuple(
-            TrueSegment(*_segment(segment, place), _integer(segment, "iscrowd", place, 0) == 1, _area(segment, place))
-            for place, segment in _records(annotation, "segments_info", where)
+            TrueSegment(
+                *_segment(segment, location), _integer(segment, "iscrowd", location, 0) == 1, _area(segment, location)
+            )
+            for location, segment in _records(annotation, "segments_info", where)
         )
         images[annotation["image_id"]] = TrueImage(annotation["image_id"], annotation["file_name"], segments)
     return GroundTruth(folder, names, frozenset(things), images)
@@ -98,26 +100,26 @@ def read_ground_truth(path: str | os.PathLike, folder: str | os.PathLike | None 
 def read_predictions(
     path: str | os.PathLike, folder: str | os.PathLike | None = None
 ) -> tuple[Path, dict[int | str, FoundImage]]:
-    """Read and check a JSON of predictions; arguments and errors as :func:`read_ground_truth`.
+    """Read and validate a prediction JSON; arguments and exceptions as in :func:`read_ground_truth`.
 
     Returns:
-        The folder of the PNGs, and the prediction for each image by its id.
+        Folder of the PNGs, and predictions by image id.
     """
     content, folder = _read_json(path, folder)
     images: dict[int | str, FoundImage] = {}
     for where, annotation in _annotations(content, str(path), images):
         categories = {}
-        for place, segment in _records(annotation, "segments_info", where):
-            number, category = _segment(segment, place)
+        for location, segment in _records(annotation, "segments_info", where):
+            number, category = _segment(segment, location)
             if number in categories:
-                raise ValueError(f"{where}: the segment {number} is there twice")
+                raise ValueError(f"{where}: the segment {number} is listed more than once")
             categories[number] = category
         images[annotation["image_id"]] = FoundImage(annotation["file_name"], categories)
     return folder, images
 
 
 def _number(image_id: int | str) -> int | None:
-    """Loaders make numbers of names such as "000000000139"."""
+    """Convert an image id to an integer, because data loaders convert names such as "000000000139"."""
     if isinstance(image_id, str):
         return int(image_id) if image_id.isascii() and image_id.isdigit() else None
     return image_id
@@ -126,39 +128,39 @@ def _number(image_id: int | str) -> int | None:
 def _read_json(path: str | os.PathLike, folder: str | os.PathLike | None) -> tuple[dict, Path]:
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"the file {path} does not exist")
     folder = Path(folder) if folder else path.with_suffix("")
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder} with the PNGs of {path}")
+        raise FileNotFoundError(f"the folder {folder} with the PNGs of {path} does not exist")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object with the key 'annotations', it holds {_kind(content)}")
+        raise ValueError(f"{path} must hold an object with the key 'annotations', got {_kind(content)}")
     return content, folder
 
 
 def _annotations(content: dict, path: str, known: dict) -> Iterator[tuple[str, dict]]:
-    """Annotations whose id and file name are right, and what to call each in errors."""
+    """Yield annotations with valid ids and file names, and their names in error messages."""
     for where, annotation in _records(content, "annotations", path):
         image_id = annotation.get("image_id")
         if isinstance(image_id, bool) or not isinstance(image_id, int | str):
             raise ValueError(f"{where}: 'image_id' must be a number or a string, got {_kind(image_id)}")
         where = f"{path}, image {image_id!r}"
         if image_id in known:
-            raise ValueError(f"{where}: it is there twice")
+            raise ValueError(f"{where}: the image is listed more than once")
         name = annotation.get("file_name")
         if not isinstance(name, str) or not name or "\0" in name:
-            raise ValueError(f"{where}: 'file_name' must be a name, got {_kind(name)}")
-        # Files of others name nothing outside of their folder.
+            raise ValueError(f"{where}: 'file_name' must be a file name, got {_kind(name)}")
+        # Untrusted files must not refer to files outside their folder.
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise ValueError(f"{where}: 'file_name' must be within the folder of the PNGs, got {name}")
         yield where, annotation
 
 
 def _records(content: dict, key: str, where: str) -> Iterator[tuple[str, dict]]:
-    """The objects of a list, and what to call each in errors."""
+    """Yield the objects of a list, and their names in error messages."""
     if not isinstance(content.get(key), list):
         raise ValueError(f"{where}: {key!r} must be a list, got {_kind(content.get(key))}")
     for index, record in enumerate(content[key]):
@@ -168,7 +170,7 @@ def _records(content: dict, key: str, where: str) -> Iterator[tuple[str, dict]]:
 
 
 def _segment(segment: dict, where: str) -> tuple[int, int]:
-    """Id and category."""
+    """Return the id and category of a segment."""
     number = _integer(segment, "id", where)
     if not VOID < number < IDS:
         raise ValueError(f"{where}: 'id' must be in 1..{IDS - 1} ({VOID} is void), got {number}")

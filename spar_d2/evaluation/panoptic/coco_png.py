@@ -1,4 +1,4 @@
-"""Panoptic segmentations as PNGs, whose colors are ids; comparing those of two folders."""
+"""Reads, writes and compares panoptic PNGs, whose colors encode segment ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spar_d2.utils.io import atomic_write
 def compare_image(
     truth: GroundTruth, image_id: int | str, prediction: np.ndarray, predicted: Mapping[int, int]
 ) -> PanopticCounts:
-    """Counts of one image, whose true ids are read now; see :func:`panoptic_quality` and :func:`read_ids`."""
+    """Compare a prediction with the ground truth of an image; see :func:`panoptic_quality` and :func:`read_ids`."""
     image = truth.images[image_id]
     ids = read_ids(truth.folder / image.file_name)
     name = f"{image_id} ({image.file_name})"
@@ -32,36 +32,38 @@ def compare_image(
 def compare_folders(
     truth: GroundTruth, folder: Path, predictions: dict[int | str, FoundImage], workers: int
 ) -> PanopticCounts:
-    """Counts over all images of a ground truth; predictions for other images are left out.
+    """Compare all images of the ground truth. Predictions for other images are ignored.
 
     Args:
-        truth: what to compare with.
+        truth: ground truth.
         folder, predictions: see :func:`read_predictions`.
-        workers: threads.
+        workers: number of threads.
 
     Raises:
-        ValueError: an image without prediction, a PNG that cannot be read, or see :func:`panoptic_quality`.
+        ValueError: an image has no prediction, or a PNG cannot be read; or as :func:`panoptic_quality`.
     """
     check_complete(truth, predictions)
 
     def compare(image_id: int | str) -> PanopticCounts:
-        found = predictions[image_id]
-        return compare_image(truth, image_id, read_ids(folder / found.file_name), found.categories)
+        prediction = predictions[image_id]
+        return compare_image(truth, image_id, read_ids(folder / prediction.file_name), prediction.categories)
 
     total = PanopticCounts.zeros(truth.names)
     pool = ThreadPoolExecutor(workers)
     try:
         counts = pool.map(compare, truth.images)
-        for one in tqdm(counts, total=len(truth.images), desc="comparing", unit="image", disable=None, leave=False):
-            total += one
+        for image_counts in tqdm(
+            counts, total=len(truth.images), desc="comparing", unit="image", disable=None, leave=False
+        ):
+            total += image_counts
     finally:
-        # An interrupt, too, need not wait for all that are to come.
+        # On an interrupt, do not wait for pending images.
         pool.shutdown(cancel_futures=True)
     return total
 
 
 def check_complete(truth: GroundTruth, predictions: Container, hint: str = "") -> None:
-    """Raise ``ValueError``, naming some, if images of the ground truth are not in ``predictions``."""
+    """Raise ``ValueError`` if images of the ground truth are not in ``predictions``."""
     missing = [image_id for image_id in truth.images if image_id not in predictions]
     if missing:
         shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
@@ -71,12 +73,12 @@ def check_complete(truth: GroundTruth, predictions: Container, hint: str = "") -
 
 
 def write_ids(ids: np.ndarray, path: str | os.PathLike) -> None:
-    """Write an (H, W) map of integers as a panoptic PNG.
+    """Write segment ids (H, W) as a panoptic PNG.
 
     Raises:
-        ValueError: ids below 0 or above 2**24 - 1, for which there is no color.
+        ValueError: an id is outside 0..2**24 - 1 and cannot be encoded as a color.
     """
     if ids.size and not 0 <= ids.min() <= ids.max() < IDS:
-        raise ValueError(f"ids must be in 0..{IDS - 1} to be colors of {path}, got {ids.min()}..{ids.max()}")
+        raise ValueError(f"ids must be in 0..{IDS - 1} to be encoded in {path}, got {ids.min()}..{ids.max()}")
     with atomic_write(path) as temporary:
         Image.fromarray(as_colors(ids)).save(temporary, format="PNG")

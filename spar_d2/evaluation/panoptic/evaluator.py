@@ -1,4 +1,4 @@
-"""Panoptic segmentation as a Detectron2 evaluator."""
+"""Detectron2 evaluator for panoptic segmentation."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ _DUMP = "panoptic_seg_predictions"
 
 
 class PanopticEvaluator(DatasetEvaluator):
-    """Panoptic quality by COCO's rules.
+    """Computes panoptic quality by COCO's rules.
 
-    Takes Detectron2's "panoptic_seg" in both of its forms: ids with a list of segments, where 0 is void; and
-    category * label_divisor + instance without one, where -1 is void. Each image is compared at once with its ground
-    truth, which is read for it; only counts are kept. An image counts once, however often it comes.
+    Supports both formats of Detectron2's "panoptic_seg": ids with a list of segments, where 0 is void; and labels
+    category * label_divisor + instance without a list, where -1 is void. Each image is compared with its ground truth
+    immediately, and only counts are stored. Duplicate images are counted once.
 
     Args:
-        dataset_name: registered name; its metadata must have "panoptic_json", "panoptic_root" and, to find a dataset's
-            category by the contiguous one, "thing_dataset_id_to_contiguous_id" and "stuff_dataset_id_to_contiguous_id".
-            Where they are not there yet when the first image comes, the data set is loaded, which may bring them.
-        output_dir: if given, write the scores of all categories ("panoptic_seg_scores.json") there and, with
-            ``dump_predictions``, the predictions in COCO's form ("panoptic_seg_predictions.json" and a folder of PNGs).
-        distributed: put together the counts of all processes; the first returns the scores.
+        dataset_name: name of a registered data set; its metadata must have "panoptic_json", "panoptic_root" and, to map
+            contiguous categories to the data set's, "thing_dataset_id_to_contiguous_id" and
+            "stuff_dataset_id_to_contiguous_id". If they are missing when the first image is processed, the data set is
+            loaded, which may set them.
+        output_dir: if given, scores of all categories are written there ("panoptic_seg_scores.json") and, with
+            ``dump_predictions``, predictions in COCO's format ("panoptic_seg_predictions.json" and a folder of PNGs).
+        distributed: combine the counts of all processes; only the main process returns scores.
         dump_predictions: see ``output_dir``.
-        separate: the predictions number things from 0 and stuff from 1 on, as PanopticFPN's do, whatever the contiguous
-            categories of the data set are.
+        separate: predictions use PanopticFPN's classes, where things start at 0 and stuff starts at 1, instead of the
+            contiguous categories of the data set.
 
     Raises:
-        ValueError: predictions are to be written but not where.
+        ValueError: ``dump_predictions`` is set without an ``output_dir``.
     """
 
     def __init__(
@@ -71,17 +72,17 @@ class PanopticEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        # For every image its rows: a category's place, and that row of PanopticCounts.values.
+        # For each image: rows of (category index, row of PanopticCounts.values).
         self._counted: dict[int | str, np.ndarray] = {}
         self._dumped: dict[int | str, dict] = {}
-        self._strange: set[int | str] = set()
+        self._unknown: set[int | str] = set()
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Count one batch; images that are not in the ground truth are left out.
+        """Process a batch. Images that are not in the ground truth are ignored.
 
         Raises:
-            ValueError: an input without "image_id" or an output without "panoptic_seg", segments that are not those of
-                the map, an unknown category, sizes that differ, or ground truth that is missing or damaged.
+            ValueError: an input has no "image_id" or an output no "panoptic_seg", the segments do not match the map, a
+                category is unknown, sizes differ, or the ground truth is missing or corrupt.
         """
         truth, form = self._load()
         for record, output in zip(inputs, outputs):
@@ -90,26 +91,26 @@ class PanopticEvaluator(DatasetEvaluator):
                     raise ValueError(f'PanopticEvaluator needs "{key}", got {sorted(values)}')
             image_id = truth.find(record["image_id"])
             if image_id is None:
-                self._strange.add(record["image_id"])
+                self._unknown.add(record["image_id"])
                 continue
             panoptic, segments = output["panoptic_seg"]
             ids, categories = form.read(panoptic, segments, f"the prediction for the image {image_id}")
             self._count(truth, image_id, ids, categories)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """What was counted so far, without dumped predictions; :meth:`load_state_dict` goes on from it."""
+        """Return the counts so far, without dumped predictions, for :meth:`load_state_dict`."""
         truth = self._load()[0]
-        places = {image_id: place for place, image_id in enumerate(truth.images)}
+        indices = {image_id: index for index, image_id in enumerate(truth.images)}
         rows = list(self._counted.values())
         return {
             "categories": np.array(list(truth.names), dtype=np.int64),
-            "images": np.array([places[image_id] for image_id in self._counted], dtype=np.int64),
+            "images": np.array([indices[image_id] for image_id in self._counted], dtype=np.int64),
             "sizes": np.array([len(part) for part in rows], dtype=np.int64),
             "rows": np.concatenate([np.zeros((0, 5)), *rows]),
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Go on from what :meth:`state_dict` gave. Raises ``ValueError`` for counts of other categories or images."""
+        """Restore counts of :meth:`state_dict`. Raises ``ValueError`` if they belong to other categories or images."""
         truth = self._load()[0]
         ids, images, sizes = list(truth.images), state["images"], state["sizes"]
         if (
@@ -117,34 +118,32 @@ class PanopticEvaluator(DatasetEvaluator):
             or (images.size and images.max() >= len(ids))
             or (len(images), sizes.sum()) != (len(sizes), len(state["rows"]))
         ):
-            raise ValueError(f"these counts are not of the categories and images of {self.dataset_name!r}")
+            raise ValueError(f"these counts do not match the categories and images of {self.dataset_name!r}")
         rows = np.split(state["rows"], np.cumsum(sizes)[:-1]) if len(sizes) else []
-        self._counted = {ids[place]: part for place, part in zip(images.tolist(), rows)}
+        self._counted = {ids[index]: part for index, part in zip(images.tolist(), rows)}
 
     def evaluate(self) -> OrderedDict | None:
-        """Scores in percent as {"panoptic_seg": {...}}; None in all processes but the first.
+        """Compute scores in percent, as {"panoptic_seg": {...}}; None in all processes but the main one.
 
         Returns:
-            "PQ", "SQ" and "RQ", with "_th" of things and with "_st" of stuff, as Detectron2's own evaluator, and
-            "PQ-name" for every category (its id added where several share a name), 0 for one that occurs neither in the
-            ground truth nor in predictions.
+            "PQ", "SQ" and "RQ", with the suffix "_th" for things and "_st" for stuff, as Detectron2's evaluator; and
+            "PQ-name" for every category, followed by its id if several categories share the name. It is 0 if the
+            category is neither in the ground truth nor in the predictions.
 
         Raises:
-            ValueError: there are images that have not come.
+            ValueError: images of the ground truth have not been processed.
         """
-        counted, dumped, strange = self._counted, self._dumped, self._strange
+        counted, dumped, unknown = self._counted, self._dumped, self._unknown
         if self.distributed:
-            gathered = gather_when_done((counted, dumped, strange))
+            gathered = gather_when_done((counted, dumped, unknown))
             if not comm.is_main_process():
                 return None
-            counted, dumped, strange = {}, {}, set()
+            counted, dumped, unknown = {}, {}, set()
             for part in gathered:
-                # Samplers that even out the processes give an image to several.
-                counted, dumped, strange = part[0] | counted, part[1] | dumped, part[2] | strange
+                # Distributed samplers may give an image to several processes, to balance them.
+                counted, dumped, unknown = part[0] | counted, part[1] | dumped, part[2] | unknown
         truth = self._load()[0]
-        hint = (
-            f"; there were {len(strange)} that it does not have, such as {min(strange, key=str)!r}" if strange else ""
-        )
+        hint = f"; {len(unknown)} images are not in it, such as {min(unknown, key=str)!r}" if unknown else ""
         check_complete(truth, counted, hint)
         scores = _total(truth, counted.values()).scores(truth.things)
         if self.output_dir:
@@ -173,8 +172,8 @@ class PanopticEvaluator(DatasetEvaluator):
         values = compare_image(truth, image_id, ids, categories).values
         if self.dump_predictions:
             self._dumped[image_id] = self._dump(truth, image_id, ids, categories)
-        places = np.flatnonzero(values.any(axis=1))
-        self._counted[image_id] = np.column_stack([places, values[places]])
+        indices = np.flatnonzero(values.any(axis=1))
+        self._counted[image_id] = np.column_stack([indices, values[indices]])
 
     def _dump(self, truth: GroundTruth, image_id: int | str, ids: np.ndarray, categories: dict[int, int]) -> dict:
         file_name = truth.images[image_id].file_name

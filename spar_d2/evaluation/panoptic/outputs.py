@@ -1,4 +1,4 @@
-"""What Detectron2's models return as "panoptic_seg", as ids and their data set's categories. Needs no Detectron2."""
+"""Converts "panoptic_seg" outputs of Detectron2's models to ids and categories of a data set. Needs no Detectron2."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from spar_d2.evaluation.panoptic.quality import VOID, check_map, segment_ids
 
 @dataclass(frozen=True)
 class OutputForm:
-    """How to read the predictions for a data set.
+    """Format of the predictions for a data set.
 
     Attributes:
-        things, stuff: the data set's category for each contiguous one; both may use the same numbers.
-        label_divisor: of labels category * label_divisor + instance, if there are such.
+        things, stuff: mappings from contiguous categories to the data set's; both may use the same contiguous numbers.
+        label_divisor: divisor of labels category * label_divisor + instance, if that format is used.
     """
 
     things: Mapping[int, int]
@@ -27,19 +27,19 @@ class OutputForm:
     def read(
         self, ids: torch.Tensor | np.ndarray, segments: list[dict] | None, name: str
     ) -> tuple[np.ndarray, dict[int, int]]:
-        """The ids of a prediction and the category of each.
+        """Convert a prediction to ids and their categories.
 
         Args:
             ids: (H, W) integers.
-            segments: {"id", "category_id", "isthing"} each, where the category is contiguous, or the data set's own
-                without "isthing"; id 0 is void. None: ``ids`` are labels, -1 is void.
-            name: of the prediction, for errors.
+            segments: dicts of "id", "category_id" and "isthing". Categories are contiguous, or those of the data set if
+                "isthing" is missing. Id 0 is void. None means that ``ids`` are labels, where -1 is void.
+            name: name of the prediction in error messages.
 
         Returns:
-            (H, W) integers with 0 for void, and the data set's category of each id.
+            (H, W) integers, where 0 is void, and the data set's category of each id.
 
         Raises:
-            ValueError: not in one of these forms, or an unknown category.
+            ValueError: the format is invalid, or a category is unknown.
         """
         ids = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
         check_map(ids, name)
@@ -53,23 +53,24 @@ class OutputForm:
             number, category, thing = int(segment["id"]), int(segment["category_id"]), segment.get("isthing")
             if number in categories:
                 raise ValueError(f"{name}: the segment {number} is listed more than once")
-            categories[number] = category if thing is None else self._own(category, bool(thing), name)
+            categories[number] = category if thing is None else self._dataset_category(category, bool(thing), name)
         return categories
 
     def _from_labels(self, labels: np.ndarray, name: str) -> tuple[np.ndarray, dict[int, int]]:
         if not self.label_divisor:
-            raise ValueError(f'{name} has no list of segments, and the data set no "label_divisor" in its metadata')
-        # Label 0 is a segment, too: all move up by one, and void to 0.
+            raise ValueError(f'{name} has no list of segments, and the data set has no "label_divisor" in its metadata')
+        # Label 0 is a segment. Adding one maps void to 0.
         ids = np.add(labels, 1, dtype=np.int64)
-        found = segment_ids(ids).tolist()
-        if found and found[0] < VOID:
-            raise ValueError(f"{name}: labels must be -1 (void) or more, got {found[0] - 1}")
-        categories = {number: (number - 1) // self.label_divisor for number in found if number != VOID}
+        present = segment_ids(ids).tolist()
+        if present and present[0] < VOID:
+            raise ValueError(f"{name}: labels must be -1 (void) or more, got {present[0] - 1}")
+        categories = {number: (number - 1) // self.label_divisor for number in present if number != VOID}
         return ids, {
-            number: self._own(category, category in self.things, name) for number, category in categories.items()
+            number: self._dataset_category(category, category in self.things, name)
+            for number, category in categories.items()
         }
 
-    def _own(self, category: int, thing: bool, name: str) -> int:
+    def _dataset_category(self, category: int, thing: bool, name: str) -> int:
         categories = self.things if thing else self.stuff
         if category not in categories:
             kind = "thing" if thing else "stuff"

@@ -1,4 +1,4 @@
-"""Counts of panoptic segmentation, and the scores that they make, in numpy alone."""
+"""Counts and scores of panoptic segmentation. Needs only NumPy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _GROUPS = ("All", "Things", "Stuff")
 
 @dataclass(frozen=True, eq=False)
 class PanopticCounts:
-    """What was found, category by category; counts of several images are added with ``+``.
+    """Counts by category. Counts of several images are added with ``+``.
 
     Attributes:
-        categories: C ids.
-        values: (C, 4) float64; for each category the sum of the IoUs of its pairs, the true positives (which are the
-            pairs), the false positives and the false negatives.
+        categories: ids of the C categories.
+        values: (C, 4) float64: sum of the IoUs of matches, and numbers of true positives (matches), false positives and
+            false negatives.
     """
 
     categories: tuple[int, ...]
@@ -25,7 +25,7 @@ class PanopticCounts:
 
     @classmethod
     def zeros(cls, categories: Iterable[int]) -> PanopticCounts:
-        """Counts of no image."""
+        """Create zero counts."""
         categories = tuple(categories)
         return cls(categories, np.zeros((len(categories), 4)))
 
@@ -37,20 +37,20 @@ class PanopticCounts:
         return PanopticCounts(self.categories, self.values + other.values)
 
     def scores(self, things: Collection[int]) -> dict[str, dict]:
-        """Scores in 0..1.
+        """Compute scores in 0..1.
 
         Args:
-            things: the categories that are things; the others are stuff.
+            things: categories that are things; the others are stuff.
 
         Returns:
-            "All", "Things" and "Stuff", each {"pq", "sq", "rq", "n"}: means over the ``n`` categories with any true
-            positive, false positive or false negative, 0 where there is none; and "per_class": {category: {"pq", "sq",
-            "rq"}} of every category, 0 where it has none.
+            "All", "Things" and "Stuff", each {"pq", "sq", "rq", "n"}: means over the ``n`` categories with a true
+            positive, false positive or false negative, or 0 if there are none; and "per_class": {category: {"pq", "sq",
+            "rq"}} of every category, 0 for those without counts.
         """
-        iou, found, extra, missed = self.values.T
-        total = found + extra / 2 + missed / 2
+        iou, matched, false_positives, false_negatives = self.values.T
+        total = matched + false_positives / 2 + false_negatives / 2
         each = np.zeros((3, len(total)))
-        for score, (top, bottom) in zip(each, ((iou, total), (iou, found), (found, total))):
+        for score, (top, bottom) in zip(each, ((iou, total), (iou, matched), (matched, total))):
             np.divide(top, bottom, out=score, where=bottom > 0)
         thing = np.array([category in things for category in self.categories], dtype=bool)
         scores: dict[str, dict] = {}
@@ -63,7 +63,7 @@ class PanopticCounts:
 
 
 def score_table(scores: Mapping[str, Mapping], names: Mapping[int, str] | None = None) -> str:
-    """What :meth:`PanopticCounts.scores` gave, in percent, as lines of text; with ``names`` also every category."""
+    """Format :meth:`PanopticCounts.scores` in percent, as a table; with ``names``, one row per category is added."""
     rows = [(name, scores[name], f"{scores[name]['n']:>10}") for name in _GROUPS]
     rows += [(name, scores["per_class"][category], "") for category, name in (names or {}).items()]
     width = max(len(name) for name, _, _ in rows)
