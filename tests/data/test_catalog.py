@@ -123,7 +123,7 @@ def test_colors_of_voc_are_its_own():
 @pytest.mark.parametrize("name", LABELED_SETS)
 def test_what_is_not_on_disk_says_what_to_do(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=rf"download .* unpack .* then run tools/prepare_datasets\.py {name} "):
+    with pytest.raises(FileNotFoundError, match=rf"download .* unpack .* then run spar-d2 prepare {name} "):
         DatasetCatalog.get(name)
     assert found(name) == (0, LABELED_SETS[name].images)
     part = "training" if name in TRAINING_SPLITS else "validation"

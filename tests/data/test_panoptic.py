@@ -194,8 +194,8 @@ def test_another_root_may_follow(root, kind):
 
 REMEDIES = {
     "coco": "panoptic_annotations_trainval2017.zip",
-    "cityscapes": "python tools/prepare_datasets.py cityscapes_panoptic",
-    "ade20k": "python tools/prepare_datasets.py ade20k_panoptic",
+    "cityscapes": "spar-d2 prepare cityscapes_panoptic",
+    "ade20k": "spar-d2 prepare ade20k_panoptic",
 }
 
 

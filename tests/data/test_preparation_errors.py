@@ -43,7 +43,7 @@ def test_missing_archives_are_named(name, root):
     assert (state.images, state.prepared, len(state.missing)) == (3, 0, 1)
     with pytest.raises(FileNotFoundError, match=state.missing[0]):
         prepare(name)
-    with pytest.raises(FileNotFoundError, match=rf"{state.missing[0]}.*then run tools/prepare_datasets\.py {name}"):
+    with pytest.raises(FileNotFoundError, match=rf"{state.missing[0]}.*then run spar-d2 prepare {name}"):
         DatasetCatalog.get(name)
 
 
@@ -89,7 +89,7 @@ def test_missing_labels(name, root, caplog):
     part = "training" if name.endswith("_train") else "validation"
     assert f"{name}: only 2 of 3 {part} images are available and prepared" in caplog.text
     assert found(name) == (2, 3)
-    assert missing(name).startswith(f"{name}: 2 of 3 {part} images are prepared; run tools/")
+    assert missing(name).startswith(f"{name}: 2 of 3 {part} images are prepared; run spar-d2 prepare")
 
 
 @pytest.mark.parametrize("name", LABELED_SETS)

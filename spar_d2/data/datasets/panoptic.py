@@ -94,14 +94,14 @@ def panoptic_datasets() -> dict[str, PanopticDataset]:
             f"cityscapes/gtFine/cityscapes_panoptic_{split}.json",
             cityscapes_panoptic.categories,
             _in_city,
-            "run: python tools/prepare_datasets.py cityscapes_panoptic",
+            "run: spar-d2 prepare cityscapes_panoptic",
         )
         datasets[f"spar_ade20k_panoptic_{split}"] = PanopticDataset(
             f"ADEChallengeData2016/images/{folder}",
             f"ADEChallengeData2016/ade20k_panoptic_{split}.json",
             ade20k_panoptic.categories,
             _by_name,
-            "run: python tools/prepare_datasets.py ade20k_panoptic",
+            "run: spar-d2 prepare ade20k_panoptic",
         )
     for split in SCENE_SPLITS:
         datasets[f"spar_scenes_panoptic_{split}"] = PanopticDataset(

@@ -80,4 +80,4 @@ def missing(name: str, root: str | os.PathLike | None = None) -> str:
         return ""
     shown = f"{name}: {state.prepared} of {state.expected} {state.part} images are prepared"
     first = f"{state.reason}; then run" if state.reason else "run"
-    return f"{shown}; {first} tools/prepare_datasets.py {name} (docs/datasets.md)"
+    return f"{shown}; {first} spar-d2 prepare {name} (docs/datasets.md)"
