@@ -45,7 +45,7 @@ def test_what_is_no_image_is_named(tiny_model, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(ValueError, match=r"text\.jpg cannot be read"):
         spar_d2.segment(tmp_path / "text.jpg", "a", *tiny_model)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         spar_d2.segment(tmp_path / "none.jpg", "a", *tiny_model)
     with pytest.raises(ValueError, match="uint8 RGB"):
         spar_d2.segment(np.zeros((4, 4)), "a", *tiny_model)

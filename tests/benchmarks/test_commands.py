@@ -200,7 +200,7 @@ def test_full_maps_without_room_are_left_out(benchmark, capsys):
     [
         (["--words", "0"], "--words must be at least 1, got 0"),
         (["--long-side", "0"], "--long-side must be at least 1, got 0"),
-        (["--image", "nowhere.jpg"], "image: there is no file nowhere.jpg"),
+        (["--image", "nowhere.jpg"], "image: nowhere.jpg does not exist"),
         (["--encoder", "ViT-B-61"], "--encoder: there is no encoder for 'ViT-B-61'"),
     ],
 )

@@ -65,7 +65,7 @@ def test_all_that_is_there(root, monkeypatch, capsys):
             "cityscapes_panoptic_train",
         )
         assert (f"{name}: 3 labels written" in output) == there
-        assert (f"{name}: left out, fetch" in output) != there
+        assert (f"{name}: left out, download" in output) != there
 
 
 def test_the_table(root, monkeypatch, capsys):
@@ -83,9 +83,9 @@ def test_the_table(root, monkeypatch, capsys):
     assert cells["voc20"] == "3/3 0 prepare"
     assert cells["cityscapes"] == "2/3 0 find 1 missing images, prepare"
     assert cells["cityscapes_panoptic_val"] == "2/3 0 find 1 missing images, prepare"
-    assert cells["voc21_train"] == "0/3 0 fetch VOCtrainval_11-May-2012.tar"
-    assert cells["ade20k_panoptic_train"] == "0/3 0 fetch ADEChallengeData2016.zip and annotations_instance.tar"
-    assert cells["coco_object"] == "0/3 0 fetch val2017.zip and stuffthingmaps_trainval2017.zip"
+    assert cells["voc21_train"] == "0/3 0 download VOCtrainval_11-May-2012.tar"
+    assert cells["ade20k_panoptic_train"] == "0/3 0 download ADEChallengeData2016.zip and annotations_instance.tar"
+    assert cells["coco_object"] == "0/3 0 download val2017.zip and stuffthingmaps_trainval2017.zip"
 
 
 def test_a_part(root, monkeypatch, capsys):
@@ -93,7 +93,7 @@ def test_a_part(root, monkeypatch, capsys):
     (root / "ADEChallengeData2016/images/validation/ADE_val_00000002.jpg").unlink()
     with pytest.raises(SystemExit):
         run(monkeypatch, "ade20k")
-    assert "ADE_val_00000002.jpg; --partial prepares those that are there" in capsys.readouterr().err
+    assert "ADE_val_00000002.jpg; --partial prepares the available ones" in capsys.readouterr().err
     run(monkeypatch, "ade20k", "--partial")
     assert "ade20k: 2 labels written" in capsys.readouterr().out
     assert [record["image_id"][-1] for record in DatasetCatalog.get("ade20k")] == ["1", "3"]
@@ -107,7 +107,7 @@ def test_a_name_for_several(group, root, monkeypatch, capsys):
     output = capsys.readouterr().out.splitlines()
     prepared = [line.split(":")[0] for line in output if "3 labels written, 0 were there" in line]
     assert prepared == [name for name in GROUPS[group] if not name.endswith("_train")]
-    left_out = [line for line in output if "left out, fetch " in line]
+    left_out = [line for line in output if "left out, download " in line]
     assert [line.split(":")[0] for line in left_out] == [name for name in GROUPS[group] if name.endswith("_train")]
     tree(f"{base}_train", root)
     run(monkeypatch, group, f"{group}_val")
@@ -121,11 +121,11 @@ def test_a_name_for_several(group, root, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cityscapes_panoptic"], "fetch leftImg8bit_trainvaltest.zip from www.cityscapes-dataset.com/downloads"),
-        (["ade20k_panoptic"], "fetch ADEChallengeData2016.zip"),
+        (["cityscapes_panoptic"], "download leftImg8bit_trainvaltest.zip from www.cityscapes-dataset.com/downloads"),
+        (["ade20k_panoptic"], "download ADEChallengeData2016.zip"),
         (["voc"], "NAME must be one of voc21, "),
         (["all"], "no official files of any data set are in "),
-        (["voc21"], "fetch VOCtrainval_11-May-2012.tar"),
+        (["voc21"], "download VOCtrainval_11-May-2012.tar"),
         (["voc21", "--workers", "0"], "--workers must be at least 1, got 0"),
     ],
 )

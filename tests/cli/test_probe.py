@@ -170,7 +170,7 @@ def test_ctrl_c_in_testing_keeps_the_probe_and_other_settings_begin_anew(probe, 
     ("arguments", "opts", "message"),
     [
         (["--rows", "student"], [], "--rows student needs the student's weights: --student FILE"),
-        (["--student", "nowhere.safetensors"], [], "--student: there is no file nowhere.safetensors"),
+        (["--student", "nowhere.safetensors"], [], "--student: nowhere.safetensors does not exist"),
         ([], ["DATASETS.TRAIN", "('voc21_train',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "13"], "must be 21, the number"),
         (["--config-file", VOC], ["DATASETS.TEST", "('voc21',)"], "voc21_train: 0 of 1464 training images are prep"),
         (["--config-file", "none.yaml"], [], "--config-file: there is no file none.yaml"),
@@ -180,7 +180,11 @@ def test_ctrl_c_in_testing_keeps_the_probe_and_other_settings_begin_anew(probe, 
         ([], ["MODEL.SPAR.INFERENCE", "sliding_window"], "MODEL.SPAR.INFERENCE must be 'single_pass' here"),
         ([], ["MODEL.WEIGHTS", "x.pth"], "MODEL.WEIGHTS must be '' here, got 'x.pth'"),
         ([], ["SPAR.EMA_DECAY", "0.9"], "SPAR.EMA_DECAY must be 0.0 here, got 0.9"),
-        ([], ["INPUT.RANDOM_FLIP", "horizontal", "SPAR.PROBE.CACHE_DIR", "x"], "to keep features, INPUT.RANDOM_FLIP"),
+        (
+            [],
+            ["INPUT.RANDOM_FLIP", "horizontal", "SPAR.PROBE.CACHE_DIR", "x"],
+            "to precompute features, INPUT.RANDOM_FLIP",
+        ),
     ],
 )
 def test_wrong_flags_are_one_line(probe, arguments, opts, message, capsys, tmp_path):

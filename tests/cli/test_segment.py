@@ -102,7 +102,7 @@ def test_a_photo_into_a_new_folder(demo, photo, tmp_path, capsys):
     assert "photo.png: 103x71, " in printed.out
     largest = record["classes"][0]
     assert f"  {largest['name']} {largest['area']:.1%}" in printed.out
-    assert "1 photo, median" in printed.out
+    assert "1 image, median" in printed.out
     reason = "has no word that is not of another class: it is never predicted."
     assert printed.err == f"warning: Class 4 of the vocabulary, 'star', {reason}\n"
 
@@ -114,7 +114,7 @@ def test_a_folder_with_what_is_no_photo(demo, photo_folder, tmp_path, capsys):
     assert demo("--input", photo_folder, "--vocabulary", WORDS, "--output", tmp_path / "out") == 0
     assert files_in(tmp_path / "out") == ["a.png", "a_2.png", "b.png", "more/c.png"]
     printed = capsys.readouterr()
-    assert "4 photos, median" in printed.out and "skipped 1: bad.jpg" in printed.out
+    assert "4 images, median" in printed.out and "skipped 1: bad.jpg" in printed.out
     assert "skipped: image: " in printed.err and "bad.jpg cannot be read" in printed.err
 
 
@@ -309,17 +309,17 @@ def scene_classes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", "nowhere.jpg"], "--input: there is no file or folder nowhere.jpg"),
+        (["--input", "nowhere.jpg"], "--input: nowhere.jpg does not exist"),
         (["--input", "nothing/*.jpg"], "--input: no image, video or folder matches nothing/*.jpg"),
         (["--input", "empty"], "--input: there are no images"),
         (["--input", "bad.jpg"], "image: bad.jpg cannot be read"),
         (["--input", "bad.mp4"], "video: bad.mp4 cannot be opened"),
         (["--input", "photo.png", "photo.png", "bad.jpg", "--output", "one.png"], "one.png is a file, and there are 2"),
-        (["--output", "picture.tif"], "--output for a photo must end in .png, .jpg, .jpeg, .webp"),
+        (["--output", "picture.tif"], "--output for an image must end in .png, .jpg, .jpeg, .webp"),
         (["--input", "bad.mp4", "--output", "picture.png"], "--output for a video must end in .mp4"),
-        (["--output", "."], "photo.png is one of the inputs, which are never written to"),
-        (["--output", "bad.jpg/more"], "bad.jpg is a file, and bad.jpg/more/photo.png needs a folder there"),
-        (["--output", "taken"], "taken/photo.png is a folder, and cannot be replaced"),
+        (["--output", "."], "photo.png is one of the inputs, which are never overwritten"),
+        (["--output", "bad.jpg/more"], "bad.jpg is a file, but bad.jpg/more/photo.png needs a folder there"),
+        (["--output", "taken"], "taken/photo.png is a folder and cannot be replaced"),
         (["--vocabulary", "none.txt"], "there is no vocabulary file none.txt"),
         (["--vocabulary", ";"], "the vocabulary is empty"),
         (["--vocabulary", "", "--opts", "DATASETS.TEST", "()"], 'for example --vocabulary "cat, kitten; dog; sky"'),

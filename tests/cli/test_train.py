@@ -85,7 +85,7 @@ def test_stops_at_ctrl_c_resumes_and_evaluates(tiny_model, photo_folder, tmp_pat
         (["MODEL.SPAR.ENCODER", "ViT-B-61"], "did you mean ViT-B-16"),
         (["MODEL.SPAR.PRETRAINED", "nowhere.safetensors"], "MODEL.SPAR.PRETRAINED: 'nowhere.safetensors' is neither"),
         (["MODEL.SPAR.PRETRAINED", "{corrupt}"], "MODEL.SPAR.PRETRAINED: {corrupt} cannot be read as weights"),
-        (["SPAR.DATA.IMAGES", "{empty}"], "SPAR.DATA.IMAGES: there are no photos"),
+        (["SPAR.DATA.IMAGES", "{empty}"], "SPAR.DATA.IMAGES: there are no images"),
         (["SPAR.DATA.IMAGES", "{ruined}"], "SPAR.DATA.IMAGES: none of the 1 images can be decoded"),
         (["MODEL.SPAR.VOCABULARY", ";"], "vocabulary is empty"),
         (["SPAR.TEACHER.WINDOW", 8], "SPAR.TEACHER.WINDOW"),

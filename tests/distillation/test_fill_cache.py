@@ -115,7 +115,7 @@ def test_the_tool_on_two_processes(cfg, tmp_path):
     ("arguments", "message"),
     [
         (["SPAR.DATA.FROZEN", "False"], "SPAR.DATA.FROZEN must be True"),
-        (["SPAR.DATA.IMAGES", "nowhere"], "SPAR.DATA.IMAGES: there is no file or folder nowhere"),
+        (["SPAR.DATA.IMAGES", "nowhere"], "SPAR.DATA.IMAGES: nowhere does not exist"),
         (["--processes", "0"], "--processes must be at least 1"),
         (["--machine-rank", "1"], "--machine-rank must be in 0..0"),
     ],

@@ -223,7 +223,7 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--parts", "labels", "speed"], "--parts must be of features, targets, labels, .*; got speed"),
+        (["--parts", "labels", "speed"], "--parts must be out of features, targets, labels, .*; got speed"),
         (["--device", "cpu", "--minutes", "0"], "--minutes must be above 0, got 0"),
     ],
 )
