@@ -1,8 +1,8 @@
 """SPAR (Single-Pass Any-Resolution ViT) for Detectron2.
 
-Importing the package makes Detectron2 know its backbones, its meta-architecture, its data sets and its config keys
-``MODEL.SPAR.*`` and ``SPAR.*``. Registration waits until the program imports the part of Detectron2 concerned, so that
-``import spar_d2`` itself costs next to nothing.
+Importing the package registers its backbones, meta-architectures, data sets and config keys (``MODEL.SPAR.*`` and
+``SPAR.*``) with Detectron2. Registration is deferred until the corresponding module of Detectron2 is imported, so
+``import spar_d2`` itself is fast.
 """
 
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ support_old_names()
 
 
 def __getattr__(name: str):
-    # `segment` pulls in the encoders and open_clip, which a mere registration must not.
+    # `segment` is imported lazily because it imports open_clip, which is slow.
     if name == "segment":
         from spar_d2.predict import segment
 

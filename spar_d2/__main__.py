@@ -1,4 +1,4 @@
-"""``python -m spar_d2 path/to/train_net.py ARGS...``: runs a script that knows nothing of this package, with it."""
+"""``python -m spar_d2 path/to/train_net.py ARGS...``: run a script of another framework with spar_d2 registered."""
 
 from spar_d2.launcher import main
 

@@ -1,4 +1,4 @@
-"""Every config key of the project, each documented once, here."""
+"""Defaults and documentation of all config keys of the project."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def add_spar_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.SPAR.*`` and ``SPAR.*`` with their defaults to a Detectron2 config, in place.
+    """Add the keys ``MODEL.SPAR.*`` and ``SPAR.*`` with their defaults to a Detectron2 config, in place.
 
-    ``import spar_d2`` does this for Detectron2's default config, so every ``get_cfg()`` has the keys. Calling it again
-    on a config that has them changes nothing.
+    ``import spar_d2`` calls this function on Detectron2's default config, so ``get_cfg()`` returns configs with these
+    keys. The function does nothing if the config already has them.
     """
     from detectron2.config import CfgNode as CN
 
@@ -20,155 +20,167 @@ def add_spar_config(cfg: CfgNode) -> None:
         return
 
     cfg.MODEL.SPAR = CN()
-    # Image encoder, a model name: a ViT or SigLIP model of open_clip ("ViT-B-16", "ViT-B-16-SigLIP2-512") or a JSON
-    # model config file of open_clip's form, a DINOv3 ViT of timm ("vit_base_patch16_dinov3"), or DINOv3.txt
+    # Name of the image encoder: an open_clip ViT or SigLIP model ("ViT-B-16", "ViT-B-16-SigLIP2-512"), an
+    # open_clip-style JSON model config file, a DINOv3 ViT of timm ("vit_base_patch16_dinov3"), or DINOv3.txt
     # ("dinov3_vitl16_dinotxt_tet1280d20h24l").
     cfg.MODEL.SPAR.ENCODER = "ViT-B-16"
-    # Its weights: a tag of its library's ("laion2b_s34b_b88k"), a file, or "" for random ones (the same every time).
+    # Weights of the encoder: a pretrained tag of its library ("laion2b_s34b_b88k"), a weight file, or "" for random
+    # weights (always with the same seed).
     cfg.MODEL.SPAR.PRETRAINED = ""
-    # Which weights to take of a file with several, by their name in it ("ema", "teacher"); "" takes the only ones.
+    # Which weights to load from a file that holds several sets, by their key in the file ("ema", "teacher"); "" if the
+    # file holds one set.
     cfg.MODEL.SPAR.PRETRAINED_PART = ""
-    # Mean and deviation of pixels in 0..1 (red, green, blue) that the weights were trained with, "[0.5, 0.5, 0.5]", and
-    # whether their activation is QuickGELU (open_clip's ViTs alone). None is what the weight file says of itself, or
-    # else what the tag, the JSON config or the model's name does. Not to be mixed up with MODEL.PIXEL_MEAN and
-    # PIXEL_STD, which are what the framework normalizes with, and are undone.
+    # Pixel mean and standard deviation (RGB, pixels in 0..1, for example "[0.5, 0.5, 0.5]") that the weights were
+    # trained with, and whether their activation is QuickGELU (open_clip ViTs only). None reads the values from the
+    # weight file if it has them, and otherwise uses the defaults of the tag, JSON config or model. Do not confuse these
+    # with MODEL.PIXEL_MEAN and PIXEL_STD: the framework normalizes with those, and the backbone undoes it.
     cfg.MODEL.SPAR.PIXEL_MEAN = None
     cfg.MODEL.SPAR.PIXEL_STD = None
     cfg.MODEL.SPAR.QUICK_GELU = None
-    # For DINOv3.txt: folder with a clone of the dinov3 repository. Code in it is run.
+    # For DINOv3.txt: folder of a clone of the dinov3 repository. Code from this folder is executed.
     cfg.MODEL.SPAR.DINOV3_REPO = ""
-    # For DINOv3.txt: weights of the backbone, where PRETRAINED has only the vision head and the text encoder.
+    # For DINOv3.txt: backbone weights, needed if PRETRAINED holds only the vision head and the text encoder.
     cfg.MODEL.SPAR.DINOV3_BACKBONE = ""
-    # For DINOv3.txt: patch tokens of the "backbone", as the authors of SPAR take them, or of the vision "head" on it.
+    # For DINOv3.txt: use the patch tokens of the "backbone", as the SPAR authors do, or those of the vision "head".
     cfg.MODEL.SPAR.DINOV3_TOKENS = "backbone"
-    # Reproduce the authors' code at sizes that are no multiple of the patch (cut, stretch or pad as it does for the
-    # family), and add OpenCLIP's position table unresampled where a grid has the native number of cells but another
-    # shape.
+    # Reproduce the reference code of the SPAR authors at image sizes that are not a multiple of the patch size (crop,
+    # resize or pad, depending on the encoder family). OpenCLIP position embeddings are then not resampled if the patch
+    # grid has the pre-training number of patches in another shape.
     cfg.MODEL.SPAR.REFERENCE_COMPAT = False
-    # Precision of matrix products in student and teacher: "float32", "bfloat16", "float16", or "auto", which is
-    # bfloat16 on a GPU that computes in it and float32 elsewhere. With SOLVER.AMP.ENABLED in training it is that of the
-    # whole model, where "float32" stands for Detectron2's float16.
+    # Precision of matrix products in student and teacher: "float32", "bfloat16", "float16", or "auto" (bfloat16 on GPUs
+    # that support it, float32 elsewhere). With SOLVER.AMP.ENABLED, it is the autocast precision of the whole model in
+    # training; "float32" then means Detectron2's default, float16.
     cfg.MODEL.SPAR.PRECISION = "float32"
-    # Compile the blocks of the ViT with torch.compile; takes a minute at the start.
+    # Compile the ViT blocks with torch.compile. Compilation takes about a minute at startup.
     cfg.MODEL.SPAR.COMPILE = False
-    # In training, keep only the inputs of blocks and compute the rest twice: less memory, more time.
+    # Activation checkpointing in training: recompute activations in the backward pass to save memory.
     cfg.MODEL.SPAR.CHECKPOINTING = False
-    # What is trained: "all", "none", or words joined by commas, of "last_blocks:N", "blk_I" (block I; negative: from
-    # the end), "qkv_I", "mlp_I" (parts of it), "posembed", "patchembed", "attn_pool_kv" (SigLIP).
+    # Trainable parameters of the encoder: "all", "none", or a comma-separated list of "last_blocks:N", "blk_I" (block
+    # I; negative indices count from the last block), "qkv_I", "mlp_I" (layers of block I), "posembed", "patchembed" and
+    # "attn_pool_kv" (SigLIP).
     cfg.MODEL.SPAR.TRAINABLE = "last_blocks:2"
-    # Bring the framework's normalized input (PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT) to the encoder's own mean and
-    # deviation in RGB. Set it to False only where those keys already are the encoder's.
+    # Convert the framework's normalized input (PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT) to RGB with the encoder's mean and
+    # standard deviation. Set it to False only if those keys already hold the encoder's values.
     cfg.MODEL.SPAR.CONVERT_PIXELS = True
-    # What the backbone returns. SPARPyramid: any of "p2" to "p7" and "res2" to "res5" (strides 4 to 128), "dense" (the
-    # plain map) and "clip_vis_dense" (FC-CLIP's name for it); () is "p2" to "p6". SPARViT: the last two; () is "dense".
+    # Output features of the backbone. SPARPyramid: any of "p2" to "p7" and "res2" to "res5" (strides 4 to 128), "dense"
+    # (the ViT feature map) and "clip_vis_dense" (FC-CLIP's name for it); () means "p2" to "p6". SPARViT: "dense" and
+    # "clip_vis_dense"; () means "dense".
     cfg.MODEL.SPAR.OUT_FEATURES = ()
-    # Channels of the levels of SPARPyramid: one number for all (256 or [256]), or a list with one for each level of
-    # OUT_FEATURES (MaskDINO wants them to grow with the stride); None is 256.
+    # Channels of the SPARPyramid levels: one number for all levels (256 or [256]), or a list with one number for each
+    # level of OUT_FEATURES (MaskDINO needs channels that grow with the stride). None means 256.
     cfg.MODEL.SPAR.OUT_CHANNELS = None
 
-    # Classes to segment: a built-in vocabulary ("voc21", "ade20k", ...), a file in UTF-8 with one class per line and
-    # synonyms separated by ", ", or inline text ("cat, kitten; dog"). "" takes those of the data set under test.
+    # Classes to segment: a built-in vocabulary ("voc21", "ade20k", ...), a UTF-8 file with one class per line and
+    # synonyms separated by ", ", or inline text ("cat, kitten; dog"). "" uses the classes of the test data set.
     cfg.MODEL.SPAR.VOCABULARY = ""
-    # Prompt templates: "imagenet" (open_clip's 80), "simple" ("a photo of a {}."), or a file with one per line.
+    # Prompt templates: "imagenet" (the 80 templates of open_clip), "simple" ("a photo of a {}."), or a file with one
+    # template per line.
     cfg.MODEL.SPAR.TEMPLATES = "imagenet"
-    # Folder that keeps text embeddings between runs, by model, weights, templates and words; "auto" is "text" in the
-    # folder that the environment variable SPAR_CACHE names, or else in ~/.cache/spar_d2; "" keeps them in memory only.
+    # Cache folder for text embeddings, keyed by model, weights, templates and class names. "auto" is the subfolder
+    # "text" of $SPAR_CACHE (default: ~/.cache/spar_d2); "" caches in memory only.
     cfg.MODEL.SPAR.TEXT_CACHE = "auto"
-    # Factor on the cosine scores before the softmax over all words.
+    # Scale of the cosine similarities before the softmax over all class names and synonyms.
     cfg.MODEL.SPAR.LOGIT_SCALE = 40.0
-    # Pixels whose best class has a lower probability than this become class 0.
+    # Pixels whose highest class probability is below this threshold are assigned to class 0.
     cfg.MODEL.SPAR.PROB_THRESHOLD = 0.0
-    # Classes other than 0 that cover no more than this share of the pixels of all such classes are removed; 0: none.
+    # Classes that cover at most this fraction of all pixels not in class 0 are removed; 0 keeps all classes.
     cfg.MODEL.SPAR.AREA_THRESHOLD = 0.0
-    # Inference returns "labels" (H, W) in "sem_seg_labels", "scores" (classes, H, W) in Detectron2's "sem_seg", or
-    # "features" (D, h, w) in "features", which needs no classes; they are evaluated by their distance to those of the
-    # teacher, which is made of PRETRAINED: a student to evaluate goes into MODEL.WEIGHTS.
+    # Output of inference: "labels" (H, W) under the key "sem_seg_labels", "scores" (classes, H, W) under Detectron2's
+    # key "sem_seg", or "features" (D, h, w) under the key "features". "features" needs no vocabulary; the evaluator
+    # compares them with the features of a teacher built from PRETRAINED, so the student to evaluate belongs in
+    # MODEL.WEIGHTS.
     cfg.MODEL.SPAR.OUTPUT = "labels"
-    # How inference encodes the image: "single_pass", or "sliding_window" with SPAR.TEACHER's window and stride.
+    # Inference mode: "single_pass", or "sliding_window" with the window and stride of SPAR.TEACHER.
     cfg.MODEL.SPAR.INFERENCE = "single_pass"
 
     cfg.SPAR = CN()
     cfg.SPAR.TEACHER = CN()
-    # Side of the sliding window in pixels, a multiple of the patch; 0 is the encoder's pre-training size.
+    # Side of the sliding window in pixels, a multiple of the patch size; 0 means the pre-training image size of the
+    # encoder.
     cfg.SPAR.TEACHER.WINDOW = 0
-    # Step of the sliding window in pixels. One that the patch does not divide cuts every pixel differently.
+    # Stride of the sliding window in pixels. A stride that is not a multiple of the patch size shifts the patch grid
+    # from window to window.
     cfg.SPAR.TEACHER.STRIDE = 24
-    # Windows encoded at once, of all images of a step; the teacher's memory grows with it, not with the image. 0
-    # chooses by the device and the tokens of a window: on a GPU 32,768 tokens, which are 166 windows of 224 pixels.
+    # Number of windows per forward pass, over all images of a step. It bounds the memory of the teacher, regardless of
+    # the image size. 0 chooses it by device and tokens per window; on a GPU, 32,768 tokens (166 windows of 224 pixels).
     cfg.SPAR.TEACHER.BATCH_SIZE = 0
-    # Precision of the teacher's matrix products, as MODEL.SPAR.PRECISION; "" is the student's.
+    # Precision of matrix products in the teacher, as in MODEL.SPAR.PRECISION; "" uses the precision of the student.
     cfg.SPAR.TEACHER.PRECISION = ""
-    # Windows drawn at random per training image; 0 encodes them all.
+    # Number of randomly sampled windows per training image; 0 encodes all windows.
     cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 0
-    # Folder that keeps the targets of all windows, so that each image is encoded once; "" keeps none. It pays only
-    # where images come back with the same pixels, so it needs SPAR.DATA.FROZEN. With WINDOWS_PER_IMAGE it is read, but
-    # not filled.
+    # Cache folder for teacher targets, so that each image is encoded only once; "" disables the cache. It requires
+    # SPAR.DATA.FROZEN, because cached targets are valid only for identical pixels. With WINDOWS_PER_IMAGE, the cache is
+    # read but not filled.
     cfg.SPAR.TEACHER.CACHE_DIR = ""
 
     cfg.SPAR.DISTILL = CN()
-    # Train by distillation: the trainer adds the hook, "loss_distill" joins the model's losses.
+    # Train by distillation: the trainer adds the distillation hook, and "loss_distill" to the losses of the model.
     cfg.SPAR.DISTILL.ENABLED = False
-    # Factor on "loss_distill", above 0.
+    # Weight of "loss_distill"; must be positive.
     cfg.SPAR.DISTILL.WEIGHT = 1.0
-    # The loss is the mean over cells: of each image by itself, so that all images of a step count the same ("image"),
-    # or of all images of a step together, so that large ones count for more ("cell").
+    # Averaging of the loss over the feature grid: "image" averages within each image first, so that all images of a
+    # step have the same weight; "cell" averages over all grid cells of the step, so that larger images have more
+    # weight.
     cfg.SPAR.DISTILL.AVERAGE = "image"
 
     cfg.SPAR.DATA = CN()
-    # Photos to distill on: a folder (with its sub-folders, and the tar files in them), a tar file, or a list (*.txt,
-    # one photo, folder or tar file per line); several are joined as in PATH ("a:b"). "" uses DATASETS.TRAIN.
+    # Images to distill on: a folder (searched recursively, including tar files), a tar file, or a list (*.txt with one
+    # image, folder or tar file per line). Join several sources with colons ("a:b"). "" uses DATASETS.TRAIN.
     cfg.SPAR.DATA.IMAGES = ""
-    # Damaged photos are skipped and named in the log; more than this many stop the run.
+    # Corrupt images are skipped and logged; training stops after more than this number of them.
     cfg.SPAR.DATA.MAX_DAMAGED = 100
-    # Augment a photo the same way every time, with any SEED, instead of anew in every epoch.
+    # Apply the same augmentation to an image in every epoch, regardless of SEED.
     cfg.SPAR.DATA.FROZEN = False
-    # A training image is scaled, keeping its proportions, to fit into this box of (long side, short side) in pixels ...
+    # Training images are resized, keeping the aspect ratio, to fit into this box of (long side, short side) in pixels
+    # ...
     cfg.SPAR.DATA.SCALE_BOX = (2048, 1024)
-    # ... times a random factor from this range,
+    # ... multiplied by a random factor from this range.
     cfg.SPAR.DATA.SCALE_RANGE = (0.5, 1.0)
-    # but if its short side is then below this, it is enlarged to it, and not cropped.
+    # If the short side is then smaller than this, the image is enlarged to it and not cropped.
     cfg.SPAR.DATA.MIN_SHORT_SIDE = 512
-    # Chance of training on a random crop of the scaled image.
+    # Probability of a random crop of the resized image.
     cfg.SPAR.DATA.CROP_PROB = 0.5
-    # A crop's sides are drawn between max(CROP_MIN_FRACTION of the side, CROP_MIN_SIDE pixels) and the whole side.
+    # Each side of a crop is sampled between max(CROP_MIN_FRACTION * side, CROP_MIN_SIDE pixels) and the full side.
     cfg.SPAR.DATA.CROP_MIN_FRACTION = 0.4
     cfg.SPAR.DATA.CROP_MIN_SIDE = 512
-    # Sides of training images are cut to a multiple of this, in pixels: the encoder's patch, or a multiple of it.
+    # Sides of training images are cropped to a multiple of this, in pixels: the patch size or a multiple of it.
     cfg.SPAR.DATA.SIDE_MULTIPLE = 16
-    # Chance of a horizontal flip.
+    # Probability of a horizontal flip.
     cfg.SPAR.DATA.FLIP_PROB = 0.5
 
-    # On GPUs, compute float32 matrix products in TF32: several times as fast, with 10 bits of fraction instead of 23.
-    # Targets are stitched and labels found in float32 all the same.
+    # Use TF32 for float32 matrix products on GPUs: several times faster, with a 10-bit instead of a 23-bit mantissa.
+    # Target stitching and label prediction always use full float32.
     cfg.SPAR.TF32 = True
-    # Optimizer for training, by its name in torch.optim ("AdamW", "Adam", "SGD", ...).
+    # Name of the optimizer class in torch.optim ("AdamW", "Adam", "SGD", ...).
     cfg.SPAR.OPTIMIZER = "AdamW"
-    # Factor on the learning rate of the encoder's blocks, once more for each block from the last to the first ("0.8");
-    # 1 trains all alike. What is not the encoder's has the full rate.
+    # Layer-wise learning rate decay of the encoder: the learning rate is multiplied by this factor once more for each
+    # block from the last to the first (for example 0.8); 1 disables it. Other parameters use the full learning rate.
     cfg.SPAR.LAYER_DECAY = 1.0
-    # Parts that the images of a step (SOLVER.IMS_PER_BATCH) are taken in, one after another: the same step, less
-    # memory.
+    # Gradient accumulation: split each batch (SOLVER.IMS_PER_BATCH) into this many parts. The result is the same, with
+    # less memory.
     cfg.SPAR.ACCUMULATION_STEPS = 1
-    # Share of the old value in a moving average of the student's weights ("0.999"), which is then what is evaluated,
-    # written as the student, and taken of a checkpoint wherever it is used but to resume its run; 0 keeps none.
+    # Decay of the exponential moving average (EMA) of the student's weights (for example 0.999); 0 disables it. With
+    # EMA, the averaged weights are evaluated, exported as the student, and loaded from checkpoints, except with
+    # --resume.
     cfg.SPAR.EMA_DECAY = 0.0
-    # Checkpoints of a run kept, the latest; 0 keeps all.
+    # Number of most recent checkpoints to keep; 0 keeps all.
     cfg.SPAR.KEEP_CHECKPOINTS = 0
-    # Iterations between pictures of an image and of the teacher's and the student's features; 0 makes none.
+    # Number of iterations between visualizations of an image with its teacher and student features; 0 disables them.
     cfg.SPAR.PICTURE_PERIOD = 0
 
     cfg.SPAR.TEST = CN()
-    # On the benchmarks of the paper (voc21, voc20, cityscapes, ade20k, context60, context59): "paper" tests at the
-    # paper's size and with its logit scale and thresholds, in place of INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST,
-    # MODEL.SPAR.LOGIT_SCALE, PROB_THRESHOLD and AREA_THRESHOLD; "config" tests with those keys.
+    # Test settings on the benchmarks of the paper (voc21, voc20, cityscapes, ade20k, context60, context59): "paper"
+    # uses the paper's image size, logit scale and thresholds instead of INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST,
+    # MODEL.SPAR.LOGIT_SCALE, PROB_THRESHOLD and AREA_THRESHOLD; "config" uses these keys.
     cfg.SPAR.TEST.PROTOCOL = "paper"
-    # Also compute the boundary IoU of every class, as Detectron2's own evaluator; takes several times as long.
+    # Also compute the boundary IoU of each class, as Detectron2's SemSegEvaluator does; evaluation takes several times
+    # as long.
     cfg.SPAR.TEST.BOUNDARY_IOU = False
-    # Write the predicted masks, as Detectron2's own evaluator does, to OUTPUT_DIR/inference.
+    # Write the predicted masks to OUTPUT_DIR/inference, as Detectron2's SemSegEvaluator does.
     cfg.SPAR.TEST.DUMP_PREDICTIONS = False
 
     cfg.SPAR.PROBE = CN()
-    # Folder that keeps the features of the training images of a linear probe (ProbeSegmentor), so that each image is
-    # encoded once: where the encoder is frozen and images come back with the same pixels (one size, no crop, no flip).
-    # "auto" is "features" in OUTPUT_DIR where that is so, and none otherwise; "" keeps none.
+    # Cache folder for the features of training images in linear probing (ProbeSegmentor), so that each image is encoded
+    # only once. It requires a frozen encoder and fixed pixels (one size, no crop, no flip). "auto" is "features" in
+    # OUTPUT_DIR if these conditions hold, and no cache otherwise; "" disables the cache.
     cfg.SPAR.PROBE.CACHE_DIR = "auto"

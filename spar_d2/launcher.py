@@ -1,8 +1,8 @@
-"""Runs another framework's own, unmodified script in a Detectron2 that knows this package.
+"""Runs the unmodified script of another framework with this package registered in Detectron2.
 
-The script runs as if it were started by itself: from its folder, where frameworks look for their configs and data
-sets, or, where it lies in a folder of tools, from where the user stands. Processes that it spawns import its main
-module anew. They find this module in its place, so that they know the package, and what ``--import`` names, too.
+The script runs in its own folder, where frameworks look for their configs and data sets. Scripts in a folder such as
+``tools`` run in the current folder. Spawned processes re-import the main module; this module takes its place, so that
+spar_d2 and the modules of ``--import`` are imported in these processes, too.
 """
 
 from __future__ import annotations
@@ -18,91 +18,96 @@ from types import ModuleType
 import spar_d2  # noqa: F401  registers
 from spar_d2.user_modules import import_again, import_modules
 
-# Tells spawned processes what the main module is.
+# Environment variable that passes the script to spawned processes.
 _SCRIPT_VARIABLE = "SPAR_D2_SCRIPT"
-# What multiprocessing gives the main module's name in the processes that it spawns.
+# Name that multiprocessing gives to the main module in spawned processes.
 _SPAWNED = "__mp_main__"
-# Folders of scripts that are started from elsewhere, as by Detectron2, detrex and ODISE.
+# Scripts in these folders expect to be started from the repository root (Detectron2, detrex, ODISE).
 _FOLDERS_OF_TOOLS = ("tools", "tool", "scripts")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the script that the arguments name, by default those of the command line."""
+    """Run the script given by the arguments (default: those of the command line)."""
     args, rest = _parse_args(sys.argv[1:] if arguments is None else arguments)
     script = Path(args.script).absolute()
     if not script.is_file():
         raise SystemExit(f"error: there is no script {args.script}")
     import_modules(args.imports)
     if args.stay or script.parent.name in _FOLDERS_OF_TOOLS:
-        rest = [_found_from_here(script.parent, argument) for argument in rest]
+        rest = [_resolve_beside_script(script.parent, argument) for argument in rest]
     else:
-        rest = [_seen_from(script.parent, argument) for argument in rest]
+        rest = [_resolve_in_cwd(script.parent, argument) for argument in rest]
         os.chdir(script.parent)
     sys.argv = [str(script), *rest]
-    # What `python script.py` puts first; `python -m` put the working folder there.
+    # As with `python script.py`; `python -m` put the current folder there.
     sys.path[0] = str(script.parent)
     os.environ[_SCRIPT_VARIABLE] = str(script)
     module = ModuleType("__main__")
     module.__file__ = str(script)
     module.__dict__["__builtins__"] = __builtins__
-    # Spawned processes import the main module by the name in its spec.
+    # Spawned processes import the main module by the name in its spec: this module.
     module.__spec__ = ModuleSpec(__name__, None)
     sys.modules["__main__"] = module
     exec(compile(script.read_bytes(), str(script), "exec"), module.__dict__)
 
 
 def _parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our own arguments, and those of the script, word by word."""
+    """Return the parsed arguments of the launcher and the raw arguments of the script."""
     parser = argparse.ArgumentParser(
         prog="python -m spar_d2",
         usage="python -m spar_d2 [--stay] [--import MODULE] SCRIPT ARGS...",
-        description="Run a framework's own script (a train_net.py, a demo), unmodified, with the backbones, data sets "
-        "and config keys of spar_d2 registered in Detectron2. A script runs from its folder. Where that is called "
-        f"{' or '.join(_FOLDERS_OF_TOOLS)}, it runs from this folder, so that datasets/ and a relative OUTPUT_DIR are "
-        'here. Arguments that are paths (with a "/" or a suffix) of something that is not where the script runs, but '
-        "here, or for tools beside the script or one folder above, are made absolute, and told.",
+        description="Run an unmodified script of a framework (train_net.py, a demo) with the backbones, data sets and "
+        "config keys of spar_d2 registered in Detectron2. The script runs in its own folder. If that folder is named "
+        f"{' or '.join(_FOLDERS_OF_TOOLS)}, it runs in the current folder, so that datasets/ and a relative OUTPUT_DIR "
+        'are here. Path arguments (with a "/" or a suffix) that do not exist where the script runs are replaced by '
+        "absolute paths if they exist in the current folder or, for scripts that run in the current folder, beside the "
+        "script or one folder above. Each replacement is reported.",
         allow_abbrev=False,
     )
-    parser.add_argument("--stay", action="store_true", help="run it from this folder, wherever it lies")
+    parser.add_argument("--stay", action="store_true", help="run the script in the current folder")
     parser.add_argument(
         "--import",
         dest="imports",
         metavar="MODULE",
         action="append",
         default=[],
-        help="import a module, by its name or as path/to/file.py, before the script runs, also in processes that it "
-        "spawns: one that registers your own data sets, for example; several times for several",
+        help="module name or path/to/file.py to import before the script runs, also in spawned processes; for example, "
+        "a module that registers your data sets; may be repeated",
     )
-    parser.add_argument("script", metavar="SCRIPT", help="path to the script; its own arguments follow")
-    own = 0
-    while own < len(arguments) and arguments[own].startswith("-"):
-        own += 2 if arguments[own] == "--import" else 1
-    return parser.parse_args(arguments[: own + 1]), list(arguments[own + 1 :])
+    parser.add_argument("script", metavar="SCRIPT", help="path to the script, followed by its arguments")
+    script_index = 0
+    while script_index < len(arguments) and arguments[script_index].startswith("-"):
+        script_index += 2 if arguments[script_index] == "--import" else 1
+    return parser.parse_args(arguments[: script_index + 1]), list(arguments[script_index + 1 :])
 
 
-def _seen_from(folder: Path, argument: str) -> str:
-    """An argument that names something here ("path", "--flag=path", "KEY=path"), to name it from another folder."""
+def _resolve_in_cwd(folder: Path, argument: str) -> str:
+    """Make a path argument ("path", "--flag=path", "KEY=path") absolute if it exists here but not in ``folder``."""
     flag, equals, value = argument.rpartition("=")
     if not _is_relative_path(value) or not os.path.exists(value):
         return argument
     if (folder / value).exists():
         if not os.path.samefile(folder / value, value):
-            print(f"spar_d2: {value} is here and beside the script; that one is taken (--stay: this)", file=sys.stderr)
+            print(
+                f"spar_d2: {value} exists here and beside the script; using the one beside the script "
+                "(--stay uses the one here)",
+                file=sys.stderr,
+            )
         return argument
-    print(f"spar_d2: {value} is not beside the script, {os.path.abspath(value)} is taken", file=sys.stderr)
+    print(f"spar_d2: {value} does not exist beside the script; using {os.path.abspath(value)}", file=sys.stderr)
     return f"{flag}{equals}{os.path.abspath(value)}"
 
 
-def _found_from_here(folder: Path, argument: str) -> str:
-    """An argument that names nothing here but a file beside the script, or one folder above, to name it from here."""
+def _resolve_beside_script(folder: Path, argument: str) -> str:
+    """Make a path argument absolute if it does not exist here, but is a file in ``folder`` or its parent."""
     flag, equals, value = argument.rpartition("=")
     if not _is_relative_path(value) or os.path.exists(value):
         return argument
-    # Files alone: folders may be those that the script is to write.
+    # Folders are not replaced: they may be output folders of the script.
     found = next((path / value for path in (folder, folder.parent) if (path / value).is_file()), None)
     if found is None:
         return argument
-    print(f"spar_d2: {value} is not here, {found} is taken", file=sys.stderr)
+    print(f"spar_d2: {value} does not exist here; using {found}", file=sys.stderr)
     return f"{flag}{equals}{found}"
 
 

@@ -1,4 +1,4 @@
-"""The configs of this project, from a clone or an installed package."""
+"""Access to the project's config files, in a clone or an installed package."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 _PACKAGE = Path(__file__).resolve().parent
-# A wheel carries the configs within the package; an editable install uses those of its clone.
+# A wheel contains the configs inside the package; an editable install uses the configs of the clone.
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def config_folder() -> Path:
-    """Folder of the configs.
+    """Return the folder of the config files.
 
     Raises:
-        FileNotFoundError: the package was installed without its configs.
+        FileNotFoundError: the installed package lacks its config files.
     """
     for folder in _FOLDERS:
         if (folder / "Base-SPAR.yaml").is_file():
             return folder
-    raise FileNotFoundError(f"the configs of spar_d2 are not in {_FOLDERS[0]}: install the package again")
+    raise FileNotFoundError(f"the configs of spar_d2 are not in {_FOLDERS[0]}; reinstall the package")
 
 
 def get_config_file(config_path: str) -> str:
-    """Path of a config, as ``detectron2.model_zoo.get_config_file`` gives that of one of Detectron2's.
+    """Return the path of a config file, like ``detectron2.model_zoo.get_config_file``.
 
     Args:
-        config_path: name below ``configs/``, such as "segment/openclip_vit_b_16.yaml".
+        config_path: path relative to ``configs/``, such as "segment/openclip_vit_b_16.yaml".
 
     Raises:
-        FileNotFoundError: there is no such config; the message names similar ones.
+        FileNotFoundError: the config does not exist; the message suggests similar names.
     """
     folder = config_folder()
     path = folder / config_path
@@ -39,11 +39,11 @@ def get_config_file(config_path: str) -> str:
         return str(path)
     names = [found.relative_to(folder).as_posix() for found in folder.rglob("*.*") if found.suffix in (".yaml", ".py")]
     similar = difflib.get_close_matches(config_path, names, n=3, cutoff=0.3)
-    raise FileNotFoundError(f"there is no config {config_path!r} in {folder}; did you mean {', '.join(similar)}?")
+    raise FileNotFoundError(f"config {config_path!r} not found in {folder}; did you mean {', '.join(similar)}?")
 
 
 def get_config(config_path: str) -> CfgNode:
-    """A config as a node that may be changed; raises as :func:`get_config_file`."""
+    """Return a config as a mutable ``CfgNode``. Raises the same errors as :func:`get_config_file`."""
     from detectron2.config import get_cfg
 
     import spar_d2  # noqa: F401  registers the config keys

@@ -1,4 +1,4 @@
-"""Segmentation of one image in one call."""
+"""Open-vocabulary segmentation of one image in one function call."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Labels of one image.
+    """Segmentation result of one image.
 
     Attributes:
-        labels: (H, W) int64, index into ``names``.
-        names: name of every class.
-        areas: share of the image, 0..1, for every class that was found, by name; no two of them have the same one.
+        labels: (H, W) int64, indices into ``names``.
+        names: names of all classes.
+        areas: fraction of the image (0..1) of each class found in it, by class name.
     """
 
     labels: np.ndarray
@@ -42,17 +42,17 @@ class Segmentation:
     areas: dict[str, float]
 
     def draw(self, image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
-        """The segmentation over its photo, with labels and a legend; needs Detectron2.
+        """Draw the segmentation over the image, with class labels and a legend. Requires Detectron2.
 
         Args:
-            image: the photo, as :func:`segment` takes it.
+            image: the segmented image, in any form that :func:`segment` accepts.
 
         Returns:
-            (H', W', 3) uint8 RGB.
+            (H', W', 3) uint8 RGB image.
 
         Raises:
-            ValueError: a photo of another size, or one that cannot be read.
-            FileNotFoundError: no such file.
+            ValueError: the image has a different size or cannot be read.
+            FileNotFoundError: the image file does not exist.
         """
         from spar_d2.visualization import class_colors
         from spar_d2.visualization.overlay import draw_overlay
@@ -78,26 +78,26 @@ def segment(
     quick_gelu: bool | None = None,
     pretrained_part: str = "",
 ) -> Segmentation:
-    """Segment an image into the classes of a vocabulary, in a single pass at its own size.
+    """Segment an image into the classes of a vocabulary, in a single pass at its original size.
 
-    The encoder is kept from the last call, for the next with the same arguments; vectors of words are kept on disk, as
-    ``MODEL.SPAR.TEXT_CACHE`` "auto" says.
+    The encoder of the last call is cached and reused if the arguments are the same. Text embeddings are cached on disk,
+    as with ``MODEL.SPAR.TEXT_CACHE`` "auto".
 
     Args:
-        image: a file, a PIL image, or (H, W, 3) uint8 RGB.
-        vocabulary: ready, a list of names, inline text ("cat, kitten; dog; sky"), a built-in name or a file; see
-            :meth:`spar_d2.text.Vocabulary.of`.
+        image: file name, PIL image, or (H, W, 3) uint8 RGB array.
+        vocabulary: a vocabulary, a list of class names, inline text ("cat, kitten; dog; sky"), the name of a built-in
+            vocabulary, or a file; see :meth:`spar_d2.text.Vocabulary.of`.
         encoder, pretrained, dinov3_repo, dinov3_backbone, pixel_mean, pixel_std, quick_gelu, pretrained_part: see
             :func:`spar_d2.encoders.build_encoder`.
         templates: see :func:`spar_d2.text.load_templates`.
         device: "cpu", "cuda", ...
-        logit_scale: see :func:`spar_d2.modeling.segment_features`; None is the encoder's own.
-        prob_threshold, area_threshold: see there.
-        precision: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU that computes in it, else float32.
+        logit_scale: see :func:`spar_d2.modeling.segment_features`; None uses the encoder's logit scale.
+        prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`.
+        precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on GPUs that support it, else float32).
 
     Raises:
-        ValueError, FileNotFoundError, RuntimeError: as the functions named above; ValueError for an image that cannot
-            be read or has another form.
+        ValueError: an argument is invalid, or the image cannot be read or has an unsupported shape or dtype.
+        FileNotFoundError, RuntimeError: see the functions above.
     """
     vocabulary = Vocabulary.of(vocabulary)
     _check_numbers(logit_scale=logit_scale or 0, prob_threshold=prob_threshold, area_threshold=area_threshold or 0)
@@ -107,7 +107,7 @@ def segment(
         _as_text("pretrained", pretrained),
         dinov3_repo=_as_text("dinov3_repo", dinov3_repo),
         dinov3_backbone=_as_text("dinov3_backbone", dinov3_backbone),
-        # Any sequence; building checks them.
+        # build() validates these sequences.
         pixel_mean=cast("Triple | None", pixel_mean),
         pixel_std=cast("Triple | None", pixel_std),
         quick_gelu=quick_gelu,
@@ -119,14 +119,14 @@ def segment(
     device = _device(device)
     precision = resolve_precision(precision, device)
     pixels = torch.tensor(_read(image)).to(device).permute(2, 0, 1)
-    # A file that was written anew, also one of several with the weights, is loaded anew.
+    # The file signatures are part of the cache key, so that the model is reloaded after a file changes.
     files = filter(os.path.isfile, (spec.name, spec.pretrained, spec.dinov3_backbone, templates))
-    states = [part.stat() for name in files for part in files_of(name) if part.is_file()]
-    changed = tuple((state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
-    loaded = _load(spec, templates, device, precision, changed)
+    stats = [part.stat() for name in files for part in files_of(name) if part.is_file()]
+    signatures = tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
+    loaded = _load(spec, templates, device, precision, signatures)
     model = loaded.encoder
     text, query_class = loaded.text(vocabulary)
-    # In the precision asked for, whatever surrounds the call.
+    # An autocast context of the caller must not change the precision.
     with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
         features = model(loaded.pixels(pixels[None].float()))[0]
     padded = (features.shape[1] * model.patch_size, features.shape[2] * model.patch_size)
@@ -166,22 +166,22 @@ def _read(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
     pixels = np.asarray(image) if isinstance(image, np.ndarray) else read_rgb(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
         raise ValueError(f"image must be (H, W, 3) uint8 RGB, got {pixels.dtype} {pixels.shape}")
-    # Views such as image[:, :, ::-1] have strides that tensors do not.
+    # Tensors do not support negative strides, as in image[:, :, ::-1].
     return np.ascontiguousarray(pixels)
 
 
 class _Loaded:
-    """A model on a device, and the vectors of the last vocabulary there."""
+    """A model on its device, with the text embeddings of the last vocabulary."""
 
     def __init__(self, encoder: DenseEncoder, embeddings: TextEmbeddings, device: str) -> None:
         self.encoder = encoder
-        own = (encoder.pixel_mean, encoder.pixel_std)
-        self.pixels = PixelConversion((0, 0, 0), (1, 1, 1), "RGB", *own).to(device)
+        encoder_stats = (encoder.pixel_mean, encoder.pixel_std)
+        self.pixels = PixelConversion((0, 0, 0), (1, 1, 1), "RGB", *encoder_stats).to(device)
         self._embeddings, self._device = embeddings, device
         self._vocabulary: Vocabulary | None = None
 
     def text(self, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
-        """Vectors (Q, D) and classes (Q,)."""
+        """Return text embeddings (Q, D) and the class index of each embedding (Q,)."""
         if vocabulary != self._vocabulary:
             text, query_class = self._embeddings(vocabulary)
             self._text = text.to(self._device), query_class.to(self._device)
@@ -191,7 +191,7 @@ class _Loaded:
 
 @functools.lru_cache(maxsize=1)
 def _load(
-    spec: EncoderSpec, templates: str, device: str, precision: str, changed: tuple[tuple[int, ...], ...]
+    spec: EncoderSpec, templates: str, device: str, precision: str, signatures: tuple[tuple[int, ...], ...]
 ) -> _Loaded:
     encoder = build(spec).to(device).accelerate(precision).freeze()
     return _Loaded(encoder, text_embeddings(spec, templates, "auto", device), device)

@@ -1,7 +1,7 @@
-"""Registers everything with Detectron2, each thing once the part of Detectron2 that it belongs to is imported.
+"""Deferred registration with Detectron2.
 
-Importing ``detectron2.modeling`` takes longer than ``import spar_d2`` may; a program that uses a registry or a config
-imports that part anyway, and that is the moment to add to it.
+Importing ``detectron2.modeling`` is slow, so ``import spar_d2`` does not import it. Instead, import hooks register each
+component right after the program imports the corresponding module of Detectron2.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from types import ModuleType
 
 
 def register_all() -> None:
-    """Add config keys, model parts and data sets to Detectron2, now or when its modules are first imported.
+    """Register config keys, models and data sets with Detectron2, now or when its modules are first imported.
 
-    One function of its own is replaced, see :mod:`spar_d2.utils.numpy2`.
+    This also patches one function of Detectron2, see :mod:`spar_d2.utils.numpy2`.
     """
     when_imported("detectron2.config", _register_config)
     when_imported("detectron2.modeling", _register_modeling)
@@ -58,7 +58,7 @@ def _mend_evaluator() -> None:
 
 
 def when_imported(module: str, action: Callable[[], None]) -> None:
-    """Call ``action`` right after ``module`` is imported: at once where it is already, otherwise when that happens."""
+    """Call ``action`` right after ``module`` is imported, or immediately if it is already imported."""
     if module in sys.modules:
         action()
     else:
@@ -66,7 +66,7 @@ def when_imported(module: str, action: Callable[[], None]) -> None:
 
 
 class _ActionFinder(importlib.abc.MetaPathFinder):
-    """Finds one module by asking the other finders, and gives it a loader that runs the action afterwards."""
+    """Finds one module through the other finders and wraps its loader in one that runs the action."""
 
     def __init__(self, module: str, action: Callable[[], None]) -> None:
         self.module, self.action = module, action
@@ -74,7 +74,7 @@ class _ActionFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
         if fullname != self.module:
             return None
-        # Off the list first: the look-up below must not come back here, and the action must run once.
+        # Remove this finder first: the lookup below must not recurse, and the action must run only once.
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
@@ -83,20 +83,20 @@ class _ActionFinder(importlib.abc.MetaPathFinder):
 
 
 class _ActionLoader(importlib.abc.Loader):
-    """Loads through the module's own loader, then runs the action."""
+    """Loads a module with its original loader, then runs the action."""
 
     def __init__(self, loader: importlib.abc.Loader, action: Callable[[], None]) -> None:
         self.loader, self.action = loader, action
 
     def __getattr__(self, name: str):
-        # Resources, source look-up and the like are the real loader's business.
+        # Resource and source lookups go to the original loader.
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None  # it is being imported
+        assert module.__spec__ is not None  # set by the import system
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         self.action()

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-# Tells spawned processes what to import, and the folder that names are relative to.
+# Environment variable that passes the modules, and the folder that they are relative to, to spawned processes.
 _VARIABLE = "SPAR_D2_IMPORTS"
 _imported: set[str] = set()
 
@@ -43,30 +43,30 @@ def import_again() -> None:
                 _import_named(name, folder)
     finally:
         sys.path.remove(folder)
-    # Last, for what they import later: the script's own modules come first.
+    # Keep the folder at the end of the path for later imports: the modules of the script take precedence.
     if folder not in sys.path[1:]:
         sys.path.append(folder)
 
 
 def _import_named(name: str, folder: str) -> None:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise SystemExit(f"error: --import must be the name of a module, or a path that ends in .py, got {name!r}")
+        raise SystemExit(f"error: --import must be a module name or a path that ends in .py, got {name!r}")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # Others are the module's own.
+        # Missing dependencies of the module keep their own traceback.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
-        raise SystemExit(f"error: --import: there is no module {name} in {folder} or where Python looks") from error
+        raise SystemExit(f"error: --import: module {name} not found in {folder} or on Python's path") from error
     if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
-        raise SystemExit(f"error: --import: {name} is a folder without __init__.py, of which nothing is imported")
+        raise SystemExit(f"error: --import: {name} is a folder without __init__.py, so nothing would be imported")
 
 
 def _import_file(name: str, path: Path) -> None:
     if not path.is_file():
         raise SystemExit(f"error: --import: there is no file {name}")
     if path.stem in sys.modules:
-        raise SystemExit(f"error: --import: {name} has the name of a module that is imported already; rename it")
+        raise SystemExit(f"error: --import: a module with the name of {name} is already imported; rename the file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     sys.modules[path.stem] = importlib.util.module_from_spec(spec)

@@ -100,8 +100,8 @@ def test_what_it_does_with_arguments(framework, tmp_path):
     weights = tmp_path / "w.pth"
     expected = f"arguments -- configs/a.yaml --mode train train.init={weights} . --a=b=c"
     assert result.stdout.splitlines() == [expected, f"its_own_package none {framework}"]
-    assert "configs/a.yaml is here and beside the script" in result.stderr
-    assert f"{weights} is taken" in result.stderr
+    assert "configs/a.yaml exists here and beside the script" in result.stderr
+    assert f"using {weights}" in result.stderr
 
 
 @pytest.mark.processes
@@ -142,7 +142,7 @@ def test_tools_run_from_where_the_user_stands(tmp_path, folder):
         f"arguments {clone}/configs/a.yaml ./output",
         f"its_own_module {here} mine its_config",
     ], result.stderr
-    assert f"configs/a.yaml is not here, {clone}/configs/a.yaml is taken" in result.stderr
+    assert f"configs/a.yaml does not exist here; using {clone}/configs/a.yaml" in result.stderr
     assert (here / "output").is_dir()
 
 
@@ -175,16 +175,13 @@ def test_modules_are_imported_first_and_in_spawned_processes(framework, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--import", "no_such_sets"], "error: --import: there is no module no_such_sets"),
-        (["--import", "no_such.sets"], "error: --import: there is no module no_such.sets"),
+        (["--import", "no_such_sets"], "error: --import: module no_such_sets not found"),
+        (["--import", "no_such.sets"], "error: --import: module no_such.sets not found"),
         (["--import", "none.py"], "error: --import: there is no file none.py"),
-        *(
-            (["--import", name], "error: --import must be the name of a module")
-            for name in ("", " ", "..a", "a..b", "./a")
-        ),
+        *((["--import", name], "error: --import must be a module name") for name in ("", " ", "..a", "a..b", "./a")),
         (["--import", "a"], "error: --import: a is a folder without __init__.py"),
         (["--import", "b.py"], "error: --import: there is no file b.py"),
-        (["--import", "a/json.py"], "error: --import: a/json.py has the name of a module that is imported already"),
+        (["--import", "a/json.py"], "error: --import: a module with the name of a/json.py is already imported"),
     ],
 )
 def test_what_cannot_be_imported_is_named(framework, tmp_path, arguments, message):

@@ -111,7 +111,7 @@ def test_other_families_with_text(encoder, options):
 
 
 def test_a_family_without_text_names_those_with_it():
-    with pytest.raises(ValueError, match=r"'vit_nano_patch8_dinov3' \(DINOv3\) has no text side.*ViT-B-16-SigLIP"):
+    with pytest.raises(ValueError, match=r"'vit_nano_patch8_dinov3' \(DINOv3\) has no text tower.*ViT-B-16-SigLIP"):
         spar_d2.segment(reference_image(16, 16), "cat", "vit_nano_patch8_dinov3", "")
 
 

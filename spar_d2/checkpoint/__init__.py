@@ -1,1 +1,1 @@
-"""Reading and writing checkpoints, and students as files of their own."""
+"""Reading and writing of checkpoints, and export of students."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent."""
+"""Checkpointer with atomic writes and safe reads."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from spar_d2.utils.io import atomic_write
 
 logger = logging.getLogger(__name__)
 
-# Names the checkpoint that --resume goes on from.
+# File with the name of the checkpoint from which --resume continues.
 LAST = "last_checkpoint"
-# Names checkpoints of runs that were in the folder before this one, which are not this one's to remove.
+# File with the names of checkpoints of earlier runs in the same folder, which this run must not remove.
 EARLIER = "earlier_checkpoints"
 
 
 class UnsavedError(RuntimeError):
-    """A checkpoint could not be written."""
+    """Raised if a checkpoint cannot be written."""
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, made safe.
+    """``DetectionCheckpointer`` with atomic writes and safe reads.
 
-    Checkpoints are written under a temporary name and renamed, and read without running code from them. Besides its
-    own, it loads files of encoder weights (``*.safetensors``, such as a student's) into the model's encoder. Of a
-    checkpoint with moving averages (``SPAR.EMA_DECAY``) it takes those, unless it goes on with that run.
+    Checkpoints are written to a temporary file and renamed. Reading them does not execute code. The checkpointer also
+    loads encoder weights (``*.safetensors``, such as an exported student) into the encoder of the model. EMA weights
+    (``SPAR.EMA_DECAY``) in a checkpoint are loaded instead of the trained weights, except when resuming the run.
     """
 
     _resumes = False
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write model, checkpointables and ``kwargs`` to ``name``.pth in the output folder.
+        """Write model, checkpointables and ``kwargs`` to ``{name}.pth`` in the output folder.
 
         Raises:
-            UnsavedError: it could not be written; earlier ones are as they were.
+            UnsavedError: the checkpoint cannot be written; earlier checkpoints are unchanged.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -59,12 +59,12 @@ class Checkpointer(DetectionCheckpointer):
         except (OSError, RuntimeError) as error:
             free = shutil.disk_usage(self.save_dir).free / 2**30
             raise UnsavedError(
-                f"the checkpoint {path} could not be written, {free:.2f} GiB are free there: {error}. Earlier "
-                "checkpoints are as they were; --resume goes on from the last"
+                f"the checkpoint {path} could not be written ({free:.2f} GiB are free): {error}. Earlier checkpoints "
+                "are unchanged; --resume continues from the last one"
             ) from error
 
     def _origin(self) -> Origin | None:
-        """Where the weights of the model's encoder are from, if it has one."""
+        """Return the origin of the weights of the model's encoder, if it has exactly one."""
         origins = [part.origin for part in self.model.modules() if isinstance(part, DenseEncoder)]
         return origins[0] if len(origins) == 1 else None
 
@@ -74,7 +74,7 @@ class Checkpointer(DetectionCheckpointer):
 
     @property
     def earlier(self) -> set[str]:
-        """Names of checkpoints in the folder that are neither this run's nor of the one that it resumes."""
+        """Names of checkpoints in the folder that belong to earlier runs, other than the resumed one."""
         path = Path(self.save_dir) / EARLIER
         return set(path.read_text().splitlines()) if path.is_file() else set()
 
@@ -84,37 +84,40 @@ class Checkpointer(DetectionCheckpointer):
             temporary.write_text("".join(f"{name}\n" for name in sorted(names)))
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a checkpoint, or encoder weights.
+        """Load a checkpoint or encoder weights.
 
         Raises:
-            FileNotFoundError: no such file.
-            RuntimeError: a damaged file, or weights of another model.
-            ValueError: a pickle.
+            FileNotFoundError: the file does not exist.
+            RuntimeError: the file is corrupt or does not fit the model.
+            ValueError: the file is a pickle.
         """
         if path and "://" not in path and not os.path.isfile(path):
             raise FileNotFoundError(f"{KEY}: there is no checkpoint {path}")
         return super().load(path, *args, **kwargs)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Load the last checkpoint with all its states, or else weights; raises as :meth:`load`."""
+        """Load the last checkpoint with all states if ``resume`` is set and one exists, else the weights in ``path``.
+
+        Raises the same errors as :meth:`load`.
+        """
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=resume)
         last = self.get_checkpoint_file()
-        # Without anything else to restore it only is used, as after --eval-only.
+        # Without checkpointables, as with --eval-only, the model is only evaluated, so EMA weights are loaded.
         self._resumes = bool(self.checkpointables)
         try:
             return super().resume_or_load(path, resume=True)
         except (FileNotFoundError, RuntimeError) as error:
-            whole = sorted(p.name for p in Path(self.save_dir).glob("*.pth") if str(p) != last)
+            others = sorted(p.name for p in Path(self.save_dir).glob("*.pth") if str(p) != last)
             raise type(error)(
                 f"--resume: {os.path.join(self.save_dir, LAST)} names {os.path.basename(last) or 'nothing'}, which "
-                f"cannot be loaded ({error}). To go on from another, write its name into that file; there are: "
-                f"{', '.join(whole) or 'none'}"
+                f"cannot be loaded ({error}). To continue from another checkpoint, write its name into that file; "
+                f"available checkpoints: {', '.join(others) or 'none'}"
             ) from error
         finally:
             self._resumes = False
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
-            raise ValueError(f"{KEY}: {filename} is a pickle, which can run code; use .pth or .safetensors weights")
+            raise ValueError(f"{KEY}: {filename} is a pickle, which can execute code; use .pth or .safetensors weights")
         return read_for_model(self.model, filename, averages=not self._resumes)

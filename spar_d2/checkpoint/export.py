@@ -1,4 +1,4 @@
-"""The student as a weight file of its library."""
+"""Export of a student to a weight file of its library."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.PathLike) -> None:
-    """Write a student, with the text tower it belongs to where there is one, as a weight file of its library.
+    """Write a student, with its text tower if there is one, to a weight file of its library.
 
-    ``open_clip.create_model(name, pretrained=path)``, or for a model of timm's
-    ``timm.create_model(name, checkpoint_path=path)``, loads the file, as do ``MODEL.SPAR.PRETRAINED`` and
-    ``MODEL.WEIGHTS`` here. Where the student is from, and what it expects, is in the file's metadata.
+    The file can be loaded with ``open_clip.create_model(name, pretrained=path)`` or, for timm models,
+    ``timm.create_model(name, checkpoint_path=path)``, and used as ``MODEL.SPAR.PRETRAINED`` and ``MODEL.WEIGHTS``. Its
+    metadata contains the origin of the student and its pixel statistics and activation.
 
     Args:
-        encoder: the student.
-        spec: what it was built from.
-        path: ``*.safetensors`` to write.
+        encoder: student.
+        spec: specification from which the student was built.
+        path: ``*.safetensors`` file to write.
     """
     family = find_family(spec.name)
     origin = encoder.origin or origin_of(settled(spec, family))
@@ -34,8 +34,8 @@ def export_student(encoder: DenseEncoder, spec: EncoderSpec, path: str | os.Path
     try:
         if family.has_text:
             tensors.update(build_text(spec).model.state_dict())
-    except (RuntimeError, ValueError, OSError) as error:  # hours of training must not be lost over the text
-        logger.warning("The student is written without a text tower: %s", error)
+    except (RuntimeError, ValueError, OSError) as error:  # a missing text tower must not lose hours of training
+        logger.warning("Writing the student without a text tower: %s", error)
     tensors.update(encoder.state_dict())
     write_safetensors(as_format(tensors, family, family.file_format), path, origin)
     logger.info("Wrote the student to %s", path)

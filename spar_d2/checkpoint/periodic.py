@@ -1,4 +1,4 @@
-"""Checkpoints every so many steps, of which the latest are kept."""
+"""Periodic checkpoints, of which the most recent are kept."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints(PeriodicCheckpointer):
-    """Detectron2's periodic checkpoints; one that cannot be written does not stop the training, but for the last.
+    """``PeriodicCheckpointer`` that continues training if a checkpoint, other than the last, cannot be written.
 
     Args:
-        checkpointer: writes them.
-        period: iterations between them.
-        keep: how many of the latest stay, beside the final one; 0 for all.
+        checkpointer: checkpointer that writes the checkpoints.
+        period: number of iterations between checkpoints.
+        keep: number of most recent checkpoints to keep, in addition to the final one; 0 keeps all.
     """
 
     checkpointer: Checkpointer
@@ -35,8 +35,8 @@ class Checkpoints(PeriodicCheckpointer):
             self._set_aside()
         if trainer.start_iter < trainer.max_iter:
             return
-        # No step is left. A run that was killed between its last two checkpoints still needs the final one, with the
-        # number of the step it is of.
+        # No steps remain. If the run was killed before writing the final checkpoint, write it now, with the iteration
+        # of the last step.
         trainer.iter = trainer.start_iter - 1
         if Path(self.checkpointer.get_checkpoint_file()).stem != final:
             self.checkpointer.save(final, iteration=trainer.iter)
@@ -48,29 +48,29 @@ class Checkpoints(PeriodicCheckpointer):
         except UnsavedError as error:
             if self.trainer.iter + 1 >= self.trainer.max_iter:
                 raise
-            logger.error("Training goes on without a checkpoint: %s", error)
+            logger.error("Continuing training without a checkpoint: %s", error)
         else:
             if (self.trainer.iter + 1) % self.period == 0:
                 self._remove_old()
 
     def _set_aside(self) -> None:
-        """A run that begins anew must not be resumed from what an earlier one left in its folder."""
+        """Ensure that a new run is not resumed from checkpoints of an earlier run in the same folder."""
         tag = Path(self.checkpointer.save_dir) / LAST
         names = {path.name for path in tag.parent.glob("*.pth")}
         if self.checkpointer.save_to_disk and names - self.checkpointer.earlier:
             self.checkpointer.earlier = names
         if self.checkpointer.save_to_disk and tag.is_file():
             os.replace(tag, tag.with_name(f"{LAST}.previous"))
-            message = "%s holds an earlier run, and this one begins anew: its %s is now called %s.previous"
+            message = "%s contains an earlier run, but this run starts from the beginning: renamed %s to %s.previous"
             logger.info(message, tag.parent, LAST, LAST)
 
     def _remove_old(self) -> None:
-        """Of this run, as the folder shows them: no list of its own outlives a run that is killed."""
+        """Remove old checkpoints of this run. They are listed from the folder, as the run may have been resumed."""
         if not self.keep or not self.checkpointer.save_to_disk:
             return
         paths = Path(self.checkpointer.save_dir).glob(f"{self.file_prefix}_[0-9]*.pth")
         earlier = self.checkpointer.earlier
         written = {int(path.stem.split("_")[-1]): path for path in paths if path.name not in earlier}
-        # Later ones are of before an earlier one was gone back to, and not in the way.
+        # Ignore later checkpoints: they exist if the run was resumed from an earlier one.
         for iteration in sorted(i for i in written if i <= self.trainer.iter)[: -self.keep]:
             written[iteration].unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""The command `spar-d2`: one module for each sub-command."""
+"""The `spar-d2` command, with one module per subcommand."""

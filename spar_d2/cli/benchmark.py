@@ -1,4 +1,4 @@
-"""Measure speed and memory, in a clone of the repository: ``python -m benchmarks``."""
+"""Measure speed and memory (``python -m benchmarks``); requires a clone of the repository."""
 
 from __future__ import annotations
 

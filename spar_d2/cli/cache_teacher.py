@@ -1,7 +1,7 @@
-"""Fill the cache of teacher targets (SPAR.TEACHER.CACHE_DIR) ahead of training, in one process or several.
+"""Compute teacher targets before training and store them in SPAR.TEACHER.CACHE_DIR.
 
-Each process takes its share of the photos. Targets that are there are left alone, so that it can be stopped and started
-again. Several machines fill one folder with --num-machines and --machine-rank.
+The images are split among all processes. Targets already in the cache are skipped, so the command can be stopped and
+restarted at any time. With --num-machines and --machine-rank, several machines fill one shared folder.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from spar_d2.utils.errors import make_logs_printable, readable_errors
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpus = torch.cuda.device_count()
-    parser.add_argument("--config-file", default="", metavar="FILE", help="that of the training")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="config file of the training")
     parser.add_argument(
-        "--processes", type=int, default=max(1, gpus), help="on this machine (default: one for each GPU, or one)"
+        "--processes",
+        type=int,
+        default=max(1, gpus),
+        help="number of processes on this machine (default: one per GPU, or one)",
     )
-    parser.add_argument("--num-machines", type=int, default=1, help="that fill the folder together")
-    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys, as for the training")
+    parser.add_argument("--num-machines", type=int, default=1, help="number of machines that fill the folder")
+    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, starting from 0")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override, as in training"
+    )
     return parser.parse_args()
 
 
@@ -46,11 +51,16 @@ def main() -> None:
     try:
         spawn(work, (args,), args.processes)
     except ProcessExitedException:
-        raise SystemExit("error: a process failed, see its message above; what was kept stays") from None
+        raise SystemExit("error: a process failed (see above); targets in the cache were kept") from None
 
 
 def work(number: int, args: argparse.Namespace) -> None:
-    """One process."""
+    """Fill the cache from one process.
+
+    Args:
+        number: index of the process on this machine.
+        args: command line arguments.
+    """
     import_again()
     make_logs_printable(setup_logger(name="spar_d2", distributed_rank=number))
     with readable_errors():
@@ -62,7 +72,7 @@ def work(number: int, args: argparse.Namespace) -> None:
         share, shares = args.machine_rank * args.processes + number, args.num_machines * args.processes
         filled = fill_cache(cfg, share, shares, show=number == 0)
     print(
-        f"process {number}: {filled.computed} targets computed, {filled.found} were there, "
-        f"{filled.damaged} photos damaged; in {cfg.SPAR.TEACHER.CACHE_DIR}",
+        f"process {number}: {filled.computed} targets computed, {filled.found} already cached, "
+        f"{filled.damaged} corrupt images; cache folder: {cfg.SPAR.TEACHER.CACHE_DIR}",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""Print versions, devices and folders, and for each missing part the command that installs it."""
+"""Print versions, devices and folders, and the install commands of missing dependencies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import spar_d2
 from spar_d2.utils.errors import printable, readable_errors
 
-# Modules, and the distributions that they come from.
+# Module name -> distribution name.
 _REQUIRED = {
     "torch": "torch",
     "torchvision": "torchvision",
@@ -29,8 +29,8 @@ _REQUIRED = {
     "pycocotools": "pycocotools",
 }
 _OPTIONAL = {
-    "triton": ("triton", "speeds up labels on NVIDIA GPUs; PyTorch for CUDA brings it"),
-    "scipy": ("scipy", "prepares Pascal Context: pip install scipy"),
+    "triton": ("triton", "faster label prediction on NVIDIA GPUs; included in PyTorch for CUDA"),
+    "scipy": ("scipy", "needed to prepare Pascal Context: pip install scipy"),
 }
 _INSTALL_DETECTRON2 = "spar-d2 install-detectron2"
 
@@ -43,13 +43,13 @@ def main() -> None:
         width = max(len(name) for name, _ in lines)
         print("\n".join(printable(f"{name:<{width}}  {value}") for name, value in lines))
     if missing:
-        print("\nMissing:\n" + "\n".join(f"  {name}: {remedy}" for name, remedy in missing.items()))
+        print("\nMissing:\n" + "\n".join(f"  {name}: {command}" for name, command in missing.items()))
         raise SystemExit(1)
-    print("\nEverything that spar_d2 needs is installed.")
+    print("\nAll required packages are installed.")
 
 
 def report() -> tuple[list[tuple[str, str]], dict[str, str]]:
-    """Names and values to print, and commands that install what is missing, by its name."""
+    """Return the names and values to print, and the install command of each missing distribution."""
     lines = [("spar_d2", f"{spar_d2.__version__} in {Path(spar_d2.__file__).parent}")]
     lines.append(("Python", f"{platform.python_version()}, {sys.executable}"))
     lines.append(("system", platform.platform()))
@@ -71,7 +71,7 @@ def report() -> tuple[list[tuple[str, str]], dict[str, str]]:
 
 
 def _version(module: str, distribution: str) -> str:
-    """Version of a distribution; empty where its module cannot be found."""
+    """Return the version of a distribution, or "" if its module is not installed."""
     if importlib.util.find_spec(module) is None:
         return ""
     try:
@@ -81,12 +81,12 @@ def _version(module: str, distribution: str) -> str:
 
 
 def _compiled() -> str:
-    """Whether Detectron2 has its compiled part, which spar_d2 does not need and some frameworks do."""
+    """Describe whether Detectron2 has its compiled extension."""
     try:
         importlib.import_module("detectron2._C")
     except ImportError:
-        return "without the compiled detectron2._C (spar_d2 does not need it; some frameworks do)"
-    return "with the compiled detectron2._C"
+        return "without the compiled extension detectron2._C (not needed by spar_d2, but by some frameworks)"
+    return "with the compiled extension detectron2._C"
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -100,9 +100,9 @@ def _devices() -> list[tuple[str, str]]:
             ("GPU", f"none (PyTorch {'for CUDA ' + torch.version.cuda if torch.version.cuda else 'for CPUs'})"),
         ]
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        memory = f"{found.total_memory / 2**30:.0f} GiB"
-        lines.append((f"GPU {index}", f"{found.name}, {memory}, compute capability {found.major}.{found.minor}"))
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        lines.append((f"GPU {index}", f"{gpu.name}, {memory}, compute capability {gpu.major}.{gpu.minor}"))
     return lines
 
 
@@ -110,14 +110,15 @@ def _folders() -> list[tuple[str, str]]:
     datasets = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser().resolve()
     cache = Path(os.environ.get("SPAR_CACHE") or "~/.cache/spar_d2").expanduser()
     free = shutil.disk_usage(_existing(cache)).free / 2**30
+    note = "" if datasets.is_dir() else " (does not exist; set DETECTRON2_DATASETS to change it)"
     return [
-        ("data sets", f"{datasets}{'' if datasets.is_dir() else ' (not there; DETECTRON2_DATASETS names another)'}"),
-        ("cache", f"{cache} ({free:.0f} GiB free; SPAR_CACHE names another)"),
+        ("data sets", f"{datasets}{note}"),
+        ("cache", f"{cache} ({free:.0f} GiB free; set SPAR_CACHE to change it)"),
     ]
 
 
 def _existing(path: Path) -> Path:
-    """The path, or its first parent that exists."""
+    """Return the path itself or its nearest existing parent."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 

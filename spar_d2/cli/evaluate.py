@@ -1,4 +1,4 @@
-"""Evaluate ways of inference on all benchmark data sets that are on disk, as one table like the paper's."""
+"""Compare inference modes on all benchmark data sets on disk, in one table like the paper's."""
 
 from __future__ import annotations
 
@@ -29,25 +29,30 @@ def parse_args() -> argparse.Namespace:
         "--config-file",
         default=get_config_file("segment/openclip_vit_b_16.yaml"),
         metavar="FILE",
-        help="encoder and its pre-trained weights (default: %(default)s)",
+        help="config of the encoder and its pre-trained weights (default: %(default)s)",
     )
     add(
         "--student",
         default="",
         metavar="FILE",
-        help="a distilled student, for a row of its own (default: MODEL.WEIGHTS)",
+        help="weights of a distilled student, evaluated in a separate row (default: MODEL.WEIGHTS)",
     )
-    add("--rows", nargs="+", choices=ROWS, help="rows of the table (default: all, the student's where there is one)")
-    add("--datasets", nargs="+", metavar="NAME", help="registered names (default: all benchmarks on disk)")
-    add("--stride", type=int, help="step of the sliding window in pixels (default: SPAR.TEACHER.STRIDE)")
-    add("--limit", type=int, metavar="N", help="only the first N images of each data set")
-    add("--output", type=Path, default=Path("output/evaluate"), help="folder for table.md, table.json and what is kept")
+    add("--rows", nargs="+", choices=ROWS, help="rows of the table (default: all; the student's only if it is given)")
+    add("--datasets", nargs="+", metavar="NAME", help="names of registered data sets (default: all benchmarks on disk)")
+    add("--stride", type=int, help="stride of the sliding window in pixels (default: SPAR.TEACHER.STRIDE)")
+    add("--limit", type=int, metavar="N", help="evaluate only the first N images of each data set")
+    add(
+        "--output",
+        type=Path,
+        default=Path("output/evaluate"),
+        help="folder for table.md, table.json and intermediate results (default: %(default)s)",
+    )
     add(
         "--opts",
         nargs=argparse.REMAINDER,
         default=[],
         metavar="KEY VALUE",
-        help="config keys to override; the last flag",
+        help="config keys to override; must be the last flag",
     )
     return parser.parse_args()
 
@@ -64,12 +69,12 @@ def run(args: argparse.Namespace) -> None:
     warn_of_protocol(cfg, args.opts)
     datasets, absent = find_datasets(args.datasets)
     prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=True), quiet=True)
-    print(f"Data sets: {', '.join(datasets)}. Everything is kept in {args.output}.", flush=True)
+    print(f"Data sets: {', '.join(datasets)}. Results are saved in {args.output}.", flush=True)
     try:
         with file_lock(args.output):
             scores = evaluate_methods(cfg, methods, datasets, args.output, args.limit)
     except KeyboardInterrupt:
-        raise SystemExit(f"\nstopped; the same command goes on from what is in {args.output}") from None
+        raise SystemExit(f"\nstopped; run the same command again to continue from {args.output}") from None
     table = paper_table(scores, absent)
     written = {"table.md": table + "\n", "table.json": as_json(summary(scores, absent), indent=1)}
     for name, text in written.items():
@@ -79,10 +84,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """Config keys and values that the flags stand for."""
+    """Convert the flags to config overrides, a flat list of keys and values."""
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {args.limit}")
-    # Quoted, as a name such as "2024" would be taken for a number.
+    # Quoted, because yacs would parse a folder named "2024" as a number.
     pairs = [*args.opts, "OUTPUT_DIR", repr(str(args.output))]
     if args.stride is not None:
         pairs += ["SPAR.TEACHER.STRIDE", str(args.stride)]
@@ -92,37 +97,47 @@ def overrides(args: argparse.Namespace) -> list[str]:
 
 
 def warn_of_protocol(cfg: CfgNode, opts: list[str]) -> None:
-    """Say where the paper's protocol takes the place of keys on the command line."""
+    """Warn if the paper's protocol replaces config keys given on the command line."""
     replaced = sorted(set(opts[::2]) & set(BENCHMARKS["voc21"].settings("")))
     if replaced and cfg.SPAR.TEST.PROTOCOL == "paper":
         keys = ", ".join(replaced)
-        print(f"{keys}: the paper's on its benchmarks; SPAR.TEST.PROTOCOL config takes yours", file=sys.stderr)
+        print(
+            f"{keys}: the benchmarks use the paper's values; set SPAR.TEST.PROTOCOL config to use yours",
+            file=sys.stderr,
+        )
 
 
 def rows(cfg: CfgNode, args: argparse.Namespace) -> list[Method]:
-    """The ways of inference that are asked for."""
+    """Return the requested inference modes."""
     if "student" in (args.rows or ()) and not (args.student or cfg.MODEL.WEIGHTS):
-        raise ValueError("--rows student needs the student's weights: --student FILE")
+        raise ValueError("--rows student requires the weights of the student: --student FILE")
     student = args.student or cfg.MODEL.WEIGHTS
     if student and not Path(student).is_file():
         raise FileNotFoundError(f"{'--student' if args.student else 'MODEL.WEIGHTS'}: there is no file {student}")
     sliding = ["MODEL.SPAR.INFERENCE", "sliding_window"]
-    known = {
+    methods = {
         "single_pass": Method("pre-trained, single pass"),
         "sliding_window": Method(f"pre-trained, sliding window, stride {cfg.SPAR.TEACHER.STRIDE}", sliding),
         "student": Method("SPAR student, single pass", weights=student),
     }
-    return [known[row] for row in args.rows or ROWS if row != "student" or student]
+    return [methods[row] for row in args.rows or ROWS if row != "student" or student]
 
 
-def find_datasets(named: list[str] | None) -> tuple[list[str], list[str]]:
-    """Data sets to evaluate on, and the benchmarks that are not on disk, which are named with what they need."""
-    if named:
-        return named, []
+def find_datasets(names: list[str] | None) -> tuple[list[str], list[str]]:
+    """Find the data sets to evaluate on, and print which files the other benchmarks need.
+
+    Args:
+        names: requested data sets; None selects all benchmarks on disk.
+
+    Returns:
+        Names of the data sets to evaluate on, and names of the benchmarks that are not on disk.
+    """
+    if names:
+        return names, []
     present = [name for name in BENCHMARKS if found(name)[0]]
     absent = [name for name in BENCHMARKS if name not in present]
     for name in absent:
-        print(f"left out: {missing(name)}", file=sys.stderr)
+        print(f"skipped: {missing(name)}", file=sys.stderr)
     if not present:
-        raise FileNotFoundError("no benchmark is on disk; docs/datasets.md says what to fetch and how to prepare it")
+        raise FileNotFoundError("no benchmark is on disk; see docs/datasets.md for downloads and preparation")
     return present, absent

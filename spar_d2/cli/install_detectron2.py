@@ -29,7 +29,7 @@ PREBUILT = "https://miropsota.github.io/torch_packages_builder/detectron2/"
 _PYTHON_TAG = f"cp{sys.version_info.major}{sys.version_info.minor}"
 WHEEL = "LabGym==3.1.2"
 WHEEL_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
-# NumPy 2 takes `copy=False` for "never copy", and fails.
+# In NumPy 2, `copy=False` means "never copy" and raises an error.
 MENDED = "detectron2/evaluation/sem_seg_evaluation.py"
 OLD_CODE, NEW_CODE = "Image.open(f), copy=copy, ", "Image.open(f), copy=copy or None, "
 FOLDER, OLD_PREFIX, NEW_PREFIX = "LabGym/detectron2/", "LabGym.detectron2", "detectron2"
@@ -58,18 +58,18 @@ def main() -> int:
         help="git: compile from the repository; prebuilt: compiled by a third party for some versions of PyTorch; "
         "wheel: the pure-Python copy; auto (default): git, then wheel",
     )
-    parser.add_argument("--wheel-file", type=Path, help="use this downloaded LabGym wheel instead of asking pip for it")
-    parser.add_argument("--force", action="store_true", help="install even where detectron2 can be imported already")
+    parser.add_argument("--wheel-file", type=Path, help="use a local LabGym wheel instead of downloading it")
+    parser.add_argument("--force", action="store_true", help="install even if detectron2 is already installed")
     args = parser.parse_args()
     if args.wheel_file and args.source in ("git", "prebuilt"):
-        parser.error(f"--wheel-file goes with --source wheel or auto, not {args.source}")
+        parser.error(f"--wheel-file requires --source wheel or auto, not {args.source}")
 
     version = installed_version()
     if version and not args.force:
-        print(f"detectron2 {version} is installed already; nothing to do.")
+        print(f"detectron2 {version} is already installed; nothing to do.")
         return 0
     if importlib.util.find_spec("torch") is None:
-        print("detectron2 needs torch: install this project first (pip install -e .), then run this again.")
+        print("detectron2 requires torch: install this project first (pip install -e .), then run this command again.")
         return 1
     if args.source == "prebuilt":
         return report() if install_prebuilt() else 1
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def installed_version() -> str:
-    """Version of the detectron2 that this Python imports; empty where it cannot."""
+    """Return the version of the installed detectron2, or "" if it cannot be imported."""
     probe = "import detectron2, importlib.metadata as m\n"
     probe += "try: print(m.version('detectron2'))\nexcept m.PackageNotFoundError: print(detectron2.__version__)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=tempfile.gettempdir())
@@ -104,7 +104,7 @@ def install_from_git() -> bool:
     if shutil.which("git") is None:
         print("git is not installed.")
         return False
-    print(f"Looking for {GIT_URL} ...", flush=True)
+    print(f"Connecting to {GIT_URL} ...", flush=True)
     try:
         probe = subprocess.run(
             ["git", "ls-remote", GIT_URL, "HEAD"],
@@ -115,11 +115,11 @@ def install_from_git() -> bool:
         )
         reason = probe.stderr.strip().splitlines()[-1:] if probe.returncode else []
     except subprocess.TimeoutExpired:
-        probe, reason = None, ["no answer within 30 s"]
+        probe, reason = None, ["timeout after 30 s"]
     if probe is None or probe.returncode:
         print(f"The repository cannot be reached: {' '.join(reason)}")
         return False
-    print("Compiling detectron2; this takes some minutes.", flush=True)
+    print("Compiling detectron2; this takes a few minutes.", flush=True)
     if pip("install", "--no-build-isolation", f"git+{GIT_URL}@{GIT_COMMIT}"):
         return True
     print("The build failed (its output is above).")
@@ -158,7 +158,7 @@ def install_from_wheel(wheel: Path | None) -> bool:
             print(f"Downloading {WHEEL} (1.9 MB) ...", flush=True)
             options = ("--quiet", "--no-deps", "--ignore-requires-python", "--only-binary", ":all:")
             if not pip("download", *options, "--dest", folder, WHEEL):
-                print("pip could not download it. With the file at hand: --source wheel --wheel-file FILE")
+                print("pip failed to download it. To use a local file: --source wheel --wheel-file FILE")
                 return False
             wheel = next(Path(folder).glob("*.whl"))
         if not wheel.is_file():
@@ -172,7 +172,7 @@ def install_from_wheel(wheel: Path | None) -> bool:
 
 
 def repack(source: Path, folder: Path) -> Path:
-    """Write a wheel of detectron2 alone, with its own metadata, licence note and RECORD."""
+    """Write a wheel that contains only detectron2, with metadata, license notice and RECORD."""
     files: dict[str, bytes] = {}
     with zipfile.ZipFile(source) as archive:
         for name in archive.namelist():

@@ -1,7 +1,7 @@
-"""Prepare the labels of data sets, from their official archives unpacked in one folder.
+"""Convert the labels of data sets from their official archives, unpacked in one folder.
 
-Without a NAME it shows what is there. Labels that are prepared already are kept, so that it can be stopped and started
-again. docs/datasets.md says which archives go where.
+Without NAME, the command shows the status of all data sets. Converted labels are kept, so the command can be stopped
+and restarted at any time. docs/datasets.md lists the archives and where to unpack them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ ALL = "all"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    several = "; of several, those whose official files are there: "
-    several += ", ".join(f"{group} ({', '.join(names)})" for group, names in GROUPS.items())
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PREPARATIONS)}{several}, {ALL}")
+    groups = "; groups (data sets without official files are skipped): "
+    groups += ", ".join(f"{group} ({', '.join(names)})" for group, names in GROUPS.items())
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PREPARATIONS)}{groups}, {ALL}")
     parser.add_argument(
-        "--root", metavar="DIR", help="folder of all data sets (default: $DETECTRON2_DATASETS, datasets)"
+        "--root", metavar="DIR", help="folder of all data sets (default: $DETECTRON2_DATASETS or datasets)"
     )
-    parser.add_argument("--partial", action="store_true", help="also where images or labels are missing")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one for each CPU)")
+    parser.add_argument("--partial", action="store_true", help="convert even if some images or labels are missing")
+    parser.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per CPU)")
     return parser.parse_args()
 
 
@@ -37,50 +37,51 @@ def main() -> None:
                 print(table(args.root))
             for name in chosen(args.names, args.root):
                 done = prepare(name, args.root, args.partial, args.workers)
-                print(f"{name}: {done.written} labels written, {done.images - done.written} were there; {done.folder}")
+                existing = done.images - done.written
+                print(f"{name}: {done.written} labels written, {existing} already existed; {done.folder}")
     except KeyboardInterrupt:
-        raise SystemExit("\nstopped; the same command goes on from there") from None
+        raise SystemExit("\nstopped; run the same command again to continue") from None
 
 
 def chosen(names: list[str], root: str | None) -> list[str]:
-    """The data sets that names on the command line stand for, each once; says which are left out of a name for several.
+    """Expand names on the command line to data sets without duplicates; skipped members of groups are printed.
 
     Raises:
-        MissingArchive: nothing is there of those that a name stands for.
-        ValueError: a name is none of them, or nothing is there of any.
+        MissingArchive: a group has no data set with official files on disk.
+        ValueError: a name is unknown, or "all" finds no official files.
     """
     known = [*PREPARATIONS, *GROUPS, ALL]
-    wrong = [name for name in names if name not in known]
-    if wrong:
-        raise ValueError(f"NAME must be one of {', '.join(known)}; got {wrong[0]!r}")
-    found = []
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"NAME must be one of {', '.join(known)}; got {unknown[0]!r}")
+    selected = []
     if ALL in names:
-        found = there(list(PREPARATIONS), root)
-        if not found:
-            raise ValueError(f"no official files of any data set are in {datasets_root(root)}")
+        selected = there(list(PREPARATIONS), root)
+        if not selected:
+            raise ValueError(f"{datasets_root(root)} contains no official files of any data set")
     for name in names:
         if name in GROUPS:
             members = there(list(GROUPS[name]), root)
             if not any(member.startswith(name) for member in members):
                 state = survey(GROUPS[name][-1], root)
                 raise MissingArchive(state.reason, state.missing[0])
-            found += members
+            selected += members
         elif name != ALL:
-            found.append(name)
-    return list(dict.fromkeys(found))
+            selected.append(name)
+    return list(dict.fromkeys(selected))
 
 
 def there(names: list[str], root: str | None) -> list[str]:
-    """Those of several data sets whose official files are there; the others are printed."""
+    """Return the data sets whose official files are on disk, and print the others."""
     states = [survey(name, root) for name in names]
     for state in states:
         if state.missing:
-            print(f"{state.name}: left out, {state.advice}")
+            print(f"{state.name}: skipped, {state.advice}")
     return [state.name for state in states if not state.missing]
 
 
 def table(root: str | None) -> str:
-    """What is there of every data set, and what to do."""
+    """Return a status table of all data sets."""
     rows = [("data set", "images", "prepared", "to do")]
     for name in PREPARATIONS:
         state = survey(name, root)

@@ -1,7 +1,7 @@
-"""Linear probes side by side: pre-trained single pass, sliding window, and a SPAR student.
+"""Compare linear probes on features of the pre-trained single pass, the sliding window, and a SPAR student.
 
-For each row a probe is trained on features of an encoder that stays as it is, and evaluated. Finished rows are kept in
-the output folder and not done again, as long as they would come out the same.
+For each row of the table, a probe is trained on a frozen encoder and evaluated. Finished rows are kept in the output
+folder and reused as long as their settings do not change.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def parse_args() -> argparse.Namespace:
         "--config-file",
         default=get_config_file("toy/linear_probe.yaml"),
         metavar="FILE",
-        help="what to probe and how (default: the demo's)",
+        help="config of encoder, data and training (default: the toy experiment)",
     )
-    add("--student", default="", metavar="FILE", help="a distilled student, for a row of its own")
-    add("--rows", nargs="+", choices=ROWS, help="rows of the table (default: all, the student's where there is one)")
-    add("--output", type=Path, metavar="DIR", help="folder for everything written (default: OUTPUT_DIR)")
-    add("--resume", action="store_true", help="go on with a probe that was stopped; without, it is trained anew")
-    add("opts", nargs="*", metavar="KEY VALUE", help="config keys to override, after all flags and a --")
+    add("--student", default="", metavar="FILE", help="weights of a distilled student, probed in a separate row")
+    add("--rows", nargs="+", choices=ROWS, help="rows of the table (default: all; the student's only if it is given)")
+    add("--output", type=Path, metavar="DIR", help="output folder (default: OUTPUT_DIR)")
+    add("--resume", action="store_true", help="resume an interrupted probe; otherwise, its training restarts")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config keys to override, after all flags and --")
     return parser.parse_args()
 
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # Quoted, as a name such as "2024" would be taken for a number.
+    # Quoted, because yacs would parse a folder named "2024" as a number.
     output = ["OUTPUT_DIR", repr(str(args.output))] if args.output else []
     cfg = load_config(args.config_file, [*args.opts, *output])
     folder = Path(cfg.OUTPUT_DIR)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             scores = evaluate_probes(cfg, list(probes.values()), folder)
             draw_probes(cfg, {TITLES[row]: probe for row, probe in probes.items()}, folder / "predictions.png")
     except KeyboardInterrupt:
-        raise SystemExit("\nstopped; the same command with --resume goes on") from None
+        raise SystemExit("\nstopped; run the same command with --resume to continue") from None
     table = probe_table(list(probes.values()), scores)
     written = {
         "table.md": table + "\n",
@@ -79,4 +79,4 @@ def run(args: argparse.Namespace) -> None:
     for name, text in written.items():
         with atomic_write(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    print(f"\n{printable(table)}\n\nTable, picture and probes are in {folder}.")
+    print(f"\n{printable(table)}\n\nTable, visualization and probes are in {folder}.")

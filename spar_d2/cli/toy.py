@@ -1,4 +1,4 @@
-"""The demo: distill a student in a small drawn world, compare it with its teacher, and draw what they see."""
+"""Toy experiment: distill a student on a synthetic data set, compare it with its teacher, and visualize both."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ VAL = "spar_scenes_val"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--config-file", default=get_config_file("toy/distill.yaml"), help="what to distill and how")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
-    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for everything written")
+    parser.add_argument("--config-file", default=get_config_file("toy/distill.yaml"), help="config of the training")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the training")
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="output folder")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
     return parser.parse_args()
 
@@ -47,24 +47,24 @@ def main() -> None:
         print(f"Distilling {cfg.SOLVER.MAX_ITER} steps (log: {args.output}/log.txt) ...")
         trainer.train()
         if version(student) == earlier:
-            raise SystemExit("stopped before the student was finished")
+            raise SystemExit("stopped before the end of training; no student was written")
         results = [measure(cfg, VAL, method) for method in methods(cfg, student)]
         table = markdown_table(results, baseline=results[2])
         with atomic_write(args.output / "table.md") as temporary:
             temporary.write_text(table + "\n")
         draw(cfg, [results[0], results[2], results[3]], args.output / "pictures")
     print(f"\n{table}\n")
-    print(f"{len(DatasetCatalog.get(VAL))} scenes, {torch.get_num_threads()} threads, {cfg.MODEL.DEVICE};", end=" ")
-    print(f"pictures, table and student are in {args.output}; {time.time() - started:.0f} s in all.")
+    print(f"{len(DatasetCatalog.get(VAL))} images, {torch.get_num_threads()} threads, {cfg.MODEL.DEVICE};", end=" ")
+    print(f"visualizations, table and student are in {args.output}; total time {time.time() - started:.0f} s.")
 
 
 def version(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written anew; None where there is none."""
+    """Return the file signature (inode and modification time), or None if the file does not exist."""
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.is_file() else None
 
 
 def methods(cfg: CfgNode, student: Path) -> list[Method]:
-    """Pre-trained single pass, disjoint tiles, teacher, student."""
+    """Return the inference modes: pre-trained single pass, disjoint tiles, teacher, and student."""
     sliding = ["MODEL.SPAR.INFERENCE", "sliding_window", "SPAR.TEACHER.STRIDE"]
     stride = cfg.SPAR.TEACHER.STRIDE
     window = cfg.SPAR.TEACHER.WINDOW or describe_encoder(cfg.MODEL.SPAR.ENCODER).native_size
@@ -78,7 +78,7 @@ def methods(cfg: CfgNode, student: Path) -> list[Method]:
 
 @torch.no_grad()
 def draw(cfg: CfgNode, shown: list[Result], folder: Path) -> None:
-    """Write pictures of predictions and of features for a few scenes."""
+    """Visualize predictions and features of a few images."""
     metadata = MetadataCatalog.get(VAL)
     colors = np.asarray(metadata.stuff_colors, dtype=np.uint8)
     records = [DatasetCatalog.get(VAL)[index] for index in SHOWN_SCENES]

@@ -1,4 +1,4 @@
-"""Distill, train and evaluate: Detectron2's usual flags, with this project's config keys; LazyConfigs (*.py) too."""
+"""Distill, train and evaluate with Detectron2's standard flags; supports YAML configs and LazyConfigs (*.py)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from spar_d2.utils.errors import readable_errors
 
 
 def main() -> None:
-    """Parse the command line, and work in one process or several."""
+    """Parse the command line and launch one or more processes."""
     arguments = default_argument_parser().parse_args()
     with readable_errors():
         run(work, arguments)
 
 
 def work(args: argparse.Namespace) -> object:
-    """The work of one process."""
+    """Run training or evaluation in one process."""
     from spar_d2.checkpoint.checkpointer import Checkpointer
     from spar_d2.encoders import DenseEncoder
     from spar_d2.engine import lazy
@@ -37,7 +37,7 @@ def work(args: argparse.Namespace) -> object:
             prepare(cfg, args)
             if args.eval_only:
                 if not cfg.DATASETS.TEST:
-                    raise ValueError("nothing to evaluate on: DATASETS.TEST is empty")
+                    raise ValueError("DATASETS.TEST must not be empty with --eval-only")
                 model = Trainer.build_model(cfg)
                 Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
                 for encoder in (part for part in model.modules() if isinstance(part, DenseEncoder)):

@@ -1,4 +1,4 @@
-"""Filling the teacher's cache ahead of training."""
+"""Computes cached teacher targets before training."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _SAMPLED = 32
 
 @dataclass
 class Filled:
-    """What became of the photos of a share.
+    """Counts of processed images.
 
     Attributes:
-        computed: targets that were computed and kept.
-        found: those that were there.
-        damaged: photos that cannot be decoded, and have none.
+        computed: number of targets that were computed and stored.
+        found: number of targets that were already in the cache.
+        damaged: number of corrupt images, which have no target.
     """
 
     computed: int = 0
@@ -45,11 +45,14 @@ class Filled:
 
 
 def check_caching(cfg: CfgNode) -> None:
-    """Raise ``ValueError`` where a config has no cache that could be filled."""
+    """Raise ``ValueError`` if the config does not support a cache."""
     if not cfg.SPAR.TEACHER.CACHE_DIR:
-        raise ValueError("SPAR.TEACHER.CACHE_DIR must name the folder to fill")
+        raise ValueError("SPAR.TEACHER.CACHE_DIR must be set to the cache folder")
     if not cfg.SPAR.DATA.FROZEN:
-        raise ValueError("SPAR.DATA.FROZEN must be True: images augmented anew in every epoch are never found again")
+        raise ValueError(
+            "SPAR.DATA.FROZEN must be True, because cached targets are valid only if the augmentation of each image "
+            "never changes"
+        )
     if cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
         raise ValueError(
             "MODEL.META_ARCHITECTURE must be OpenVocabularySegmentor to fill a cache, "
@@ -58,18 +61,19 @@ def check_caching(cfg: CfgNode) -> None:
 
 
 def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True) -> Filled:
-    """Compute and keep the targets of a share of the photos that a config distills on, those that are missing.
+    """Compute and store the missing teacher targets of a share of the training images.
 
-    It can be stopped at any time, and started again.
+    The function can be stopped and restarted at any time.
 
     Args:
-        cfg: with ``SPAR.TEACHER.CACHE_DIR`` and ``SPAR.DATA.FROZEN``; training with it finds the targets.
-        share, shares: number of this share, from 0, and of all: every photo is in one of them.
-        show: show progress.
+        cfg: training config with ``SPAR.TEACHER.CACHE_DIR`` and ``SPAR.DATA.FROZEN``.
+        share: index of this share, starting from 0.
+        shares: number of shares that the images are split into.
+        show: whether to show a progress bar.
 
     Raises:
-        ValueError: the config has no cache to fill, or as training with it would.
-        RuntimeError: there is too little room, the folder cannot be written to, or too many photos are damaged.
+        ValueError: the config is invalid or does not support a cache.
+        RuntimeError: the disk space is insufficient, the folder is not writable, or too many images are corrupt.
     """
     check_caching(cfg)
     photos = build_photos(cfg, seed=0)
@@ -80,7 +84,7 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
     photos.look_up = cache.look_up()
     filled, corrupt = Filled(), CorruptImages(cfg.SPAR.DATA.MAX_DAMAGED)
     samples = [SampleIndex(index, 0, index) for index in range(share, len(photos), shares)]
-    # Read ahead, while the teacher encodes.
+    # Workers load images while the teacher encodes.
     records = DataLoader(
         photos,
         sampler=samples,
@@ -89,10 +93,10 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=torch.cuda.is_available(),
     )
-    for record in tqdm(records, desc="teacher", unit="photo", disable=not show, dynamic_ncols=True):
+    for record in tqdm(records, desc="teacher", unit="image", disable=not show, dynamic_ncols=True):
         if record["damaged"]:
             filled.damaged += 1
-            # The photo itself; those after it have their own turn.
+            # Count only this image: the data set also reports corrupt images that follow it.
             name = photos.dicts[record["position"]]["file_name"]
             corrupt.add({name: record["damaged"][name]})
             continue
@@ -101,7 +105,7 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
         try:
             cache.target(image, record[TargetLookUp.NAME])
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error} for {record['file_name']}; nothing was kept of it") from error
+            raise FloatingPointError(f"{error} for {record['file_name']}; its target was not stored") from error
         _check_writable(cache)
         filled.found += cache.hits - hits
         filled.computed += hits == cache.hits
@@ -110,16 +114,16 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
 
 def _check_writable(cache: TargetCache) -> None:
     if not cache.writable:
-        raise RuntimeError(f"SPAR.TEACHER.CACHE_DIR: {cache.folder} cannot be written to, see the warning above")
+        raise RuntimeError(f"SPAR.TEACHER.CACHE_DIR: {cache.folder} is not writable, see the warning above")
 
 
 def check_room(photos: PhotoDataset, cache: TargetCache, stop: bool = False) -> None:
-    """Say how much room a cache of all photos takes, estimated from some of them, and how much there is.
-
-    What the cache holds already is not counted as room to be taken.
+    """Log the estimated disk space for caching the targets of all images, and compare it with the free space.
 
     Args:
-        stop: where there is too little, raise ``RuntimeError`` instead of warning.
+        photos: training images; the space is estimated from a subset.
+        cache: cache to fill; its existing targets are subtracted.
+        stop: whether to raise ``RuntimeError`` instead of logging a warning if the space is insufficient.
     """
     if not cache.writable:
         return
@@ -130,13 +134,13 @@ def check_room(photos: PhotoDataset, cache: TargetCache, stop: bool = False) -> 
     needed = max(0, math.ceil(sum(sizes) / len(sizes) * len(photos)) - present)
     free = shutil.disk_usage(cache.folder).free
     logger.info(
-        "Targets of %d photos take about %.1f GiB more in %s (%.1f GiB are there, %.1f GiB are free)",
+        "Targets of %d images need about %.1f GiB more in %s (%.1f GiB cached, %.1f GiB free)",
         len(photos), needed / 2**30, cache.folder, present / 2**30, free / 2**30,
     )  # fmt: skip
     if needed + RESERVE > free:
         message = (
             f"SPAR.TEACHER.CACHE_DIR: about {needed / 2**30:.1f} GiB are needed in {cache.folder} and "
-            f"{RESERVE / 2**30:.0f} GiB are left free, but there are {free / 2**30:.1f} GiB"
+            f"{RESERVE / 2**30:.0f} GiB are reserved, but only {free / 2**30:.1f} GiB are free"
         )
         if stop:
             raise RuntimeError(f"{message}. Choose another folder, or distill with SPAR.TEACHER.WINDOWS_PER_IMAGE 16")

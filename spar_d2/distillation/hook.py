@@ -1,4 +1,4 @@
-"""The trainer hook that adds distillation to any Detectron2 training."""
+"""Trainer hook that adds distillation to any Detectron2 training."""
 
 from __future__ import annotations
 
@@ -28,31 +28,33 @@ AVERAGES = ("image", "cell")
 
 
 class DistillationHook(HookBase):
-    """Adds ``loss_distill`` to the loss dict of a model that holds a dense encoder.
+    """Adds ``loss_distill`` to the loss dict of a model with a dense encoder.
 
-    The hook listens to the encoder, wherever in the model it is: whatever images it encodes in a training step, the
-    teacher encodes too. It works with any trainer of Detectron2's that calls ``model(data)`` and sums a loss dict, and
-    takes itself off the model after training. To the trainer's storage it adds "distill/cosine" (mean cosine of the
-    student's features and what the teacher says of them), "distill/images_per_second", "distill/windows_per_second" and
-    "distill/windows_encoded"; on a GPU those of several steps at once. Whether features are finite is then checked
-    once a step, after the backward pass. An encoder of which nothing is trained is refused before the first step.
+    The hook registers forward hooks on the encoder, wherever it is in the model. The teacher encodes the same images as
+    the student in each training step. The hook works with any Detectron2 trainer that calls ``model(data)`` and sums a
+    loss dict. The forward hooks are removed after training.
+
+    The hook writes to the event storage: "distill/cosine" (mean cosine similarity of student features and targets),
+    "distill/images_per_second", "distill/windows_per_second" and "distill/windows_encoded". On a GPU, the values of
+    several steps are written together, and features are checked for NaN and infinity once per step, after the backward
+    pass. Training is rejected before the first step if the encoder has no trainable parameters.
 
     ``DistillationHook(cfg)`` builds the teacher from ``MODEL.SPAR`` and ``SPAR.TEACHER``.
 
     Args:
-        teacher: gives the targets.
-        weight: factor on the loss, above 0.
-        windows_per_image: windows that the teacher encodes for each image, drawn at random; 0 for all.
-        seed: of the random windows; a run that is resumed draws on as if it had not stopped.
-        average: the loss is the mean over the cells of each "image", then over images, or over every "cell" of the
-            images that all processes encode together.
-        cache: keeps the full targets; with ``windows_per_image`` it is only read.
+        teacher: teacher that computes the targets.
+        weight: weight of the loss, greater than 0.
+        windows_per_image: number of randomly sampled windows per image; 0 uses all windows.
+        seed: random seed of the sampled windows. A resumed run samples the same windows as an uninterrupted one.
+        average: "image" averages the loss over the grid cells of each image, then over images. "cell" averages it over
+            all grid cells of the images in a step, across all processes.
+        cache: cache of full targets; with ``windows_per_image``, it is only read.
 
     Raises:
-        ValueError: a ``weight`` that is not above 0, a negative ``windows_per_image``, another ``average``.
+        ValueError: ``weight``, ``windows_per_image`` or ``average`` is invalid.
     """
 
-    # Any that has a model.
+    # Any trainer with a model.
     trainer: Any
 
     @configurable
@@ -66,10 +68,14 @@ class DistillationHook(HookBase):
         cache: TargetCache | None = None,
     ) -> None:
         if not 0 < weight < math.inf:
-            raise ValueError(f"weight (SPAR.DISTILL.WEIGHT) must be above 0 (or ENABLED False), got {weight}")
+            raise ValueError(
+                f"weight (SPAR.DISTILL.WEIGHT) must be greater than 0, got {weight}; to disable distillation, set "
+                "SPAR.DISTILL.ENABLED False"
+            )
         if windows_per_image < 0:
             raise ValueError(
-                f"windows_per_image (SPAR.TEACHER.WINDOWS_PER_IMAGE) must be 0 (all) or more, got {windows_per_image}"
+                "windows_per_image (SPAR.TEACHER.WINDOWS_PER_IMAGE) must be 0 (all windows) or greater, "
+                f"got {windows_per_image}"
             )
         if average not in AVERAGES:
             raise ValueError(f"average (SPAR.DISTILL.AVERAGE) must be one of {', '.join(AVERAGES)}; got {average!r}")
@@ -90,7 +96,7 @@ class DistillationHook(HookBase):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        # Built anew rather than copied from the model: a resumed student is no teacher.
+        # Do not copy the encoder of the model: in a resumed run, its weights are those of the student.
         teacher = teacher_from_config(cfg)
         folder = cfg.SPAR.TEACHER.CACHE_DIR
         return {
@@ -114,11 +120,11 @@ class DistillationHook(HookBase):
         trained = (name for name, parameter in encoder.named_parameters() if parameter.requires_grad)
         if all(re.match(encoder.unused, name) for name in trained):
             raise ValueError(
-                "MODEL.SPAR.TRAINABLE leaves nothing of the encoder to train, so the teacher would run for nothing: "
-                'set it to what the student is to learn with ("last_blocks:2", "all"), or SPAR.DISTILL.ENABLED to False'
+                "MODEL.SPAR.TRAINABLE selects no trainable parameters of the encoder, so distillation has no effect: "
+                'set it to "last_blocks:2" or "all", for example, or set SPAR.DISTILL.ENABLED to False'
             )
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            # Inside it, so that the loss is part of what it sees the model return.
+            # Hook the inner model, so that DistributedDataParallel sees the loss in the model's output.
             model = model.module
         self._handles = [
             model.register_forward_pre_hook(self._remember_inputs),
@@ -128,17 +134,17 @@ class DistillationHook(HookBase):
 
     def before_step(self) -> None:
         self._start_counting()
-        # Every process draws other windows; the same step of the same process always draws the same.
+        # The seed depends on iteration and process, so that sampled windows are reproducible.
         self._generator.manual_seed((self.seed * 1_000_003 + self.trainer.iter) * 1_009 + comm.get_rank())
 
     def after_backward(self) -> None:
-        # Before the weights are changed, and while the device has the backward pass to work on.
+        # Check before the optimizer step, while the device is still busy with the backward pass.
         self._raise_if_not_finite()
 
     def after_step(self) -> None:
         if not self._images:
             return
-        self._raise_if_not_finite()  # where the trainer calls no hooks after its backward pass
+        self._raise_if_not_finite()  # in case the trainer does not call after_backward()
         counts = {"images": self._images, "windows": self._windows, "encoded": self.windows_encoded}
         known = {**counts, "seconds": time.perf_counter() - self._since}
         iteration = self.trainer.iter
@@ -148,7 +154,7 @@ class DistillationHook(HookBase):
 
     def _write_readings(self) -> None:
         steps = self._readings.take()
-        # float32 counts windows exactly up to 16 million; those of a whole run are more.
+        # float64, because float32 represents integers exactly only up to 16 million windows.
         names = ("cosine", "images", "windows", "encoded")
         sums = torch.tensor([[numbers[name] for name in names] for _, numbers in steps], dtype=torch.float64)
         if comm.get_world_size() > 1:
@@ -166,7 +172,7 @@ class DistillationHook(HookBase):
             storage.put_scalar("distill/windows_encoded", encoded, smoothing_hint=False, cur_iter=iteration)
 
     def after_train(self) -> None:
-        # One of several processes may have failed, and then nobody answers.
+        # With several processes, one may have failed, and a collective operation would hang.
         if comm.get_world_size() == 1:
             self._write_readings()
         for handle in self._handles:
@@ -191,24 +197,24 @@ class DistillationHook(HookBase):
 
     def _add_loss(self, model: nn.Module, inputs: tuple, losses):
         encoded, self._encoded = self._encoded, []
-        given, self._inputs = self._inputs, None
+        model_inputs, self._inputs = self._inputs, None
         if not model.training:
             return None
         if not isinstance(losses, dict):
             raise RuntimeError(
-                f"distillation needs a model that returns a dict of losses in training, "
-                f"{type(model).__name__} returned {type(losses).__name__}"
+                f"distillation requires a model that returns a dict of losses in training, "
+                f"but {type(model).__name__} returned {type(losses).__name__}"
             )
         if not encoded:
-            raise RuntimeError("distillation found that the model did not run its SPAR encoder in this step")
-        return {**losses, LOSS_NAME: self.weight * self._loss(match(encoded, given))}
+            raise RuntimeError("distillation failed: the model did not run its SPAR encoder in this step")
+        return {**losses, LOSS_NAME: self.weight * self._loss(match(encoded, model_inputs))}
 
     def _loss(self, encoded: list[EncodedImage]) -> torch.Tensor:
-        self._note_norms("the student's features", [one.features for one in encoded], encoded)
+        self._note_norms("the student's features", [image.features for image in encoded], encoded)
         targets = self._targets(encoded)
         losses = []
-        for one, target in zip(encoded, targets):
-            student = one.features[None]
+        for image, target in zip(encoded, targets):
+            student = image.features[None]
             sampled = isinstance(target, SampledTarget)
             loss = sampled_distillation_loss(student, target) if sampled else distillation_loss(student, target)
             losses.append(loss)
@@ -216,91 +222,94 @@ class DistillationHook(HookBase):
         self._images += len(encoded)
         if self.average == "image":
             return torch.stack(losses).mean()
-        cells = [one.features[0].numel() for one in encoded]
+        cells = [image.features[0].numel() for image in encoded]
         total = losses[0].new_full((), sum(cells))
         if (processes := comm.get_world_size()) > 1:
             torch.distributed.all_reduce(total)
-            # Gradients are averaged over processes.
+            # DistributedDataParallel averages gradients over processes.
             total = total / processes
         return sum(loss * number for loss, number in zip(losses, cells)) / total
 
     def _targets(self, encoded: list[EncodedImage]) -> list[torch.Tensor | SampledTarget]:
-        """What the teacher says of each image: (1, D, h, w), or of a few windows only."""
+        """Return the target of each image: a full target (1, D, h, w), or a sampled target."""
         if self.windows_per_image:
             return self._sampled_targets(encoded)
-        return [self._full_target(one) for one in encoded]
+        return [self._full_target(image) for image in encoded]
 
     def _sampled_targets(self, encoded: list[EncodedImage]) -> list[torch.Tensor | SampledTarget]:
-        found = [self.cache.read(one.image, self._looked_up(one)) if self.cache else None for one in encoded]
-        cached: list[torch.Tensor | SampledTarget] = [target for target in found if target is not None]
-        if len(cached) == len(found):
+        lookups = [self.cache.read(image.image, self._looked_up(image)) if self.cache else None for image in encoded]
+        cached: list[torch.Tensor | SampledTarget] = [target for target in lookups if target is not None]
+        if len(cached) == len(lookups):
             return cached
-        left = [one for one, target in zip(encoded, found) if target is None]
-        shifts = torch.stack([self._shift(one) for one in left])
-        samples = self.teacher.samples([one.image for one in left], self.windows_per_image, shifts)
-        self._note_norms("the teacher's features", [sample.weighted_sum for sample in samples], left)
-        self._count_windows(sum(min(self.windows_per_image, self._planned(one)) for one in left))
-        drawn = iter(samples)
-        return [next(drawn) if target is None else target for target in found]
+        missing = [image for image, target in zip(encoded, lookups) if target is None]
+        shifts = torch.stack([self._shift(image) for image in missing])
+        samples = self.teacher.samples([image.image for image in missing], self.windows_per_image, shifts)
+        self._note_norms("the teacher's features", [sample.weighted_sum for sample in samples], missing)
+        self._count_windows(sum(min(self.windows_per_image, self._planned(image)) for image in missing))
+        remaining = iter(samples)
+        return [next(remaining) if target is None else target for target in lookups]
 
-    def _full_target(self, one: EncodedImage) -> torch.Tensor:
+    def _full_target(self, image: EncodedImage) -> torch.Tensor:
         if self.cache is None:
-            target = self.teacher.targets([one.image])[0]
-            self._note_norms("the teacher's features", [target], [one])
-            self._count_windows(self._planned(one))
+            target = self.teacher.targets([image.image])[0]
+            self._note_norms("the teacher's features", [target], [image])
+            self._count_windows(self._planned(image))
             return target
-        missed = self.cache.misses
+        misses = self.cache.misses
         try:
-            target = self.cache.target(one.image, self._looked_up(one))
+            target = self.cache.target(image.image, self._looked_up(image))
         except FloatingPointError as error:
-            raise self._not_finite(str(error), one) from error
-        if self.cache.misses > missed:
-            self._count_windows(self._planned(one))
+            raise self._not_finite(str(error), image) from error
+        if self.cache.misses > misses:
+            self._count_windows(self._planned(image))
         return target
 
-    def _looked_up(self, one: EncodedImage) -> LookedUp | None:
-        """What was found of its target when the image was read, if the encoder was given just that image."""
-        found = one.records[0].get(TargetLookUp.NAME) if len(one.records) == 1 else None
-        if found is None or one.records[0]["image"].shape != one.image.shape:
+    def _looked_up(self, image: EncodedImage) -> LookedUp | None:
+        """Return the data loader's cache lookup if it is valid for the image that was encoded."""
+        looked_up = image.records[0].get(TargetLookUp.NAME) if len(image.records) == 1 else None
+        if looked_up is None or image.records[0]["image"].shape != image.image.shape:
             return None
         if self._looks_up is None:
-            # Once: a model may do more to images than to normalize them.
-            self._looks_up = image_key(one.image, self.teacher.encoder) == found.key
-        return found if self._looks_up else None
+            # Check once whether the model modifies images beyond normalization, which invalidates lookups.
+            self._looks_up = image_key(image.image, self.teacher.encoder) == looked_up.key
+        return looked_up if self._looks_up else None
 
-    def _planned(self, one: EncodedImage) -> int:
-        """Windows of an image, all of them."""
-        return len(self.teacher.plan(*one.image.shape[-2:]))
+    def _planned(self, image: EncodedImage) -> int:
+        """Return the number of windows in the plan of an image."""
+        return len(self.teacher.plan(*image.image.shape[-2:]))
 
     def _count_windows(self, windows: int) -> None:
         self._windows += windows
         self.windows_encoded += windows
 
-    def _shift(self, one: EncodedImage) -> torch.Tensor:
-        """Two random numbers, by the image's place in the run where it is known: then neither the number of processes
-        nor the images beside it change what is drawn for it."""
+    def _shift(self, image: EncodedImage) -> torch.Tensor:
+        """Return two random numbers for the sampled windows of an image.
+
+        If possible, they are seeded by the image's position in the run, so that they do not depend on the number of
+        processes or the other images of the step.
+        """
         generator = self._generator
-        if one.position is not None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_000_007 + one.position)
+        if image.position is not None:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_000_007 + image.position)
         return torch.rand(2, generator=generator)
 
     def _note_norms(self, what: str, tensors: list[torch.Tensor], encoded: list[EncodedImage]) -> None:
-        """Remember lengths of tensors, which are finite where the tensors are; on a GPU they are looked at later."""
+        """Store the norms of tensors to detect NaN and infinity. On a GPU, they are checked later to avoid a sync."""
         detached = [tensor.detach() for tensor in tensors]
         norms = torch._foreach_norm(detached)  # pyright: ignore[reportPrivateImportUsage]
-        self._norms += [(what, one, norm) for one, norm in zip(encoded, norms)]
+        self._norms += [(what, image, norm) for image, norm in zip(encoded, norms)]
         if not norms[0].is_cuda:
             self._raise_if_not_finite()
 
     def _raise_if_not_finite(self) -> None:
-        noted, self._norms = self._norms, []
-        if noted and not torch.stack([norm for _, _, norm in noted]).isfinite().all():
-            what, one, _ = next(note for note in noted if not note[2].isfinite())
-            raise self._not_finite(f"{what} are NaN or infinite", one)
+        entries, self._norms = self._norms, []
+        if entries and not torch.stack([norm for _, _, norm in entries]).isfinite().all():
+            what, image, _ = next(entry for entry in entries if not entry[2].isfinite())
+            raise self._not_finite(f"{what} are NaN or infinite", image)
 
-    def _not_finite(self, what: str, one: EncodedImage) -> FloatingPointError:
+    def _not_finite(self, what: str, image: EncodedImage) -> FloatingPointError:
         return FloatingPointError(
-            f"{what} for {one.name} at iteration {self.trainer.iter}; this step was not saved. Weights that diverged "
-            "need a lower SOLVER.BASE_LR, an overflow needs MODEL.SPAR.PRECISION bfloat16 or float32, and weights "
-            "that are NaN from the start need another MODEL.SPAR.PRETRAINED"
+            f"{what} for {image.name} at iteration {self.trainer.iter}; this step was not saved. If the training "
+            "diverged, reduce SOLVER.BASE_LR; for an overflow, set MODEL.SPAR.PRECISION to bfloat16 or float32; if the "
+            "initial weights have NaN values, choose another MODEL.SPAR.PRETRAINED"
         )

@@ -1,4 +1,4 @@
-"""The distillation loss: plain regression of dense features."""
+"""Distillation losses: regression of dense features."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from spar_d2.teacher import SampledTarget
 
 
 def distillation_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference over all elements (SPAR, the training objective).
+    """Mean squared error over all elements, the training objective of SPAR.
 
     Args:
-        student, target: (B, D, h, w), not normalized; computed in float32 whatever their types.
+        student, target: (B, D, h, w) unnormalized features of any dtype; the loss is computed in float32.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: the shapes differ.
     """
     _check_shapes(student, target)
     return (student.float() - target.float()).square().mean()
 
 
 def sampled_distillation_loss(student: torch.Tensor, target: SampledTarget) -> torch.Tensor:
-    """Loss against a few random windows, with the full loss's gradient in expectation.
+    """Loss for a sampled target; its expected gradient is the gradient of :func:`distillation_loss`.
 
-    With ``w = target.weight`` and ``t = weighted_sum / w``, it is ``mean(w * (student - t) ** 2)`` over all cells,
-    those with ``w = 0`` counting as zero. Its gradient is ``2 * (w * student - weighted_sum)``, over the number of
-    elements: linear in the windows drawn, so that its mean over all draws is that of :func:`distillation_loss`.
+    With ``w = target.weight`` and ``t = weighted_sum / w``, the loss is ``mean(w * (student - t) ** 2)``, where grid
+    cells with ``w = 0`` count as zero. Up to the number of elements, its gradient is
+    ``2 * (w * student - weighted_sum)``. It is linear in the sampled windows, and therefore unbiased.
 
     Args:
-        student: (B, D, h, w).
-        target: of the same size.
+        student: (B, D, h, w) features.
+        target: sampled target of the same size.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: the shapes differ.
     """
     _check_shapes(student, target.weighted_sum)
     weight = target.weight
@@ -43,16 +43,19 @@ def sampled_distillation_loss(student: torch.Tensor, target: SampledTarget) -> t
 
 @torch.no_grad()
 def mean_cosine(student: torch.Tensor, target: torch.Tensor | SampledTarget) -> torch.Tensor:
-    """Mean cosine of student and target over all cells, -1..1; of sampled windows over the cells that they see.
+    """Mean cosine similarity of student and target over all grid cells.
 
-    It stays on the device, () float32, so that nobody waits for it.
+    For a sampled target, the mean is weighted by ``target.weight``.
 
     Args:
-        student: (B, D, h, w).
-        target: of the same size.
+        student: (B, D, h, w) features.
+        target: target of the same size.
+
+    Returns:
+        () float32 in -1..1, on the device, to avoid a synchronization.
     """
     if isinstance(target, SampledTarget):
-        # The sum has the direction of the mean.
+        # The weighted sum has the same direction as the mean.
         weight, target = target.weight[:, 0], target.weighted_sum
         cosine = F.cosine_similarity(student.float(), target, dim=1)
         return (weight * cosine).sum() / weight.sum()
@@ -63,5 +66,5 @@ def _check_shapes(student: torch.Tensor, target: torch.Tensor) -> None:
     if student.shape != target.shape:
         raise ValueError(
             f"student and target differ in shape: {tuple(student.shape)} and {tuple(target.shape)}; with "
-            "MODEL.SPAR.REFERENCE_COMPAT some encoders need images in whole patches (SPAR.DATA.SIDE_MULTIPLE)"
+            "MODEL.SPAR.REFERENCE_COMPAT, some encoders require image sizes in whole patches (SPAR.DATA.SIDE_MULTIPLE)"
         )

@@ -1,4 +1,4 @@
-"""What a model encoded in one forward pass, image by image, and which of its inputs each image was."""
+"""Matches the images that a model encoded in one forward pass with its inputs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One image that went through the encoder.
+    """An image that was encoded.
 
     Attributes:
-        image: (3, H, W) as the encoder took it.
-        features: (D, h, w) that it gave.
-        records: the model's inputs that it may be: one, or all where that cannot be told.
+        image: (3, H, W) input of the encoder.
+        features: (D, h, w) output of the encoder.
+        records: the matching input of the model, or all inputs if the match is ambiguous.
     """
 
     image: torch.Tensor
@@ -24,29 +24,29 @@ class EncodedImage:
 
     @property
     def name(self) -> str:
-        """Files of the inputs that it may be."""
+        """File names of the possible inputs."""
         return " or ".join(map(name_of, self.records)) or name_of({})
 
     @property
     def position(self) -> int | None:
-        """Number of the draw in the run, where the loader tells."""
+        """Position of the sample in the run, if the data loader provides it."""
         return self.records[0].get("position") if len(self.records) == 1 else None
 
 
 def name_of(record: Mapping) -> str:
-    """What to call an input of a model in a message."""
-    return str(record.get("file_name", record.get("image_id", "an image without name")))
+    """Return the name of a model input for messages."""
+    return str(record.get("file_name", record.get("image_id", "an unnamed image")))
 
 
 def match(encoded: Sequence[tuple[torch.Tensor, torch.Tensor]], inputs: object) -> list[EncodedImage]:
-    """Tell which input each encoded image was.
+    """Match encoded images with model inputs.
 
-    A model that encodes all its inputs in one batch does so in their order. One that encodes them in several, as sizes
-    differ, is matched by size: each image is the first input of its size that is left.
+    If the model encodes all inputs in one batch, they are matched in order. If it encodes several batches, because
+    image sizes differ, each encoded image is matched with the first remaining input of the same size.
 
     Args:
-        encoded: (B, 3, H, W) and (B, D, h, w) of each time that the encoder ran.
-        inputs: of the model; in Detectron2 a list of dicts with "image" (3, H, W).
+        encoded: images (B, 3, H, W) and features (B, D, h, w) of each call of the encoder.
+        inputs: inputs of the model; in Detectron2, a list of dicts with "image" (3, H, W).
     """
     rows = [row for images, features in encoded for row in zip(images, features)]
     records = list(inputs) if isinstance(inputs, (list, tuple)) else []
@@ -56,9 +56,9 @@ def match(encoded: Sequence[tuple[torch.Tensor, torch.Tensor]], inputs: object) 
         return [EncodedImage(*row, records) for row in rows]
     if len(encoded) == 1:
         return [EncodedImage(*row, [record]) for row, record in zip(rows, records)]
-    left = list(records)
+    remaining = list(records)
     matched = []
     for row in rows:
-        same = [i for i, record in enumerate(left) if getattr(record.get("image"), "shape", None) == row[0].shape]
-        matched.append(EncodedImage(*row, [left.pop(same[0])] if same else records))
+        same = [i for i, record in enumerate(remaining) if getattr(record.get("image"), "shape", None) == row[0].shape]
+        matched.append(EncodedImage(*row, [remaining.pop(same[0])] if same else records))
     return matched

@@ -1,4 +1,4 @@
-"""Numbers of training steps that are computed on a device, and read many steps at once."""
+"""Buffer for metrics of training steps, which copies them from the device for many steps at once."""
 
 from __future__ import annotations
 
@@ -6,30 +6,41 @@ from collections.abc import Mapping
 
 import torch
 
-# Steps between readings on a GPU: as many as between the lines that Detectron2 writes.
+# Number of steps between copies from a GPU, equal to Detectron2's logging period.
 PERIOD = 20
 
 
 class Readings:
-    """Keeps numbers of steps where they were computed; reading them one by one would make the CPU wait for a GPU."""
+    """Buffers metrics on the device, because copying them in every step would synchronize with the GPU."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[int, dict[str, float], dict[str, torch.Tensor]]] = []
 
     def add(self, iteration: int, known: Mapping[str, float], computed: Mapping[str, torch.Tensor]) -> None:
-        """Keep the numbers of a step: those that are known, and those of one element each on a device."""
+        """Add the metrics of a step.
+
+        Args:
+            iteration: iteration of the step.
+            known: metrics on the CPU.
+            computed: metrics as tensors of one element on the device.
+        """
         self._steps.append((iteration, dict(known), {name: value.detach() for name, value in computed.items()}))
 
     def are_due(self, iteration: int, steps: int) -> bool:
-        """Whether to read after an iteration of a training of so many steps: the same in all processes."""
+        """Return whether to read the metrics after an iteration; the result is the same in all processes.
+
+        Args:
+            iteration: current iteration.
+            steps: number of training steps in total.
+        """
         on_gpu = any(value.is_cuda for _, _, computed in self._steps for value in computed.values())
         return not on_gpu or (iteration + 1) % PERIOD == 0 or iteration + 1 >= steps
 
     def take(self) -> list[tuple[int, dict[str, float]]]:
-        """Iteration and numbers of every step since the last reading, by one copy from the device."""
+        """Return iteration and metrics of each step since the last call, with one copy from the device."""
         steps, self._steps = self._steps, []
-        values = [value.double() for _, _, computed in steps for value in computed.values()]
-        read = iter(torch.stack(values).tolist() if values else ())
+        tensors = [value.double() for _, _, computed in steps for value in computed.values()]
+        values = iter(torch.stack(tensors).tolist() if tensors else ())
         return [
-            (iteration, {**known, **{name: next(read) for name in computed}}) for iteration, known, computed in steps
+            (iteration, {**known, **{name: next(values) for name in computed}}) for iteration, known, computed in steps
         ]

@@ -1,4 +1,4 @@
-"""Dense image encoders and their text towers, in plain PyTorch."""
+"""Dense image encoders and their text towers, independent of Detectron2."""
 
 from spar_d2.encoders.base import DenseEncoder, find_encoder
 from spar_d2.encoders.dinotxt import DINOtxtEncoder

@@ -1,4 +1,4 @@
-"""What every dense image encoder offers, whatever library its weights come from."""
+"""Base class of dense image encoders."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ Tensors = TypeVar("Tensors", bound=tuple[torch.Tensor, ...])
 
 
 class DenseEncoder(nn.Module, ABC):
-    """A ViT that gives one feature per patch, for images of any size.
+    """A ViT that computes one feature per patch, for images of any size.
 
-    The library's modules always stay in eval mode: dropout, stochastic depth or randomly shifted positions would only
-    add noise to what is a regression.
+    The ViT always stays in eval mode: dropout, stochastic depth and random position shifts would only add noise to the
+    feature regression.
 
     Attributes:
         patch_size: side of a patch in pixels.
-        embed_dim: channels D of the dense features.
-        width: channels C of the intermediate features.
-        native_size: side of the square images that the model was pre-trained on, in pixels, in whole patches.
-        pixel_mean, pixel_std: three floats each, RGB, for pixels in 0..1.
-        logit_scale: factor on the cosines with the words that the method uses.
-        reference_compat: treat sizes as the authors' code does; what that means differs between families.
-        parts: regular expressions over the names of parameters, by the words for what is trained; those of "qkv" and
-            "mlp" over the names within a block.
-        unused: regular expression over the names of parameters of the library's model that dense features do not
-            pass through; they are never trained.
-        prefix_tokens: tokens before those of the patches.
-        origin: where its weights are from, as it travels with them in files; None where that is not known.
+        embed_dim: number of channels D of the dense features.
+        width: number of channels C of the intermediate features.
+        native_size: pre-training image size: side of the square images in pixels, rounded down to whole patches.
+        pixel_mean, pixel_std: pixel mean and standard deviation (RGB, pixels in 0..1), three floats each.
+        logit_scale: scale of the cosine similarities between dense features and text embeddings.
+        reference_compat: handle image sizes as the reference code of the SPAR authors does; the effect depends on the
+            encoder class.
+        parts: maps the keywords of ``MODEL.SPAR.TRAINABLE`` to regular expressions that match parameter names; for
+            "qkv" and "mlp", names within a block.
+        unused: regular expression that matches the names of parameters that do not affect the dense features. These
+            parameters are never trained.
+        prefix_tokens: number of tokens before the patch tokens.
+        origin: metadata on the origin of the weights, as stored in weight files; None if unknown.
     """
 
     patch_size: int
@@ -64,63 +65,69 @@ class DenseEncoder(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        # Positions of the last few grids; see :meth:`_of_grid`.
+        # Cache of position tensors for the last few grid sizes; see :meth:`_of_grid`.
         self._grids = RecentGrids()
-        # Copies of frozen blocks in `_precision`, by their block; see :meth:`frozen_blocks_cast`.
+        # Maps frozen blocks to their copies in `_precision`; see :meth:`frozen_blocks_cast`.
         self._cast_blocks: dict[nn.Module, nn.Module] = {}
 
     @property
     @abstractmethod
     def blocks(self) -> nn.ModuleList | nn.Sequential:
-        """The transformer blocks, first to last."""
+        """The transformer blocks, in order."""
 
     @abstractmethod
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, h * p, w * p) to (B, D, h, w)."""
+        """Compute dense features (B, D, h, w) of images (B, 3, h * p, w * p)."""
 
     @abstractmethod
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
-        """(B, 3, h * p, w * p) to tokens (B, prefix + h * w, C), (h, w), and what the blocks need besides tokens."""
+        """Embed images (B, 3, h * p, w * p).
+
+        Returns:
+            Tokens (B, prefix + h * w, C), the grid size (h, w), and additional inputs of the blocks.
+        """
 
     @staticmethod
     @abstractmethod
     def _step(block: nn.Module, tokens: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
-        """The tokens after one of the blocks."""
+        """Apply one block to the tokens."""
 
     def accelerate(
         self, precision: str = "float32", compile: bool = False, checkpointing: bool = False
     ) -> DenseEncoder:
-        """Choose how the encoder computes; weights and features stay in the type that they have.
+        """Set precision, compilation and activation checkpointing. The dtype of weights and features does not change.
 
         Args:
-            precision: "bfloat16" or "float16" runs matrix products in it (``torch.autocast``, which casts weights in
-                every pass; :meth:`freeze` casts them once); "float32" leaves that to the surroundings.
-            compile: compile the blocks with ``torch.compile``, once for all sizes.
-            checkpointing: in training, keep only the input of every block and compute the rest again for the gradient.
+            precision: "bfloat16" or "float16" computes matrix products in this precision with ``torch.autocast``, which
+                casts the weights in every forward pass (:meth:`freeze` casts them once). "float32" does not change the
+                autocast state of the caller.
+            compile: compile the blocks with ``torch.compile``, with dynamic shapes.
+            checkpointing: use activation checkpointing in training.
 
         Returns:
             The encoder itself.
 
         Raises:
-            ValueError: another precision, or one that weights which :meth:`freeze` cast can no longer have.
+            ValueError: the precision is unknown, or differs from the one to which :meth:`freeze` cast the weights.
         """
         if precision not in PRECISIONS:
             raise ValueError(
                 f"precision (MODEL.SPAR.PRECISION) must be one of {', '.join(PRECISIONS)}; got {precision!r}"
             )
         if self._is_cast and PRECISIONS[precision] is not self._precision:
-            raise ValueError(f"precision must stay bfloat16, which freeze() cast the weights to; got {precision!r}")
+            raise ValueError(f"precision must be bfloat16 after freeze() cast the weights to it; got {precision!r}")
         self._precision, self._compile, self._checkpointing = PRECISIONS[precision], compile, checkpointing
         return self
 
     def freeze(self, fixed_shape: bool = False) -> DenseEncoder:
-        """Make this an encoder that is only used: it has no gradients, and no weight may change from now on.
+        """Freeze the encoder for inference: disable gradients; weights must not change afterwards.
 
-        With the precision "bfloat16" the weights themselves are cast to it, norms and residuals included: half the
-        memory, and nothing is cast in a pass. "float16" stays with autocast, as residuals may be too large for it.
+        With precision "bfloat16", all weights are cast once, and norms and residuals are also computed in bfloat16.
+        This halves the memory and avoids casts in the forward pass. "float16" keeps using autocast, because residuals
+        may exceed its range.
 
         Args:
-            fixed_shape: all inputs will have one shape, so that compiled code may be for that shape alone.
+            fixed_shape: whether all inputs have the same shape, so that compiled code can be specialized for it.
 
         Returns:
             The encoder itself.
@@ -134,14 +141,14 @@ class DenseEncoder(nn.Module, ABC):
 
     @property
     def has_fixed_shape(self) -> bool:
-        """Whether compiled code is for inputs of one shape, which then must not change."""
+        """Whether compiled code is specialized for one input shape, which then must not change."""
         return self._compile and self._fixed_shape
 
     @contextlib.contextmanager
     def frozen_blocks_cast(self) -> Iterator[None]:
-        """Within it, blocks that are not trained compute from bfloat16 copies of their weights, cast once.
+        """Context manager in which frozen blocks use bfloat16 copies of their weights, cast once.
 
-        For a training in which the weights of frozen blocks do not change. It does nothing in another precision.
+        Use it in training, where the weights of frozen blocks do not change. It has no effect in other precisions.
         """
         if self._precision is torch.bfloat16:
             frozen = [block for block in self.blocks if not any(p.requires_grad for p in block.parameters())]
@@ -152,31 +159,38 @@ class DenseEncoder(nn.Module, ABC):
             self._cast_blocks = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Dense features of the last layer, in the space of the text vectors where there are some, not normalized.
+        """Compute unnormalized dense features, in the embedding space of the text tower if there is one.
 
         Args:
-            x: (B, 3, H, W) of any floating-point type, RGB, normalized with ``pixel_mean`` and ``pixel_std``; any
-                H, W >= 1. The right and bottom are padded with zeros to whole patches.
+            x: (B, 3, H, W) floating-point RGB images of any size, normalized with ``pixel_mean`` and ``pixel_std``.
+                They are padded with zeros at the right and bottom to whole patches.
 
         Returns:
-            (B, D, ceil(H / p), ceil(W / p)) in the type of ``x``; see :meth:`grid` for ``reference_compat``.
+            (B, D, ceil(H / p), ceil(W / p)) with the dtype of ``x``; see :meth:`grid` for ``reference_compat``.
 
         Raises:
-            ValueError: ``x`` has another shape or type, or (``reference_compat`` only) is smaller than a patch.
+            ValueError: ``x`` has the wrong shape or dtype, or (with ``reference_compat``) is smaller than a patch.
         """
         images = self._prepare(x)
         with self._autocast(images):
             return self._encode(images).to(x.dtype)
 
     def intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
-        """Output of chosen blocks as maps (B, C, h, w), in the order of ``indices``; negative ones count from the end.
+        """Compute intermediate features.
+
+        Args:
+            x: images, see :meth:`forward`.
+            indices: block indices; negative indices count from the last block.
+
+        Returns:
+            Outputs of these blocks as feature maps (B, C, h, w), in the order of ``indices``.
 
         Raises:
-            ValueError: an index that is no block's, or as for :meth:`forward`.
+            ValueError: an index is out of range, or ``x`` is invalid, see :meth:`forward`.
         """
         count = len(self.blocks)
-        wrong = [i for i in indices if not -count <= i < count]
-        if wrong or not indices:
+        invalid = [i for i in indices if not -count <= i < count]
+        if invalid or not indices:
             raise ValueError(f"indices must be block numbers in {-count}..{count - 1}, got {list(indices)}")
         chosen = [i % count for i in indices]
         images = self._prepare(x)
@@ -191,21 +205,21 @@ class DenseEncoder(nn.Module, ABC):
         return [maps[index] for index in chosen]
 
     def _prepare(self, x: torch.Tensor) -> torch.Tensor:
-        """The images checked, in whole patches, and in the type of the weights."""
+        """Validate the images, pad or crop them to whole patches, and convert them to the dtype of the weights."""
         check_images(x)
         return self.size_policy.apply(x.to(next(self.parameters()).dtype))
 
     @property
     def size_policy(self) -> Pad:
-        """How images of any size become images of whole patches."""
+        """Policy that pads, crops or stretches images to whole patches."""
         return Pad(self.patch_size)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Size of the feature map for an image of the given size in pixels."""
+        """Return the size of the feature map for an image size in pixels."""
         return self.size_policy.grid(height, width)
 
     def train(self, mode: bool = True) -> DenseEncoder:
-        """Only says whether the encoder is in training, which a frozen one never is; its modules stay in eval mode."""
+        """Set ``training``, which stays False if the encoder is frozen. Submodules always stay in eval mode."""
         super().train(False)
         self.training = mode and any(p.requires_grad for p in self.parameters())
         return self
@@ -213,7 +227,7 @@ class DenseEncoder(nn.Module, ABC):
     def _run_blocks(
         self, blocks: Iterable[nn.Module], tokens: torch.Tensor, *context: torch.Tensor, step: Callable | None = None
     ) -> Iterator[torch.Tensor]:
-        """Apply ``step``, by default :meth:`_step`, with block after block and yield the tokens after each."""
+        """Apply ``step`` (default: :meth:`_step`) to the blocks in turn, and yield the tokens after each block."""
         step = step or self._step
         was_cast = False
         for block in blocks:
@@ -239,7 +253,7 @@ class DenseEncoder(nn.Module, ABC):
             return run(block, tokens.to(dtype), *(part.to(dtype) for part in context))
 
     def _use(self, trained: bool) -> str:
-        """What compiled code is for; each use has code of its own."""
+        """Return the use case of compiled code; each use case is compiled separately."""
         if trained:
             return "trained"
         if torch.is_grad_enabled():
@@ -247,16 +261,19 @@ class DenseEncoder(nn.Module, ABC):
         return FIXED_SHAPE if self.has_fixed_shape else "inference"
 
     def _of_grid(self, grid: tuple[int, int], make: Callable[[], Tensors]) -> Tensors:
-        """What ``make`` gives for a grid (h, w), which depends on nothing else and has no gradient; kept for a few."""
+        """Cache the result of ``make`` for the last few grids (h, w).
+
+        The result must depend on nothing but the grid, and has no gradient.
+        """
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            # Tracing compares two traces, and the second would find it kept.
+            # Tracing compares two traces, and a cache hit would make the second one different.
             return make()
         return self._grids.get((*grid, self._precision), next(self.parameters()), make)
 
     def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager:
         if self._precision is None:
             return contextlib.nullcontext()
-        # Weights that were cast once are not to be cast to anything else.
+        # No autocast if freeze() has already cast the weights.
         return torch.autocast(x.device.type, self._precision, enabled=x.dtype != self._precision)
 
 
@@ -265,44 +282,49 @@ def _needs_gradient(block: nn.Module, tokens: torch.Tensor) -> bool:
 
 
 def last(items: Iterator[torch.Tensor]) -> torch.Tensor:
-    """The last of the tensors, keeping none of the earlier ones."""
+    """Return the last tensor without keeping references to the earlier ones."""
     result = None
     for item in items:
         result = item
     if result is None:
-        raise ValueError("items must hold at least one tensor, got none")
+        raise ValueError("items must contain at least one tensor, got none")
     return result
 
 
 def to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, h * w, C) to (B, C, h, w)."""
+    """Reshape tokens (B, h * w, C) to a feature map (B, C, h, w)."""
     return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 
 def refuse_parts(encoder: str, reasons: Mapping[str, bool]) -> None:
-    """Raise ``ValueError`` where a tower has parts (whether it has each) that an encoder class cannot take."""
-    found = [reason for reason, present in reasons.items() if present]
-    if found:
-        raise ValueError(f"{encoder} cannot take dense features from a ViT with {' and '.join(found)}")
+    """Raise ``ValueError`` if a ViT has unsupported parts.
+
+    Args:
+        encoder: name of the encoder class.
+        reasons: maps descriptions of unsupported parts to whether the ViT has them.
+    """
+    unsupported = [reason for reason, present in reasons.items() if present]
+    if unsupported:
+        raise ValueError(f"{encoder} does not support a ViT with {' and '.join(unsupported)}")
 
 
 def find_encoder(model: nn.Module) -> DenseEncoder:
-    """The one dense encoder inside a model.
+    """Return the dense encoder of a model.
 
     Raises:
-        RuntimeError: there is none, or more than one.
+        RuntimeError: the model does not have exactly one dense encoder.
     """
-    found = [module for module in model.modules() if isinstance(module, DenseEncoder)]
-    if len(found) != 1:
+    encoders = [module for module in model.modules() if isinstance(module, DenseEncoder)]
+    if len(encoders) != 1:
         raise RuntimeError(
-            f"a model with one SPAR encoder is needed, found {len(found)}; "
+            f"the model must have exactly one SPAR encoder, found {len(encoders)}; "
             "set MODEL.BACKBONE.NAME to SPARViT or SPARPyramid"
         )
-    return found[0]
+    return encoders[0]
 
 
 def check_images(x: torch.Tensor) -> None:
-    """Raise ``ValueError`` unless ``x`` is (B, 3, H, W) floating point with B, H, W >= 1."""
+    """Raise ``ValueError`` unless ``x`` is a floating-point tensor (B, 3, H, W) with B, H, W >= 1."""
     if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"images must be a floating-point RGB tensor (B, 3, H, W), got {got}")

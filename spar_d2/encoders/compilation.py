@@ -1,4 +1,4 @@
-"""Compiled functions, one for each use."""
+"""Compiled functions, one per use case."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ FIXED_SHAPE = "fixed shape"
 
 @functools.cache
 def compiled(step: Callable, use: str) -> Callable:
-    """A function compiled with ``torch.compile``, for all blocks of all encoders of a family that use it so.
+    """Compile a function with ``torch.compile``, once per use case for all blocks of all encoders of a family.
 
-    PyTorch counts what it compiles by the code of a function, and stops compiling at a limit
-    (``torch._dynamo.config.recompile_limit``). A training, its teacher and its evaluation together reach it, so each
-    use has a copy of the code of its own.
+    PyTorch stops compiling a code object after ``torch._dynamo.config.recompile_limit`` recompilations. Training,
+    teacher and evaluation together would reach this limit, so each use case gets a copy of the code object.
 
     Args:
-        step: a plain Python function without a closure.
-        use: any text; with ``FIXED_SHAPE`` code is compiled for every shape anew, else for all shapes at once.
+        step: plain Python function without a closure.
+        use: name of the use case. ``FIXED_SHAPE`` compiles for each input shape, others with dynamic shapes.
     """
     code = step.__code__.replace(co_name=f"{step.__name__}_{use.replace(' ', '_')}")
-    own = types.FunctionType(code, step.__globals__, step.__name__, step.__defaults__)
-    return torch.compile(own, dynamic=use != FIXED_SHAPE)
+    duplicate = types.FunctionType(code, step.__globals__, step.__name__, step.__defaults__)
+    return torch.compile(duplicate, dynamic=use != FIXED_SHAPE)

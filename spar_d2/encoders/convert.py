@@ -1,4 +1,4 @@
-"""Formats of weight files: those of open_clip, timm, the dinov3 repository, and the authors of SPAR."""
+"""Conversion of weights between the formats of open_clip, timm, the dinov3 repository, and the SPAR authors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
 def formats_of(family: EncoderFamily) -> list[str]:
-    """Formats that weights of a family can be written in, the usual one first.
+    """Return the output formats of a family, starting with the default.
 
-    "open_clip" and "dinov3": all of the library's model, image and text; "authors": the same as the authors' code loads
-    it; "timm": the image trunk alone.
+    "open_clip" and "dinov3" contain the full model with image and text tower. "authors" contains the same for the code
+    of the SPAR authors. "timm" contains only the image trunk.
     """
     formats = [family.file_format]
     if family.has_text:
@@ -32,7 +32,7 @@ def formats_of(family: EncoderFamily) -> list[str]:
 
 
 def as_format(tensors: Tensors, family: EncoderFamily, to: str) -> dict[str, torch.Tensor]:
-    """Weights under the keys of one of :func:`formats_of` the family, from those of encoder and text tower."""
+    """Convert the keys of encoder and text tower to one of the formats of :func:`formats_of`."""
     if to == "timm":
         trunk = {name: tensor for name, tensor in tensors.items() if name.startswith(family.timm_prefix)}
         return {name.removeprefix(family.timm_prefix): tensor for name, tensor in trunk.items()}
@@ -40,16 +40,16 @@ def as_format(tensors: Tensors, family: EncoderFamily, to: str) -> dict[str, tor
 
 
 def convert_weights(spec: EncoderSpec, to: str = "", text: str = "") -> dict[str, torch.Tensor]:
-    """Weights of an encoder under the keys of a file format.
+    """Convert the weights of an encoder to an output format.
 
     Args:
-        spec: the model; ``pretrained`` is the file to convert, of any format.
-        to: one of :func:`formats_of` the model's family; "" is the usual one.
-        text: tag or file with the text tower, where the file to convert has none and the format wants one.
+        spec: specification of the model; ``pretrained`` is the file to convert, in any supported format.
+        to: output format, one of :func:`formats_of`; "" is the default of the family.
+        text: tag or file with the text tower, if the output format requires one and the input has none.
 
     Raises:
-        ValueError: a format that the family does not have, or a text tower is wanted that is nowhere.
-        FileNotFoundError, RuntimeError: as :func:`spar_d2.encoders.build_encoder`.
+        ValueError: the family does not support the format, or the required text tower is missing.
+        FileNotFoundError, RuntimeError: see :func:`spar_d2.encoders.build_encoder`.
     """
     family = find_family(spec.name)
     allowed = formats_of(family)
@@ -57,28 +57,28 @@ def convert_weights(spec: EncoderSpec, to: str = "", text: str = "") -> dict[str
     if to not in allowed:
         raise ValueError(f"--to must be one of {', '.join(allowed)} for {spec.name} ({family.name}); got {to!r}")
     if text and not (family.has_text and to != "timm"):
-        raise ValueError(f"--text: weights of {spec.name} for {to} have no text tower, leave it out")
-    image = build(spec).state_dict()
-    words = {} if to == "timm" else _text_weights(spec, text, set(image))
-    return as_format({**words, **image}, family, to)
+        raise ValueError(f"--text: weights of {spec.name} in the format {to} have no text tower; remove --text")
+    image_weights = build(spec).state_dict()
+    text_weights = {} if to == "timm" else _text_weights(spec, text, set(image_weights))
+    return as_format({**text_weights, **image_weights}, family, to)
 
 
-def _text_weights(spec: EncoderSpec, text: str, image: set[str]) -> dict[str, torch.Tensor]:
-    there = find_family(spec.name).from_file(read_state_dict(spec.pretrained, part=spec.pretrained_part))
-    if not there.keys() - image - OPTIONAL_KEYS:
+def _text_weights(spec: EncoderSpec, text: str, image_keys: set[str]) -> dict[str, torch.Tensor]:
+    tensors = find_family(spec.name).from_file(read_state_dict(spec.pretrained, part=spec.pretrained_part))
+    if not tensors.keys() - image_keys - OPTIONAL_KEYS:
         if not text:
             raise ValueError(
-                f"{spec.pretrained} has no text tower: name a tag or a file that has it with --text (that of the "
-                f"pre-trained {spec.name})"
+                f"{spec.pretrained} has no text tower: use --text with a tag or file of the pre-trained {spec.name}"
             )
         spec = dataclasses.replace(spec, pretrained=text, pretrained_part="")
     return dict(build_text(spec).model.state_dict())
 
 
 def known_origin(spec: EncoderSpec) -> Origin | None:
-    """Where the weights of a file are from, as far as the file, the spec or the model's name says it for sure.
+    """Return the origin of the weights, without values that are only guessed.
 
-    What is only a guess, as tags of the model differ in it, is left out: it would be taken for certain.
+    Values are guessed if the tags of the model differ and neither the file nor the spec sets them. Writing guessed
+    values into a file would make them look certain.
     """
     family = find_family(spec.name)
     origin, guessed = origin_of(settled(spec, family)), guesses(spec, family)
@@ -86,12 +86,15 @@ def known_origin(spec: EncoderSpec) -> Origin | None:
 
 
 def write_weights(tensors: dict[str, torch.Tensor], path: str | os.PathLike, origin: Origin | None = None) -> None:
-    """Write a weight file that either is complete or is not there: safetensors, or ``torch.save``'s for .pt and .pth.
+    """Atomically write weights to a safetensors file, or with ``torch.save`` to a .pt or .pth file.
 
-    Where the weights are from (``origin``) is written beside them.
+    Args:
+        tensors: weights.
+        path: output file.
+        origin: metadata to store in the file.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: the suffix is not supported.
     """
     check_suffix(path)
     if Path(path).suffix == ".safetensors":
@@ -103,7 +106,7 @@ def write_weights(tensors: dict[str, torch.Tensor], path: str | os.PathLike, ori
 
 
 def check_suffix(path: str | os.PathLike, to: str = "") -> None:
-    """Raise ``ValueError`` unless a weight file of the format ``to`` can be written there."""
+    """Raise ``ValueError`` if ``path`` is not a valid output file for the format ``to``."""
     if Path(path).is_dir():
         raise ValueError(f"--output must be a file, {path} is a folder")
     allowed = _SUFFIXES[1:] if to == "authors" else _SUFFIXES

@@ -1,7 +1,7 @@
-"""DINOv3.txt as a dense encoder with text, from a local clone of the dinov3 repository.
+"""Dense encoder and text tower of DINOv3.txt, built from a local clone of the dinov3 repository.
 
-The authors of SPAR take the patch tokens of the backbone as they are, and compare them with the second half of the text
-vectors, which was trained to match the mean of the vision head's patch tokens.
+Like the reference code of SPAR, the encoder compares the patch tokens of the backbone with the second half of the text
+embeddings. That half was trained to match the mean patch token of the vision head.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class DINOtxtEncoder(DenseEncoder):
     """Dense features of the image tower of DINOv3.txt.
 
     Args:
-        visual_model: ``model.visual_model`` of the dinov3 repository's DINOv3.txt: a ViT in ``.backbone`` and blocks on
-            top of it in ``.head``; used, not copied, so ``state_dict()`` has the library's keys
-            ("visual_model.backbone.blocks.0...").
-        reference_compat: stretch images to whole patches instead of padding them, as the authors' code does.
-        tokens: "backbone", or "head" for the patch tokens after the head.
+        visual_model: ``model.visual_model`` of a DINOv3.txt model of the dinov3 repository, with a ViT in ``.backbone``
+            and additional blocks in ``.head``. It is not copied. The keys of ``state_dict()`` are those of the
+            repository ("visual_model.backbone.blocks.0...").
+        reference_compat: stretch images to whole patches instead of padding them, as the reference code does.
+        tokens: "backbone" for the patch tokens of the backbone, "head" for those of the head.
 
     Raises:
-        ValueError: ``visual_model`` is another kind of tower, or ``tokens`` another word.
+        ValueError: ``visual_model`` or ``tokens`` is invalid.
     """
 
     parts = {"qkv": r"attn\.qkv\.", "mlp": r"mlp\.", "patchembed": r"visual_model\.backbone\.patch_embed\."}
     pixel_mean, pixel_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     native_size = _NATIVE_SIZE
-    # Built by code that is not there when types are checked.
+    # Its class is defined in the dinov3 repository, which type checkers do not see.
     visual_model: Any
 
     def __init__(self, visual_model: nn.Module, reference_compat: bool = False, tokens: str = "backbone") -> None:
@@ -90,7 +90,7 @@ class DINOtxtEncoder(DenseEncoder):
         backbone = self.visual_model.backbone
         tokens, (height, width) = backbone.prepare_tokens_with_masks(x)
         grid = (height, width)
-        # Sines and cosines for the patches: (h * w, C / heads) each.
+        # Sines and cosines of the rotary embedding: (h * w, C / heads) each.
         return tokens, grid, self._of_grid(grid, lambda: tuple(backbone.rope_embed(H=height, W=width)))
 
     @staticmethod
@@ -111,51 +111,56 @@ def _check_tower(visual_model: nn.Module) -> None:
     )
     if not hasattr(visual_model, "head") or any(not hasattr(backbone, name) for name in wanted):
         raise ValueError(
-            "DINOtxtEncoder takes the image tower of DINOv3.txt (model.visual_model, as the dinov3 repository builds "
-            f"it), got {type(visual_model).__name__}"
+            "visual_model must be the image tower of DINOv3.txt (model.visual_model of a model from the dinov3 "
+            f"repository), got {type(visual_model).__name__}"
         )
     if getattr(backbone, "untie_cls_and_patch_norms", False):
-        raise ValueError("DINOtxtEncoder cannot take a backbone with a norm of its own for the class token")
+        raise ValueError("DINOtxtEncoder does not support a backbone with a separate norm for the class token")
 
 
 class _TextModel(nn.Module):
-    """The text tower with the half of its vectors that belongs to patches."""
+    """The text tower, reduced to the half of its embeddings that matches patch tokens."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        # The names are the library's: they are the keys of its weight files.
+        # The attribute names are the key prefixes of weight files.
         self.text_model = model.text_model
         self.logit_scale = model.logit_scale
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        vectors: torch.Tensor = self.text_model(tokens)
-        return vectors[:, vectors.shape[1] // 2 :]
+        embeddings: torch.Tensor = self.text_model(tokens)
+        return embeddings[:, embeddings.shape[1] // 2 :]
 
 
 def _create(spec: EncoderSpec, part: str) -> tuple[Any, Any]:
-    """The library's model, in which ``part``, "visual" or "text", has its weights, and the tokenizer."""
+    """Build the model of the dinov3 repository and its tokenizer, and load the weights of ``part``.
+
+    Args:
+        spec: specification of the encoder.
+        part: "visual" or "text"; the other tower keeps random weights.
+    """
     repo = _find_repo(spec.dinov3_repo)
     for key, file in ((KEY, spec.pretrained), ("MODEL.SPAR.DINOV3_BACKBONE", spec.dinov3_backbone)):
         if file and not Path(file).is_file():
-            raise FileNotFoundError(f"{key}: there is no weight file {file}; DINOv3.txt has no tags")
+            raise FileNotFoundError(f"{key}: there is no weight file {file}; DINOv3.txt has no pretrained tags")
     try:
         with fixed_random_weights():
             built: Any = torch.hub.load(
                 str(repo), spec.name, source="local", pretrained=False, bpe_path_or_url=default_bpe()
             )
             model, tokenizer = built
-    except Exception as error:  # code of others: it may fail in any way
+    except Exception as error:  # third-party code may raise anything
         raise RuntimeError(
             f"MODEL.SPAR.DINOV3_REPO: {repo} cannot build {spec.name} ({first_line(error)}); "
             "is it a complete and recent clone of the dinov3 repository?"
         ) from error
     if spec.pretrained:
-        own = {k: tensor for k, tensor in model.state_dict().items() if k.startswith(_VISUAL) == (part == "visual")}
+        expected = {k: v for k, v in model.state_dict().items() if k.startswith(_VISUAL) == (part == "visual")}
         tensors = _read_weights(spec, part)
-        # Buffers of rotations are computed, and not in every file.
-        needed = [name for name in own if not name.endswith(".periods")]
-        check_fit(own, tensors, needed, spec.pretrained, known=model.state_dict())
-        model.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
+        # Rotary periods are computed at construction, and missing in some files.
+        needed = [name for name in expected if not name.endswith(".periods")]
+        check_fit(expected, tensors, needed, spec.pretrained, known=model.state_dict())
+        model.load_state_dict({name: tensors[name] for name in expected if name in tensors}, strict=False)
     return model.eval(), tokenizer
 
 
@@ -164,10 +169,10 @@ def _read_weights(spec: EncoderSpec, part: str) -> dict[str, torch.Tensor]:
     if part == "visual" and spec.dinov3_backbone:
         backbone = read_state_dict(spec.dinov3_backbone, "MODEL.SPAR.DINOV3_BACKBONE")
         tensors.update({f"{_BACKBONE}{name.removeprefix(_BACKBONE)}": tensor for name, tensor in backbone.items()})
-    ours = any(name.startswith((_VISUAL, "text_model.")) for name in tensors)
-    if part == "visual" and ours and not any(name.startswith(_BACKBONE) for name in tensors):
+    is_dinotxt = any(name.startswith((_VISUAL, "text_model.")) for name in tensors)
+    if part == "visual" and is_dinotxt and not any(name.startswith(_BACKBONE) for name in tensors):
         raise RuntimeError(
-            f"{KEY}: {spec.pretrained} holds the vision head and the text encoder, but no backbone; "
+            f"{KEY}: {spec.pretrained} contains the vision head and the text encoder, but no backbone; "
             "set MODEL.SPAR.DINOV3_BACKBONE to the weights of the DINOv3 ViT-L/16"
         )
     return tensors
@@ -176,18 +181,18 @@ def _read_weights(spec: EncoderSpec, part: str) -> dict[str, torch.Tensor]:
 def _find_repo(folder: str) -> Path:
     if not folder:
         raise ValueError(
-            "MODEL.SPAR.DINOV3_REPO (dinov3_repo) must name a folder with a clone of the dinov3 repository: "
-            "DINOv3.txt is built by the code in it"
+            "MODEL.SPAR.DINOV3_REPO (dinov3_repo) must be the folder of a clone of the dinov3 repository, "
+            "which contains the code of DINOv3.txt"
         )
     if not (Path(folder) / "hubconf.py").is_file():
         raise FileNotFoundError(
-            f"MODEL.SPAR.DINOV3_REPO: {folder} is no clone of the dinov3 repository, there is no hubconf.py in it"
+            f"MODEL.SPAR.DINOV3_REPO: {folder} is not a clone of the dinov3 repository (hubconf.py is missing)"
         )
     return Path(folder).resolve()
 
 
 class DINOtxtFamily(EncoderFamily):
-    """DINOv3.txt, as a clone of the dinov3 repository builds it."""
+    """DINOv3.txt, built from a clone of the dinov3 repository."""
 
     name = "DINOv3.txt"
     marks = (

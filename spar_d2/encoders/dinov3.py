@@ -1,4 +1,4 @@
-"""DINOv3 as timm has it, as a dense encoder: patch tokens after the final norm, rotary positions, no text side."""
+"""Dense encoder of timm's DINOv3 ViTs: normalized patch tokens, rotary position embeddings, no text tower."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class DINOv3Encoder(DenseEncoder):
     """Dense features of a DINOv3 ViT.
 
     Args:
-        visual: a timm ``vit_*_patch16_dinov3*`` model; used, not copied. ``state_dict()`` has the library's keys after
-            "visual." ("visual.blocks.0...").
-        reference_compat: the sliding window drops what is left of a patch at the right and bottom, as the authors' code
-            does. A single pass pads images in any case.
+        visual: timm ``vit_*_patch16_dinov3*`` model. It is not copied. The keys of ``state_dict()`` are those of timm
+            with the prefix "visual." ("visual.blocks.0...").
+        reference_compat: the sliding window crops partial patches at the right and bottom, as the reference code does.
+            A single pass always pads images.
 
     Raises:
-        ValueError: ``visual`` is another kind of model.
+        ValueError: ``visual`` is not a supported model.
     """
 
     parts = {
@@ -58,8 +58,8 @@ class DINOv3Encoder(DenseEncoder):
         self.native_size = trunk.patch_embed.grid_size[0] * self.patch_size
         self.width = self.embed_dim = trunk.embed_dim
         self.prefix_tokens = trunk.num_prefix_tokens
-        # timm makes grids on the CPU, and waits for a GPU to take them. So a copy that stays on the CPU computes
-        # rotations; it is in a tuple, as it is no part of the model.
+        # timm builds position grids on the CPU and synchronizes with the GPU to copy them. To avoid this, a CPU copy of
+        # the module computes rotations. The tuple hides it from nn.Module, so it is not part of the model.
         self._rope = (cast(RotaryEmbeddingDinoV3, copy.deepcopy(trunk.rope)),)
         cfg = getattr(trunk, "pretrained_cfg", {})
         self.pixel_mean = tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN))
@@ -85,7 +85,7 @@ class DINOv3Encoder(DenseEncoder):
         return visual.norm_pre(tokens), grid, self._of_grid(grid, lambda: self._rotations(grid))
 
     def _rotations(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines (N, 1, 1, d) and sines (N, 1, 1, d / 2) for all tokens of a grid; the prefix is not rotated."""
+        """Return cosines (N, 1, 1, d) and sines (N, 1, 1, d / 2) for all tokens. Prefix tokens are not rotated."""
         weight = next(self.parameters())
         sin, cos = self._rope[0].cpu().get_embed(shape=list(grid)).chunk(2, dim=-1)
         ahead = (0, 0, self.prefix_tokens, 0)
@@ -102,7 +102,7 @@ class DINOv3Encoder(DenseEncoder):
 
 
 def _attend(attn: EvaAttention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Self-attention with the weights of ``attn``, queries and keys rotated: (B, N, C) to (B, N, C)."""
+    """Self-attention with the weights of ``attn`` and rotated queries and keys: (B, N, C) to (B, N, C)."""
     batch, tokens, _ = x.shape
     bias = None
     if attn.q_bias is not None and attn.v_bias is not None:
@@ -117,11 +117,11 @@ def _attend(attn: EvaAttention, x: torch.Tensor, cos: torch.Tensor, sin: torch.T
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of channels, of which one is in the first and one in the second half, in place of copies of halves.
+    """Apply rotary position embeddings to pairs of channels (i, i + d / 2), without copying the halves.
 
     Args:
-        x: (B, N, 2, heads, d).
-        cos, sin: (N, 1, 1, d) and (N, 1, 1, d / 2).
+        x: queries and keys (B, N, 2, heads, d).
+        cos, sin: cosines (N, 1, 1, d) and sines (N, 1, 1, d / 2).
     """
     half = sin.shape[-1]
     result = x * cos
@@ -136,23 +136,21 @@ def _add_scaled(tokens: torch.Tensor, scale: torch.Tensor | None, branch: torch.
 
 def _checked(visual: nn.Module) -> Eva:
     if not isinstance(visual, Eva):
-        raise ValueError(
-            f"DINOv3Encoder takes a DINOv3 ViT of timm (vit_*_patch16_dinov3*), got {type(visual).__name__}"
-        )
+        raise ValueError(f"visual must be a DINOv3 ViT of timm (vit_*_patch16_dinov3*), got {type(visual).__name__}")
     reasons = {
-        "a learned position table": visual.pos_embed is not None,
-        "no rotary positions": visual.rope is None,
+        "learned position embeddings": visual.pos_embed is not None,
+        "no rotary position embeddings": visual.rope is None,
         "rotations that differ between blocks": visual.rope_mixed,
         "rotations other than DINOv3's": not getattr(visual.rope, "rotate_half", False),
         "blocks other than DINOv3's": not all(_is_plain(block) for block in visual.blocks),
-        "patches that are not square": len(set(visual.patch_embed.patch_size)) > 1,
+        "non-square patches": len(set(visual.patch_embed.patch_size)) > 1,
     }
     refuse_parts("DINOv3Encoder", reasons)
     return visual
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a block is what :meth:`DINOv3Encoder._step` computes."""
+    """Return whether :meth:`DINOv3Encoder._step` implements the block."""
     if type(block) is not EvaBlock or type(attn := block.attn) is not EvaAttention or attn.qkv is None:
         return False
     inner = (attn.q_norm, attn.k_norm, attn.norm)
@@ -171,14 +169,14 @@ def _tags(name: str) -> list[str]:
 
 
 def _from_meta(tensors: Mapping[str, torch.Tensor], trunk: Eva, spec: EncoderSpec) -> dict[str, torch.Tensor]:
-    """Keys of the files that Meta distributes to timm's, by timm's own rules."""
+    """Convert the keys of Meta's weight files to those of timm, with timm's conversion function."""
     biases = [t.chunk(3) for name, t in tensors.items() if name.endswith("attn.qkv.bias")]
     if any(query.any() or value.any() for query, _, value in biases) and cast(Any, trunk.blocks[0]).attn.q_bias is None:
         raise RuntimeError(
-            f"{KEY}: {spec.pretrained} has biases for queries and values, {spec.name} has none; "
+            f"{KEY}: {spec.pretrained} has query and value biases, but {spec.name} has none; "
             f"set MODEL.SPAR.ENCODER to {spec.name}_qkvb"
         )
-    with contextlib.redirect_stdout(io.StringIO()):  # timm prints a line for every bias that it leaves out
+    with contextlib.redirect_stdout(io.StringIO()):  # timm prints a line for each bias that it drops
         converted = checkpoint_filter_fn(
             {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}, trunk
         )
@@ -186,7 +184,7 @@ def _from_meta(tensors: Mapping[str, torch.Tensor], trunk: Eva, spec: EncoderSpe
 
 
 class DINOv3Family(EncoderFamily):
-    """DINOv3 ViTs of timm."""
+    """timm's DINOv3 ViTs."""
 
     name = "DINOv3"
     marks = ("visual.patch_embed.proj.weight", "visual.cls_token", "visual.blocks.0.attn.qkv.weight")
@@ -216,7 +214,7 @@ class DINOv3Family(EncoderFamily):
         if pretrained in _tags(name):
             try:
                 trunk = timm.create_model(self._full_name(spec), pretrained=True, num_classes=0)
-            except Exception as error:  # whatever the hub's client raises: network, disk, access
+            except Exception as error:  # the Hugging Face Hub client may raise anything
                 raise failed_download(name, pretrained, error) from error
             return DINOv3Encoder(trunk, spec.reference_compat)
         with fixed_random_weights():
@@ -226,12 +224,12 @@ class DINOv3Family(EncoderFamily):
         return encoder
 
     def example(self) -> DenseEncoder:
-        # Layer scale at 1: DINOv3's own 1e-5 makes the blocks of an untrained model do next to nothing.
+        # With DINOv3's layer scale of 1e-5, the blocks of an untrained model would have almost no effect.
         sizes = {"img_size": 64, "embed_dim": 96, "depth": 3, "num_heads": 3, "init_values": 1.0}
         return DINOv3Encoder(timm.create_model("vit_small_patch16_dinov3", num_classes=0, **sizes))
 
     def from_file(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        # Files of timm's and of Meta's have no "visual." before their keys.
+        # Weight files of timm and Meta lack the prefix "visual.".
         if "patch_embed.proj.weight" in tensors and "cls_token" in tensors:
             return {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items() if not name.startswith("head.")}
         return dict(tensors)
@@ -246,8 +244,8 @@ class DINOv3Family(EncoderFamily):
         tensors = self.from_file(read_state_dict(spec.pretrained, part=spec.pretrained_part))
         if f"{_PREFIX}storage_tokens" in tensors:
             tensors = _from_meta(tensors, encoder.visual, spec)
-        own = encoder.state_dict()
-        check_fit(own, tensors, own, spec.pretrained)
+        expected = encoder.state_dict()
+        check_fit(expected, tensors, expected, spec.pretrained)
         encoder.load_state_dict(tensors)
 
 

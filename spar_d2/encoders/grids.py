@@ -1,4 +1,4 @@
-"""Tensors that depend on the grid of patches alone, kept for the last few grids."""
+"""Cache of tensors that depend only on the patch grid, such as resampled position embeddings."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from typing import TypeVar, cast
 
 import torch
 
-_KEPT = 8
+_MAX_GRIDS = 8
 Tensors = TypeVar("Tensors", bound=tuple[torch.Tensor, ...])
 
 
 class RecentGrids:
-    """Keeps what was computed for the last few grids, on the device where it is needed.
+    """LRU cache of tensors on the device, keyed by patch grid.
 
-    Images of a data set, and all windows of a teacher, come back to the same grids: then nothing is computed or copied
-    to the device again. Copies of an encoder begin with none.
+    Images of a data set and windows of a teacher share a few grids, so these tensors need not be recomputed or copied
+    to the device again. Copies of the cache are empty.
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple, tuple[torch.Tensor, ...]] = OrderedDict()
+        self._cache: OrderedDict[tuple, tuple[torch.Tensor, ...]] = OrderedDict()
 
     def get(self, grid: tuple, like: torch.Tensor, make: Callable[[], Tensors]) -> Tensors:
-        """What is kept for a grid, or else what ``make`` gives.
+        """Return the cached tensors of a grid, or compute and cache them.
 
         Args:
-            grid: (h, w), with whatever else the result depends on.
-            like: of the type and device that the result is for.
-            make: has no gradient.
+            grid: (h, w), followed by other values that the result depends on.
+            like: tensor with the device and dtype of the result.
+            make: function that computes the result; it runs without gradients.
         """
-        # Tensors that only pretend, as those that PyTorch exports or counts with, must not reach other computations.
+        # Fake tensors, which torch.export and FLOP counters use, must not leak into other computations.
         key = (grid, like.device, like.dtype, getattr(like, "fake_mode", None))
-        if key not in self._kept:
-            # Not as tensors of inference mode, which no later training could use.
+        if key not in self._cache:
+            # Tensors created in inference mode could not be used in training later.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-                self._kept[key] = make()
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return cast(Tensors, self._kept[key])
+                self._cache[key] = make()
+            if len(self._cache) > _MAX_GRIDS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return cast(Tensors, self._cache[key])
 
     def __deepcopy__(self, memo: dict) -> RecentGrids:
         return RecentGrids()

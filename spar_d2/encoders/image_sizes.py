@@ -1,4 +1,4 @@
-"""Size policies: how an image of any size becomes one of whole patches."""
+"""Size policies, which pad, stretch or crop images to whole patches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 class Pad:
-    """Pads with zeros at the right and bottom.
+    """Pads images with zeros at the right and bottom.
 
     Args:
         patch_size: side of a patch in pixels.
@@ -19,12 +19,12 @@ class Pad:
         self.patch_size = patch_size
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Numbers of patches (h, w) of an image with sides in pixels."""
-        # Sides of a traced tensor are tensors.
+        """Return the number of patches (h, w) for an image size in pixels."""
+        # In tracing, the sides are tensors.
         return math.ceil(int(height) / self.patch_size), math.ceil(int(width) / self.patch_size)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) to (B, 3, h * p, w * p); the tensor itself where it has whole patches."""
+        """Resize (B, 3, H, W) to (B, 3, h * p, w * p). Images of whole patches are returned unchanged."""
         rows, columns = self.grid(x.shape[-2], x.shape[-1])
         size = (rows * self.patch_size, columns * self.patch_size)
         return x if x.shape[-2:] == size else self._resize(x, size)
@@ -34,21 +34,22 @@ class Pad:
 
 
 class Stretch(Pad):
-    """Enlarges the image bicubically."""
+    """Stretches images to the next multiple of the patch size, with bicubic interpolation."""
 
     def _resize(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
 
 
 class Crop(Pad):
-    """Drops the remainder of a patch at the right and bottom."""
+    """Crops partial patches at the right and bottom."""
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """As for the others; raises ``ValueError`` where an image is smaller than a patch."""
+        """Return the number of patches (h, w). Raises ``ValueError`` if the image is smaller than a patch."""
         grid = (int(height) // self.patch_size, int(width) // self.patch_size)
         if 0 in grid:
             raise ValueError(
-                f"with reference_compat an image must cover a patch of {self.patch_size} pixels, got {height}x{width}"
+                f"with reference_compat, images must be at least one patch ({self.patch_size} pixels) large, "
+                f"got {height}x{width}"
             )
         return grid
 

@@ -1,4 +1,4 @@
-"""What is said of settings and errors around weights."""
+"""Helpers for error messages about weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ _LONGEST_LINE = 200
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in a line that is not too long; its kind where it says nothing."""
+    """Return the first line of an error message, truncated, or the error type if the message is empty."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ..."

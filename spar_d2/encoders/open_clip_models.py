@@ -1,4 +1,4 @@
-"""Builds open_clip models with weights, for the families whose weights open_clip keeps."""
+"""Builds open_clip models and loads their weights."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from spar_d2.encoders.weights import (
     read_state_dict,
 )
 
-# Takes the place of a text tower that is not asked for: those of SigLIP have 280 million parameters.
+# Replaces the text tower if only the image tower is needed: SigLIP text towers have 280 million parameters.
 _SMALL_TEXT = {"context_length": 2, "vocab_size": 2, "width": 64, "heads": 1, "layers": 1}
 
 
 def build_image_tower(spec: EncoderSpec, family: EncoderFamily) -> nn.Module:
-    """``model.visual`` of an open_clip model, with weights.
+    """Build the image tower (``model.visual``) of an open_clip model and load its weights.
 
     Raises:
-        ValueError, FileNotFoundError, RuntimeError: as :func:`spar_d2.encoders.build_encoder`.
+        ValueError, FileNotFoundError, RuntimeError: see :func:`spar_d2.encoders.build_encoder`.
     """
     return _create(spec, family, part="visual").visual
 
 
 def build_text(spec: EncoderSpec, family: EncoderFamily) -> TextTower:
-    """Tokenizer and text tower of an open_clip model, with weights; raises like :func:`build_image_tower`."""
+    """Build tokenizer and text tower of an open_clip model. Raises the same errors as :func:`build_image_tower`."""
     model = _create(spec, family, part="text")
     model.visual = nn.Identity()
-    # Weights of a text tower are also wanted where there are no texts and no way to its tokenizer.
+    # The tokenizer is loaded on first use: weight conversion does not need it, and it may require a download.
     return TextTower(model, functools.partial(_tokenize, known_name(spec.name)))
 
 
@@ -56,15 +56,21 @@ def _tokenize(name: str, texts: list[str]) -> torch.Tensor:
 def _tokenizer(name: str) -> Callable[[list[str]], torch.Tensor]:
     try:
         return open_clip.get_tokenizer(name)
-    except Exception as error:  # whatever the hub's client and the tokenizer's own library raise
+    except Exception as error:  # the Hugging Face Hub client and tokenizer may raise anything
         raise RuntimeError(
-            f"MODEL.SPAR.ENCODER: the tokenizer of {name} could not be had ({first_line(error)}); with no way to "
-            "download it, name a local folder as text_cfg.hf_tokenizer_name in an open_clip model config (*.json)"
+            f"MODEL.SPAR.ENCODER: the tokenizer of {name} failed to download ({first_line(error)}); without network "
+            "access, set text_cfg.hf_tokenizer_name to a local folder in an open_clip model config (*.json)"
         ) from error
 
 
 def _create(spec: EncoderSpec, family: EncoderFamily, part: str) -> Any:
-    """An open_clip model in which ``part``, "visual" or "text", has its weights."""
+    """Build an open_clip model and load the weights of one tower.
+
+    Args:
+        spec: specification of the encoder.
+        family: family of the encoder.
+        part: "visual" or "text"; the other tower may have random weights.
+    """
     name, pretrained = known_name(spec.name), spec.pretrained
     activation = {} if spec.quick_gelu is None else {"quick_gelu": spec.quick_gelu}
     tags = tags_of(name)
@@ -76,15 +82,16 @@ def _create(spec: EncoderSpec, family: EncoderFamily, part: str) -> Any:
         raise no_such_weights(name, pretrained, tags)
     tensors = family.from_file(read_state_dict(pretrained, part=spec.pretrained_part))
     model = _create_random(name, part, activation)
-    own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("visual.") == (part == "visual")}
-    if part == "text" and not (own.keys() - OPTIONAL_KEYS) & tensors.keys():
+    expected = {k: tensor for k, tensor in model.state_dict().items() if k.startswith("visual.") == (part == "visual")}
+    if part == "text" and not (expected.keys() - OPTIONAL_KEYS) & tensors.keys():
         raise RuntimeError(
-            f"{KEY}: {pretrained} has no text tower (missing keys: {', '.join(sorted(own)[:3])}, ...); "
-            "take a file or a tag that has it, or add it with tools/convert_weights.py --text"
+            f"{KEY}: {pretrained} has no text tower (missing keys: {', '.join(sorted(expected)[:3])}, ...); "
+            "use a file or tag with a text tower, or add one with spar-d2 convert --text"
         )
     known = _keys(name) if part == "visual" else model.state_dict()
-    check_fit(own, tensors, set(own) - OPTIONAL_KEYS, pretrained, known=[*(tensors if known is None else known), *own])
-    model.load_state_dict({key: tensors[key] for key in own if key in tensors}, strict=False)
+    known_keys = [*(tensors if known is None else known), *expected]
+    check_fit(expected, tensors, set(expected) - OPTIONAL_KEYS, pretrained, known=known_keys)
+    model.load_state_dict({key: tensors[key] for key in expected if key in tensors}, strict=False)
     return model
 
 
@@ -93,19 +100,19 @@ def _create_random(name: str, part: str, activation: dict) -> nn.Module:
     with _without_open_clip_warnings(), fixed_random_weights():
         try:
             return open_clip.create_model(name, load_weights=False, pretrained_text=False, **options)
-        except Exception as error:  # a wrong config fails anywhere; some text towers ask a hub for theirs
+        except Exception as error:  # invalid configs may raise anything, and some text towers need a download
             raise ValueError(
                 f"MODEL.SPAR.ENCODER: open_clip cannot build the model {name!r} ({first_line(error)}); "
-                "check its config, and whether its text tower needs a download"
+                "check its config, and whether its text tower requires a download"
             ) from error
 
 
 def _keys(name: str) -> list[str] | None:
-    """All keys of a model with both towers; None where it cannot be built without a download."""
+    """Return all state dict keys of a model with both towers, or None if building it requires a download."""
     try:
         with _without_open_clip_warnings(), torch.device("meta"):
             model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
-    except Exception:  # some text towers ask a hub for their config
+    except Exception:  # some text towers download their config
         return None
     return list(model.state_dict())
 
@@ -113,16 +120,16 @@ def _keys(name: str) -> list[str] | None:
 def _download(name: str, tag: str, activation: dict) -> nn.Module:
     try:
         with warnings.catch_warnings():
-            # It compares the tag with the model's config, not with the activation that it is told to take.
+            # open_clip compares the tag with the model config, and ignores the explicit quick_gelu option.
             warnings.filterwarnings("ignore", message="QuickGELU mismatch")
             return open_clip.create_model(name, pretrained=tag, **activation)
-    except Exception as error:  # whatever the hub's client raises: network, disk, access
+    except Exception as error:  # the Hugging Face Hub client may raise anything
         raise failed_download(name, tag, error) from error
 
 
 @contextlib.contextmanager
 def _without_open_clip_warnings() -> Iterator[None]:
-    # It warns of missing weights that are loaded a moment later, or that the user did not want.
+    # open_clip warns about missing weights, although they are loaded later or intentionally random.
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,7 @@
-"""open_clip's own ViT (with class token) as a dense encoder.
+"""Dense encoder of open_clip's ViT with class token.
 
-The last block keeps only the value path of its attention: every patch passes its own value on, both residuals and the
-MLP stay (MaskCLIP, arXiv:2112.01071, as used by SPAR). All earlier blocks are the library's.
+In the last block, the attention is reduced to the value path: each patch token attends only to itself, with both
+residuals and the MLP (MaskCLIP, arXiv:2112.01071, as used by SPAR). All earlier blocks are unchanged.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from spar_d2.encoders.positions import resample_positions, sampling_weights
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
 from spar_d2.encoders.text_tower import TextTower
 
-# The authors' code enlarges the requested grid by a tenth of a cell, against rounding down. Because the sampling
-# positions use the given factor, this also shifts them slightly; students are trained with it, so it stays.
+# The reference code enlarges the target grid by 0.1 patches to avoid rounding down. This also shifts the sampling
+# positions slightly; it is kept because existing students were trained with it.
 _GRID_MARGIN = 0.1
 
 
@@ -35,13 +35,13 @@ class OpenCLIPEncoder(DenseEncoder):
     """Dense features of the image tower of an open_clip model.
 
     Args:
-        visual: ``model.visual`` of an open_clip model, a ``VisionTransformer`` with class token; used, not copied, so
-            ``state_dict()`` has the library's keys ("visual.conv1.weight").
-        reference_compat: cut images to whole patches instead of padding them, and add the position table unresampled
-            where a grid has the native number of cells but another shape, as the authors' code does.
+        visual: ``model.visual`` of an open_clip model, a ``VisionTransformer`` with class token. It is not copied. The
+            keys of ``state_dict()`` are those of open_clip ("visual.conv1.weight").
+        reference_compat: crop images to whole patches instead of padding them, and do not resample position embeddings
+            if the grid has the pre-training number of patches in another shape, as the reference code does.
 
     Raises:
-        ValueError: ``visual`` is another kind of tower, or a ViT with parts that dense features cannot be taken from.
+        ValueError: ``visual`` is not a ViT, or a ViT with unsupported parts.
     """
 
     parts = {
@@ -101,7 +101,7 @@ class OpenCLIPEncoder(DenseEncoder):
 
 
 def _attend(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
-    """Self-attention with the weights of ``attn``: (B, N, C) to (B, N, C), never an N x N matrix in memory."""
+    """Memory-efficient self-attention with the weights of ``attn``: (B, N, C) to (B, N, C)."""
     batch, tokens, width = x.shape
     # (B, N, 3C) -> (3, B, heads, N, C / heads)
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
@@ -111,7 +111,7 @@ def _attend(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
 
 
 def _run_value_path(block: ResidualAttentionBlock, x: torch.Tensor) -> torch.Tensor:
-    """The block with every token attending to itself alone: queries and keys are not even computed."""
+    """Apply a block with each token attending only to itself; queries and keys are not computed."""
     attn, width = block.attn, x.shape[-1]
     value = F.linear(block.ln_1(x), attn.in_proj_weight[2 * width :], attn.in_proj_bias[2 * width :])
     x = x + block.ls_1(attn.out_proj(value))
@@ -121,15 +121,14 @@ def _run_value_path(block: ResidualAttentionBlock, x: torch.Tensor) -> torch.Ten
 def _checked(visual: nn.Module) -> VisionTransformer:
     if not isinstance(visual, VisionTransformer):
         raise ValueError(
-            f"OpenCLIPEncoder takes the VisionTransformer of an open_clip model (model.visual), "
-            f"got {type(visual).__name__}"
+            f"visual must be the VisionTransformer of an open_clip model (model.visual), got {type(visual).__name__}"
         )
     blocks = visual.transformer.resblocks
     reasons = {
         "attentional pooling": visual.attn_pool is not None,
         "attention other than nn.MultiheadAttention": any(type(b) is not ResidualAttentionBlock for b in blocks),
-        "patches that are not square": len(set(visual.patch_size)) > 1,
-        "training images that are not square": len(set(visual.image_size)) > 1,
+        "non-square patches": len(set(visual.patch_size)) > 1,
+        "non-square training images": len(set(visual.image_size)) > 1,
     }
     refuse_parts("OpenCLIPEncoder", reasons)
     return visual
@@ -139,8 +138,8 @@ def _is_plain_vit(config: dict | None) -> bool:
     if config is None:
         return False
     vision = config["vision_cfg"]
-    named_elsewhere = "timm_model_name" in vision or "hf_model_name" in vision
-    return not named_elsewhere and isinstance(vision.get("layers", 12), int) and not vision.get("attentional_pool")
+    is_external = "timm_model_name" in vision or "hf_model_name" in vision
+    return not is_external and isinstance(vision.get("layers", 12), int) and not vision.get("attentional_pool")
 
 
 @functools.cache
@@ -149,7 +148,7 @@ def _names() -> list[str]:
 
 
 class OpenCLIPFamily(EncoderFamily):
-    """Models of open_clip whose image tower is its own ViT."""
+    """open_clip models whose image tower is open_clip's own ViT."""
 
     name = "open_clip ViT"
     marks = ("visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding")
@@ -162,7 +161,7 @@ class OpenCLIPFamily(EncoderFamily):
 
     def sizes(self, spec: EncoderSpec) -> tuple[int, int]:
         vision = known_config(spec.name)["vision_cfg"]
-        patch, size = (side_of(vision.get(key, usual)) for key, usual in (("patch_size", 16), ("image_size", 224)))
+        patch, size = (side_of(vision.get(key, default)) for key, default in (("patch_size", 16), ("image_size", 224)))
         return size // patch * patch, patch
 
     def conventions(self, spec: EncoderSpec) -> Conventions:
@@ -183,7 +182,7 @@ class OpenCLIPFamily(EncoderFamily):
         return OpenCLIPEncoder(open_clip.CLIP(embed_dim=64, vision_cfg=vision, text_cfg=text).visual)
 
     def from_file(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        # Files of an image tower alone have no "visual." before their keys.
+        # Weight files of only the image tower lack the prefix "visual.".
         if "conv1.weight" in tensors and "class_embedding" in tensors:
             return {f"visual.{key}": tensor for key, tensor in tensors.items()}
         return dict(tensors)

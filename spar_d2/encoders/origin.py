@@ -1,4 +1,4 @@
-"""Where weights come from and what they expect, as it travels in their file."""
+"""Metadata of weight files: origin of the weights, and the pixel statistics and activation they expect."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from spar_d2.utils.io import signature
 
 logger = logging.getLogger(__name__)
 
-# The entry among the metadata of safetensors; in archives of torch.save's, the name of a record.
+# Metadata key in safetensors files, and name of the record in torch.save archives.
 ENTRY = "spar_d2"
 RECORD = f"{ENTRY}.json"
 _LARGEST = 1 << 20
-# Of pixels in 0..1; what is larger was meant for 0..255.
+# Larger pixel statistics are meant for pixels in 0..255, not 0..1.
 _LARGEST_PIXEL = 2
 
 Triple = tuple[float, float, float]
@@ -33,11 +33,11 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Conventions:
-    """What a model expects that its weights do not tell.
+    """Input normalization and activation of a model, which its tensors do not determine.
 
     Attributes:
-        pixel_mean, pixel_std: three floats each, RGB, for pixels in 0..1.
-        quick_gelu: whether the activation is QuickGELU; None where the family has no choice.
+        pixel_mean, pixel_std: pixel mean and standard deviation (RGB, pixels in 0..1), three floats each.
+        quick_gelu: whether the activation is QuickGELU; None if the family has a fixed activation.
     """
 
     pixel_mean: Triple
@@ -47,15 +47,15 @@ class Conventions:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a weight file says of itself; None and "" where it says nothing.
+    """Metadata of a weight file; unknown values are None or "".
 
     Attributes:
-        encoder: name of the model.
-        pretrained: tag or name of the weights that it started from.
-        pixel_mean, pixel_std, quick_gelu: as of :class:`Conventions`.
-        window, stride: of the teacher, in pixels.
-        version: of this package.
-        date: of the file, as "2026-11-28".
+        encoder: model name.
+        pretrained: tag or file name of the initial weights.
+        pixel_mean, pixel_std, quick_gelu: see :class:`Conventions`.
+        window, stride: sliding window and stride of the teacher in pixels.
+        version: version of spar_d2 that wrote the file.
+        date: date of the file in ISO format ("2026-11-28").
     """
 
     encoder: str = ""
@@ -69,23 +69,23 @@ class Origin:
     date: str = ""
 
     def text(self) -> str:
-        """As JSON, with the date of today."""
+        """Serialize to JSON, with the current version and date."""
         from spar_d2 import __version__
 
-        said = dataclasses.asdict(self) | {"version": __version__, "date": datetime.date.today().isoformat()}
-        return json.dumps({name: value for name, value in said.items() if value not in (None, "")})
+        fields = dataclasses.asdict(self) | {"version": __version__, "date": datetime.date.today().isoformat()}
+        return json.dumps({name: value for name, value in fields.items() if value not in (None, "")})
 
 
 def check_triple(value: Sequence[float], what: str, above: float = -math.inf) -> Triple:
-    """Three finite floats for the colors of pixels in 0..1.
+    """Validate pixel statistics: three finite numbers (RGB) for pixels in 0..1.
 
     Args:
-        value: the numbers.
-        what: names the setting, for error messages.
-        above: each is more than this.
+        value: sequence of three numbers.
+        what: name of the setting, for error messages.
+        above: exclusive lower bound of each number.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the value is invalid.
     """
     listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
     numbers = [v for v in listed if isinstance(v, (int, float)) and not isinstance(v, bool) and above < v < math.inf]
@@ -97,18 +97,21 @@ def check_triple(value: Sequence[float], what: str, above: float = -math.inf) ->
 
 
 def check_flag(value: object, what: str) -> bool:
-    """``value``, which is True or False; raises ``ValueError`` for anything else."""
+    """Return ``value`` if it is a bool; raise ``ValueError`` otherwise."""
     if not isinstance(value, bool):
         raise ValueError(f"{what} must be True or False, got {value!r}")
     return value
 
 
 def parse_origin(text: Any, path: str | os.PathLike) -> Origin | None:
-    """The origin in a file's metadata; None, and a warning, where it makes no sense. Unknown fields are left out."""
+    """Parse the metadata of a weight file, ignoring unknown fields.
+
+    Invalid metadata causes a warning, and None is returned.
+    """
     try:
-        said = json.loads(text)
-        if not isinstance(said, dict):
-            raise ValueError("it is no JSON object")
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError("it is not a JSON object")
         checks = {
             "pixel_mean": check_triple,
             "pixel_std": functools.partial(check_triple, above=0),
@@ -116,14 +119,14 @@ def parse_origin(text: Any, path: str | os.PathLike) -> Origin | None:
             **dict.fromkeys(("window", "stride"), _check_pixels),
             **dict.fromkeys(("encoder", "pretrained", "version", "date"), _check_name),
         }
-        return Origin(**{name: check(said[name], name) for name, check in checks.items() if name in said})
+        return Origin(**{name: check(fields[name], name) for name, check in checks.items() if name in fields})
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        logger.warning("%s: what its metadata %r says is damaged and left out (%s)", path, ENTRY, str(error)[:200])
+        logger.warning("%s: its metadata %r is corrupt and ignored (%s)", path, ENTRY, str(error)[:200])
         return None
 
 
 def read_origin(path: str | os.PathLike) -> Origin | None:
-    """What a weight file says of itself; None where it is no file or says nothing. Reads no weights."""
+    """Read the metadata of a weight file without its weights. Returns None if there is no file or no metadata."""
     if not path or not os.path.isfile(path):
         return None
     return _read_origin(str(path), *signature(path))
@@ -133,7 +136,7 @@ def read_origin(path: str | os.PathLike) -> Origin | None:
 def _read_origin(path: str, *_: int) -> Origin | None:
     try:
         text = _text_in(Path(path))
-    except Exception:  # whoever reads the weights says what is wrong with them
+    except Exception:  # reading the weights reports the error
         return None
     return None if text is None else parse_origin(text, path)
 
@@ -153,7 +156,7 @@ def _text_in(path: Path) -> Any:
 
 
 def add_origin(path: str | os.PathLike, origin: Origin | None) -> None:
-    """Put an origin into a file that ``torch.save`` wrote, beside what it holds, so that others read it as before."""
+    """Add metadata to a ``torch.save`` file as a separate record, which ``torch.load`` ignores."""
     if origin is not None:
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(f"{archive.namelist()[0].split('/')[0]}/{RECORD}", origin.text())
@@ -167,5 +170,5 @@ def _check_pixels(value: object, what: str) -> int:
 
 def _check_name(value: object, what: str) -> str:
     if not isinstance(value, str) or not value.isprintable() or len(value) > 500:
-        raise ValueError(f"{what} must be a short text, got {str(value)[:100]!r}")
+        raise ValueError(f"{what} must be a short printable string, got {str(value)[:100]!r}")
     return value

@@ -1,4 +1,4 @@
-"""Precisions of computation: what they are called, weights in another one, and what is always in float32."""
+"""Computation precisions: names, weight casting, and a context manager for full float32."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-# Of matrix products; None leaves them to the surroundings.
+# Autocast dtypes of matrix products; None does not change the autocast state of the caller.
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
-# The first generation of NVIDIA's that multiplies bfloat16.
+# Major compute capability of the first NVIDIA generation with bfloat16 support.
 _AMPERE = 8
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def resolve_precision(precision: str, device: str | torch.device) -> str:
-    """The precision that "auto" stands for on a device: "bfloat16" on GPUs that compute in it, else "float32".
+    """Resolve "auto" to "bfloat16" on GPUs that support it, and to "float32" on other devices.
 
-    Others than "auto" are returned as they are.
+    Other precisions are returned unchanged.
     """
     if precision != AUTO:
         return precision
     device = torch.device(device)
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _AMPERE
-    return "bfloat16" if able else "float32"
+    supported = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _AMPERE
+    return "bfloat16" if supported else "float32"
 
 
 def cast_parameters(module: Module, dtype: torch.dtype) -> Module:
-    """Cast a module's parameters, in place and for good; its buffers stay, such as periods of rotary positions."""
+    """Cast the parameters of a module in place. Buffers, such as rotary periods, keep their dtype."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module
@@ -39,9 +39,9 @@ def cast_parameters(module: Module, dtype: torch.dtype) -> Module:
 
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Within it, float32 operations on a device are computed in float32: no autocast, no TF32."""
-    before = torch.get_float32_matmul_precision()
-    change = device.type == "cuda" and before != "highest"
+    """Context manager that computes in full float32 on a device, without autocast and TF32."""
+    previous = torch.get_float32_matmul_precision()
+    change = device.type == "cuda" and previous != "highest"
     with torch.autocast(device.type, enabled=False):
         if change:
             torch.set_float32_matmul_precision("highest")
@@ -49,4 +49,4 @@ def full_float32(device: torch.device) -> Iterator[None]:
             yield
         finally:
             if change:
-                torch.set_float32_matmul_precision(before)
+                torch.set_float32_matmul_precision(previous)

@@ -1,7 +1,7 @@
-"""Families of encoders, and how a model name finds its family.
+"""Registry of encoder families, and functions that build encoders by model name.
 
-A new family is one file with an :class:`EncoderFamily` and a ``register_family`` call; every test of encoders then
-covers it.
+To add a family, implement :class:`EncoderFamily` in a new file and call :func:`register_family`. The encoder tests then
+cover the new family automatically.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What an encoder and its text tower are built from; see :func:`build_encoder` for the fields."""
+    """Specification of an encoder and its text tower; see :func:`build_encoder` for the fields."""
 
     name: str
     pretrained: str = ""
@@ -38,7 +38,7 @@ class EncoderSpec:
     pretrained_part: str = ""
 
     def __post_init__(self) -> None:
-        # Specs are keys of caches, which lists and arrays cannot be.
+        # Specs are keys of caches, so they must be hashable.
         for name in ("pixel_mean", "pixel_std"):
             if isinstance(value := getattr(self, name), (list, np.ndarray)):
                 object.__setattr__(self, name, tuple(np.asarray(value).tolist()))
@@ -46,15 +46,15 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What is known of a model without building its weights.
+    """Properties of a model that are known without building it.
 
     Attributes:
-        family: name of its family.
-        native_size: side of the square images that it was pre-trained on, in pixels, in whole patches.
+        family: name of the encoder family.
+        native_size: pre-training image size: side of the square images in pixels, rounded down to whole patches.
         patch_size: side of a patch in pixels.
-        pixel_mean, pixel_std: three floats each, RGB, for pixels in 0..1.
-        logit_scale: factor on the cosines with the words that the method uses.
-        quick_gelu: whether its activation is QuickGELU; None where its family has no choice.
+        pixel_mean, pixel_std: pixel mean and standard deviation (RGB, pixels in 0..1), three floats each.
+        logit_scale: scale of the cosine similarities between dense features and text embeddings.
+        quick_gelu: whether the activation is QuickGELU; None if the family has a fixed activation.
     """
 
     family: str
@@ -67,14 +67,14 @@ class EncoderInfo:
 
 
 class EncoderFamily(ABC):
-    """One family of models: how its names are recognized, its encoders built, and its weight files read.
+    """A family of models: recognizes model names, builds encoders, and reads weight files.
 
     Attributes:
         name: short name of the family.
-        marks: keys of the library's model that distinguish its weight files from those of other families.
-        has_text: whether its models have a text tower.
-        file_format: library whose format its weight files usually have, see :mod:`spar_d2.encoders.convert`.
-        timm_prefix: prefix of the keys of the image trunk where that is a timm model; "" where it is not.
+        marks: state dict keys that distinguish the weight files of the family from those of other families.
+        has_text: whether the models have a text tower.
+        file_format: default format of weight files, see :mod:`spar_d2.encoders.convert`.
+        timm_prefix: key prefix of the image trunk if it is a timm model, else "".
     """
 
     name: str
@@ -85,38 +85,38 @@ class EncoderFamily(ABC):
 
     @abstractmethod
     def claims(self, name: str) -> bool:
-        """Whether a model name, or a path to a model config, belongs to this family."""
+        """Return whether a model name or model config file belongs to this family."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """All model names of this family, without paths to configs."""
+        """Return all model names of this family; model config files are not included."""
 
     @abstractmethod
     def sizes(self, spec: EncoderSpec) -> tuple[int, int]:
-        """Native size and patch size of a model in pixels, without building its weights."""
+        """Return pre-training image size and patch size of a model in pixels, without building it."""
 
     @abstractmethod
     def conventions(self, spec: EncoderSpec) -> Conventions:
-        """Pixel statistics and activation that a model expects by its tag, or else by its name."""
+        """Return the pixel statistics and activation of a pretrained tag, or else the defaults of the model."""
 
     @abstractmethod
     def build(self, spec: EncoderSpec) -> DenseEncoder:
-        """The dense encoder with its weights."""
+        """Build the dense encoder and load its weights."""
 
     def build_text(self, spec: EncoderSpec) -> TextTower:
-        """The text tower that belongs to the encoder; only called where ``has_text``."""
+        """Build the text tower of the encoder; only called if ``has_text`` is True."""
         raise NotImplementedError(f"{self.name} has no text tower")
 
     def tags(self, name: str) -> list[str]:
-        """Tags of a model's pre-trained weights."""
+        """Return the pretrained tags of a model."""
         return []
 
     def example(self) -> DenseEncoder | None:
-        """A tiny encoder with random weights, for tests; None where it cannot be built from installed packages."""
+        """Build a tiny encoder with random weights for tests, or return None if it needs other packages."""
         return None
 
     def from_file(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        """Rename the keys of any of the family's weight files to those of encoder and text tower."""
+        """Convert the keys of any weight file of the family to the keys of encoder and text tower."""
         return dict(tensors)
 
 
@@ -124,20 +124,20 @@ FAMILIES: dict[str, EncoderFamily] = {}
 
 
 def register_family(family: EncoderFamily) -> None:
-    """Register a family; raises ``ValueError`` where its name is taken."""
+    """Register a family. Raises ``ValueError`` if its name is already registered."""
     if family.name in FAMILIES:
-        raise ValueError(f"an encoder family {family.name!r} is registered already")
+        raise ValueError(f"encoder family {family.name!r} is already registered")
     FAMILIES[family.name] = family
 
 
 def find_family(name: str) -> EncoderFamily:
-    """The family of a model name.
+    """Return the family of a model name.
 
     Raises:
-        ValueError: no family claims the name; suggests near ones.
+        ValueError: the name is unknown; the message suggests similar names.
     """
     if not isinstance(name, str):
-        raise ValueError(f"MODEL.SPAR.ENCODER: the name of a model is a text, got {name!r}")
+        raise ValueError(f"MODEL.SPAR.ENCODER must be a string, got {name!r}")
     for family in FAMILIES.values():
         if family.claims(name):
             return family
@@ -147,16 +147,16 @@ def find_family(name: str) -> EncoderFamily:
     hint = (
         f"did you mean {', '.join(near)}?"
         if near
-        else f"known are, for example, {', '.join(f.names()[0] for f in FAMILIES.values())}."
+        else f"examples of known names: {', '.join(f.names()[0] for f in FAMILIES.values())}."
     )
     raise ValueError(
-        f"MODEL.SPAR.ENCODER: there is no encoder for {name!r}; {hint} Families: {', '.join(FAMILIES)}. "
-        "A path to an open_clip model config (*.json) is allowed too."
+        f"MODEL.SPAR.ENCODER: unknown encoder {name!r}; {hint} Families: {', '.join(FAMILIES)}. "
+        "The path of an open_clip model config (*.json) is also allowed."
     )
 
 
 def nearest_family(tensors: Tensors) -> EncoderFamily | None:
-    """The family whose weight files have keys like these, or None."""
+    """Return the family whose weight files have the most similar keys, or None."""
 
     def score(family: EncoderFamily) -> int:
         keys = family.from_file(tensors)
@@ -181,27 +181,28 @@ def build_encoder(
     """Build a dense image encoder.
 
     Args:
-        name: a model name ("ViT-B-16", "ViT-B-16-SigLIP2-512", "vit_base_patch16_dinov3", ...), or an open_clip model
-            config file (*.json).
-        pretrained: a tag that the model's library knows, a weight file, or "" for random weights. Random weights come
-            from a fixed seed, so that student, teacher and text tower agree and training can be resumed.
-        reference_compat: reproduce the authors' code at sizes where it differs, see the encoder classes.
-        dinov3_repo: for DINOv3.txt, a folder with a clone of the dinov3 repository; its code is run.
-        dinov3_backbone: for DINOv3.txt, weights of the backbone where ``pretrained`` holds only the rest.
-        dinov3_tokens: for DINOv3.txt, "backbone" (patch tokens of the backbone, as the authors of SPAR) or "head"
-            (those of the vision head on top of it).
-        pixel_mean, pixel_std: three floats each, RGB, for pixels in 0..1, that the weights were trained with; None is
-            what the weight file says of itself, or else what the tag or the model does.
-        quick_gelu: whether the activation is QuickGELU; None as for those. Of open_clip's ViTs alone.
-        pretrained_part: which weights to take of a file with several ("ema", "teacher", ...).
+        name: model name ("ViT-B-16", "ViT-B-16-SigLIP2-512", "vit_base_patch16_dinov3", ...) or open_clip model config
+            file (*.json).
+        pretrained: pretrained tag of the model's library, weight file, or "" for random weights. Random weights have a
+            fixed seed, so that student, teacher and text tower match and training can be resumed.
+        reference_compat: reproduce the reference code of the SPAR authors at image sizes that are not a multiple of the
+            patch size, see the encoder classes.
+        dinov3_repo: for DINOv3.txt: folder of a clone of the dinov3 repository; code from this folder is executed.
+        dinov3_backbone: for DINOv3.txt: backbone weights, if ``pretrained`` does not contain them.
+        dinov3_tokens: for DINOv3.txt: "backbone" (patch tokens of the backbone, as used by the SPAR authors) or "head"
+            (patch tokens of the vision head).
+        pixel_mean, pixel_std: pixel mean and standard deviation (RGB, pixels in 0..1) that the weights were trained
+            with, three floats each; None uses the metadata of the weight file, or else the defaults of tag or model.
+        quick_gelu: whether the activation is QuickGELU (open_clip ViTs only); None as for ``pixel_mean``.
+        pretrained_part: which weights to load from a file that holds several sets ("ema", "teacher", ...).
 
     Returns:
         The encoder on the CPU, in eval mode, with all parameters trainable.
 
     Raises:
-        ValueError: unknown model name or tag, or a model that has no dense features.
-        FileNotFoundError: a file or folder that is not there.
-        RuntimeError: a damaged file, weights of another model, or a download that failed.
+        ValueError: an argument is invalid, or the model is unknown or does not support dense features.
+        FileNotFoundError: a file or folder does not exist, or the tag is unknown.
+        RuntimeError: a weight file is corrupt or does not fit the model, or a download failed.
     """
     return build(
         EncoderSpec(
@@ -220,7 +221,7 @@ def build_encoder(
 
 
 def build(spec: EncoderSpec) -> DenseEncoder:
-    """:func:`build_encoder` of a spec."""
+    """Build an encoder from its specification, see :func:`build_encoder`."""
     family = find_family(spec.name)
     spec = settled(spec, family)
     encoder = family.build(spec).eval()
@@ -230,36 +231,36 @@ def build(spec: EncoderSpec) -> DenseEncoder:
 
 
 def describe_encoder(name: str, pretrained: str = "") -> EncoderInfo:
-    """What is known of a model without building its weights; arguments and errors as for :func:`build_encoder`."""
+    """Describe a model without building it; see :func:`build_encoder` for arguments and errors."""
     family = find_family(name)
     spec = settled(EncoderSpec(name, pretrained), family)
     return EncoderInfo(family.name, *family.sizes(spec), *pixel_statistics(spec), quick_gelu=spec.quick_gelu)
 
 
 def build_text_tower(name: str, pretrained: str = "", dinov3_repo: str = "") -> TextTower:
-    """Build the text tower that belongs to :func:`build_encoder` of the same arguments; raises alike.
+    """Build the text tower of an encoder; see :func:`build_encoder` for arguments and errors.
 
     Raises:
-        ValueError: moreover, where the family has no text side; says which have.
+        ValueError: the family of the model has no text tower; the message lists families that have one.
     """
     return build_text(EncoderSpec(name, pretrained, dinov3_repo=dinov3_repo))
 
 
 def build_text(spec: EncoderSpec) -> TextTower:
-    """:func:`build_text_tower` of a spec."""
+    """Build a text tower from a specification, see :func:`build_text_tower`."""
     check_has_text(spec.name)
     family = find_family(spec.name)
     return family.build_text(settled(spec, family))
 
 
 def check_has_text(name: str) -> None:
-    """Raise ``ValueError`` where a model's family has no text side; says which have."""
+    """Raise ``ValueError`` if a model has no text tower; the message lists families that have one."""
     family = find_family(name)
     if not family.has_text:
-        having = [
+        alternatives = [
             f"{other.name} ({', '.join(other.names()[:2])}, ...)" for other in FAMILIES.values() if other.has_text
         ]
         raise ValueError(
-            f"MODEL.SPAR.ENCODER: {name!r} ({family.name}) has no text side, so it cannot segment by words; "
-            f"families with one: {'; '.join(having)}"
+            f"MODEL.SPAR.ENCODER: {name!r} ({family.name}) has no text tower, so it cannot segment by class names; "
+            f"families with a text tower: {'; '.join(alternatives)}"
         )

@@ -1,7 +1,7 @@
-"""SigLIP and SigLIP2 as dense encoders: open_clip models whose image trunk is a timm ViT with attention pooling.
+"""Dense encoders of SigLIP and SigLIP2: open_clip models whose image trunk is a timm ViT with attention pooling.
 
-Every patch goes through the pooling's value projection, output projection and residual MLP, without the pooling's
-attention (SPAR, arXiv:2604.02252).
+Each patch token passes through the value projection, output projection and residual MLP of the pooling layer; its
+attention is skipped (SPAR, arXiv:2604.02252).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class SigLIPEncoder(DenseEncoder):
 
     Args:
         visual: ``model.visual`` of an open_clip model: a module with ``.trunk``, a timm ``VisionTransformer`` with
-            ``global_pool="map"`` and without class token; used, not copied, so ``state_dict()`` has the library's keys
-            ("visual.trunk.blocks.0...").
-        reference_compat: the sliding window drops what is left of a patch at the right and bottom, as the authors' code
-            does. A single pass pads images in any case.
+            ``global_pool="map"`` and without class token. It is not copied. The keys of ``state_dict()`` are those of
+            open_clip ("visual.trunk.blocks.0...").
+        reference_compat: the sliding window crops partial patches at the right and bottom, as the reference code does.
+            A single pass always pads images.
 
     Raises:
-        ValueError: ``visual`` is another kind of tower.
+        ValueError: ``visual`` is not a supported image tower.
     """
 
     parts = {
@@ -63,13 +63,13 @@ class SigLIPEncoder(DenseEncoder):
         self.width = trunk.embed_dim
         self.embed_dim = self.pool.out_features
         for block in self.blocks:
-            # timm's own attention needs memory for N x N where its environment variable turns this off.
+            # Without fused attention (timm has an environment variable to disable it), memory is O(N^2).
             cast(Any, block).attn.fused_attn = True
         self.eval()
 
     @property
     def trunk(self) -> VisionTransformer:
-        """timm's ViT within the image tower."""
+        """The timm ViT in the image tower."""
         return cast(VisionTransformer, self.visual.trunk)
 
     @property
@@ -102,7 +102,7 @@ class SigLIPEncoder(DenseEncoder):
 
 
 def _pool_each(pool: AttentionPoolLatent, tokens: torch.Tensor) -> torch.Tensor:
-    """The pooling with every token attending to itself alone: (B, N, C) to (B, N, D); no keys are computed."""
+    """Apply the pooling layer with each token attending only to itself: (B, N, C) to (B, N, D)."""
     half = pool.kv.out_features // 2
     bias = None if pool.kv.bias is None else pool.kv.bias[half:]
     value = pool.proj(F.linear(tokens, pool.kv.weight[half:], bias))
@@ -113,15 +113,15 @@ def _checked_trunk(visual: nn.Module) -> VisionTransformer:
     trunk = getattr(visual, "trunk", None)
     if not isinstance(trunk, VisionTransformer) or not isinstance(trunk.attn_pool, AttentionPoolLatent):
         raise ValueError(
-            "SigLIPEncoder takes the image tower of a SigLIP model (model.visual of open_clip, whose .trunk is a timm "
+            "visual must be the image tower of a SigLIP model (model.visual of open_clip, whose .trunk is a timm "
             f"VisionTransformer with attention pooling), got {type(visual).__name__}"
         )
     reasons = {
         "prefix tokens": trunk.num_prefix_tokens > 0,
-        "no position table": trunk.pos_embed is None,
-        "positions inside the pooling": trunk.attn_pool.pos_embed is not None,
-        "patches that are not square": len(set(trunk.patch_embed.patch_size)) > 1,
-        "a head after the pooling": any(True for _ in getattr(visual, "head", nn.Identity()).parameters()),
+        "no position embedding": trunk.pos_embed is None,
+        "position embeddings in the pooling layer": trunk.attn_pool.pos_embed is not None,
+        "non-square patches": len(set(trunk.patch_embed.patch_size)) > 1,
+        "a head after the pooling layer": any(True for _ in getattr(visual, "head", nn.Identity()).parameters()),
     }
     refuse_parts("SigLIPEncoder", reasons)
     return trunk
@@ -129,8 +129,8 @@ def _checked_trunk(visual: nn.Module) -> VisionTransformer:
 
 def _is_siglip(config: dict | None) -> bool:
     vision = (config or {}).get("vision_cfg", {})
-    named = str(vision.get("timm_model_name", ""))
-    return "siglip" in named and vision.get("timm_pool") == "map" and vision.get("timm_proj") == "none"
+    timm_name = str(vision.get("timm_model_name", ""))
+    return "siglip" in timm_name and vision.get("timm_pool") == "map" and vision.get("timm_proj") == "none"
 
 
 @functools.cache
@@ -155,11 +155,11 @@ class SigLIPFamily(EncoderFamily):
         name = known_config(spec.name)["vision_cfg"]["timm_model_name"]
         try:
             return timm_sizes(name)
-        except Exception as error:  # whatever timm raises for a name in a config file
+        except Exception as error:  # timm may raise anything for a name in a config file
             raise ValueError(f"MODEL.SPAR.ENCODER: timm cannot build {name!r} of {spec.name} ({error})") from error
 
     def conventions(self, spec: EncoderSpec) -> Conventions:
-        # The activation is that of timm's trunk in any case.
+        # The timm trunk has a fixed activation.
         return dataclasses.replace(conventions(spec.name, spec.pretrained, _MEAN, _STD), quick_gelu=None)
 
     def tags(self, name: str) -> list[str]:
@@ -178,7 +178,7 @@ class SigLIPFamily(EncoderFamily):
         return SigLIPEncoder(visual)
 
     def from_file(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        # Files of a timm trunk alone have neither "visual." nor "trunk." before their keys.
+        # Weight files of only the timm trunk lack the prefixes "visual." and "trunk.".
         if "attn_pool.kv.weight" in tensors:
             return {f"{_TRUNK}{key}": tensor for key, tensor in tensors.items() if not key.startswith("head.")}
         if "trunk.attn_pool.kv.weight" in tensors:

@@ -1,4 +1,4 @@
-"""The text side of a contrastive model, reduced to what segmentation needs of it."""
+"""Text tower of a contrastive vision-language model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from spar_d2.encoders.precision import full_float32
 
 
 class TextTower(nn.Module):
-    """Tokenizer and text encoder of one model.
+    """Tokenizer and text encoder of a model.
 
     Args:
-        model: has ``encode_text(tokens) -> (n, D)``.
-        tokenize: list of texts to (n, context_length) token numbers.
+        model: module with a method ``encode_text(tokens) -> (n, D)``.
+        tokenize: function that converts n texts to token ids (n, context_length).
     """
 
     model: Any
@@ -30,28 +30,28 @@ class TextTower(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
-        """Encode texts to (n, D) float32, not normalized, on the device of the model.
+        """Encode texts to unnormalized text embeddings (n, D), float32, on the device of the model.
 
-        It computes in float32 also within ``torch.autocast``: vectors are kept on disk for others.
+        Embeddings are always computed in float32, even within ``torch.autocast``, because they are cached on disk.
         """
         device = next(self.model.parameters()).device
-        vectors = []
-        # Hidden where it is over in a moment.
-        bar = tqdm(total=len(texts), desc="encoding words", unit="text", disable=None, leave=False, delay=2)
+        embeddings = []
+        # The delay hides the progress bar for small vocabularies.
+        bar = tqdm(total=len(texts), desc="encoding prompts", unit="text", disable=None, leave=False, delay=2)
         with full_float32(device), bar:
             for start in range(0, len(texts), batch_size):
                 batch = list(texts[start : start + batch_size])
-                vectors.append(self.model.encode_text(self.tokenize(batch).to(device)).float())
+                embeddings.append(self.model.encode_text(self.tokenize(batch).to(device)).float())
                 bar.update(len(batch))
-        return torch.cat(vectors)
+        return torch.cat(embeddings)
 
     @functools.cached_property
     def _context_length(self) -> int:
         return self.tokenize([""]).shape[1]
 
     def reads_all(self, text: str) -> bool:
-        """Whether the encoder sees a text to its end; what is beyond the context length it does not."""
-        # No token is shorter than a byte, and up to two are added.
+        """Return whether a text fits into the context length without truncation."""
+        # Each token covers at least one byte, and up to two special tokens are added.
         if len(text.encode()) <= self._context_length - 2:
             return True
         tokens = self.tokenize([text, text[:-1]])

@@ -1,4 +1,4 @@
-"""Tensors of TorchScript archives, such as those that OpenAI distributes its CLIP models in."""
+"""Reading of weights from TorchScript archives, such as OpenAI's CLIP models, without executing code."""
 
 from __future__ import annotations
 
@@ -26,49 +26,49 @@ _TYPES = {
 
 
 def root_of(archive: zipfile.ZipFile) -> str:
-    """The folder of an archive of PyTorch's, with "/"; raises ``ValueError`` where it is another archive."""
+    """Return the root folder of a PyTorch archive, with "/". Raises ``ValueError`` for other archives."""
     roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
     if len(roots) != 1:
-        raise ValueError("it is a zip archive, but none of PyTorch's")
+        raise ValueError("it is a zip archive, but not a PyTorch archive")
     return roots[0]
 
 
 def is_script(archive: zipfile.ZipFile) -> bool:
-    """Whether an archive of PyTorch's holds a TorchScript model rather than what ``torch.save`` wrote."""
+    """Return whether a PyTorch archive contains a TorchScript model, and not a ``torch.save`` file."""
     return f"{root_of(archive)}constants.pkl" in archive.namelist()
 
 
 def read_script(archive: zipfile.ZipFile) -> dict[str, torch.Tensor]:
-    """The state dict of a TorchScript model.
+    """Read the state dict of a TorchScript model.
 
-    ``torch.jit.load`` compiles the archive's code, runs what it says about restoring objects, and its operators may
-    write files. So only the attributes of the modules are read here, by their names, whatever classes they are of.
+    ``torch.jit.load`` would compile and execute code from the archive. This function reads only the attributes of the
+    modules, regardless of their classes.
 
     Raises:
-        pickle.UnpicklingError, KeyError, ValueError, RuntimeError: it is damaged, or holds more than modules and
-            tensors.
+        pickle.UnpicklingError, KeyError, ValueError, RuntimeError: the archive is corrupt, or contains more than
+            modules and tensors.
     """
     model = _Reader(archive, root_of(archive)).load()
     if not isinstance(model, _Module):
-        raise ValueError("it holds no TorchScript model")
+        raise ValueError("it contains no TorchScript model")
     tensors: dict[str, torch.Tensor] = {}
-    seen, left = set(), [("", model)]
-    while left:
-        prefix, module = left.pop()
-        # A damaged file may hold a module within itself.
-        if id(module) in seen:
+    visited, pending = set(), [("", model)]
+    while pending:
+        prefix, module = pending.pop()
+        # In a corrupt file, a module may contain itself.
+        if id(module) in visited:
             continue
-        seen.add(id(module))
+        visited.add(id(module))
         for name, value in module.attributes.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{prefix}{name}"] = value
             elif isinstance(value, _Module):
-                left.append((f"{prefix}{name}.", value))
+                pending.append((f"{prefix}{name}.", value))
     return tensors
 
 
 class _Module:
-    """Attributes of a module of any class."""
+    """Stands in for a module of any class; holds its attributes."""
 
     attributes: dict[str, Any] = {}
 
@@ -76,7 +76,7 @@ class _Module:
         self.attributes = state if isinstance(state, dict) else {}
 
 
-# Not the faster reader in C: that one reserves memory for as many objects as a file claims to have.
+# The C unpickler is faster, but allocates memory for as many objects as the file claims to have.
 class _Reader(pickle._Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
@@ -88,11 +88,11 @@ class _Reader(pickle._Unpickler):
             return _Module
         if module == "torch" and name in _TYPES:
             return _TYPES[name]
-        if module == "torch.jit._pickle":  # lists and dictionaries with the type of their items
+        if module == "torch.jit._pickle":  # typed lists and dictionaries
             return _items
         allowed = {("torch._utils", "_rebuild_tensor_v2"): _tensor, ("collections", "OrderedDict"): OrderedDict}
         if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+            raise pickle.UnpicklingError(f"it contains {module}.{name}")
         return allowed[module, name]
 
     def persistent_load(self, pid: tuple) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which parameters of an encoder are trained, said in words."""
+"""Selection of the trainable parameters of an encoder (``MODEL.SPAR.TRAINABLE``)."""
 
 from __future__ import annotations
 
@@ -13,76 +13,76 @@ _IN_BLOCK = ("qkv", "mlp")
 
 
 def set_trainable(encoder: DenseEncoder, spec: str) -> list[str]:
-    """Freeze an encoder except for what ``spec`` names.
+    """Freeze an encoder except for the parameters selected by ``spec``.
 
-    Parameters that dense features do not pass through (such as the query of a pooling) are never trained.
+    Parameters that do not affect the dense features (such as the query of attention pooling) are never trained.
 
     Args:
-        encoder: its parameters' ``requires_grad`` are set in place.
-        spec: ``all``, ``none``, or words joined by commas: ``last_blocks:N``, and the authors' words ``blk_I`` (a
-            block), ``qkv_I`` and ``mlp_I`` (these parts of it), ``posembed`` (the position table), ``patchembed`` and
-            ``attn_pool_kv``. I is the number of a block; negative ones count from the end.
+        encoder: encoder whose parameters' ``requires_grad`` is set in place.
+        spec: "all", "none", or a comma-separated list of keywords: ``last_blocks:N``, ``blk_I`` (block I), ``qkv_I``
+            and ``mlp_I`` (layers of block I), ``posembed`` (position embedding), ``patchembed`` and ``attn_pool_kv``.
+            Negative block indices I count from the last block.
 
     Returns:
         Names of the trainable parameters.
 
     Raises:
-        ValueError: a word that is not allowed, a block or a part that the encoder does not have.
+        ValueError: a keyword is unknown, or the encoder does not have the block or parameter.
     """
-    wanted = _wanted(encoder, spec)
+    trainable = _trainable(encoder, spec)
     for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(name in wanted)
+        parameter.requires_grad_(name in trainable)
     encoder.train(encoder.training)
-    return wanted
+    return trainable
 
 
 def parameter_counts(module: nn.Module) -> tuple[int, int]:
-    """How many numbers of a module are trained, and how many there are."""
+    """Return the number of trainable parameters and of all parameters of a module."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def _wanted(encoder: DenseEncoder, spec: str) -> list[str]:
+def _trainable(encoder: DenseEncoder, spec: str) -> list[str]:
     used = [name for name, _ in encoder.named_parameters() if not re.match(encoder.unused, name)]
-    words = [word.strip() for word in spec.split(",") if word.strip()]
-    if words == ["all"]:
+    keywords = [keyword.strip() for keyword in spec.split(",") if keyword.strip()]
+    if keywords == ["all"]:
         return used
-    if words == ["none"]:
+    if keywords == ["none"]:
         return []
-    if not words:
+    if not keywords:
         raise ValueError(f"{KEY} must be {_allowed(encoder)}; got {spec!r}")
-    named = {name for word in words for name in _named(encoder, used, word)}
-    return [name for name in used if name in named]
+    selected = {name for keyword in keywords for name in _select(encoder, used, keyword)}
+    return [name for name in used if name in selected]
 
 
-def _named(encoder: DenseEncoder, used: list[str], word: str) -> list[str]:
-    """Names of the parameters that one word stands for."""
+def _select(encoder: DenseEncoder, used: list[str], keyword: str) -> list[str]:
+    """Return the names of the parameters that a keyword selects."""
     count = len(encoder.blocks)
-    if match := re.fullmatch(r"last_blocks:(\d+)", word):
+    if match := re.fullmatch(r"last_blocks:(\d+)", keyword):
         number = int(match[1])
         if not 1 <= number <= count:
-            raise ValueError(f"{KEY}: {word!r} asks for {number} blocks, allowed are 1..{count}")
+            raise ValueError(f"{KEY}: the number of blocks in {keyword!r} must be in 1..{count}, got {number}")
         return [name for index in range(count - number, count) for name in _block(encoder, index).values()]
-    if match := re.fullmatch(rf"(blk|{'|'.join(_IN_BLOCK)})_(-?\d+)", word):
+    if match := re.fullmatch(rf"(blk|{'|'.join(_IN_BLOCK)})_(-?\d+)", keyword):
         number = int(match[2])
         if not -count <= number < count:
-            raise ValueError(f"{KEY}: {word!r} is no block, allowed are {-count}..{count - 1}")
+            raise ValueError(f"{KEY}: the block index in {keyword!r} must be in {-count}..{count - 1}")
         pattern = "" if match[1] == "blk" else encoder.parts[match[1]]
         return [name for inner, name in _block(encoder, number).items() if re.match(pattern, inner)]
-    if word in encoder.parts and word not in _IN_BLOCK:
-        return [name for name in used if re.match(encoder.parts[word], name)]
-    raise ValueError(f"{KEY} must be {_allowed(encoder)}; got {word!r}")
+    if keyword in encoder.parts and keyword not in _IN_BLOCK:
+        return [name for name in used if re.match(encoder.parts[keyword], name)]
+    raise ValueError(f"{KEY} must be {_allowed(encoder)}; got {keyword!r}")
 
 
 def _block(encoder: DenseEncoder, index: int) -> dict[str, str]:
-    """Names of a block's parameters, from those within the block to those within the encoder."""
+    """Map the names of a block's parameters within the block to their names within the encoder."""
     names = {id(parameter): name for name, parameter in encoder.named_parameters()}
     return {inner: names[id(parameter)] for inner, parameter in encoder.blocks[index].named_parameters()}
 
 
 def _allowed(encoder: DenseEncoder) -> str:
-    others = [word for word in encoder.parts if word not in _IN_BLOCK]
+    others = [keyword for keyword in encoder.parts if keyword not in _IN_BLOCK]
     return (
-        '"all", "none", or words joined by commas, of "last_blocks:N", "blk_I", "qkv_I", "mlp_I" with I in '
+        '"all", "none", or a comma-separated list of "last_blocks:N", "blk_I", "qkv_I", "mlp_I" with I in '
         f"{-len(encoder.blocks)}..{len(encoder.blocks) - 1}, and, for {type(encoder).__name__}, {', '.join(others)}"
     )

@@ -1,4 +1,4 @@
-"""Reading weight files of others, safely, and writing our own."""
+"""Reading and writing of weight files, and related error messages."""
 
 from __future__ import annotations
 
@@ -18,57 +18,62 @@ from spar_d2.encoders.state_dicts import take_state_dict
 from spar_d2.encoders.weight_files import files_of, read_checkpoint
 from spar_d2.utils.io import atomic_write
 
-# Without them a contrastive model still encodes; files differ in whether they have them.
+# Encoding does not need these parameters, and some weight files lack them.
 OPTIONAL_KEYS = {"logit_scale", "logit_bias"}
 _RANDOM_WEIGHTS_SEED = 0
 
 
 @contextlib.contextmanager
 def fixed_random_weights() -> Iterator[None]:
-    """What is built inside has the same random weights every time; the caller's generator is left alone."""
+    """Context manager that fixes the seed of random weights, without changing the caller's generator state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_WEIGHTS_SEED)
         yield
 
 
 def read_state_dict(path: str | os.PathLike, key: str = KEY, part: str = "") -> dict[str, torch.Tensor]:
-    """Read the weights in a file; see :func:`read_checkpoint` for files, and :func:`take_state_dict` for their parts.
+    """Read a state dict from a weight file.
+
+    Args:
+        path: weight file, see :func:`spar_d2.encoders.weight_files.read_checkpoint`.
+        key: config key or argument that the path comes from, for error messages.
+        part: key of the set of weights to read, see :func:`spar_d2.encoders.state_dicts.take_state_dict`.
 
     Raises:
-        FileNotFoundError: no such file.
-        RuntimeError: the file is damaged, empty, or holds something else than one set of weights.
+        FileNotFoundError: the file does not exist.
+        RuntimeError: the file is corrupt, has no weights, or has several sets of weights and ``part`` is "".
     """
     return take_state_dict(read_checkpoint(path, key), path, key, part)
 
 
 def no_such_weights(name: str, pretrained: str, tags: Sequence[str]) -> FileNotFoundError:
-    """What to raise where ``pretrained`` is no file and none of the model's tags; suggests near ones."""
+    """Create the error for a value that is neither a weight file nor a tag of the model; it suggests similar tags."""
     near = difflib.get_close_matches(pretrained, tags, n=3, cutoff=0.4) or tags[:5]
-    allowed = f"a tag of {name} ({', '.join(near)}, ...)" if tags else f"{name} has no tags"
-    return FileNotFoundError(f"{KEY}: {pretrained!r} is neither a weight file nor a known tag; {allowed}")
+    hint = f"tags of {name}: {', '.join(near)}, ..." if tags else f"{name} has no tags"
+    return FileNotFoundError(f"{KEY}: {pretrained!r} is neither a weight file nor a known tag; {hint}")
 
 
 def failed_download(name: str, tag: str, error: Exception) -> RuntimeError:
-    """What to raise where weights cannot be downloaded."""
+    """Create the error for a failed download of weights."""
     return RuntimeError(
-        f"{KEY}: the weights {tag!r} of {name} could not be had ({first_line(error)}); "
-        "with no way to download them, give the path of a weight file"
+        f"{KEY}: the weights {tag!r} of {name} failed to download ({first_line(error)}); "
+        "without network access, set it to the path of a weight file"
     )
 
 
 def write_safetensors(
     tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, origin: Origin | None = None
 ) -> None:
-    """Write tensors, and where they are from, to a safetensors file that either is complete or is not there."""
-    # A single entry: safetensors writes several in any order, and equal runs would give different files.
+    """Atomically write tensors and their origin to a safetensors file."""
+    # A single metadata entry: safetensors does not preserve the order of entries, and files should be reproducible.
     metadata = {ENTRY: origin.text()} if origin else None
     with atomic_write(path) as temporary:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, temporary, metadata)
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, temporary, metadata)
 
 
 def source_checksum(source: str) -> str:
-    """Text that changes with what it stands for: a file's SHA-256, with its shards, or else a name or tag itself."""
+    """Return the SHA-256 checksum of a weight file (with its shards); names and tags are returned unchanged."""
     if not Path(source).is_file():
         return source
     digest = hashlib.sha256()

@@ -1,1 +1,1 @@
-"""Running it all: set-up from a config, training with checkpoints, comparison of results."""
+"""Training and evaluation: setup from a config, trainer, and trainer hooks."""

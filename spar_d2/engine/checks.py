@@ -1,4 +1,4 @@
-"""Checks of a training's config, before anything is built."""
+"""Validation of training configs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Raise ``ValueError`` for values that no training can use."""
+    """Raise ``ValueError`` for invalid training settings."""
     solver, spar = cfg.SOLVER, cfg.SPAR
     at_least = {
         "SOLVER.IMS_PER_BATCH": (solver.IMS_PER_BATCH, 1),
@@ -31,7 +31,7 @@ def check_config(cfg: CfgNode) -> None:
         if value < least:
             raise ValueError(f"{key} must be at least {least}, got {value}")
     if not 0 < solver.BASE_LR < math.inf:
-        raise ValueError(f"SOLVER.BASE_LR must be above 0, got {solver.BASE_LR}")
+        raise ValueError(f"SOLVER.BASE_LR must be greater than 0, got {solver.BASE_LR}")
     processes = comm.get_world_size()
     if solver.IMS_PER_BATCH % (processes * spar.ACCUMULATION_STEPS):
         raise ValueError(
@@ -40,36 +40,36 @@ def check_config(cfg: CfgNode) -> None:
         )
     if spar.DISTILL.AVERAGE == "cell" and spar.ACCUMULATION_STEPS > 1:
         raise ValueError(
-            'SPAR.DISTILL.AVERAGE "cell" needs the images of a step together: SPAR.ACCUMULATION_STEPS must be 1, '
-            f"got {spar.ACCUMULATION_STEPS}"
+            'SPAR.ACCUMULATION_STEPS must be 1 with SPAR.DISTILL.AVERAGE "cell", which averages over all images of a '
+            f"step; got {spar.ACCUMULATION_STEPS}"
         )
     if spar.DISTILL.ENABLED and spar.TEACHER.CACHE_DIR and not spar.DATA.FROZEN:
         raise ValueError(
-            "SPAR.TEACHER.CACHE_DIR needs SPAR.DATA.FROZEN True: images that are augmented anew in every epoch are "
-            "never found in a cache"
+            "SPAR.TEACHER.CACHE_DIR requires SPAR.DATA.FROZEN True, because cached targets are valid only if the "
+            "augmentation of each image never changes"
         )
 
 
 def check_sides(cfg: CfgNode, patch: int) -> None:
-    """Raise ``ValueError`` where training images would not have whole patches of that side in pixels."""
+    """Raise ``ValueError`` if sides of training images are not multiples of the patch size."""
     if cfg.SPAR.DATA.SIDE_MULTIPLE % patch:
         raise ValueError(
-            f"SPAR.DATA.SIDE_MULTIPLE must be a multiple of the patch of {cfg.MODEL.SPAR.ENCODER}, {patch} pixels; "
+            f"SPAR.DATA.SIDE_MULTIPLE must be a multiple of {patch}, the patch size of {cfg.MODEL.SPAR.ENCODER}; "
             f"got {cfg.SPAR.DATA.SIDE_MULTIPLE}"
         )
 
 
 def mixed_precision(cfg: CfgNode) -> tuple[torch.dtype | None, bool]:
-    """Precision of autocast over the whole model, if any, and whether gradients are scaled."""
-    own = PRECISIONS[precision_from_config(cfg)]
+    """Return the autocast dtype of the whole model (None: no autocast), and whether to scale gradients."""
+    encoder_dtype = PRECISIONS[precision_from_config(cfg)]
     if not cfg.SOLVER.AMP.ENABLED:
-        return None, own is torch.float16
-    if own is None and cfg.MODEL.DEVICE == "cpu":
+        return None, encoder_dtype is torch.float16
+    if encoder_dtype is None and cfg.MODEL.DEVICE == "cpu":
         logger.warning(
-            "SOLVER.AMP.ENABLED: float16, which is Detectron2's, would take minutes a step on a CPU, so training is in "
-            "float32; MODEL.SPAR.PRECISION chooses another precision"
+            "SOLVER.AMP.ENABLED: Detectron2's default, float16, is very slow on a CPU, so training is in float32; set "
+            "MODEL.SPAR.PRECISION to choose another precision"
         )
         return None, False
-    # Without a choice, what Detectron2's own mixed precision is.
-    whole = own or torch.float16
-    return whole, whole is torch.float16
+    # Detectron2's mixed precision uses float16 by default.
+    model_dtype = encoder_dtype or torch.float16
+    return model_dtype, model_dtype is torch.float16

@@ -1,4 +1,4 @@
-"""A moving average of the weights."""
+"""Exponential moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 
 class ModelEma(HookBase):
-    """Keeps an exponential moving average of the trained weights, which is saved with checkpoints.
+    """Maintains an exponential moving average of the trainable parameters, which is saved in checkpoints.
 
     Args:
-        model: its trained parameters are averaged, in float32.
-        decay: share of the old average that stays in every step, 0..1.
+        model: model whose trainable parameters are averaged, in float32.
+        decay: decay of the average per step, between 0 and 1.
 
     Raises:
         ValueError: ``decay`` is out of range.
@@ -23,7 +23,7 @@ class ModelEma(HookBase):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 < decay < 1:
-            raise ValueError(f"SPAR.EMA_DECAY must be 0 (no average) or between 0 and 1, got {decay}")
+            raise ValueError(f"SPAR.EMA_DECAY must be 0 (no EMA) or between 0 and 1, got {decay}")
         self.decay = decay
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._averages: dict[str, torch.Tensor] = {}
@@ -39,13 +39,13 @@ class ModelEma(HookBase):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the model has the averaged weights."""
-        own = {name: self._parameters[name].detach().clone() for name in self._averages}
+        """Context manager in which the model has the averaged weights."""
+        original = {name: self._parameters[name].detach().clone() for name in self._averages}
         self._set(self._averages)
         try:
             yield
         finally:
-            self._set(own)
+            self._set(original)
 
     @torch.no_grad()
     def _set(self, values: dict[str, torch.Tensor]) -> None:

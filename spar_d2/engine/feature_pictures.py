@@ -1,4 +1,4 @@
-"""Pictures of how the student's features come to look like the teacher's."""
+"""Visualization of teacher and student features during training."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 
 
 class FeaturePictures(HookBase):
-    """Every so often, draws an image, the teacher's features and the student's, in colors of one shared projection.
+    """Periodically draws an image with its teacher and student features, as colors of one shared PCA projection.
 
-    The image is the same throughout a run, so that pictures can be compared. The teacher encodes all of its windows
-    once, for the first picture. TensorBoard shows the pictures too.
+    The image is the same throughout a run, so that visualizations are comparable. The teacher encodes it once. The
+    visualizations are also written to TensorBoard.
 
     Args:
-        model: the student, not wrapped for several processes.
-        teacher: beside it.
-        load: gives the image as a dataset dict with "image" (3, H, W) uint8 and "file_name".
-        period: iterations between pictures; there is one after the last iteration too.
-        folder: for the pictures, "iter_0000999.png".
-        channels: order of the image's, "RGB" or "BGR".
+        model: student, without a DistributedDataParallel wrapper.
+        teacher: teacher.
+        load: function that returns the image as a dataset dict with "image" (3, H, W) uint8 and "file_name".
+        period: number of iterations between visualizations; one is also drawn after the last iteration.
+        folder: output folder; files are named "iter_0000999.png".
+        channels: channel order of the image, "RGB" or "BGR".
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class FeaturePictures(HookBase):
             try:
                 self._draw()
             except OSError as error:
-                logger.error("The picture cannot be written to %s: %s", self.folder, error)
+                logger.error("Failed to write the feature visualization to %s: %s", self.folder, error)
 
     @torch.no_grad()
     def _draw(self) -> None:

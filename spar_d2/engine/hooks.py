@@ -1,4 +1,4 @@
-"""Small trainer hooks: seeds, what is shown, writing the student."""
+"""Trainer hooks for seeds, logging, progress bars and the export of the student."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class PatientWriter(EventWriter):
-    """One of Detectron2's writers; a disk that is full does not stop the training over its metrics.
+    """Wrapper of an event writer that ignores I/O errors, so that a full disk does not stop training.
 
     Args:
-        writer: writes.
+        writer: event writer to wrap.
     """
 
     def __init__(self, writer: EventWriter) -> None:
@@ -46,34 +46,34 @@ class PatientWriter(EventWriter):
             write()
         except OSError as error:
             if not self._failed:
-                logger.error("Metrics cannot be written to OUTPUT_DIR, training goes on without: %s", error)
+                logger.error("Failed to write metrics to OUTPUT_DIR; training continues without them: %s", error)
             self._failed = True
 
 
 class StepSeed(HookBase):
-    """Seeds all random numbers anew before every step, by the run's seed, the iteration and the process.
+    """Seeds all random number generators before each step, from the seed of the run, the iteration and the rank.
 
-    So a step draws the same whether the run was resumed before it or not.
+    Thus, a resumed run uses the same random numbers as an uninterrupted one.
 
     Args:
-        run: has the run's ``seed``.
+        run: trainer with the attribute ``seed``.
     """
 
     def __init__(self, run: TrainerBase) -> None:
         self._run = weakref.proxy(run)
 
     def before_step(self) -> None:
-        words = np.random.SeedSequence((self._run.seed, self.trainer.iter, comm.get_rank())).generate_state(2)
-        torch.manual_seed(int(words[0]))
-        np.random.seed(words[1])
-        random.seed(int(words[1]))
+        seeds = np.random.SeedSequence((self._run.seed, self.trainer.iter, comm.get_rank())).generate_state(2)
+        torch.manual_seed(int(seeds[0]))
+        np.random.seed(seeds[1])
+        random.seed(int(seeds[1]))
 
 
 class AfterBackward(HookBase):
-    """Tells a run's own hooks that the backward pass is done, of which Detectron2 tells only those of its step.
+    """Calls ``after_backward`` of the hooks of a ``DefaultTrainer``; Detectron2 calls it only for its inner trainer.
 
     Args:
-        run: has the hooks.
+        run: trainer whose hooks are called.
     """
 
     def __init__(self, run: TrainerBase) -> None:
@@ -84,7 +84,7 @@ class AfterBackward(HookBase):
 
 
 class DistillationPrinter(EventWriter):
-    """Writes to the log what Detectron2's own line leaves out: how near the student is, and how fast it goes."""
+    """Logs the distillation metrics, which Detectron2's printer omits: cosine similarity and throughput."""
 
     _written = -1
 
@@ -104,12 +104,12 @@ class DistillationPrinter(EventWriter):
 
 
 class ProgressBar(HookBase):
-    """Iterations, loss and time left on one line of a terminal; nothing where the output is no terminal."""
+    """Progress bar with iterations, loss and remaining time; shown on terminals only."""
 
     def before_train(self) -> None:
         trainer = self.trainer
         options = {"total": trainer.max_iter, "initial": trainer.start_iter, "desc": "training"}
-        # None: shown on terminals only. Log files have Detectron2's own lines.
+        # disable=None: show the bar on terminals only.
         self._bar = tqdm(**options, disable=None, dynamic_ncols=True)
 
     def after_step(self) -> None:
@@ -123,15 +123,15 @@ class ProgressBar(HookBase):
 
 
 class StudentWriter(HookBase):
-    """Writes the student to a file of its own when training is complete.
+    """Exports the student when training is complete.
 
     Args:
-        spec: what the encoder was built from.
-        path: file to write, see :func:`export_student`.
-        weights: within the context that it gives, the model has the weights to write.
+        spec: specification from which the encoder was built.
+        path: output file, see :func:`export_student`.
+        weights: function that returns a context manager in which the model has the weights to write.
     """
 
-    # Any that has a model.
+    # Any trainer with a model.
     trainer: Any
 
     def __init__(
@@ -149,7 +149,7 @@ class StudentWriter(HookBase):
 
 
 class StepTimer(HookBase):
-    """Seconds spent in steps, in ``seconds``: training alone, without evaluation and checkpoints."""
+    """Measures the time spent in training steps, without evaluation and checkpoints, in ``seconds``."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

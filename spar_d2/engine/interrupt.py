@@ -1,4 +1,4 @@
-"""Stopping a training well."""
+"""Graceful shutdown on SIGINT."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by the user, after a checkpoint was written."""
+    """Raised when the user stops training, after a checkpoint was written."""
 
 
 class StopOnInterrupt(HookBase):
-    """On Ctrl-C, finish the step, write a checkpoint, and stop; on a second one, stop at once.
+    """On Ctrl-C, finishes the step, writes a checkpoint, and stops. A second Ctrl-C stops immediately.
 
-    Several processes ask each other every ``PERIOD`` steps whether to stop.
+    With several processes, they agree every ``PERIOD`` steps whether to stop.
 
     Args:
-        checkpointer: writes the checkpoint that ``--resume`` continues from.
+        checkpointer: checkpointer that writes the checkpoint for ``--resume``.
 
     Raises:
-        Interrupted: out of the training loop, when it stops.
+        Interrupted: raised in the training loop to stop it.
     """
 
     def __init__(self, checkpointer: DetectionCheckpointer) -> None:
@@ -41,7 +41,7 @@ class StopOnInterrupt(HookBase):
         self.requested = False
         try:
             self._previous = signal.signal(signal.SIGINT, self._request)
-        except ValueError:  # only the main thread of a process may; elsewhere Ctrl-C works as usual
+        except ValueError:  # signal handlers can only be set in the main thread
             self._previous = None
 
     def after_train(self) -> None:
@@ -53,10 +53,10 @@ class StopOnInterrupt(HookBase):
         if not self._is_requested_anywhere():
             return
         self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
-        raise Interrupted(f"stopped after iteration {self.trainer.iter}; --resume goes on from there")
+        raise Interrupted(f"stopped after iteration {self.trainer.iter}; use --resume to continue")
 
     def _is_requested_anywhere(self) -> bool:
-        """Whether any process was asked to stop, so that all stop together."""
+        """Return whether any process was asked to stop, so that all processes stop together."""
         number = self.trainer.iter + 1
         if comm.get_world_size() > 1 and number % PERIOD and number < self.trainer.max_iter:
             return False
@@ -64,9 +64,9 @@ class StopOnInterrupt(HookBase):
 
     def _request(self, number: int, frame) -> None:
         if os.getpid() != self._process:
-            return  # a forked data-loading worker: it ends with the training
+            return  # forked data loader workers end with the training
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
         when = "after this step" if comm.get_world_size() == 1 else f"within {PERIOD} steps"
-        logger.warning("Stopping %s; Ctrl-C again stops at once, without a checkpoint.", when)
+        logger.warning("Stopping %s; press Ctrl-C again to stop immediately, without a checkpoint.", when)

@@ -1,4 +1,4 @@
-"""Starting a tool's main function in one process or several, by its flags or under torchrun."""
+"""Launches the main function of a tool in one or more processes, by its flags or under torchrun."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from spar_d2.utils.processes import wait_for_all
 
 
 def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Call ``main(args)`` in every process.
+    """Call ``main(args)`` in each process.
 
-    Under ``torchrun`` the processes are there already, with GPUs or without. Otherwise Detectron2's ``launch`` makes
-    them as ``--num-gpus``, ``--num-machines``, ``--machine-rank`` and ``--dist-url`` say.
+    Under ``torchrun``, the processes already exist, with or without GPUs. Otherwise, Detectron2's ``launch`` starts
+    them according to ``--num-gpus``, ``--num-machines``, ``--machine-rank`` and ``--dist-url``.
 
     Raises:
-        ValueError: flags that cannot be.
+        ValueError: the flags are invalid.
     """
     under_torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
     check_launch(args.num_gpus, args.num_machines, args.machine_rank, under_torchrun)
@@ -40,14 +40,14 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
 
 
 def check_launch(num_gpus: int, num_machines: int, machine_rank: int, under_torchrun: bool = False) -> None:
-    """Raise ``ValueError`` where the flags for several processes cannot be."""
+    """Raise ``ValueError`` if the flags for several processes are invalid."""
     if under_torchrun and (num_gpus, num_machines, machine_rank) != (1, 1, 0):
-        raise ValueError("under torchrun leave --num-gpus, --num-machines and --machine-rank out: it says how many")
-    present = torch.cuda.device_count()
-    if not 0 <= num_gpus <= max(1, present):
+        raise ValueError("under torchrun, do not set --num-gpus, --num-machines and --machine-rank")
+    available = torch.cuda.device_count()
+    if not 0 <= num_gpus <= max(1, available):
         raise ValueError(
-            f"--num-gpus: {num_gpus} asked for, {present} present; without a GPU leave it at 1, "
-            "or start several processes with torchrun"
+            f"--num-gpus must be in 0..{max(1, available)} ({available} GPUs are available), got {num_gpus}; to start "
+            "several processes without GPUs, use torchrun"
         )
     if not 0 <= machine_rank < num_machines:
-        raise ValueError(f"--machine-rank must be in 0..{num_machines - 1} (--num-machines less 1), got {machine_rank}")
+        raise ValueError(f"--machine-rank must be in 0..{num_machines - 1} (--num-machines - 1), got {machine_rank}")

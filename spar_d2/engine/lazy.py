@@ -1,4 +1,4 @@
-"""Training and testing what a LazyConfig describes, in the form of Detectron2's model zoo."""
+"""Training and evaluation of LazyConfigs in the format of Detectron2's model zoo."""
 
 from __future__ import annotations
 
@@ -31,44 +31,51 @@ _PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
 def is_lazy(config_file: str) -> bool:
-    """Whether a config is a LazyConfig, by its name. Its code is run."""
+    """Return whether a config file is a LazyConfig (``*.py``)."""
     return config_file.endswith(".py")
 
 
 def load_lazy_config(config_file: str, overrides: list[str]) -> DictConfig:
-    """A LazyConfig with ``key.path=value`` overrides.
+    """Load a LazyConfig and apply ``key.path=value`` overrides. Code in the config file is executed.
 
-    Where ``train.device`` is a GPU and there is none, it becomes "cpu".
+    If ``train.device`` is a GPU but none is available, it is set to "cpu".
 
     Raises:
-        FileNotFoundError: no such config file.
-        ValueError: a part or a key is missing, or an override cannot be read.
+        FileNotFoundError: the config file does not exist.
+        ValueError: a required entry is missing, or an override is invalid.
     """
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"--config-file: there is no file {config_file}")
-    wrong = [text for text in overrides if "=" not in text]
-    if wrong:
-        raise ValueError(f"overrides of a LazyConfig are written key.path=value, got {wrong[0]!r}")
+    invalid = [text for text in overrides if "=" not in text]
+    if invalid:
+        raise ValueError(f"overrides of a LazyConfig must have the form key.path=value, got {invalid[0]!r}")
     cfg = LazyConfig.load(config_file)
     missing = [part for part in _PARTS if part not in cfg]
     if missing:
-        raise ValueError(f"{config_file} must define {', '.join(_PARTS)}; missing are {', '.join(missing)}")
+        raise ValueError(f"{config_file} must define {', '.join(_PARTS)}; missing: {', '.join(missing)}")
     try:
         cfg = LazyConfig.apply_overrides(cfg, overrides)
     except (OmegaConfBaseException, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{config_file}: the overrides {overrides} cannot be read: {error}") from error
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("train.device is %s but there is no GPU here: using the CPU.", cfg.train.device)
+        logger.warning("train.device is %s, but no GPU is available; using the CPU.", cfg.train.device)
         cfg.train.device = "cpu"
     return cfg
 
 
 def run(args: argparse.Namespace) -> dict | None:
-    """Train, or with ``args.eval_only`` test, as Detectron2's flags say; returns the scores of that test."""
+    """Train or, with ``args.eval_only``, evaluate a LazyConfig.
+
+    Args:
+        args: parsed arguments of Detectron2's ``default_argument_parser``.
+
+    Returns:
+        Scores of the evaluation, or None after training.
+    """
     cfg = load_lazy_config(args.config_file, args.opts)
-    own = {"name": "spar_d2", "abbrev_name": "spar_d2"}
+    names = {"name": "spar_d2", "abbrev_name": "spar_d2"}
     with clean_start(cfg.train.output_dir, trains=not args.eval_only):
-        make_logs_printable(setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), **own))
+        make_logs_printable(setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), **names))
         default_setup(cfg, args)
         model = instantiate(cfg.model).to(cfg.train.device)
         logger.info("Parameters:\n%s", count_parameters(model))
@@ -77,7 +84,7 @@ def run(args: argparse.Namespace) -> dict | None:
             checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
             return _test(cfg, model)
         trainer, start = _trainer(cfg, model, args.resume)
-    logger.info("Output goes to %s", os.path.abspath(cfg.train.output_dir))
+    logger.info("Output folder: %s", os.path.abspath(cfg.train.output_dir))
     try:
         with short_tracebacks("detectron2.engine.train_loop"):
             trainer.train(start, cfg.train.max_iter)
@@ -87,7 +94,7 @@ def run(args: argparse.Namespace) -> dict | None:
 
 
 def _trainer(cfg: DictConfig, model: nn.Module, resume: bool) -> tuple[TrainStep, int]:
-    """What trains, and the iteration that it begins at."""
+    """Return the trainer and its first iteration."""
     train = cfg.train
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -95,14 +102,14 @@ def _trainer(cfg: DictConfig, model: nn.Module, resume: bool) -> tuple[TrainStep
     parallel: dict[str, Any] = {**train.ddp, **({} if gpu else {"device_ids": None})}
     model = create_ddp_model(model, **parallel)
     if train.amp.enabled and not gpu:
-        logger.warning("train.amp.enabled: without a GPU it would only be slower, so training is in float32")
+        logger.warning("train.amp.enabled is ignored without a GPU, where it is slower; training is in float32")
     precision = torch.float16 if train.amp.enabled and gpu else None
     loader = instantiate(cfg.dataloader.train)
     trainer = TrainStep(model, loader, optimizer, precision=precision, scale=precision is torch.float16)
     checkpointer = Checkpointer(model, train.output_dir, trainer=trainer)
     main = comm.is_main_process()
-    kept = {"max_to_keep": train.checkpointer.max_to_keep}
-    every = hooks.PeriodicCheckpointer(checkpointer, train.checkpointer.period, **kept) if main else None
+    options = {"max_to_keep": train.checkpointer.max_to_keep}
+    periodic = hooks.PeriodicCheckpointer(checkpointer, train.checkpointer.period, **options) if main else None
     writers = default_writers(train.output_dir, train.max_iter) if main else []
     writers = [PatientWriter(writer) for writer in writers]
     evaluation = hooks.EvalHook(train.eval_period, lambda: _test(cfg, model))
@@ -110,9 +117,9 @@ def _trainer(cfg: DictConfig, model: nn.Module, resume: bool) -> tuple[TrainStep
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            every,
+            periodic,
             evaluation,
-            # Before the writers, which write once more at the end and would divide by no time.
+            # Before the writers: they write again at the end, and would divide by zero elapsed time.
             StopOnInterrupt(checkpointer),
             hooks.PeriodicWriter(writers, period=train.log_period) if main else None,
         ]

@@ -1,4 +1,4 @@
-"""Whether a config goes on with the run that a checkpoint is of."""
+"""Checks whether a config is compatible with the run that it resumes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from spar_d2.engine.setup import value_at
 
 logger = logging.getLogger(__name__)
 
-# With others, the optimizer's state is of no use.
-_MUST_STAY = ("MODEL.SPAR.TRAINABLE", "SPAR.OPTIMIZER", "SPAR.LAYER_DECAY")
-# With others, the run goes on, but not as if it had not been stopped.
-_MATTER = (
+# Changing these keys would invalidate the optimizer state.
+_FIXED = ("MODEL.SPAR.TRAINABLE", "SPAR.OPTIMIZER", "SPAR.LAYER_DECAY")
+# Changing these keys is possible, but the result differs from an uninterrupted run.
+_WARNED = (
     "SOLVER.IMS_PER_BATCH",
     "SOLVER.MAX_ITER",
     "DATASETS.TRAIN",
@@ -26,21 +26,22 @@ _MATTER = (
 
 
 def settings(cfg: CfgNode) -> dict[str, str]:
-    """What a checkpoint remembers of its run's config."""
-    return {key: str(value_at(cfg, key)) for key in (*_MUST_STAY, *_MATTER)}
+    """Return the config values that are stored in checkpoints."""
+    return {key: str(value_at(cfg, key)) for key in (*_FIXED, *_WARNED)}
 
 
 def compare(before: Mapping[str, str], cfg: CfgNode) -> None:
-    """Name in the log what a config changes of the run that it goes on with.
+    """Log a warning for config values that differ from those of the resumed run.
 
     Args:
-        before: :func:`settings` of the checkpoint.
+        before: :func:`settings` stored in the checkpoint.
+        cfg: config of this run.
 
     Raises:
-        ValueError: a change that the run cannot go on with.
+        ValueError: a value differs that must not change.
     """
     changed = {key: value for key, value in settings(cfg).items() if before.get(key, value) != value}
     for key, value in changed.items():
-        if key in _MUST_STAY:
-            raise ValueError(f"--resume: {key} was {before[key]!r} in this run and cannot become {value!r}")
-        logger.warning("--resume: %s was %s in this run and is %s now", key, before[key], value)
+        if key in _FIXED:
+            raise ValueError(f"--resume: {key} was {before[key]!r} in this run and cannot be changed to {value!r}")
+        logger.warning("--resume: %s was changed from %s to %s", key, before[key], value)

@@ -1,4 +1,4 @@
-"""The optimizer's groups: layer-wise learning rates of the encoder, and no decay of norms and positions."""
+"""Optimizer with layer-wise learning rates of the encoder, and without weight decay for norms and positions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import nn
 
 from spar_d2.encoders import DenseEncoder
 
-# Of torch.optim: those that take a step without a closure, on dense gradients.
+# Optimizers of torch.optim that support dense gradients and need no closure.
 OPTIMIZERS = ("AdamW", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "SGD")
-# What the encoders' libraries call position tables and the tokens that are parameters ...
+# Names of position embeddings and learned tokens in the libraries of the encoders ...
 _TABLES = ("positional_embedding", "pos_embed", "class_embedding", "cls_token", "reg_token", "storage_tokens")
-# ... and everything that comes before the blocks.
+# ... and of all parameters before the blocks.
 _BEFORE_BLOCKS = {*_TABLES, "mask_token", "conv1", "patch_embed", "ln_pre", "norm_pre"}
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """``SPAR.OPTIMIZER`` over the trainable parameters, with Detectron2's rules for decay and biases.
+    """Build ``SPAR.OPTIMIZER`` for the trainable parameters, with Detectron2's options for weight decay and biases.
 
     Raises:
-        ValueError: a key that is not allowed, or nothing to train.
+        ValueError: a config value is invalid, or no parameter is trainable.
     """
     if cfg.SPAR.OPTIMIZER not in OPTIMIZERS:
         raise ValueError(f"SPAR.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}; got {cfg.SPAR.OPTIMIZER!r}")
@@ -38,7 +38,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         layer_decay=cfg.SPAR.LAYER_DECAY,
     )
     if not groups:
-        raise ValueError(f"nothing to train: MODEL.SPAR.TRAINABLE is {cfg.MODEL.SPAR.TRAINABLE!r}")
+        raise ValueError(f"the model has no trainable parameters: MODEL.SPAR.TRAINABLE is {cfg.MODEL.SPAR.TRAINABLE!r}")
     kind = getattr(torch.optim, cfg.SPAR.OPTIMIZER)
     momentum = {"momentum": cfg.SOLVER.MOMENTUM} if cfg.SPAR.OPTIMIZER == "SGD" else {}
     clipping = cast("Callable[..., torch.optim.Optimizer]", maybe_add_gradient_clipping(cfg, kind))
@@ -54,21 +54,21 @@ def optimizer_params(
     weight_decay_bias: float | None = None,
     layer_decay: float = 1.0,
 ) -> list[dict]:
-    """Detectron2's ``get_default_optimizer_params`` for a model with SPAR encoders; also for LazyConfigs.
+    """Version of Detectron2's ``get_default_optimizer_params`` for models with SPAR encoders; supports LazyConfigs.
 
     Args:
-        model: its trainable parameters are taken.
-        base_lr: learning rate.
-        weight_decay, weight_decay_norm: for all parameters, and for those of norms; position tables and tokens of the
-            encoders have none.
-        bias_lr_factor, weight_decay_bias: as Detectron2's; None is as for all.
+        model: model whose trainable parameters are optimized.
+        base_lr: base learning rate.
+        weight_decay: weight decay of parameters. It is 0 for position embeddings and tokens of the encoders.
+        weight_decay_norm: weight decay of normalization layers.
+        bias_lr_factor, weight_decay_bias: see Detectron2; None uses the values of other parameters.
         layer_decay: see :func:`layer_factors`.
 
     Returns:
-        Groups for an optimizer of ``torch.optim``.
+        Parameter groups for an optimizer of ``torch.optim``.
 
     Raises:
-        ValueError: ``layer_decay`` is not in 0..1.
+        ValueError: ``layer_decay`` is invalid.
     """
     factors = layer_factors(model, layer_decay)
     groups = get_default_optimizer_params(
@@ -81,7 +81,7 @@ def optimizer_params(
         lr_factor_func=(lambda name: factors.get(name, 1.0)) if layer_decay != 1 else None,
         overrides={name: {"weight_decay": 0.0} for name in _TABLES},
     )
-    # It knows the norms of torch, but not its own layer norm, which the pyramid is made with.
+    # Detectron2 recognizes torch's norms, but not its own LayerNorm, which the pyramid uses.
     norms = {id(p) for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
     single = [{**group, "params": [parameter]} for group in groups for parameter in group["params"]]
     for group in single:
@@ -91,33 +91,33 @@ def optimizer_params(
 
 
 def layer_factors(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Factors on the learning rate of the encoders' parameters (layer-wise decay, BEiT, arXiv:2106.08254, and ViTDet).
+    """Compute learning rate factors for layer-wise decay (BEiT, arXiv:2106.08254, and ViTDet).
 
     Args:
-        model: has any number of SPAR encoders.
-        layer_decay: in 0..1, above 0.
+        model: model with any number of SPAR encoders.
+        layer_decay: decay factor, greater than 0 and at most 1.
 
     Returns:
-        By the parameters' names in ``model``: ``layer_decay ** (n - i)`` for block i of n, and
-        ``layer_decay ** (n + 1)`` for what is before the blocks; 1 for what is after them.
+        Maps parameter names of the encoders in ``model`` to factors: ``layer_decay ** (n - i)`` for block i of n,
+        ``layer_decay ** (n + 1)`` before the blocks, and 1 after them.
 
     Raises:
-        ValueError: another ``layer_decay``.
+        ValueError: ``layer_decay`` is invalid.
     """
     if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay (SPAR.LAYER_DECAY) must be above 0 and at most 1, got {layer_decay}")
+        raise ValueError(f"layer_decay (SPAR.LAYER_DECAY) must be greater than 0 and at most 1, got {layer_decay}")
     factors = {}
-    for place, module in model.named_modules():
+    for module_name, module in model.named_modules():
         if isinstance(module, DenseEncoder):
             layer = _layers(module)
             last = len(module.blocks) + 1
-            prefix = f"{place}." if place else ""
+            prefix = f"{module_name}." if module_name else ""
             factors |= {prefix + name: layer_decay ** (last - number) for name, number in layer.items()}
     return factors
 
 
 def _layers(encoder: DenseEncoder) -> dict[str, int]:
-    """Number of the layer of every parameter: 0 before the blocks, 1 for the first block, n + 1 after the last."""
+    """Return the layer of each parameter: 0 before the blocks, i + 1 in block i, n + 1 after the blocks."""
     blocks = {id(p): index + 1 for index, block in enumerate(encoder.blocks) for p in block.parameters()}
     after = len(encoder.blocks) + 1
     return {
@@ -127,8 +127,8 @@ def _layers(encoder: DenseEncoder) -> dict[str, int]:
 
 
 def count_parameters(model: nn.Module) -> str:
-    """How many parameters of every part of a model are trained, as a table; an encoder is a part of its own."""
-    encoders = [f"{place}." for place, module in model.named_modules() if isinstance(module, DenseEncoder) and place]
+    """Return a table with the number of trainable parameters of each top-level module and each encoder."""
+    encoders = [f"{name}." for name, module in model.named_modules() if isinstance(module, DenseEncoder) and name]
     parts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         part = next((prefix[:-1] for prefix in encoders if name.startswith(prefix)), name.split(".")[0])

@@ -1,4 +1,4 @@
-"""One training step: forward, backward and update, in parts where memory is short."""
+"""Training step with gradient accumulation and mixed precision."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from spar_d2.distillation.readings import Readings
 
 
 class TrainStep(SimpleTrainer):
-    """Detectron2's training step with gradient accumulation and mixed precision, on a GPU or a CPU.
+    """``SimpleTrainer`` with gradient accumulation and mixed precision, on GPUs and CPUs.
 
-    On a GPU it waits once a step, to see that losses and gradients are finite; losses are written many steps at once.
+    On a GPU, the step synchronizes once, to check that losses and gradients are finite. Losses of several steps are
+    written together.
 
     Args:
-        model: in training it returns a dict of losses.
-        data_loader: gives lists of inputs.
-        optimizer: over the model's parameters.
-        parts: each list is taken in this many parts, one after another; losses and gradients are those of the whole
-            list, for losses that are means over inputs.
-        precision: of autocast over the whole model; None for none.
-        scale: scale gradients, which float16 needs.
+        model: model that returns a dict of losses in training.
+        data_loader: data loader that yields lists of inputs.
+        optimizer: optimizer of the model.
+        parts: number of accumulation steps: each list is split into this many parts. For losses that are means over
+            inputs, the result equals that of the full list.
+        precision: autocast dtype of the whole model; None disables autocast.
+        scale: whether to scale gradients, as required for float16.
     """
 
     def __init__(
@@ -51,10 +52,10 @@ class TrainStep(SimpleTrainer):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale)
 
     def run_step(self) -> None:
-        """Take one step.
+        """Run one training step.
 
         Raises:
-            FloatingPointError: a loss or gradient that is NaN or infinite; the weights are as they were.
+            FloatingPointError: a loss or gradient is NaN or infinite; the weights are unchanged.
             RuntimeError: the model returned no loss.
         """
         started = time.perf_counter()
@@ -66,7 +67,7 @@ class TrainStep(SimpleTrainer):
         losses: dict[str, torch.Tensor] = {}
         for start in starts:
             part = data[start : start + size]
-            with self._gradients_stay_here(start != starts[-1]):
+            with self._no_sync(start != starts[-1]):
                 for name, loss in self._backward(part, len(part) / len(data)).items():
                     losses[name] = losses[name] + loss if name in losses else loss
         self.after_backward()
@@ -83,18 +84,18 @@ class TrainStep(SimpleTrainer):
         super().after_train()
 
     def write_last_readings(self) -> None:
-        """Write the losses of the last steps of a training that was stopped."""
-        # One of several processes may have failed, and then nobody answers.
+        """Write the losses of the last steps when training stops."""
+        # With several processes, one may have failed, and a collective operation would hang.
         if comm.get_world_size() == 1:
             self._write_readings()
 
     def _write_readings(self) -> None:
-        """Losses as Detectron2 writes them, means over processes; of data times the longest."""
+        """Write the mean losses and the maximum data time of all processes, as Detectron2 does."""
         storage = get_event_storage()
-        own = self.readings.take()
-        for iteration, numbers in own:
+        readings = self.readings.take()
+        for iteration, numbers in readings:
             storage.put_scalar("rank_data_time", numbers["data_time"], cur_iter=iteration)
-        for steps in zip(*comm.gather(own)):
+        for steps in zip(*comm.gather(readings)):
             iteration = steps[0][0]
             data_time = max(numbers.pop("data_time") for _, numbers in steps)
             means = {name: float(np.mean([numbers[name] for _, numbers in steps])) for name in steps[0][1]}
@@ -111,24 +112,24 @@ class TrainStep(SimpleTrainer):
         if not isinstance(losses, dict) or not losses:
             got = "an empty dict" if isinstance(losses, dict) else type(losses).__name__
             raise RuntimeError(
-                f"{type(self.model).__name__} must return a loss or a dict of losses in training, it returned {got}"
+                f"{type(self.model).__name__} must return a loss or a dict of losses in training, but returned {got}"
             )
         losses = {name: loss * share for name, loss in losses.items()}
         self.scaler.scale(functools.reduce(torch.add, losses.values())).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _gradients_stay_here(self, stay: bool) -> contextlib.AbstractContextManager:
-        """Processes exchange their gradients once a step, after its last part."""
+    def _no_sync(self, skip: bool) -> contextlib.AbstractContextManager:
+        """Return a context manager that, if ``skip`` is set, skips the gradient synchronization between processes."""
         parallel = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        return self.model.no_sync() if parallel and stay else contextlib.nullcontext()
+        return self.model.no_sync() if parallel and skip else contextlib.nullcontext()
 
     def _check_finite(self, losses: dict[str, torch.Tensor], data: list[dict]) -> None:
         numbers = list(losses.values())
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients and not self.scaler.is_enabled():  # a scaler leaves out such steps and lowers its factor
+        if gradients and not self.scaler.is_enabled():  # the scaler skips such steps and reduces its scale
             norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
             numbers.append(torch.stack(norms).norm())
-        # All at once, so that a GPU is waited for once.
+        # Check all values together, to synchronize with the GPU only once.
         finite = torch.stack([number.float() for number in numbers]).isfinite()
         if finite.all():
             return
@@ -136,7 +137,7 @@ class TrainStep(SimpleTrainer):
         what = f"{', '.join(bad)} of the losses" if bad else "the gradient"
         raise FloatingPointError(
             f"{what} is NaN or infinite at iteration {self.iter}, for {', '.join(map(name_of, data))}; the weights are "
-            "as they were. A lower SOLVER.BASE_LR or SOLVER.CLIP_GRADIENTS may help"
+            "unchanged. Reduce SOLVER.BASE_LR or enable SOLVER.CLIP_GRADIENTS"
         )
 
     def state_dict(self) -> dict:

@@ -1,4 +1,4 @@
-"""The trainer: Detectron2's default one, with this project's data, optimizer, step, evaluator and hooks."""
+"""``DefaultTrainer`` with this project's data loaders, optimizer, train step, evaluators and hooks."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ STUDENT_FILE = "student.safetensors"
 
 
 class Trainer(DefaultTrainer):
-    """Trains and tests what a config describes.
+    """Trains and evaluates the model of a config.
 
-    With ``SPAR.DISTILL.ENABLED`` it distills on photos (``SPAR.DATA``) and writes the student to ``OUTPUT_DIR``;
-    without, it trains like Detectron2's own trainer, with this project's optimizer and step.
+    With ``SPAR.DISTILL.ENABLED``, it distills on images (``SPAR.DATA``) and writes the student to ``OUTPUT_DIR``.
+    Otherwise, it trains like ``DefaultTrainer``, with this project's optimizer and train step.
 
-    A run that is stopped at any moment and resumed goes on as if it had not been: every step's random numbers and
-    images follow from the seed and the iteration. With ``SEED`` -1 the seed is drawn, and kept in checkpoints.
+    A run can be stopped at any time and resumed with the same result: the random numbers and images of each step depend
+    only on the seed and the iteration. With ``SEED`` -1, a random seed is chosen and stored in checkpoints.
 
     Raises:
-        ValueError: a key of the config is wrong; the message names it.
+        ValueError: a config value is invalid; the message contains its key.
     """
 
-    # Detectron2 makes them properties.
+    # Properties in Detectron2.
     model: nn.Module
     data_loader: TrainLoader
     _last_eval_results: dict
@@ -74,9 +74,9 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         check_config(cfg)
         for name in cfg.DATASETS.TEST:
-            # An evaluator that cannot be built should not be found out after training.
+            # Fail before training, not after it, if an evaluator cannot be built.
             self.build_evaluator(cfg, name)
-        # Not through Detectron2's own: its step knows no parts, and its several processes are on GPUs only.
+        # Skip DefaultTrainer.__init__: it supports neither gradient accumulation nor several processes on CPUs.
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
@@ -103,33 +103,35 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         cfg, distill = self.cfg, self.cfg.SPAR.DISTILL.ENABLED
         if distill and not cfg.MODEL.SPAR.PRETRAINED:
-            logger.warning("MODEL.SPAR.PRETRAINED is empty: the teacher has random weights, which teach nothing of use")
+            logger.warning(
+                "MODEL.SPAR.PRETRAINED is empty: the teacher has random weights, so distillation is meaningless"
+            )
         self._distillation: DistillationHook | None = cast(Any, DistillationHook)(cfg) if distill else None
         if self._distillation:
             encoder, teacher = find_encoder(self._module), self._distillation.teacher
             origin = encoder.origin or Origin()
             encoder.origin = dataclasses.replace(origin, window=teacher.window, stride=teacher.stride)
-        average = ModelEma(self._module, cfg.SPAR.EMA_DECAY) if cfg.SPAR.EMA_DECAY else None
-        applied = average.applied if average else contextlib.nullcontext
+        ema = ModelEma(self._module, cfg.SPAR.EMA_DECAY) if cfg.SPAR.EMA_DECAY else None
+        applied = ema.applied if ema else contextlib.nullcontext
 
         def evaluate() -> dict:
             with applied():
                 self._last_eval_results = self.test(cfg, self.model)
             return self._last_eval_results
 
-        replaced = {
+        replacements = {
             EvalHook: lambda: EvalHook(cfg.TEST.EVAL_PERIOD, evaluate),
             PeriodicCheckpointer: lambda: Checkpoints(
                 self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SPAR.KEEP_CHECKPOINTS
             ),
         }
-        theirs = [replaced[type(hook)]() if type(hook) in replaced else hook for hook in super().build_hooks()]
-        # The student is written before the evaluation at the end, which may fail.
+        hooks = [replacements[type(hook)]() if type(hook) in replacements else hook for hook in super().build_hooks()]
+        # Write the student before the final evaluation, which may fail.
         student = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
         writer = StudentWriter(encoder_spec(cfg), student, applied) if distill else None
-        # Last, so that all other hooks have finished the step when it stops.
-        ending = [ProgressBar(), StopOnInterrupt(self.checkpointer)]
-        return [StepSeed(self), self._distillation, average, writer, self._pictures(), *theirs, *ending]
+        # StopOnInterrupt is last, so that all other hooks finish the step before training stops.
+        last_hooks = [ProgressBar(), StopOnInterrupt(self.checkpointer)]
+        return [StepSeed(self), self._distillation, ema, writer, self._pictures(), *hooks, *last_hooks]
 
     def _pictures(self) -> HookBase | None:
         photos, period = self.data_loader.photos, self.cfg.SPAR.PICTURE_PERIOD
@@ -151,12 +153,12 @@ class Trainer(DefaultTrainer):
 
     @property
     def scores(self) -> dict:
-        """Of the last evaluation; empty before the first."""
+        """Scores of the last evaluation; empty before the first one."""
         return getattr(self, "_last_eval_results", {})
 
     @property
     def _module(self) -> nn.Module:
-        """The model itself, where several processes wrap it."""
+        """The model without its DistributedDataParallel wrapper."""
         return getattr(self.model, "module", self.model)
 
     def _check_cache(self) -> None:
@@ -164,7 +166,7 @@ class Trainer(DefaultTrainer):
         if cache and photos is not None:
             if comm.is_main_process():
                 check_room(photos, cache)
-            if isinstance(self._module, OpenVocabularySegmentor):  # it gives the encoder images as they were read
+            if isinstance(self._module, OpenVocabularySegmentor):  # it does not modify images before encoding
                 photos.look_up = cache.look_up()
 
     def _set_seed(self, seed: int) -> None:
@@ -179,7 +181,7 @@ class Trainer(DefaultTrainer):
     def load_state_dict(self, state: dict) -> None:
         resumption.compare(state.get("settings", {}), self.cfg)
         if 0 <= self.cfg.SEED != state.get("seed", self.seed):
-            logger.warning("--resume: the run goes on with its own seed %d, not SEED %d", state["seed"], self.cfg.SEED)
+            logger.warning("--resume: using the seed %d of the run instead of SEED %d", state["seed"], self.cfg.SEED)
         super().load_state_dict(state)
         self._set_seed(state.get("seed", self.seed))
 
@@ -188,12 +190,12 @@ class Trainer(DefaultTrainer):
         super().after_train()
 
     def train(self):
-        """Train from where it stands; a user's Ctrl-C ends it quietly, with a checkpoint."""
-        logger.info("Output goes to %s", os.path.abspath(self.cfg.OUTPUT_DIR))
+        """Train from the start iteration. On Ctrl-C, write a checkpoint and return."""
+        logger.info("Output folder: %s", os.path.abspath(self.cfg.OUTPUT_DIR))
         self.data_loader.start_at(self.start_iter)
         try:
-            alone = file_lock(self.cfg.OUTPUT_DIR) if comm.is_main_process() else contextlib.nullcontext()
-            with short_tracebacks("detectron2.engine.train_loop"), alone:
+            lock = file_lock(self.cfg.OUTPUT_DIR) if comm.is_main_process() else contextlib.nullcontext()
+            with short_tracebacks("detectron2.engine.train_loop"), lock:
                 if self.start_iter < self.max_iter:
                     self.data_loader = self.prepare_loader(self.data_loader)
                 with self._frozen_blocks_cast():
@@ -203,11 +205,14 @@ class Trainer(DefaultTrainer):
             return None
 
     def prepare_loader(self, loader: TrainLoader) -> TrainLoader:
-        """The loader that steps are fed from, asked for when weights are loaded and before the first step."""
+        """Return the data loader for training; called after weights are loaded, before the first step.
+
+        Subclasses may override it.
+        """
         return loader
 
     def _frozen_blocks_cast(self) -> contextlib.AbstractContextManager:
-        """While it trains, nothing changes what is frozen."""
+        """Cast the frozen blocks of all encoders once, because their weights do not change in training."""
         encoders = [part for part in self._module.modules() if isinstance(part, DenseEncoder)]
         stack = contextlib.ExitStack()
         for encoder in encoders:
@@ -222,7 +227,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         if not cfg.SPAR.DATA.IMAGES and cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
-            # A model with losses of its own needs labels, with or without distillation beside them.
+            # Models with their own losses need labels, with or without distillation.
             return build_labeled_loader(cfg, max(cfg.SEED, 0))
         return build_photo_loader(cfg, max(cfg.SEED, 0))
 
@@ -231,7 +236,7 @@ class Trainer(DefaultTrainer):
         check_panoptic(dataset_name)
         if cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
             return pinned(cast(DataLoader, super().build_test_loader(cfg, dataset_name)))
-        # The decorators of Detectron2 hide their arguments from type checkers.
+        # Detectron2's decorators hide the signatures from type checkers.
         mapper = cast(Any, ImageMapper)(cfg, is_train=False)
         return pinned(cast(Any, build_detection_test_loader)(cfg, dataset_name, mapper=mapper))
 
@@ -249,19 +254,19 @@ class Trainer(DefaultTrainer):
             separate = cfg.MODEL.META_ARCHITECTURE == PANOPTIC_FPN
             return PanopticEvaluator(dataset_name, separate=separate, **output)
         if kind != "sem_seg":
-            supported = 'supported are "sem_seg" and those that end in "panoptic_seg"'
-            raise ValueError(f"DATASETS.TEST: {dataset_name!r} is of evaluator type {kind!r}, {supported}")
+            supported = '"sem_seg" or end in "panoptic_seg"'
+            raise ValueError(f"DATASETS.TEST: the evaluator_type of {dataset_name!r} must be {supported}, got {kind!r}")
         return SemanticEvaluator(dataset_name, boundary_iou=cfg.SPAR.TEST.BOUNDARY_IOU, **output)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
-        """Detectron2's test, in which every data set has its own protocol, and ``TEST.AUG.ENABLED`` is heeded.
+        """Evaluate like ``DefaultTrainer.test``, with the protocol of each data set and test-time augmentation.
 
         Returns:
-            As Detectron2's: scores of the one data set, or those of several by its name.
+            Scores of the data set, or a dict from data set names to scores if there are several.
 
         Raises:
-            ValueError: keys that do not go together, see :func:`spar_d2.comparison.protocol.config_for`.
+            ValueError: config values are incompatible, see :func:`spar_d2.comparison.protocol.config_for`.
         """
         segmentor: Any = getattr(model, "module", model)
         if not isinstance(segmentor, OpenVocabularySegmentor) or evaluators is not None:
@@ -269,7 +274,7 @@ class Trainer(DefaultTrainer):
         tested = SegmentorWithTTA(cfg, segmentor) if cfg.TEST.AUG.ENABLED else model
         results = {}
         for name in cfg.DATASETS.TEST:
-            own = config_for(cfg, name)
-            with segmentor.configured(own):
-                results[name] = super().test(own, tested)
+            dataset_cfg = config_for(cfg, name)
+            with segmentor.configured(dataset_cfg):
+                results[name] = super().test(dataset_cfg, tested)
         return results if len(results) != 1 else results[cfg.DATASETS.TEST[0]]

@@ -1,4 +1,4 @@
-"""The sliding-window teacher, in plain PyTorch."""
+"""The sliding-window teacher, independent of Detectron2."""
 
 from spar_d2.teacher.cache import TargetCache
 from spar_d2.teacher.sliding import SampledTarget, SlidingWindowTeacher, sliding_window_features

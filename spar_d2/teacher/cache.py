@@ -1,4 +1,4 @@
-"""Targets kept on disk."""
+"""Disk cache of teacher targets."""
 
 from __future__ import annotations
 
@@ -17,32 +17,31 @@ from spar_d2.utils.io import atomic_write, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
-# Left free on the disk, in bytes: a run must still be able to write its checkpoints.
+# Disk space in bytes that the cache leaves free, so that training can still write checkpoints.
 RESERVE = 2 << 30
 _NAME = "target"
 
 
 class TargetCache:
-    """Keeps the full targets of one teacher, each in a file of its own, in float16.
+    """Caches the full targets of one teacher, one float16 file per image.
 
-    A file's name is made of the pixels that the teacher was given, after augmentation, and its folder's of everything
-    about the teacher that its targets depend on; so a target of another teacher or image is never found. Files appear
-    when they are complete, carry a checksum, and are taken as missing when they are damaged. Any number of runs may
-    share a folder.
+    File names are hashes of the augmented pixels. Folder names are hashes of all properties of the teacher that affect
+    its targets. Therefore, targets of other teachers or images are never used. Files are written atomically and contain
+    a checksum; corrupt files count as missing. Several runs may share a folder.
 
-    A disk that fills up, or a folder that cannot be written to, is reported once; from then on the cache is only read.
+    If the disk is full or the folder is not writable, one warning is logged, and the cache becomes read-only.
 
     Args:
-        folder: of the cache; made if it is not there.
-        teacher: whose targets are kept.
+        folder: cache folder; created if it does not exist.
+        teacher: teacher whose targets are cached.
 
     Attributes:
-        folder: those of this teacher.
-        hits, misses: how many targets were found, and how many were not.
-        writable: whether targets are still written.
+        folder: subfolder of this teacher.
+        hits, misses: numbers of cache hits and misses.
+        writable: whether the cache is writable.
 
     Raises:
-        ValueError: ``folder`` is a file, or cannot be made.
+        ValueError: ``folder`` is a file or cannot be created.
     """
 
     def __init__(self, folder: str | os.PathLike, teacher: Teacher) -> None:
@@ -56,37 +55,40 @@ class TargetCache:
         except OSError as error:
             if not Path(folder).is_dir():
                 raise ValueError(
-                    f"SPAR.TEACHER.CACHE_DIR must be a folder that can be made and read, got {folder}: {error}"
+                    f"SPAR.TEACHER.CACHE_DIR must be a folder that can be created and read, got {folder}: {error}"
                 ) from error
             self._stop_writing(str(error))
         remove_leftovers(self.folder)
 
     def target(self, image: torch.Tensor, looked_up: LookedUp | None = None) -> torch.Tensor:
-        """The target (1, D, h, w) float32 of an image (3, H, W), read, or else computed and kept.
+        """Return the target of an image. On a cache miss, compute and store it.
 
         Args:
-            image: as the encoder takes it.
-            looked_up: what :class:`TargetLookUp` found for it, if it was asked.
+            image: (3, H, W), normalized for the encoder.
+            looked_up: result of :class:`TargetLookUp` for the image, if available.
+
+        Returns:
+            (1, D, h, w) float32.
 
         Raises:
-            FloatingPointError: the teacher gives NaN or infinite values.
+            FloatingPointError: the target has NaN or infinite values.
         """
-        found = self.read(image, looked_up)
-        if found is not None:
-            return found
-        # By itself, so that its rounding does not depend on which images beside it were found.
+        cached = self.read(image, looked_up)
+        if cached is not None:
+            return cached
+        # Encode the image alone, so that rounding does not depend on which other images are cached.
         return self.write(image, self.teacher.targets([image])[0], looked_up)
 
     def path(self, image: torch.Tensor) -> Path:
-        """Where the target of an image (3, H, W), as the encoder takes it, is kept."""
+        """Return the cache file of an image (3, H, W), normalized for the encoder."""
         return _entry(self.folder, image_key(image, self.teacher.encoder))
 
     def look_up(self) -> TargetLookUp:
-        """What finds targets ahead of training, in the processes that read images."""
+        """Return a function for data loader workers that reads cached targets ahead of training."""
         return TargetLookUp(self.folder, self.identity)
 
     def read(self, image: torch.Tensor, looked_up: LookedUp | None = None) -> torch.Tensor | None:
-        """The target (1, D, h, w) float32 on the image's device; None where it is not there, or damaged."""
+        """Return the cached target (1, D, h, w) float32 on the device of the image, or None if missing or corrupt."""
         target = load_target(self.path(image), self.identity) if looked_up is None else looked_up.target
         if target is None:
             self.misses += 1
@@ -95,27 +97,29 @@ class TargetCache:
         return target.to(image.device, non_blocking=True).float()
 
     def write(self, image: torch.Tensor, target: torch.Tensor, looked_up: LookedUp | None = None) -> torch.Tensor:
-        """Keep the target (1, D, h, w) of an image; returns what :meth:`read` will give.
+        """Store the target (1, D, h, w) of an image, and return it as :meth:`read` will return it.
 
         Raises:
-            FloatingPointError: it has NaN or infinite values.
+            FloatingPointError: the target has NaN or infinite values.
         """
         if not target.isfinite().all():
             raise FloatingPointError("the teacher's features are NaN or infinite")
         half = target.half()
-        # What is too large for float16 is kept as it is.
-        kept = half if half.isfinite().all() else target
+        # Targets that exceed the range of float16 are stored in float32.
+        stored = half if half.isfinite().all() else target
         if self.writable:
             path = self.path(image) if looked_up is None else _entry(self.folder, looked_up.key)
-            self._store(path, kept.cpu().contiguous())
-        return kept.float()
+            self._store(path, stored.cpu().contiguous())
+        return stored.float()
 
     def _store(self, path: Path, stored: torch.Tensor) -> None:
         metadata = {"teacher": self.identity, "checksum": tensor_checksum(stored)}
         try:
             free = shutil.disk_usage(self.folder).free
             if free - stored.nbytes < RESERVE:
-                self._stop_writing(f"{free / 2**30:.1f} GiB are free on its disk, {RESERVE / 2**30:.0f} are left so")
+                self._stop_writing(
+                    f"its disk has {free / 2**30:.1f} GiB free, of which {RESERVE / 2**30:.0f} GiB are reserved"
+                )
                 return
             with atomic_write(path) as temporary:
                 save_file({_NAME: stored}, temporary, metadata)
@@ -124,15 +128,15 @@ class TargetCache:
 
     def _stop_writing(self, reason: str) -> None:
         self.writable = False
-        logger.warning("SPAR.TEACHER.CACHE_DIR: nothing more is written to %s: %s", self.folder, reason)
+        logger.warning("SPAR.TEACHER.CACHE_DIR: no longer writing to %s: %s", self.folder, reason)
 
 
 class LookedUp(NamedTuple):
-    """What is known of an image's target before the image is used.
+    """Result of a cache lookup.
 
     Attributes:
-        key: of the image in the cache.
-        target: (1, D, h, w) on the CPU, float16 where it fits; None where it is not there.
+        key: cache key of the image.
+        target: (1, D, h, w) on the CPU, usually float16; None on a cache miss.
     """
 
     key: str
@@ -140,21 +144,28 @@ class LookedUp(NamedTuple):
 
 
 class TargetLookUp:
-    """Finds targets by the pixels of images, where these are read, so that training does not wait for it.
+    """Reads cached targets in data loader workers, so that training does not wait for the disk.
 
     Args:
-        folder: of a cache, those of one teacher.
-        identity: of the teacher.
+        folder: cache folder of one teacher.
+        identity: cache key of the teacher.
     """
 
-    # In dataset dicts.
+    # Key in dataset dicts.
     NAME = "looked_up_target"
 
     def __init__(self, folder: Path, identity: str) -> None:
         self._folder, self._identity = folder, identity
 
     def __call__(self, pixels: torch.Tensor) -> dict[str, LookedUp]:
-        """From pixels (3, H, W) uint8 in RGB to an entry of the image's dict."""
+        """Look up the target of an image.
+
+        Args:
+            pixels: (3, H, W) uint8 RGB.
+
+        Returns:
+            An entry for the dataset dict of the image.
+        """
         key = pixel_checksum(pixels)
         return {self.NAME: LookedUp(key, load_target(_entry(self._folder, key), self._identity))}
 
@@ -164,16 +175,16 @@ def _entry(folder: Path, key: str) -> Path:
 
 
 def load_target(path: Path, identity: str) -> torch.Tensor | None:
-    """A target as it is stored, (1, D, h, w); None where it is not there, or damaged, which is logged."""
+    """Load a target (1, D, h, w) in its stored dtype. Returns None if it is missing or, with a warning, corrupt."""
     try:
         with safe_open(path, "pt") as file:
             metadata, target = file.metadata() or {}, file.get_tensor(_NAME)
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError) as error:
-        logger.warning("Cached target %s cannot be read and is computed again: %s", path, error)
+        logger.warning("Cached target %s cannot be read and will be recomputed: %s", path, error)
         return None
     if metadata != {"teacher": identity, "checksum": tensor_checksum(target)}:
-        logger.warning("Cached target %s is damaged and is computed again", path)
+        logger.warning("Cached target %s is corrupt and will be recomputed", path)
         return None
     return target

@@ -1,4 +1,4 @@
-"""What a teacher's targets depend on, as a short text: equal texts, equal targets."""
+"""Cache keys of teachers and images: equal keys imply equal targets."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import nn
 
 from spar_d2.encoders import DenseEncoder
 
-# Changes with the way that targets are computed.
+# Version of the target computation; increase it when targets change.
 _ALGORITHM = 1
-# How an encoder computes, which moves its features by rounding alone, and what is no setting.
-_NO_MATTER = {"training", "_compile", "_checkpointing", "_fixed_shape", "_is_cast"}
-# Those of the encoder itself, which may stand in its class or in the object.
+# Attributes that change the features only by rounding, or not at all.
+_IGNORED = {"training", "_compile", "_checkpointing", "_fixed_shape", "_is_cast"}
+# Attributes of the encoder, which may be class or instance attributes.
 _ENCODER_SETTINGS = ("reference_compat", "_precision", "patch_size", "native_size", "pixel_mean", "pixel_std")
 _PIXEL_STEPS = 64
 
 
 class Teacher(Protocol):
-    """What keeping targets needs of a teacher."""
+    """Interface of teachers whose targets can be cached."""
 
     encoder: DenseEncoder
     window: int
     stride: int
 
     def targets(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The targets (1, D, h, w) of images (3, H, W), as the encoder takes them."""
+        """Compute the targets (1, D, h, w) of images (3, H, W) that are normalized for the encoder."""
         ...
 
 
 def teacher_key(teacher: Teacher) -> str:
-    """32 hexadecimal digits that change with the teacher's window, stride, precision, architecture or weights."""
+    """Return a hash (32 hex digits) of the teacher's window, stride, precision, architecture and weights."""
     digest = hashlib.sha256()
     settings = [str(getattr(teacher.encoder, name)) for name in _ENCODER_SETTINGS]
     digest.update(json.dumps([_ALGORITHM, teacher.window, teacher.stride, *settings]).encode())
@@ -46,22 +46,23 @@ def teacher_key(teacher: Teacher) -> str:
 
 
 def image_key(image: torch.Tensor, encoder: DenseEncoder) -> str:
-    """32 hexadecimal digits that change with the pixels that an encoder is given.
+    """Return a hash (32 hex digits) of the pixels of an image.
 
-    Images count as the same where no pixel differs by a 64th of a gray level, so that rounding in their normalization,
-    which differs between machines, plays no part.
+    Pixels are rounded to 1/64 of a gray level, so that rounding differences of the normalization between machines do
+    not change the key.
 
     Args:
         image: (3, H, W), normalized for the encoder.
+        encoder: encoder whose normalization is undone.
     """
     mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
     steps = ((image.float() * std + mean) * (255 * _PIXEL_STEPS)).round()
-    # Pixels in 0..255 take half the bytes to copy from a GPU and to digest.
+    # int16 is sufficient for pixels in 0..255, and faster to copy from a GPU and to hash.
     return _steps_checksum(steps.to(torch.int16 if steps.abs().max() < 2**15 else torch.int64))
 
 
 def pixel_checksum(pixels: torch.Tensor) -> str:
-    """What :func:`image_key` gives for the normalized image, from its pixels (3, H, W) uint8 in RGB."""
+    """Return :func:`image_key` of an image, from its pixels (3, H, W) uint8 RGB before normalization."""
     return _steps_checksum(pixels.to(torch.int16) * _PIXEL_STEPS)
 
 
@@ -72,25 +73,25 @@ def _steps_checksum(steps: torch.Tensor) -> str:
 
 
 def tensor_checksum(tensor: torch.Tensor) -> str:
-    """16 hexadecimal digits that change with a tensor's values."""
+    """Return a checksum (16 hex digits) of the values of a tensor."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()[:16]
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    # bfloat16 is no type of numpy's.
+    # NumPy does not support bfloat16, so view the tensor as bytes.
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _settings(name: str, module: nn.Module) -> list:
-    """A module's class and the plain values among its attributes: heads, epsilons, activation functions, ..."""
-    found = {}
+    """Return the class of a module and its plain attributes, such as number of heads, epsilon and activation."""
+    settings = {}
     for key, value in vars(module).items():
-        if key in _NO_MATTER or key in _ENCODER_SETTINGS:
+        if key in _IGNORED or key in _ENCODER_SETTINGS:
             continue
         if isinstance(value, (bool, int, float, str, torch.dtype, type(None))):
-            found[key] = str(value)
+            settings[key] = str(value)
         elif isinstance(value, (tuple, list)) and all(isinstance(item, (bool, int, float, str)) for item in value):
-            found[key] = str(list(value))
+            settings[key] = str(list(value))
         elif callable(value) and hasattr(value, "__qualname__"):
-            found[key] = value.__qualname__
-    return [name, type(module).__qualname__, dict(sorted(found.items()))]
+            settings[key] = value.__qualname__
+    return [name, type(module).__qualname__, dict(sorted(settings.items()))]

@@ -1,4 +1,4 @@
-"""Dense features by a sliding window: encode windows at the pre-training size, stitch their features by averaging."""
+"""Sliding-window features: windows of the pre-training size are encoded, and their features averaged."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from spar_d2.teacher.windows import WindowPlan
 
 @dataclass(frozen=True)
 class SampledTarget:
-    """What a few random windows say about the stitched target, right on average.
+    """Unbiased estimate of the stitched target from a random subset of windows.
 
     Attributes:
-        weighted_sum: (B, D, h, w) float32, its mean over all draws is the full target.
-        weight: (B, 1, h, w) float32, how much the windows drawn say about each cell; 0 where they say nothing. Its
-            mean over all draws is 1.
+        weighted_sum: (B, D, h, w) float32 estimate; its expected value is the full target.
+        weight: (B, 1, h, w) float32 contribution of the sampled windows to each grid cell; 0 if no sampled window
+            covers the cell. Its expected value is 1.
     """
 
     weighted_sum: torch.Tensor
@@ -32,20 +32,20 @@ class SampledTarget:
 
 
 class SlidingWindowTeacher(nn.Module):
-    """A frozen copy of an encoder that sees an image through a sliding window.
+    """A frozen copy of an encoder that is applied to images in a sliding window.
 
-    It computes in the encoder's own precision (:meth:`DenseEncoder.accelerate`), also within ``torch.autocast``; in
-    "bfloat16" its weights are in bfloat16 too (:meth:`DenseEncoder.freeze`).
+    The teacher uses the precision of the encoder (:meth:`DenseEncoder.accelerate`), even within ``torch.autocast``. In
+    "bfloat16", its weights are also bfloat16 (:meth:`DenseEncoder.freeze`).
 
     Args:
-        encoder: copied; later changes to it do not reach the teacher.
-        window: side of the window in pixels, a multiple of the patch; None is the encoder's ``native_size``.
-        stride: step in pixels, 1..window.
-        batch_size: windows encoded at once, of all images; bounds the memory. 0 chooses by the tokens of a window and
-            the device.
+        encoder: encoder to copy.
+        window: side of the window in pixels, a multiple of the patch size; None means ``encoder.native_size``.
+        stride: stride of the window in pixels, 1..window.
+        batch_size: number of windows per forward pass, over all images; it bounds the memory. 0 chooses it by device
+            and tokens per window.
 
     Raises:
-        ValueError: a window or stride that the encoder cannot be used with.
+        ValueError: ``window``, ``stride`` or ``batch_size`` is invalid.
     """
 
     def __init__(self, encoder: DenseEncoder, window: int | None = None, stride: int = 24, batch_size: int = 0) -> None:
@@ -55,41 +55,44 @@ class SlidingWindowTeacher(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> SlidingWindowTeacher:
-        """Always stays in eval mode."""
+        """Do nothing: the teacher always stays in eval mode."""
         return super().train(False)
 
     def plan(self, height: int, width: int) -> WindowPlan:
-        """The windows of an image of the given size in pixels."""
+        """Return the window plan for an image size in pixels."""
         return plan_windows(self.encoder, height, width, self.window, self.stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The full target, see :func:`sliding_window_features`."""
+        """Compute the full target, see :func:`sliding_window_features`."""
         check_images(x)
         return torch.cat(self.targets(x.unbind()))
 
     def targets(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The full targets (1, D, h, w) of images (3, H, W) of any sizes, whose windows are encoded together.
+        """Compute the full targets (1, D, h, w) of images (3, H, W) of any sizes.
+
+        Windows of different images share forward passes.
 
         Raises:
-            ValueError: no images.
+            ValueError: ``images`` is empty.
         """
         _check_any(images)
         picks, factors = zip(*(_every_window(self.plan(*image.shape[-2:])) for image in images))
         return [sample.weighted_sum for sample in self._encode_windows(images, picks, factors)]
 
     def samples(self, images: Sequence[torch.Tensor], windows: int, shifts: torch.Tensor) -> list[SampledTarget]:
-        """Encode a few windows of each image, at random but evenly spread over it.
+        """Encode randomly sampled, evenly spread windows of each image.
 
         Args:
-            images: (3, H, W) each, of any sizes, as for the encoder.
-            windows: windows per image, at least 1; as many as an image's plan has, or more, means all of them once.
-            shifts: (B, 2), random numbers in 0..1, two for each image, which decide what is drawn.
+            images: images (3, H, W) of any sizes, normalized for the encoder.
+            windows: number of windows per image, at least 1. If an image has at most this many windows, all of them are
+                used once.
+            shifts: (B, 2) random numbers in 0..1 that determine the sampled windows, two per image.
 
         Returns:
-            A target of one image, (1, ...), for each.
+            A target (1, ...) for each image.
 
         Raises:
-            ValueError: no images, or ``windows`` is below 1.
+            ValueError: ``images`` is empty, or ``windows`` is less than 1.
         """
         _check_any(images)
         if windows < 1:
@@ -99,7 +102,7 @@ class SlidingWindowTeacher(nn.Module):
             if windows >= len(plan):
                 return _every_window(plan)
             picks = plan.spread(windows, shift[None])[0]
-            # A window that is drawn rarely counts for more when it is (Horvitz and Thompson, 1952).
+            # Weight by inverse probability for an unbiased estimate (Horvitz and Thompson, 1952).
             return picks, 1 / (windows * plan.probability[picks])
 
         plans = (self.plan(*image.shape[-2:]) for image in images)
@@ -107,28 +110,33 @@ class SlidingWindowTeacher(nn.Module):
         return self._encode_windows(images, picks, factors)
 
     def sample(self, x: torch.Tensor, windows: int, generator: torch.Generator | None = None) -> SampledTarget:
-        """:meth:`samples` of images of one size (B, 3, H, W), with the shifts drawn from a CPU generator.
+        """Apply :meth:`samples` to images of one size, with random shifts.
+
+        Args:
+            x: (B, 3, H, W), normalized for the encoder.
+            windows: number of windows per image.
+            generator: CPU generator of the shifts.
 
         Raises:
-            ValueError: ``windows`` is below 1, or ``x`` has another form.
+            ValueError: ``windows`` is less than 1, or ``x`` has the wrong shape or dtype.
         """
         check_images(x)
         return _together(self.samples(x.unbind(), windows, torch.rand(len(x), 2, generator=generator)))
 
     def encode_windows(self, x: torch.Tensor, picks: torch.Tensor, factors: torch.Tensor) -> SampledTarget:
-        """Encode chosen windows of images of one size.
+        """Encode selected windows of images of one size.
 
         Args:
-            x: (B, 3, H, W) as for the encoder.
-            picks: (B, k) int64, numbers of windows in each image's plan.
-            factors: (B, k), how often each counts.
+            x: (B, 3, H, W), normalized for the encoder.
+            picks: (B, k) int64 window indices in the plan of each image.
+            factors: (B, k) weights of the windows.
         """
         return _together(self._encode_windows(x.unbind(), picks.unbind(), factors.unbind()))
 
     def _encode_windows(
         self, images: Sequence[torch.Tensor], picks: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]
     ) -> list[SampledTarget]:
-        # Its own precision, whatever that of the training around it: targets can be kept and compared.
+        # Autocast of the training must not affect the targets, so that they can be cached.
         with torch.autocast(images[0].device.type, enabled=False):
             return _encode(self.encoder, images, self.window, self.stride, picks, factors, self.batch_size)
 
@@ -136,19 +144,21 @@ class SlidingWindowTeacher(nn.Module):
 def sliding_window_features(
     encoder: DenseEncoder, x: torch.Tensor, window: int | None = None, stride: int = 24, batch_size: int = 0
 ) -> torch.Tensor:
-    """Features of all windows, refined, averaged where windows overlap, and brought back to the patch grid.
+    """Compute sliding-window features.
+
+    The features of all windows are upsampled to a fine grid, averaged where windows overlap, and downsampled to the
+    patch grid.
 
     Args:
-        encoder: used as it is, without gradients.
-        x: (B, 3, H, W) as for the encoder, any size; images smaller than the window are padded with zeros.
-        window, stride, batch_size: as for :class:`SlidingWindowTeacher`.
+        encoder: encoder; it runs without gradients.
+        x: (B, 3, H, W) of any size, normalized for the encoder. Images smaller than the window are padded with zeros.
+        window, stride, batch_size: see :class:`SlidingWindowTeacher`.
 
     Returns:
-        (B, D, ceil(H / p), ceil(W / p)) float32; floor instead of ceil with ``reference_compat``, whatever
-        the encoder itself does then.
+        (B, D, ceil(H / p), ceil(W / p)) float32; with ``reference_compat``, floor instead of ceil for all encoders.
 
     Raises:
-        ValueError: arguments out of range.
+        ValueError: an argument is invalid.
     """
     window, stride, batch_size = check_window(encoder, window, stride, batch_size)
     check_images(x)
@@ -158,36 +168,38 @@ def sliding_window_features(
 
 
 def check_window(encoder: DenseEncoder, window: int | None, stride: int, batch_size: int) -> tuple[int, int, int]:
-    """Fill in the default window and check the three numbers; ``ValueError`` names the config key that is wrong."""
+    """Validate window, stride and batch size, and return them with the default window filled in.
+
+    Raises:
+        ValueError: a value is invalid; the message contains its config key.
+    """
     window, patch = window or encoder.native_size, encoder.patch_size
     if window < patch or window % patch:
         raise ValueError(
-            f"window (SPAR.TEACHER.WINDOW) must be a multiple of the patch size {patch}, at least {patch}; got {window}"
+            f"window (SPAR.TEACHER.WINDOW) must be a positive multiple of the patch size {patch}; got {window}"
         )
     if not 1 <= stride <= window:
         raise ValueError(f"stride (SPAR.TEACHER.STRIDE) must be in 1..{window} (the window), got {stride}")
     if batch_size < 0:
-        raise ValueError(
-            f"batch_size (SPAR.TEACHER.BATCH_SIZE) must be at least 1, or 0 to choose by the window, got {batch_size}"
-        )
+        raise ValueError(f"batch_size (SPAR.TEACHER.BATCH_SIZE) must be at least 1, or 0 (automatic), got {batch_size}")
     return window, stride, batch_size
 
 
 def target_grid(encoder: DenseEncoder, height: int, width: int) -> tuple[int, int]:
-    """Size of the stitched map for an image of the given size in pixels."""
+    """Return the size of the stitched feature map for an image size in pixels."""
     policy = Crop(encoder.patch_size) if encoder.reference_compat else encoder.size_policy
     return policy.grid(height, width)
 
 
 def plan_windows(encoder: DenseEncoder, height: int, width: int, window: int, stride: int) -> WindowPlan:
-    """Plan over the image as the encoder pads it, and at least one window large."""
+    """Return the window plan for an image after padding by the encoder, at least one window large."""
     patch = encoder.patch_size
     if not encoder.reference_compat:
         height, width = (cells * patch for cells in encoder.grid(height, width))
     return _plan(max(height, window), max(width, window), window, stride, patch)
 
 
-# A step asks for the plan of its images several times, and sizes come back.
+# Each training step needs the plan of an image several times, and image sizes repeat.
 _plan = functools.lru_cache(maxsize=64)(WindowPlan)
 
 
@@ -197,7 +209,7 @@ def _check_any(images: Sequence[torch.Tensor]) -> None:
 
 
 def _every_window(plan: WindowPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of all windows, and how often each counts: once."""
+    """Return the indices of all windows, and a weight of 1 for each window."""
     return torch.arange(len(plan)), torch.ones(len(plan), dtype=torch.float64)
 
 
@@ -222,5 +234,5 @@ def _encode(
 
 
 def _together(samples: Sequence[SampledTarget]) -> SampledTarget:
-    """Targets of images of one size as one."""
+    """Concatenate the targets of images of one size."""
     return SampledTarget(torch.cat([s.weighted_sum for s in samples]), torch.cat([s.weight for s in samples]))

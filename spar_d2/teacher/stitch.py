@@ -1,4 +1,4 @@
-"""Windows of images encoded together, whatever image they are of, and their features added up where they lie."""
+"""Encodes windows of several images in common batches, and sums their features at their positions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from spar_d2.encoders.precision import full_float32
 from spar_d2.teacher.windows import WindowPlan
 from spar_d2.utils.transfer import send
 
-# Tokens of the windows that are encoded at once: what keeps a GPU busy, or stays in a processor's cache.
+# Tokens per batch: enough to utilize a GPU, or few enough for the cache of a CPU.
 _TOKENS = {"cpu": 1 << 11, "other": 1 << 15}
-# Batches of one shape have a multiple of so many windows.
+# With a fixed shape, the batch size is a multiple of this number of windows.
 _STEP = 16
 
 
 def windows_at_once(encoder: DenseEncoder, window: int, device: torch.device) -> int:
-    """How many windows, of a side in pixels, are encoded at once on a device where nothing else is asked for."""
+    """Return the default number of windows per batch for a window size in pixels."""
     tokens = (window // encoder.patch_size) ** 2 + encoder.prefix_tokens
     return max(1, _TOKENS.get(device.type, _TOKENS["other"]) // tokens)
 
@@ -32,47 +32,47 @@ def stitch(
     factors: Sequence[torch.Tensor],
     batch_size: int,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Encode chosen windows of each image and add them up, each as often as its factor says.
+    """Encode selected windows of each image and compute the weighted sum of their features.
 
-    Every cell is divided by the count of the FULL plan, whatever the windows chosen. Windows are added by matrix
-    products, in a fixed order, so that every run on a device gives the same bits.
+    Each grid cell is divided by the window count of the full plan, regardless of the selected windows. Windows are
+    summed with matrix products in a fixed order, so results are reproducible on a device.
 
     Args:
-        encoder: used as it is; without gradients.
-        images: (3, H, W) each, of any sizes, on one device.
-        plans: of each image; at least as large as the image.
-        picks: (k,) int64 on the CPU for each image, numbers of windows in its plan.
-        factors: (k,) on the CPU for each image, how often each window counts.
-        batch_size: windows encoded at once; 0 chooses by their tokens.
+        encoder: encoder; it runs without gradients.
+        images: images (3, H, W) of any sizes, on one device.
+        plans: window plan of each image; at least as large as the image.
+        picks: (k,) int64 window indices in the plan of each image, on the CPU.
+        factors: (k,) window weights of each image, on the CPU.
+        batch_size: number of windows per batch; 0 chooses it automatically.
 
     Returns:
-        For each image the sum (1, D, rows, columns) at the patches of its plan, float32, and the same for ones instead
-        of features (1, 1, rows, columns).
+        For each image, the sum (1, D, rows, columns) float32 on the patch grid of its plan, and the same sum for a
+        feature of ones (1, 1, rows, columns).
     """
     device, window = images[0].device, plans[0].window
     batch_size = batch_size or windows_at_once(encoder, window, device)
     parts = [_Part(*part) for part in zip(plans, picks, factors)]
-    places = torch.cat([part.places(number) for number, part in enumerate(parts)])
+    positions = torch.cat([part.positions(number) for number, part in enumerate(parts)])
     if encoder.has_fixed_shape:
-        batch_size = min(batch_size, -(-len(places) // _STEP) * _STEP)
-        # Their features are not looked at.
-        places = torch.cat([places, places[-1:].expand(-len(places) % batch_size, -1)])
-    # Everything about the plans goes to the device at once.
-    places, *tensors = _send_all([places, *(tensor for part in parts for tensor in part.tensors)], device)
+        batch_size = min(batch_size, -(-len(positions) // _STEP) * _STEP)
+        # Pad the last batch with copies of a window; their features are ignored.
+        positions = torch.cat([positions, positions[-1:].expand(-len(positions) % batch_size, -1)])
+    # Copy all plans to the device at once.
+    positions, *tensors = _send_all([positions, *(tensor for part in parts for tensor in part.tensors)], device)
     shares, weights = [tensors[i : i + 3] for i in range(0, len(tensors), 4)], tensors[3::4]
-    places = places.long()
+    positions = positions.long()
     views = _window_views(images, plans, next(encoder.parameters()).dtype)
     # (X, Y, D) for each image, so that a range of rows is a range of columns of a matrix.
     sums = [torch.zeros(*part.grid[::-1], encoder.embed_dim, device=device) for part in parts]
-    for begin in range(0, len(places), batch_size):
-        owner, top, left = places[begin : begin + batch_size].unbind(1)
+    for begin in range(0, len(positions), batch_size):
+        image_index, top, left = positions[begin : begin + batch_size].unbind(1)
         # (b, D, y, x) -> (b, x, y, D)
-        features = encoder(views[owner, :, top, left]).float().permute(0, 3, 2, 1)
+        features = encoder(views[image_index, :, top, left]).float().permute(0, 3, 2, 1)
         start = 0
-        for part, own, total in zip(parts, shares, sums):
+        for part, part_shares, total in zip(parts, shares, sums):
             first, last = max(begin - start, 0), min(begin + batch_size - start, len(part))
             if first < last:
-                part.add(features[first + start - begin : last + start - begin], first, last, own, total)
+                part.add(features[first + start - begin : last + start - begin], first, last, part_shares, total)
             start += len(part)
     # (X, Y, D) -> (1, D, Y, X)
     return [(total.permute(2, 1, 0)[None], weight[None, None]) for total, weight in zip(sums, weights)]
@@ -80,7 +80,7 @@ def stitch(
 
 @dataclass(frozen=True)
 class _Part:
-    """Windows of one image."""
+    """Selected windows of one image."""
 
     plan: WindowPlan
     picks: torch.Tensor
@@ -91,23 +91,23 @@ class _Part:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches of the plan, (Y, X)."""
+        """Size of the plan in patches, (Y, X)."""
         return self.plan.height // self.plan.patch, self.plan.width // self.plan.patch
 
-    def places(self, number: int) -> torch.Tensor:
-        """(k, 3) int64: number of the image, top and left in pixels."""
+    def positions(self, number: int) -> torch.Tensor:
+        """Return the image index, top and left (in pixels) of each window, (k, 3) int64."""
         return torch.nn.functional.pad(self.plan.origins[self.picks], (1, 0), value=number)
 
     @property
     def _lines(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which row and which column of windows each window is in, (k,) each."""
+        """Row and column of each window among all windows of the plan, (k,) each."""
         across = len(self.plan.starts[1])
         return self.picks // across, self.picks % across
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """The plan's shares along rows and columns, (k, 3) row, column and factor of each window, and the weight of the
-        windows at every patch (Y, X)."""
+        """Shares of the plan along rows and columns; row, column and factor of each window (k, 3); and the total weight
+        of the windows at each patch (Y, X)."""
         rows, columns = self.plan.shares
         down, across = self._lines
         heights, widths = rows.double().sum(2)[down], columns.double().sum(2)[across]
@@ -120,13 +120,14 @@ class _Part:
         """Add windows ``first`` to ``last`` to the sum of the image.
 
         Args:
-            features: (n, x, y, D) float32, of these windows.
-            shares: the first three of :attr:`tensors`, on the device.
-            total: (X, Y, D), changed in place.
+            features: (n, x, y, D) float32 features of these windows.
+            first, last: range of windows, excluding ``last``.
+            shares: the first three tensors of :attr:`tensors`, on the device.
+            total: sum of the image (X, Y, D), modified in place.
         """
         rows, columns, lines = shares
         down, across = lines[first:last, :2].long().unbind(1)
-        # Windows follow each other row by row: those of a batch mostly lie in a few rows of the image.
+        # Windows are in row-major order, so a batch usually covers only a few rows of the image.
         reached = self.plan.rows_reached[self._lines[0][first:last]]
         top, bottom = int(reached[:, 0].min()), int(reached[:, 1].max())
         with full_float32(features.device):
@@ -142,9 +143,12 @@ class _Part:
 
 
 def _window_views(images: Sequence[torch.Tensor], plans: Sequence[WindowPlan], dtype: torch.dtype) -> torch.Tensor:
-    """All windows at all places, (B, 3, rows, columns, window, window): indexing it copies those of one batch only."""
+    """Return a view of the windows at all pixel positions, (B, 3, rows, columns, window, window).
+
+    Indexing the view copies only the windows of one batch.
+    """
     window = plans[0].window
-    # All images at one corner of a common canvas.
+    # Images of different sizes share the top left corner of a canvas.
     canvas = images[0].new_zeros(len(images), 3, max(p.height for p in plans), max(p.width for p in plans), dtype=dtype)
     for part, image in zip(canvas, images):
         part[:, : image.shape[1], : image.shape[2]] = image
@@ -152,8 +156,8 @@ def _window_views(images: Sequence[torch.Tensor], plans: Sequence[WindowPlan], d
 
 
 def _send_all(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """CPU tensors as float32 on a device, by one copy that the CPU does not wait for."""
-    # Whole numbers below 16 million, as all pixels' places are, stay what they are.
+    """Copy CPU tensors to a device as float32, in one asynchronous transfer."""
+    # float32 represents integers below 2^24 exactly, which is sufficient for pixel positions.
     packed = send(torch.cat([tensor.flatten().float() for tensor in tensors]), device)
     parts = packed.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]

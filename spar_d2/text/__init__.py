@@ -1,4 +1,4 @@
-"""From words to unit vectors, in plain PyTorch."""
+"""Vocabularies, prompt templates and text embeddings, independent of Detectron2."""
 
 from spar_d2.text.embeddings import TextEmbeddings
 from spar_d2.text.templates import load_templates

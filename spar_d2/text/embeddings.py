@@ -1,4 +1,4 @@
-"""Words to unit vectors, computed once."""
+"""Cached text embeddings of vocabularies."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ logger = logging.getLogger(__name__)
 
 
 class TextEncoder(Protocol):
-    """What the embeddings need of a text tower."""
+    """Interface of text towers."""
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts to (n, D), not normalized."""
+        """Encode texts to unnormalized embeddings (n, D)."""
         ...
 
     def reads_all(self, text: str) -> bool:
-        """Whether it sees a text to its end."""
+        """Return whether a text fits into the context length."""
         ...
 
 
 class TextEmbeddings:
-    """Unit vectors of a vocabulary's words, kept in memory word by word and, if wanted, on disk.
+    """Computes normalized text embeddings of a vocabulary, with a cache in memory and optionally on disk.
 
-    Every word is put into all templates; the vectors of the sentences are normalized, averaged, and normalized again.
+    Each query (class name or synonym) is inserted into all prompt templates. The embeddings of the prompts are
+    normalized, averaged, and normalized again.
 
     Args:
-        build_tower: makes the text tower. Called only when something must be computed; the tower is freed afterwards.
-        identity: text that names model and weights, or a function that gives it, called when first needed; entries on
-            disk are found by it, the templates and the words.
-        templates: sentences with one "{}" each.
-        cache_dir: folder for entries on disk; None keeps them in memory only, "auto" is :func:`default_cache_dir`.
+        build_tower: function that builds the text tower. It is called only if embeddings are missing in the cache; the
+            tower is freed afterwards.
+        identity: cache key of model and weights, or a function that returns it. The key of a cache file also includes
+            the templates and queries.
+        templates: prompt templates with one "{}" each.
+        cache_dir: cache folder; None caches in memory only, "auto" is :func:`default_cache_dir`.
     """
 
     def __init__(
@@ -56,83 +58,83 @@ class TextEmbeddings:
         self.build_tower = build_tower
         self.identity = identity
         self.templates = tuple(templates)
-        self.cache_dir = _usable(cache_dir)
+        self.cache_dir = _check_cache_dir(cache_dir)
         self._memory: dict[str, torch.Tensor] = {}
 
     def __call__(self, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
-        """Vectors of all queries.
+        """Return the embeddings of all queries of a vocabulary.
 
         Returns:
-            text (Q, D) float32 of unit length, and query_class (Q,) int64, the class of each; on the CPU.
+            Normalized text embeddings (Q, D) float32, and the class index of each query (Q,) int64, on the CPU.
         """
         queries = vocabulary.queries
-        missing = [word for word in dict.fromkeys(queries) if word not in self._memory]
+        missing = [query for query in dict.fromkeys(queries) if query not in self._memory]
         if missing:
             file = self.cache_dir / f"{self._key(missing)}.safetensors" if self.cache_dir else None
-            vectors = _read(file, len(missing)) if file and file.is_file() else None
-            if vectors is None:
-                vectors = self._compute(missing)
+            embeddings = _read(file, len(missing)) if file and file.is_file() else None
+            if embeddings is None:
+                embeddings = self._compute(missing)
                 if file:
-                    _write(file, vectors)
-            self._memory.update(zip(missing, vectors))
-        return torch.stack([self._memory[word] for word in queries]), torch.tensor(vocabulary.query_class)
+                    _write(file, embeddings)
+            self._memory.update(zip(missing, embeddings))
+        return torch.stack([self._memory[query] for query in queries]), torch.tensor(vocabulary.query_class)
 
-    def _key(self, words: list[str]) -> str:
+    def _key(self, queries: list[str]) -> str:
         if callable(self.identity):
             self.identity = self.identity()
-        content = json.dumps([self.identity, self.templates, words], ensure_ascii=False)
+        content = json.dumps([self.identity, self.templates, queries], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def _compute(self, words: list[str]) -> torch.Tensor:
-        logger.info("Encoding %d words in %d templates ...", len(words), len(self.templates))
+    def _compute(self, queries: list[str]) -> torch.Tensor:
+        logger.info("Encoding %d class names and synonyms with %d templates ...", len(queries), len(self.templates))
         tower = self.build_tower()
-        for word in words:
-            # The words are what matters: what follows them in a template may be cut.
-            if not all(tower.reads_all(template[: template.index("{}")] + word) for template in self.templates):
-                logger.warning("The text encoder does not read this to its end, it is too long: %r", _shortened(word))
-        sentences = [template.replace("{}", word) for word in words for template in self.templates]
+        for query in queries:
+            # Truncation is harmless if it only affects the part of the template after the class name.
+            if not all(tower.reads_all(template[: template.index("{}")] + query) for template in self.templates):
+                logger.warning("Class name exceeds the context length of the text encoder: %r", _shortened(query))
+        prompts = [template.replace("{}", query) for query in queries for template in self.templates]
         # (Q * templates, D) -> (Q, templates, D)
-        vectors = F.normalize(tower.encode(sentences).float(), dim=-1).unflatten(0, (len(words), -1))
-        return F.normalize(vectors.mean(1), dim=-1).cpu()
+        embeddings = F.normalize(tower.encode(prompts).float(), dim=-1).unflatten(0, (len(queries), -1))
+        return F.normalize(embeddings.mean(1), dim=-1).cpu()
 
 
-def _usable(folder: str | os.PathLike | None) -> Path | None:
-    """The folder for entries; None, with a warning, where it may not be entered or nobody's home is known."""
+def _check_cache_dir(folder: str | os.PathLike | None) -> Path | None:
+    """Resolve the cache folder. Logs a warning and returns None if it is inaccessible or the home folder is unknown."""
     if not folder:
         return None
     try:
         path = default_cache_dir() if folder == "auto" else Path(folder).expanduser()
         (path / "entry").is_file()
     except (OSError, RuntimeError) as error:
-        logger.warning("Text vectors are not kept between runs: %s (MODEL.SPAR.TEXT_CACHE, SPAR_CACHE)", error)
+        logger.warning("Text embeddings are not cached on disk: %s (MODEL.SPAR.TEXT_CACHE, SPAR_CACHE)", error)
         return None
     return path
 
 
-def _read(file: Path, words: int) -> torch.Tensor | None:
+def _read(file: Path, count: int) -> torch.Tensor | None:
     try:
-        vectors = load_file(file)["text"]
-        if vectors.ndim == 2 and len(vectors) == words:
-            return vectors
-        error = f"{words} vectors expected, got the shape {tuple(vectors.shape)}"
+        embeddings = load_file(file)["text"]
+        if embeddings.ndim == 2 and len(embeddings) == count:
+            return embeddings
+        error = f"{count} embeddings expected, got the shape {tuple(embeddings.shape)}"
     except (SafetensorError, KeyError, OSError) as reason:
         error = reason
-    logger.warning("The stored text vectors %s are damaged (%s); computing them again.", file, error)
+    logger.warning("The cached text embeddings %s are corrupt (%s); recomputing them.", file, error)
     return None
 
 
-def _write(file: Path, vectors: torch.Tensor) -> None:
+def _write(file: Path, embeddings: torch.Tensor) -> None:
     try:
         with atomic_write(file) as temporary:
-            save_file({"text": vectors}, temporary)
+            save_file({"text": embeddings}, temporary)
     except OSError as error:
-        logger.warning("Text vectors could not be stored in %s (%s); going on without.", file.parent, error)
+        logger.warning("Failed to cache text embeddings in %s (%s).", file.parent, error)
 
 
 def default_cache_dir() -> Path:
-    """Folder for vectors of words: "text" in the folder that SPAR_CACHE names, or else in ~/.cache/spar_d2."""
+    """Return the default cache folder for text embeddings: ``$SPAR_CACHE/text`` or ``~/.cache/spar_d2/text``."""
     return Path(os.environ.get("SPAR_CACHE") or "~/.cache/spar_d2").expanduser() / "text"
 
 
-def _shortened(word: str) -> str:
-    return word if len(word) <= 60 else f"{word[:60]}..."
+def _shortened(query: str) -> str:
+    return query if len(query) <= 60 else f"{query[:60]}..."

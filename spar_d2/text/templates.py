@@ -1,4 +1,4 @@
-"""Prompt templates: sentences that a word is put into before it is encoded."""
+"""Prompt templates, into which class names are inserted."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ SIMPLE = ("a photo of a {}.",)
 
 
 def load_templates(source: str) -> tuple[str, ...]:
-    """Templates by name or from a file.
+    """Load prompt templates by name or from a file.
 
     Args:
-        source: "imagenet" (open_clip's 80, in its order), "simple" ("a photo of a {}."), or a UTF-8 file with one
-            template per line.
+        source: "imagenet" (the 80 templates of open_clip, in the same order), "simple" ("a photo of a {}."), or a UTF-8
+            file with one template per line.
 
     Returns:
-        Sentences with one "{}" each.
+        Prompt templates with one "{}" each.
 
     Raises:
-        ValueError: neither a name nor a file, or a line without exactly one "{}".
+        ValueError: ``source`` is neither a known name nor a file, the file is not UTF-8 or empty, or a line does not
+            have exactly one "{}".
     """
     if source == "imagenet":
         return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
@@ -31,9 +32,9 @@ def load_templates(source: str) -> tuple[str, ...]:
     try:
         text = Path(source).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"MODEL.SPAR.TEMPLATES: {source} is no text file in UTF-8 ({error})") from error
+        raise ValueError(f"MODEL.SPAR.TEMPLATES: {source} is not a UTF-8 text file ({error})") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    wrong = [line for line in lines if line.count("{}") != 1]
-    if wrong or not lines:
-        raise ValueError(f'MODEL.SPAR.TEMPLATES: each line of {source} must have one "{{}}", got {wrong[:1]}')
+    invalid = [line for line in lines if line.count("{}") != 1]
+    if invalid or not lines:
+        raise ValueError(f'MODEL.SPAR.TEMPLATES: each line of {source} must have one "{{}}", got {invalid[:1]}')
     return tuple(lines)

@@ -1,1 +1,1 @@
-"""What every other package may use: files, errors, id maps, processes."""
+"""Utilities for files, errors, id maps and processes."""

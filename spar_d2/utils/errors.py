@@ -1,4 +1,4 @@
-"""What a user sees of an error."""
+"""User-facing error messages."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 
-# Set to see where an error came from instead of its message alone.
+# Environment variable that shows full tracebacks.
 TRACEBACK_VARIABLE = "SPAR_TRACEBACK"
-# Of Unicode: control characters, halves of pairs, and those that turn the direction of text around.
-_COMMANDS = ("Cc", "Cs")
-_TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-_BY_USERS = (ValueError, OSError, RuntimeError, FloatingPointError)
+# Unicode categories of control characters and surrogates, and characters that change the text direction.
+_CONTROL_CATEGORIES = ("Cc", "Cs")
+_BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
 
 
 def printable(text: str) -> str:
-    """A text without characters that command a terminal; names of files and classes of others may hold some.
+    """Escape control characters, except newlines and tabs, as Python does ("\\x1b").
 
-    They are shown as Python writes them ("\\x1b"); line ends and tabs stay.
+    File and class names from untrusted sources could otherwise control the terminal.
     """
-    return "".join(repr(char)[1:-1] if _commands(char) else char for char in text)
+    return "".join(repr(char)[1:-1] if _is_control(char) else char for char in text)
 
 
-def _commands(char: str) -> bool:
-    return char not in "\n\t" and (unicodedata.category(char) in _COMMANDS or char in _TURNS)
+def _is_control(char: str) -> bool:
+    return char not in "\n\t" and (unicodedata.category(char) in _CONTROL_CATEGORIES or char in _BIDI_CONTROLS)
 
 
 class _Printable(logging.Filter):
@@ -36,33 +36,37 @@ class _Printable(logging.Filter):
 
 
 def make_logs_printable(*loggers: logging.Logger) -> None:
-    """Make all that these loggers write :func:`printable`, and what is written where no logger was set up."""
+    """Apply :func:`printable` to the messages of these loggers, and of loggers without handlers."""
     for handler in (logging.lastResort, *(handler for logger in loggers for handler in logger.handlers)):
-        if handler and not any(isinstance(one, _Printable) for one in handler.filters):
+        if handler and not any(isinstance(filter_, _Printable) for filter_ in handler.filters):
             handler.addFilter(_Printable())
 
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn what a user can cause into one line on stderr and exit code 1.
+    """Context manager that prints errors caused by the user in one line on stderr, and exits with code 1.
 
-    With the environment variable SPAR_TRACEBACK the error is left as it is, to see where it came from.
+    With the environment variable SPAR_TRACEBACK, errors are raised with their traceback.
     """
     try:
         yield
-    except _BY_USERS as error:
+    except _USER_ERRORS as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print(f"error: {printable(str(error))}\n({TRACEBACK_VARIABLE}=1 shows where it came from)", file=sys.stderr)
+        print(f"error: {printable(str(error))}\n(set {TRACEBACK_VARIABLE}=1 to show the traceback)", file=sys.stderr)
         raise SystemExit(1) from None
 
 
 @contextlib.contextmanager
 def short_tracebacks(name: str) -> Iterator[None]:
-    """Within it, a logger of that name logs errors without where they came from; see :func:`readable_errors`."""
+    """Context manager that removes tracebacks of user errors from the log; see :func:`readable_errors`.
+
+    Args:
+        name: name of the logger.
+    """
 
     def shorten(record: logging.LogRecord) -> bool:
-        if not os.environ.get(TRACEBACK_VARIABLE) and record.exc_info and isinstance(record.exc_info[1], _BY_USERS):
+        if not os.environ.get(TRACEBACK_VARIABLE) and record.exc_info and isinstance(record.exc_info[1], _USER_ERRORS):
             record.exc_info = record.exc_text = None
             record.msg = f"{record.getMessage().rstrip(':')}, see the message at the end"
             record.args = ()

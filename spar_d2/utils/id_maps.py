@@ -1,4 +1,4 @@
-"""Maps of segments' ids: as the colors of a picture in COCO's panoptic form, by runs, and as places in a list."""
+"""Segment id maps: conversion to COCO panoptic colors, run-length encoding, and index lookup."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# A picture has one color for each: id = R + 256 G + 65536 B.
+# Number of ids that RGB colors can encode: id = R + 256 G + 65536 B.
 IDS = 256**3
 
 
 def as_colors(ids: np.ndarray) -> np.ndarray:
-    """Ids of segments as colors.
+    """Encode segment ids as RGB colors.
 
     Args:
-        ids: (H, W) integers, 0 to ``IDS`` - 1.
+        ids: (H, W) integers in 0..``IDS`` - 1.
 
     Returns:
-        (H, W, 3) uint8, with id = R + 256 G + 65536 B.
+        (H, W, 3) uint8 with id = R + 256 G + 65536 B.
     """
     colors = np.ascontiguousarray(ids, "<u4").view(np.uint8).reshape(*ids.shape, 4)
     return np.ascontiguousarray(colors[..., :3])
 
 
 def runs(*maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where stretches of pixels begin that are the same in all (H, W) maps, in raster order, and their lengths.
+    """Run-length encode one or more id maps jointly.
 
-    Neighbours are mostly of one segment, so that working on runs is several times faster than on pixels.
+    Adjacent pixels usually belong to the same segment, so processing runs is several times faster than processing
+    pixels.
+
+    Args:
+        maps: (H, W) arrays of the same size.
+
+    Returns:
+        Start indices and lengths of runs of pixels that have constant values in all maps, in row-major order.
     """
     flat = [ids.ravel() for ids in maps]
     if not flat[0].size:
@@ -39,43 +46,43 @@ def runs(*maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def places(values: np.ndarray, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which segment each id is.
+    """Look up the index of each value in a list of segment ids.
 
     Args:
-        values: (n,) ids; 0 is none.
-        ids: of the segments, each once.
+        values: (n,) segment ids; 0 means no segment.
+        ids: unique segment ids.
 
     Returns:
-        (n,) the place of each value in ``ids``, from 1 on, 0 for none; and the values that are not among them.
+        The one-based index of each value in ``ids`` (n,), 0 for no segment; and the values that are not in ``ids``.
     """
     known = np.array([0, *ids], dtype=np.int64)
     values = values.astype(np.int64)
     order = np.argsort(known)
-    found = order[np.searchsorted(known, values, sorter=order).clip(max=len(known) - 1)]
-    return found, values[known[found] != values]
+    indices = order[np.searchsorted(known, values, sorter=order).clip(max=len(known) - 1)]
+    return indices, values[known[indices] != values]
 
 
 def boxes(places: np.ndarray, count: int) -> np.ndarray:
-    """Boxes around segments.
+    """Compute bounding boxes of segments.
 
     Args:
-        places: (H, W) numbers that are not negative.
-        count: the highest number that matters.
+        places: (H, W) nonnegative segment indices.
+        count: largest index of interest.
 
     Returns:
-        (``count`` + 1 or more, 4) left, top, right and bottom of every number; right is 0 where it is not seen.
+        Left, top, right and bottom of each index, (at least ``count`` + 1, 4); right is 0 for absent indices.
     """
     height, width = places.shape
     first = np.ones(places.shape, dtype=bool)
     np.not_equal(places[:, 1:], places[:, :-1], out=first[:, 1:])
     ys, left = np.nonzero(first)
-    # A run ends where the next one begins, or with its row.
+    # A run ends at the start of the next one, or at the end of its row.
     right = np.append(left[1:], 0)
     right[right == 0] = width
-    owner = places[ys, left]
-    found = np.tile([width, height, 0, 0], (max(count, int(owner.max())) + 1, 1))
-    np.minimum.at(found[:, 0], owner, left)
-    np.minimum.at(found[:, 1], owner, ys)
-    np.maximum.at(found[:, 2], owner, right)
-    np.maximum.at(found[:, 3], owner, ys + 1)
-    return found
+    index = places[ys, left]
+    result = np.tile([width, height, 0, 0], (max(count, int(index.max())) + 1, 1))
+    np.minimum.at(result[:, 0], index, left)
+    np.minimum.at(result[:, 1], index, ys)
+    np.maximum.at(result[:, 2], index, right)
+    np.maximum.at(result[:, 3], index, ys + 1)
+    return result

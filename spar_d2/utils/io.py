@@ -1,4 +1,4 @@
-"""Writing files so that a half-written one is never seen."""
+"""Atomic file writes, file locks and JSON."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # no such locks on Windows
+except ImportError:  # not available on Windows
     fcntl = None
 
-# A temporary name says who writes to it: ".student.HOST-PID-RANDOM.tmp.safetensors".
+# Temporary file names contain host and process, for example ".student.HOST-PID-RANDOM.tmp.safetensors".
 _TEMPORARY = re.compile(r"\..*\.(?P<host>[^.]*)-\d+-[0-9a-f]{8}\.tmp(\.|$)")
 _STALE_SECONDS = 24 * 3600
-# Of a name, in bytes; and of a suffix that may still be one of a format.
+# Maximum lengths of a file name and of its suffix, in bytes.
 _LONGEST_NAME, _LONGEST_SUFFIX = 255, 32
 _MOST_LINKS = 40
 LOCK = ".lock"
 
 
 def signature(path: str | os.PathLike) -> tuple[int, int]:
-    """Size and time of a file, which change with its content; raises ``FileNotFoundError`` where there is none."""
-    state = os.stat(path)
-    return state.st_size, state.st_mtime_ns
+    """Return the file signature: size and modification time. Raises ``FileNotFoundError`` if the file is missing."""
+    stat_result = os.stat(path)
+    return stat_result.st_size, stat_result.st_mtime_ns
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name to write to; what is there takes the place of ``path`` when the block ends well.
+    """Context manager that yields a temporary file, which replaces ``path`` if the block succeeds.
 
-    The folder is made if needed. When the block fails, nothing is left and ``path`` is as it was. Several processes may
-    write the same ``path`` at once: one of them wins. A symbolic link stays, and what it leads to is replaced. Devices
+    The folder is created if needed. If the block fails, the temporary file is removed, and ``path`` is unchanged.
+    If several processes write the same ``path`` concurrently, the last one wins. Symbolic links are followed. Devices
     and named pipes are written to, not replaced.
 
     Raises:
-        OSError: it is a folder, a block device, a socket or a pipe from which nobody reads, or cannot be written.
+        OSError: ``path`` is a folder, block device, socket, or pipe without a reader, or is not writable.
     """
     target, through = _destination(Path(path))
-    # The suffix stays, for writers that choose a format by it.
+    # Keep the suffix, because some writers choose the format by it.
     suffix = Path(path).suffix
     suffix = suffix if len(os.fsencode(suffix)) <= _LONGEST_SUFFIX else ""
     with (_written_through if through else _replaced)(target, suffix) as temporary:
@@ -58,10 +58,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _destination(path: Path) -> tuple[Path, bool]:
-    """Where symbolic links lead, and whether that is written to as it is instead of being replaced."""
+    """Resolve symbolic links; also return whether to write to the target directly instead of replacing it."""
     given = path
     for _ in range(_MOST_LINKS):
-        # What a process has open, such as /dev/stdout: also where it is a file, it is not to be replaced under it.
+        # Open file descriptors, such as /dev/stdout, must not be replaced, even if they are regular files.
         opened = str(path.absolute()).startswith(("/proc/", "/dev/fd/"))
         if opened or not path.is_symlink():
             break
@@ -75,30 +75,30 @@ def _destination(path: Path) -> tuple[Path, bool]:
     kinds = {"a folder": stat.S_ISDIR, "a block device": stat.S_ISBLK, "a socket": stat.S_ISSOCK}
     for kind, is_kind in kinds.items():
         if is_kind(mode):
-            raise OSError(f"{given} is {kind}, and cannot be written to; name a file")
+            raise OSError(f"{given} is {kind} and cannot be written to; choose a file")
     return path, opened or not stat.S_ISREG(mode)
 
 
 @contextlib.contextmanager
 def _written_through(path: Path, suffix: str) -> Iterator[Path]:
     descriptor = _open_to_add(path)
-    with open(descriptor, "wb") as there, tempfile.TemporaryDirectory() as folder:
+    with open(descriptor, "wb") as destination, tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / f"content{suffix}"
         yield temporary
         with open(temporary, "rb") as content:
-            shutil.copyfileobj(content, there)
+            shutil.copyfileobj(content, destination)
 
 
 def _open_to_add(path: Path) -> int:
     if match := re.fullmatch(rf"(?:/dev|/proc/(?:self|thread-self|{os.getpid()}))/fd/(\d+)", str(path)):
-        # What this process has open itself goes on from where it stands.
+        # Continue at the current position of a file descriptor of this process.
         return os.dup(int(match[1]))
     try:
-        # Without waiting for a reader, which may never come.
+        # Non-blocking: do not wait for a reader of the pipe.
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ENXIO:
-            raise OSError(f"{path} is a pipe or socket from which nobody reads; name a file") from error
+            raise OSError(f"{path} is a pipe or socket without a reader; choose a file") from error
         raise
     os.set_blocking(descriptor, True)
     return descriptor
@@ -111,7 +111,7 @@ def _replaced(path: Path, suffix: str) -> Iterator[Path]:
     try:
         mode = os.stat(path if path.exists() else temporary).st_mode
         yield temporary
-        # Some writers make files that only their owner may read.
+        # Some writers create files that only the owner can read.
         os.chmod(temporary, stat.S_IMODE(mode))
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -123,7 +123,11 @@ def _replaced(path: Path, suffix: str) -> Iterator[Path]:
 
 
 def _new_temporary(path: Path, suffix: str) -> tuple[Path, int | None]:
-    """A new, empty file beside ``path``, and what holds a lock on it, to be closed; None where there are no locks."""
+    """Create an empty temporary file beside ``path``, and lock it.
+
+    Returns:
+        The file, and the descriptor that holds the lock until it is closed; None if locks are not supported.
+    """
     while True:
         ending = f".{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp{suffix}"
         stem = shortened(path.stem, _LONGEST_NAME - len(os.fsencode(f".{ending}")))
@@ -134,27 +138,27 @@ def _new_temporary(path: Path, suffix: str) -> tuple[Path, int | None]:
             return temporary, None
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Before it was locked, it may have been taken for a leftover.
+        # Before it was locked, another process may have removed it as a leftover.
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
         os.close(descriptor)
 
 
 def shortened(name: str, most: int) -> str:
-    """The beginning of a name that has no more than so many bytes on disk."""
+    """Truncate a file name to at most ``most`` bytes."""
     while len(os.fsencode(name)) > most:
         name = name[:-1]
     return name
 
 
 def write_json(content: object, path: str | os.PathLike, **options: Any) -> None:
-    """Write :func:`as_json` in UTF-8; readers see all of it or nothing."""
+    """Atomically write :func:`as_json` to a UTF-8 file."""
     with atomic_write(path) as temporary:
         temporary.write_text(as_json(content, **options), encoding="utf-8")
 
 
 def as_json(content: object, **options: Any) -> str:
-    """JSON, with the options of ``json.dumps``; numbers that are NaN or infinite, which JSON has not, become null."""
+    """Serialize with the options of ``json.dumps``. NaN and infinity, which JSON does not support, become null."""
     try:
         return json.dumps(content, allow_nan=False, **options)
     except ValueError:
@@ -170,30 +174,30 @@ def _finite(content: object) -> object:
 
 
 def check_not_read(output: str | os.PathLike, inputs: Mapping[str, str | os.PathLike | None]) -> None:
-    """Raise ``ValueError`` where ``--output`` would overwrite an input.
+    """Raise ``ValueError`` if ``--output`` would overwrite an input.
 
     Args:
-        output: file to write.
-        inputs: file of each flag, or folder whose files are read; None where it is not given.
+        output: output file.
+        inputs: input file or folder of each flag; None if the flag is not set.
     """
     real = Path(os.path.realpath(output))
     for flag, source in inputs.items():
-        place = Path(os.path.realpath(source)) if source is not None else None
-        is_same = place == real or (real.is_file() and place is not None and place.is_file() and real.samefile(place))
-        if is_same or (place in real.parents and real.is_file()):
-            raise ValueError(f"--output must not overwrite what {flag} {source} is read from, got {output}")
+        path = Path(os.path.realpath(source)) if source is not None else None
+        is_same = path == real or (real.is_file() and path is not None and path.is_file() and real.samefile(path))
+        if is_same or (path in real.parents and real.is_file()):
+            raise ValueError(f"--output must not overwrite the input of {flag} {source}, got {output}")
 
 
 @contextlib.contextmanager
 def file_lock(folder: str | os.PathLike) -> Iterator[None]:
-    """Within it, no other process can enter it for the same folder; where locks are not supported, any can.
+    """Context manager that locks a folder for this process. It has no effect if locks are not supported.
 
     Raises:
-        RuntimeError: another process is within it.
+        RuntimeError: another process holds the lock.
     """
     with open(Path(folder) / LOCK, "w") as file:
         try:
-            # Of this process alone: what it forks does not hold on to it.
+            # lockf, unlike flock, is not inherited by forked processes.
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -204,15 +208,15 @@ def file_lock(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def mark_in_use(folder: str | os.PathLike) -> Callable[[], bool]:
-    """Mark a folder as in use by this process until it ends.
+    """Mark a folder as in use by this process until the process ends.
 
     Returns:
-        Tells whether no other process has marked it; False where locks are not supported.
+        A function that returns whether no other process uses the folder; False if locks are not supported.
     """
     locks = fcntl
     if locks is None:
         return lambda: False
-    # Never closed: the mark ends with the process, however that ends.
+    # Never closed: the lock is released when the process ends.
     descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
         locks.flock(descriptor, locks.LOCK_SH | locks.LOCK_NB)
@@ -228,10 +232,10 @@ def mark_in_use(folder: str | os.PathLike) -> Callable[[], bool]:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> list[str]:
-    """Remove temporary files that writers which were killed left in a folder or below it; returns their paths.
+    """Recursively remove temporary files of killed processes from a folder, and return their paths.
 
-    Those that are being written stay: their writer holds a lock on them. Where locks are not supported, and where a
-    machine of another name made them, they also stay for a day.
+    Files that are being written are kept, because their writer holds a lock. If locks are not supported, or if the file
+    was created by another host, it is kept for one day.
     """
     removed = []
     for parent, _, names in os.walk(folder):
@@ -255,13 +259,13 @@ def _remove_if_left(path: str, host: str) -> bool:
             if not certain and time.time() - os.fstat(file.fileno()).st_mtime < _STALE_SECONDS:
                 return False
             os.unlink(path)
-    except OSError:  # locked, or gone, or not ours to remove
+    except OSError:  # locked, already removed, or not removable
         return False
     return True
 
 
 def _is_free(descriptor: int) -> bool:
-    """Lock a file, which nobody else then can; False where that is not supported. Raises where somebody has."""
+    """Try to lock a file. Returns False if locks are not supported; raises ``BlockingIOError`` if it is locked."""
     if fcntl is None:
         return False
     try:

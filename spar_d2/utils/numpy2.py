@@ -1,7 +1,7 @@
-"""Detectron2's evaluator of semantic segmentation under NumPy 2: the one function of Detectron2 that is replaced.
+"""NumPy 2 compatibility of Detectron2's ``SemSegEvaluator``.
 
-It reads ground truth with ``np.array(..., copy=False)``. NumPy 1 took that for "copy where needed". NumPy 2 takes it
-for "never copy", and fails: ``Unable to avoid copy while creating an array as requested.``
+The evaluator reads ground truth with ``np.array(..., copy=False)``. In NumPy 1, this means "copy if needed". In NumPy
+2, it means "never copy", and fails with ``Unable to avoid copy while creating an array as requested.``
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def mend_evaluator() -> None:
-    """Let Detectron2's ``SemSegEvaluator`` copy the pixels that it reads; nothing changes with an older NumPy."""
+    """Patch the image reader of Detectron2's ``SemSegEvaluator`` to copy pixels. No effect with NumPy 1."""
     if int(np.__version__.split(".")[0]) < 2:
         return
     from detectron2.evaluation import sem_seg_evaluation
@@ -26,7 +26,7 @@ def mend_evaluator() -> None:
         return original(filename, copy=True, dtype=dtype)
 
     sem_seg_evaluation.load_image_into_numpy_array = load_image_into_numpy_array
-    # The class holds it as the default of an argument.
+    # The class also refers to the function as the default value of an argument.
     defaults = sem_seg_evaluation.SemSegEvaluator.__init__.__kwdefaults__ or {}
     for name, value in defaults.items():
         if value is original:

@@ -1,4 +1,4 @@
-"""The numbers that PanopticFPN has for the classes of a panoptic data set, from its metadata."""
+"""Class indices of PanopticFPN for a panoptic data set, from its metadata."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 THINGS, STUFF = "thing_dataset_id_to_contiguous_id", "stuff_dataset_id_to_contiguous_id"
-# Detectron2's name for the class of stuff that stands for all things.
+# Name of Detectron2's stuff class that represents all things.
 _ALL_THINGS = "things"
 
 
 @dataclass(frozen=True)
 class SeparateNumbers:
-    """Things from 0 on and stuff from 1 on, where 0 stands for all things, in the order of their contiguous numbers.
+    """Separate indices of thing and stuff classes, in the order of the contiguous ids of the data set.
+
+    Thing indices start from 0. Stuff indices start from 1, because stuff class 0 represents all things.
 
     Attributes:
-        things, stuff: PanopticFPN's number for each contiguous one of the data set.
-        own_things, own_stuff: the data set's category for each of PanopticFPN's numbers.
+        things, stuff: maps contiguous ids of the data set to PanopticFPN's indices.
+        own_things, own_stuff: maps PanopticFPN's indices to category ids of the data set.
     """
 
     things: Mapping[int, int]
@@ -27,30 +29,30 @@ class SeparateNumbers:
 
 
 def separate_numbers(name: str, metadata: Mapping[str, Any]) -> SeparateNumbers:
-    """Numbers for a data set in either of Detectron2's forms: things and stuff counted together, or apart.
+    """Compute the indices of a data set, whose contiguous ids may be shared by things and stuff or separate.
 
     Args:
-        name: of the data set, for errors.
-        metadata: has, for the category ids of the data set, ``thing_dataset_id_to_contiguous_id`` and
-            ``stuff_dataset_id_to_contiguous_id``.
+        name: name of the data set, for error messages.
+        metadata: metadata with ``thing_dataset_id_to_contiguous_id`` and ``stuff_dataset_id_to_contiguous_id``, which
+            map category ids of the data set to contiguous ids.
 
     Raises:
-        ValueError: one of the two is missing.
+        ValueError: one of the two entries is missing.
     """
     missing = [key for key in (THINGS, STUFF) if not isinstance(metadata.get(key), Mapping)]
     if missing:
         raise ValueError(
             f"the data set {name!r} has no {' and no '.join(missing)} in its metadata: register it with both, each a "
-            "dict from the category ids in its JSON file to numbers of classes from 0 on"
+            "dict from the category ids in its JSON file to contiguous class indices starting from 0"
         )
     all_things = list(metadata.get("stuff_classes") or ())[:1] == [_ALL_THINGS]
     things = {number: category for category, number in metadata[THINGS].items()}
     stuff = {number: category for category, number in metadata[STUFF].items() if number or not all_things}
-    thing_numbers = {number: place for place, number in enumerate(sorted(things))}
-    stuff_numbers = {number: place for place, number in enumerate(sorted(stuff), start=1)}
+    thing_indices = {number: index for index, number in enumerate(sorted(things))}
+    stuff_indices = {number: index for index, number in enumerate(sorted(stuff), start=1)}
     return SeparateNumbers(
-        thing_numbers,
-        stuff_numbers,
-        {place: things[number] for number, place in thing_numbers.items()},
-        {place: stuff[number] for number, place in stuff_numbers.items()},
+        thing_indices,
+        stuff_indices,
+        {index: things[number] for number, index in thing_indices.items()},
+        {index: stuff[number] for number, index in stuff_indices.items()},
     )

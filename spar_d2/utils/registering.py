@@ -1,4 +1,4 @@
-"""Registering classes with Detectron2 so that their types stay known."""
+"""Registration of classes with Detectron2 that preserves their types."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ C = TypeVar("C", bound=type)
 
 
 def registered(registry: Registry) -> Callable[[C], C]:
-    """``registry.register()``, which returns the class that it decorates, though it declares to return anything."""
+    """Return ``registry.register()`` with a precise type: the decorator returns the class it decorates."""
     return cast("Callable[[C], C]", registry.register())

@@ -1,4 +1,4 @@
-"""Copies to a GPU that nobody waits for."""
+"""Asynchronous copies to a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on a device; the copy to a GPU is made from pinned memory, while the CPU goes on."""
+    """Copy a CPU tensor to a device; copies to a GPU are asynchronous, from pinned memory."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

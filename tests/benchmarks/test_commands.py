@@ -67,7 +67,7 @@ def test_teacher_table_is_printed_and_written(benchmark, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--encoders", "ViT-B-61"], "--encoders: there is no encoder for 'ViT-B-61'; did you mean ViT-B-16"),
+        (["--encoders", "ViT-B-61"], "--encoders: unknown encoder 'ViT-B-61'; did you mean ViT-B-16"),
         (["--sizes", "512"], "--sizes must be a width and a height in pixels, such as 2048x1024; got 512"),
         (
             ["--sizes", "512x512", "512x0"],
@@ -92,7 +92,7 @@ def test_wrong_options_of_teacher_are_one_line(benchmark, capsys, options, messa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--encoders", "ViT-B-61"], "--encoders: there is no encoder for 'ViT-B-61'; did you mean ViT-B-16"),
+        (["--encoders", "ViT-B-61"], "--encoders: unknown encoder 'ViT-B-61'; did you mean ViT-B-16"),
         (["--encoders", "none.json"], "--encoders: there is no model config file none.json"),
         (["--sizes", "512", "0"], "--sizes must be at least 1, got 0"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
@@ -201,7 +201,7 @@ def test_full_maps_without_room_are_left_out(benchmark, capsys):
         (["--words", "0"], "--words must be at least 1, got 0"),
         (["--long-side", "0"], "--long-side must be at least 1, got 0"),
         (["--image", "nowhere.jpg"], "image: nowhere.jpg does not exist"),
-        (["--encoder", "ViT-B-61"], "--encoder: there is no encoder for 'ViT-B-61'"),
+        (["--encoder", "ViT-B-61"], "--encoder: unknown encoder 'ViT-B-61'"),
     ],
 )
 def test_wrong_options_of_postprocess_are_one_line(benchmark, capsys, options, message):

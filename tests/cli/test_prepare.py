@@ -32,14 +32,14 @@ def tree(name, root):
 def test_prepares(name, root, monkeypatch, capsys):
     expected = tree(name, root)
     run(monkeypatch, name)
-    assert f"{name}: 3 labels written, 0 were there" in capsys.readouterr().out
+    assert f"{name}: 3 labels written, 0 already existed" in capsys.readouterr().out
     records = DatasetCatalog.get(name)
     assert len(records) == 3
     for record in records:
         with Image.open(record["sem_seg_file_name"]) as labels:
             assert np.array_equal(np.asarray(labels), expected[record["image_id"]])
     run(monkeypatch, name, "--workers", 1)
-    assert f"{name}: 0 labels written, 3 were there" in capsys.readouterr().out
+    assert f"{name}: 0 labels written, 3 already existed" in capsys.readouterr().out
 
 
 def test_another_root(root, monkeypatch):
@@ -65,7 +65,7 @@ def test_all_that_is_there(root, monkeypatch, capsys):
             "cityscapes_panoptic_train",
         )
         assert (f"{name}: 3 labels written" in output) == there
-        assert (f"{name}: left out, download" in output) != there
+        assert (f"{name}: skipped, download" in output) != there
 
 
 def test_the_table(root, monkeypatch, capsys):
@@ -105,9 +105,9 @@ def test_a_name_for_several(group, root, monkeypatch, capsys):
     tree(base, root)
     run(monkeypatch, group)
     output = capsys.readouterr().out.splitlines()
-    prepared = [line.split(":")[0] for line in output if "3 labels written, 0 were there" in line]
+    prepared = [line.split(":")[0] for line in output if "3 labels written, 0 already existed" in line]
     assert prepared == [name for name in GROUPS[group] if not name.endswith("_train")]
-    left_out = [line for line in output if "left out, download " in line]
+    left_out = [line for line in output if "skipped, download " in line]
     assert [line.split(":")[0] for line in left_out] == [name for name in GROUPS[group] if name.endswith("_train")]
     tree(f"{base}_train", root)
     run(monkeypatch, group, f"{group}_val")
@@ -124,7 +124,7 @@ def test_a_name_for_several(group, root, monkeypatch, capsys):
         (["cityscapes_panoptic"], "download leftImg8bit_trainvaltest.zip from www.cityscapes-dataset.com/downloads"),
         (["ade20k_panoptic"], "download ADEChallengeData2016.zip"),
         (["voc"], "NAME must be one of voc21, "),
-        (["all"], "no official files of any data set are in "),
+        (["all"], "contains no official files of any data set"),
         (["voc21"], "download VOCtrainval_11-May-2012.tar"),
         (["voc21", "--workers", "0"], "--workers must be at least 1, got 0"),
     ],
@@ -147,5 +147,5 @@ def test_ctrl_c(root, monkeypatch):
 
     monkeypatch.setattr(tool, "prepare", interrupt)
     monkeypatch.setattr("sys.argv", ["prepare", "voc21"])
-    with pytest.raises(SystemExit, match="stopped; the same command goes on from there"):
+    with pytest.raises(SystemExit, match="stopped; run the same command again to continue"):
         tool.main()

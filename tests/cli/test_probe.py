@@ -138,7 +138,7 @@ def test_ctrl_c_in_training_stops_and_resume_goes_on(probe, work, monkeypatch, t
 
     with monkeypatch.context() as patch:
         patch.setattr(StepSeed, "before_step", press)
-        with pytest.raises(SystemExit, match="the same command with --resume goes on"):
+        with pytest.raises(SystemExit, match="the same command with --resume"):
             probe("--rows", "single_pass")
     assert work["steps"] == 2
     probe("--rows", "single_pass", *["--resume"] * resume)
@@ -156,7 +156,7 @@ def test_ctrl_c_in_testing_keeps_the_probe_and_other_settings_begin_anew(probe, 
     def stop(*arguments, **keys):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume goes on"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command with --resume"):
         patch.setattr(comparison.SemanticEvaluator, "process", stop)
         probe("--rows", "single_pass")
     assert work["steps"] == 4

@@ -103,7 +103,7 @@ def test_a_photo_into_a_new_folder(demo, photo, tmp_path, capsys):
     largest = record["classes"][0]
     assert f"  {largest['name']} {largest['area']:.1%}" in printed.out
     assert "1 image, median" in printed.out
-    reason = "has no word that is not of another class: it is never predicted."
+    reason = "has no synonym of its own and is never predicted."
     assert printed.err == f"warning: Class 4 of the vocabulary, 'star', {reason}\n"
 
 
@@ -401,7 +401,7 @@ def test_segments_of_one_class_are_outlined(panoptic_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vocabulary", "cat; dog"], "--vocabulary: a PanopticFPN has the classes that it was trained on"),
+        (["--vocabulary", "cat; dog"], "--vocabulary: a PanopticFPN model has a fixed set of classes"),
         (["--show", "overlay", "pca"], "--show must be overlay for PanopticFPN"),
         (["--opts", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "must be OpenVocabularySegmentor or PanopticFPN"),
         (["--opts", "DATASETS.TEST", "()", "DATASETS.TRAIN", "()"], "DATASETS.TEST or DATASETS.TRAIN must name"),

@@ -55,7 +55,7 @@ def test_stops_at_ctrl_c_resumes_and_evaluates(tiny_model, photo_folder, tmp_pat
     text = log.read_text()
     assert process.exitcode == 0, text
     assert "Traceback" not in text
-    assert "--resume goes on" in text
+    assert "use --resume to continue" in text
     stopped = int((output / "last_checkpoint").read_text().removeprefix("model_").removesuffix(".pth"))
 
     code = run_tool(TOOL, ["--resume", *arguments, "SOLVER.MAX_ITER", stopped + 3], log)
@@ -128,6 +128,6 @@ def test_missing_gpu(tmp_path, capsys):
         import_module("spar_d2.cli.train").work(default_argument_parser().parse_args(arguments))
     assert exit_.value.code == 1
     errors = capsys.readouterr().err
-    assert "nothing to evaluate on: DATASETS.TEST is empty" in errors
+    assert "DATASETS.TEST must not be empty" in errors
     if not torch.cuda.is_available():
-        assert "there is no GPU here: using the CPU" in errors
+        assert "no GPU is available; using the CPU" in errors

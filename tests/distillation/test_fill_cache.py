@@ -70,18 +70,18 @@ def test_a_cache_that_cannot_be_written_to_stops_filling_but_no_training(cfg, mo
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.mkdir", refuse)
-        with pytest.raises(RuntimeError, match="cannot be written to"):
+        with pytest.raises(RuntimeError, match="is not writable"):
             fill_cache(cfg, show=False)
         trainer = Trainer(cfg)
     trainer.train()
-    assert "nothing more is written" in caplog.text
+    assert "no longer writing" in caplog.text
     assert not hook_of(trainer).cache.folder.exists()
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("SPAR.TEACHER.CACHE_DIR", "", r"SPAR\.TEACHER\.CACHE_DIR must name"),
+        ("SPAR.TEACHER.CACHE_DIR", "", r"SPAR\.TEACHER\.CACHE_DIR must be set"),
         ("SPAR.DATA.FROZEN", False, r"SPAR\.DATA\.FROZEN must be True"),
         ("MODEL.META_ARCHITECTURE", "PanopticFPN", r"MODEL\.META_ARCHITECTURE must be OpenVocabularySegmentor"),
     ],
@@ -94,7 +94,7 @@ def test_wrong_keys_are_named(cfg, key, value, message):
 
 def test_training_needs_frozen_images_for_a_cache(cfg):
     cfg.SPAR.DATA.FROZEN = False
-    with pytest.raises(ValueError, match=r"SPAR\.TEACHER\.CACHE_DIR needs SPAR\.DATA\.FROZEN True"):
+    with pytest.raises(ValueError, match=r"SPAR\.TEACHER\.CACHE_DIR requires SPAR\.DATA\.FROZEN True"):
         Trainer(cfg)
 
 

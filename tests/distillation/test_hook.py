@@ -51,7 +51,7 @@ def test_an_encoder_that_is_wholly_frozen_needs_no_teacher(tiny_cfg, unused):
     encoder = find_encoder(trainer.model).requires_grad_(False)
     if unused:  # by dense features
         encoder.visual.trunk.attn_pool.latent.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TRAINABLE leaves nothing of the encoder to train"):
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TRAINABLE selects no trainable parameters of the encoder"):
         trainer.train(0, 1)
 
 
@@ -208,7 +208,7 @@ def test_a_model_without_encoder_or_with_two_is_named():
     model = nn.Linear(2, 2)
     trainer = SimpleTrainer(model, [], torch.optim.SGD(model.parameters(), lr=0.1))
     trainer.register_hooks([hook])
-    with pytest.raises(RuntimeError, match=r"one SPAR encoder is needed, found 0.*MODEL\.BACKBONE\.NAME"):
+    with pytest.raises(RuntimeError, match=r"one SPAR encoder, found 0.*MODEL\.BACKBONE\.NAME"):
         trainer.train(0, 1)
 
 

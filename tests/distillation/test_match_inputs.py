@@ -32,4 +32,4 @@ def test_what_cannot_be_told_names_all():
         assert {one.name for one in encoded} == {"a or b"}
         assert {one.position for one in encoded} == {None}
     (alone,) = match([batch((0, (8, 8)))], torch.zeros(1, 3, 8, 8))
-    assert alone.name == "an image without name"
+    assert alone.name == "an unnamed image"

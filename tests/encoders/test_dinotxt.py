@@ -114,9 +114,9 @@ def test_the_file_of_the_authors(whole_state, tmp_path):
 
 
 def test_a_repository_must_be_named_and_be_one(tmp_path):
-    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.DINOV3_REPO.*must name a folder"):
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.DINOV3_REPO.*must be the folder"):
         build_encoder(NAME)
-    with pytest.raises(FileNotFoundError, match="no clone of the dinov3 repository"):
+    with pytest.raises(FileNotFoundError, match="not a clone of the dinov3 repository"):
         build_encoder(NAME, dinov3_repo=str(tmp_path))
     (tmp_path / "hubconf.py").write_text("dependencies = ['torch']\n")
     with pytest.raises(RuntimeError, match=rf"DINOV3_REPO: .* cannot build {NAME}"):

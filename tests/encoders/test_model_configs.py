@@ -23,14 +23,14 @@ WRONG = [
     (TINY_CONFIG, ("vision_cfg",), None, "vision_cfg must be a JSON object, got None"),
     (TINY_CONFIG, ("vision_cfg",), [1], "vision_cfg must be a JSON object"),
     (TINY_CONFIG, ("text_cfg",), "x", "text_cfg must be a JSON object"),
-    (TINY_CONFIG, ("embed_dim",), None, "embed_dim must be a whole number"),
-    (TINY_CONFIG, ("embed_dim",), "64", "embed_dim must be a whole number"),
-    (TINY_CONFIG, ("embed_dim",), 1e999, "embed_dim must be a whole number"),
+    (TINY_CONFIG, ("embed_dim",), None, "embed_dim must be an integer"),
+    (TINY_CONFIG, ("embed_dim",), "64", "embed_dim must be an integer"),
+    (TINY_CONFIG, ("embed_dim",), 1e999, "embed_dim must be an integer"),
     (TINY_CONFIG, ("quick_gelu",), "no", "quick_gelu must be true or false"),
-    (TINY_CONFIG, ("vision_cfg", "patch_size"), 0, "vision_cfg.patch_size must be a whole number"),
+    (TINY_CONFIG, ("vision_cfg", "patch_size"), 0, "vision_cfg.patch_size must be an integer"),
     (TINY_CONFIG, ("vision_cfg", "patch_size"), "16", "vision_cfg.patch_size"),
     (TINY_CONFIG, ("vision_cfg", "patch_size"), [16], "vision_cfg.patch_size"),
-    (TINY_CONFIG, ("vision_cfg", "patch_size"), 128, "must not be more than vision_cfg.image_size"),
+    (TINY_CONFIG, ("vision_cfg", "patch_size"), 128, "must not be greater than vision_cfg.image_size"),
     (TINY_CONFIG, ("vision_cfg", "image_size"), {}, "vision_cfg.image_size"),
     (TINY_CONFIG, ("vision_cfg", "image_size"), 10**12, "vision_cfg.image_size"),
     (TINY_CONFIG, ("vision_cfg", "layers"), True, "vision_cfg.layers"),
@@ -41,7 +41,7 @@ WRONG = [
     (TINY_CONFIG, ("preprocess_cfg",), 3, "preprocess_cfg must be a JSON object"),
     (TINY_CONFIG, ("preprocess_cfg",), {"mean": [0.5]}, "preprocess_cfg.mean must be three numbers"),
     (TINY_CONFIG, ("preprocess_cfg",), {"std": [0.5, 0, 1]}, "preprocess_cfg.std must be three numbers above 0"),
-    (POOLED, ("vision_cfg", "timm_model_name"), 7, "timm_model_name must be a text"),
+    (POOLED, ("vision_cfg", "timm_model_name"), 7, "timm_model_name must be a string"),
     (POOLED, ("vision_cfg", "timm_model_name"), "vit_no_such_siglip", "vit_no_such_siglip"),
 ]
 
@@ -58,5 +58,5 @@ def test_wrong_values_are_named(tmp_path, config, place, value, message, use):
 
 def test_nested_without_end(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="no valid JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         build_encoder(str(tmp_path / "deep.json"))

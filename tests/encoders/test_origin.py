@@ -154,7 +154,7 @@ def test_damaged_metadata_is_left_out_and_told(tiny_model, tmp_path, caplog, tex
     usual = build_encoder(tiny_model[0], tiny_model[1])
     encoder = build_encoder(tiny_model[0], path)
     assert (encoder.pixel_mean, encoder.pixel_std) == (usual.pixel_mean, usual.pixel_std)
-    assert "damaged and left out" in caplog.text
+    assert "corrupt and ignored" in caplog.text
 
 
 @pytest.mark.parametrize("metadata", [{"format": "pt"}, {"spar_d2": '{"unknown": 1}'}, None])
@@ -178,7 +178,7 @@ def test_metadata_of_others_is_no_matter(tiny_model, tmp_path, caplog, metadata)
 def test_wrong_choices_are_named(tiny_model, arguments, message):
     with pytest.raises(ValueError, match=message):
         build_encoder(*tiny_model, **arguments)
-    with pytest.raises(ValueError, match="QUICK_GELU.*open_clip's ViTs alone"):
+    with pytest.raises(ValueError, match="QUICK_GELU.*open_clip ViTs only"):
         build_encoder("vit_nano_patch8_dinov3", quick_gelu=True)
 
 

@@ -35,7 +35,7 @@ def test_a_frozen_bfloat16_encoder_has_half_the_weights_and_stays_close(encoder)
     # Nothing around it changes what weights that were cast compute in.
     with torch.autocast("cpu", torch.float16):
         assert torch.equal(encoder(x), found)
-    with pytest.raises(ValueError, match=r"must stay bfloat16.*got 'float32'"):
+    with pytest.raises(ValueError, match=r"must be bfloat16.*got 'float32'"):
         encoder.accelerate("float32")
 
 

@@ -109,7 +109,7 @@ def test_a_tokenizer_that_cannot_be_had_is_named(tmp_path):
     config = json.loads(Path(TINY).read_text())
     config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "nowhere")
     (tmp_path / "no-tokenizer.json").write_text(json.dumps(config))
-    with pytest.raises(RuntimeError, match="tokenizer of no-tokenizer could not be had.*hf_tokenizer_name"):
+    with pytest.raises(RuntimeError, match="tokenizer of no-tokenizer failed to download.*hf_tokenizer_name"):
         build_text_tower(str(tmp_path / "no-tokenizer.json")).encode(["a cat"])
 
 
@@ -129,7 +129,7 @@ def test_image_and_text_come_from_one_file(tmp_path):
     [
         ({"global_pool": "avg"}, "attention pooling"),
         ({"class_token": True, "global_pool": "map"}, "prefix tokens"),
-        ({"class_token": False, "global_pool": "map", "pos_embed": "none"}, "no position table"),
+        ({"class_token": False, "global_pool": "map", "pos_embed": "none"}, "no position embedding"),
     ],
 )
 def test_other_towers_are_refused(options, reason):

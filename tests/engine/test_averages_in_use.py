@@ -42,7 +42,7 @@ def test_all_that_use_a_checkpoint_take_the_averages_and_a_run_goes_on_without(r
     with caplog.at_level("WARNING"):
         encoder = build_encoder(name, checkpoint)
     assert matches(encoder, student)
-    assert "moving averages (SPAR.EMA_DECAY)" in caplog.text
+    assert "EMA weights (SPAR.EMA_DECAY)" in caplog.text
     converted = convert_weights(EncoderSpec(name, checkpoint), text=cfg.MODEL.SPAR.PRETRAINED)
     assert all(torch.equal(student[key], tensor) for key, tensor in converted.items() if key.startswith("visual."))
     for checkpointer in (Checkpointer, DetectionCheckpointer):  # --student, DefaultPredictor
@@ -71,5 +71,5 @@ def test_averages_of_no_weight_are_damage(tiny_model, tmp_path, reference_clip):
     trainer = {"hooks": {"ModelEma": {"averages": {"backbone.encoder.visual.proj": torch.zeros(2)}}}}
     model = {f"backbone.encoder.{name}": tensor for name, tensor in reference_clip.state_dict().items()}
     torch.save({"model": model, "trainer": trainer}, tmp_path / "c.pth")
-    with pytest.raises(RuntimeError, match=r"its moving average of 'backbone\.encoder\.visual\.proj' is of no weight"):
+    with pytest.raises(RuntimeError, match=r"its EMA weight 'backbone\.encoder\.visual\.proj' matches no weight"):
         build_encoder(tiny_model[0], str(tmp_path / "c.pth"))

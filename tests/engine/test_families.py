@@ -89,7 +89,7 @@ def test_students_are_files_of_their_libraries(tmp_path, photo_folder, labeled):
 
 def test_words_without_a_text_side_are_refused_before_anything_is_built(tmp_path, photo_folder, labeled):
     cfg = config("DINOv3", tmp_path, photo_folder, labeled, "MODEL.SPAR.OUTPUT", "labels")
-    with pytest.raises(ValueError, match=r"no text side, so it cannot segment by words; families with one: .*SigLIP"):
+    with pytest.raises(ValueError, match=r"no text tower, so it cannot segment by class names; .*SigLIP"):
         build_model(cfg)
     cfg.DATASETS.TEST = ()
     model = build_model(cfg).eval()

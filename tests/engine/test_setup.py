@@ -73,7 +73,7 @@ def test_yaml_that_runs_code_is_refused(tmp_path, base):
     (tmp_path / "below").mkdir()
     (tmp_path / "below/c.yaml").write_text("_BASE_: ../b.yaml\n")
     (tmp_path / "c.yaml").write_text(base or UNSAFE.format(tmp_path))
-    with pytest.raises(ValueError, match=r"!!python/object/apply:os\.system \(.*yaml, line 1\) is refused"):
+    with pytest.raises(ValueError, match=r"!!python/object/apply:os\.system \(.*yaml, line 1\) is not allowed"):
         load_config(str(tmp_path / "c.yaml"), [])
     assert not (tmp_path / "ran").exists()
 
@@ -81,7 +81,7 @@ def test_yaml_that_runs_code_is_refused(tmp_path, base):
 @pytest.mark.parametrize("tag", ["python/name:os.system", "python/module:os", "python/object/new:os.system []"])
 def test_other_tags_of_python_are_refused(tmp_path, tag):
     (tmp_path / "c.yaml").write_text(f"SEED: 3\nOUTPUT_DIR: !!{tag}\n")
-    with pytest.raises(ValueError, match=rf"!!{tag.split()[0]} \(.*, line 2\) is refused"):
+    with pytest.raises(ValueError, match=rf"!!{tag.split()[0]} \(.*, line 2\) is not allowed"):
         load_config(str(tmp_path / "c.yaml"), [])
 
 
@@ -95,7 +95,7 @@ def test_bases_are_never_fetched(tmp_path, monkeypatch, base, form):
     monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda *_: pytest.fail("it was fetched"))
     (tmp_path / "b.yaml").write_text("SEED: 3\n")
     (tmp_path / "c.yaml").write_text(form.format(base))
-    with pytest.raises(ValueError, match=f"_BASE_: {base} is refused, only local files are read"):
+    with pytest.raises(ValueError, match=f"_BASE_: {base} must be a local file"):
         load_config("c.yaml", [])
 
 
@@ -103,7 +103,7 @@ def test_bases_are_never_fetched(tmp_path, monkeypatch, base, form):
 def test_a_base_that_leads_back_is_named(tmp_path):
     (tmp_path / "c.yaml").write_text("_BASE_: d.yaml\n")
     (tmp_path / "d.yaml").write_text("_BASE_: c.yaml\n")
-    with pytest.raises(ValueError, match="_BASE_ leads back to itself"):
+    with pytest.raises(ValueError, match="_BASE_ is circular"):
         load_config(str(tmp_path / "c.yaml"), [])
 
 
@@ -115,7 +115,7 @@ def test_bases_are_inherited(tmp_path):
 
 
 def test_no_config_and_a_missing_one(tmp_path):
-    with pytest.raises(ValueError, match="--config-file is needed"):
+    with pytest.raises(ValueError, match="--config-file is required"):
         load_config("", [])
     with pytest.raises(FileNotFoundError, match="--config-file: there is no file"):
         load_config(str(tmp_path / "none.yaml"), [])
@@ -128,10 +128,10 @@ def test_no_config_and_a_missing_one(tmp_path):
         (["MODEL.NO_KEY", 1], "MODEL.NO_KEY"),
         (["SOLVER.MAX_ITER", "many"], "many"),
         (["SOLVER.MAX_ITER"], "odd length"),
-        (["SOLVER.MAX_ITER", 1, "--resume"], "flags go before"),
-        (["MODEL.BACKBONE.NAME", "SPARVit"], "MODEL.BACKBONE.NAME.*near names: SPARViT"),
+        (["SOLVER.MAX_ITER", 1, "--resume"], "--resume must be before the first KEY VALUE pair"),
+        (["MODEL.BACKBONE.NAME", "SPARVit"], "MODEL.BACKBONE.NAME.*did you mean SPARViT"),
         (["MODEL.META_ARCHITECTURE", "Foo"], "MODEL.META_ARCHITECTURE"),
-        (["DATASETS.TEST", "('spar_scenes_vall',)"], "DATASETS.TEST.*near names: spar_scenes_val"),
+        (["DATASETS.TEST", "('spar_scenes_vall',)"], "DATASETS.TEST.*did you mean spar_scenes_val"),
         (["DATASETS.TRAIN", "('nope',)"], "DATASETS.TRAIN"),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR"),
         (

@@ -90,7 +90,7 @@ def test_by_config():
     cfg.SPAR.OPTIMIZER = "SGD"
     assert build_optimizer(cfg, model).defaults["momentum"] == cfg.SOLVER.MOMENTUM
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match="nothing to train"):
+    with pytest.raises(ValueError, match="no trainable parameters"):
         build_optimizer(cfg, model)
 
 

@@ -147,10 +147,10 @@ def no_room():
 def test_a_checkpoint_that_does_not_fit_stops_only_at_the_end(cfg, no_room, caplog):
     cfg.SOLVER.CHECKPOINT_PERIOD = 2
     trainer = Trainer(cfg)
-    with pytest.raises(UnsavedError, match=r"could not be written, .* GiB are free there.*--resume"):
+    with pytest.raises(UnsavedError, match=r"could not be written .* GiB are free.*--resume"):
         trainer.train()
     assert trainer.iter == 3, "the one after two steps did not stop it"
-    assert "Training goes on without a checkpoint" in caplog.text
+    assert "Continuing training without a checkpoint" in caplog.text
     assert not [name for name in names(cfg.OUTPUT_DIR) if ".tmp" in name or name.endswith(".pth")]
 
 
@@ -198,4 +198,4 @@ def test_metrics_and_pictures_that_do_not_fit_stop_nothing(cfg, caplog, monkeypa
     assert trainer.iter == cfg.SOLVER.MAX_ITER
     assert os.path.isfile(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
     assert caplog.text.count("Metrics cannot be written to OUTPUT_DIR") == 1
-    assert "The picture cannot be written" in caplog.text
+    assert "Failed to write the feature visualization" in caplog.text

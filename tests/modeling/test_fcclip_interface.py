@@ -72,7 +72,7 @@ def test_masks_are_pooled_as_fc_clip_asks(backbone):
 def test_without_text_side():
     backbone = SPARViT(EncoderSpec("vit_nano_patch8_dinov3"))
     assert backbone.dim_latent == backbone.encoder.embed_dim
-    with pytest.raises(ValueError, match="no text side"):
+    with pytest.raises(ValueError, match="no text tower"):
         backbone.get_text_classifier(TEXTS, "cpu")
     with pytest.raises(ValueError, match="EncoderSpec"):
         SPARViT(backbone.encoder).get_text_classifier(TEXTS, "cpu")
@@ -80,7 +80,7 @@ def test_without_text_side():
     for one in (backbone, SPARViT(backbone.encoder)):
         # Inspectors ask for what is not there; who asks for it in earnest reads why.
         assert not hasattr(one, "clip_model")
-        with pytest.raises(AttributeError, match="no text side|EncoderSpec"):
+        with pytest.raises(AttributeError, match="no text tower|EncoderSpec"):
             one.clip_model  # noqa: B018
 
 

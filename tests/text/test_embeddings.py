@@ -100,7 +100,7 @@ def test_words_that_are_too_long_are_reported(caplog):
     long = "w" * 40
     TextEmbeddings(CountingTower, "m", ["a {} in a very long sentence that ends somewhere"])(Vocabulary(["cat", long]))
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        f"The text encoder does not read this to its end, it is too long: {long!r}"
+        f"Class name exceeds the context length of the text encoder: {long!r}"
     ]
 
 
@@ -136,7 +136,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     text, _ = TextEmbeddings(CountingTower, "m", ["a {}"], tmp_path / "file" / "folder")(Vocabulary(["cat"]))
     assert text.shape == (1, 3)
-    assert "could not be stored" in caplog.text
+    assert "Failed to cache text embeddings" in caplog.text
 
 
 def use_cache_as_somebody_without_rights(folder: str) -> None:
@@ -174,4 +174,4 @@ def test_a_user_without_a_home_is_no_error(monkeypatch, caplog):
     monkeypatch.setattr(Path, "expanduser", unknown)
     text, _ = TextEmbeddings(CountingTower, "m", ["a {}"], "auto")(Vocabulary(["cat"]))
     assert text.shape == (1, 3)
-    assert caplog.text.count("Text vectors are not kept between runs") == 1
+    assert caplog.text.count("Text embeddings are not cached on disk") == 1

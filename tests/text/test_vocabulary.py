@@ -79,7 +79,7 @@ def test_a_file_and_text_keep_classes_that_repeat(tmp_path):
 
 @pytest.mark.parametrize("classes", [None, 3, [None], ["cat", 3], [["cat", None]], b"cat", [b"cat"]])
 def test_what_is_no_text(classes):
-    with pytest.raises(ValueError, match=r"must be a (word or a )?list of (words|classes)"):
+    with pytest.raises(ValueError, match=r"must be a (string or a )?list of (strings|classes)"):
         Vocabulary.of(classes)
 
 
@@ -88,9 +88,9 @@ def test_a_synonym_that_another_class_has_is_dropped_with_a_warning(caplog):
         vocabulary = Vocabulary([["cat", "dog", "pet"], ["dog", "pet", "puppy"], ["fish", "Cat"]])
     assert vocabulary.classes == (("cat", "pet"), ("dog", "puppy"), ("fish",))
     assert [record.getMessage() for record in caplog.records] == [
-        "The word 'dog' of the class 'cat' is dropped: the class 'dog' has it.",
-        "The word 'pet' of the class 'dog' is dropped: the class 'cat' has it.",
-        "The word 'Cat' of the class 'fish' is dropped: the class 'cat' has it.",
+        "The synonym 'dog' of class 'cat' is dropped: it belongs to class 'dog'.",
+        "The synonym 'pet' of class 'dog' is dropped: it belongs to class 'cat'.",
+        "The synonym 'Cat' of class 'fish' is dropped: it belongs to class 'cat'.",
     ]
 
 
@@ -119,7 +119,7 @@ def test_names_need_not_be_words():
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [(["a"], "one for each of the 2 classes, got 1"), (["a", "A"], "different from each other")]
+    ("names", "message"), [(["a"], "one for each of the 2 classes, got 1"), (["a", "A"], "names must be unique")]
 )
 def test_wrong_names(names, message):
     with pytest.raises(ValueError, match=message):
@@ -209,7 +209,7 @@ def test_templates(tmp_path):
 
 def test_templates_that_are_no_text_are_named(tmp_path):
     (tmp_path / "photo.txt").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TEMPLATES: .*photo\.txt is no text file in UTF-8"):
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TEMPLATES: .*photo\.txt is not a UTF-8 text file"):
         load_templates(str(tmp_path / "photo.txt"))
 
 
@@ -241,9 +241,9 @@ def test_a_pipe_is_no_vocabulary(tmp_path):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (["cat"] * 300, r"^299 classes .*: none is ever predicted \(1 'cat', 2 'cat', 3 'cat', \.\.\.\)\.$"),
-        ([["cow"] * 300], r"^299 words of the vocabulary are dropped"),
-        (["emu", *(["ox", "emu"] for _ in range(1)), *([f"x{n}", "emu"] for n in range(9))], "^10 words"),
+        (["cat"] * 300, r"^299 classes .* are never predicted \(1 'cat', 2 'cat', 3 'cat', \.\.\.\)\.$"),
+        ([["cow"] * 300], r"^299 synonyms of the vocabulary are duplicates"),
+        (["emu", *(["ox", "emu"] for _ in range(1)), *([f"x{n}", "emu"] for n in range(9))], "^10 synonyms"),
     ],
 )
 def test_many_words_that_repeat_are_one_warning_however_often(classes, message, caplog):
