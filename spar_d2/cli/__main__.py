@@ -27,11 +27,11 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand with its arguments (default: those of the command line) and return the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
-    name, *rest = words
+    name, *rest = argv
     if name == "--version":
         print(f"spar_d2 {__version__}")
         return 0
