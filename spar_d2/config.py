@@ -83,7 +83,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.MODEL.SPAR.LOGIT_SCALE = 40.0
     # Pixels whose highest class probability is below this threshold are assigned to class 0.
     cfg.MODEL.SPAR.PROB_THRESHOLD = 0.0
-    # Classes that cover at most this fraction of all pixels not in class 0 are removed; 0 keeps all classes.
+    # Classes other than 0 are removed if they cover at most this fraction of all pixels not in class 0; 0 keeps all.
     cfg.MODEL.SPAR.AREA_THRESHOLD = 0.0
     # Output of inference: "labels" (H, W) under the key "sem_seg_labels", "scores" (classes, H, W) under Detectron2's
     # key "sem_seg", or "features" (D, h, w) under the key "features". "features" needs no vocabulary; the evaluator
@@ -131,8 +131,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.SPAR.DATA.MAX_DAMAGED = 100
     # Apply the same augmentation to an image in every epoch, regardless of SEED.
     cfg.SPAR.DATA.FROZEN = False
-    # Training images are resized, keeping the aspect ratio, to fit into this box of (long side, short side) in pixels
-    # ...
+    # Training images are resized, keeping the aspect ratio, to fit into this box (long side, short side; in pixels) ...
     cfg.SPAR.DATA.SCALE_BOX = (2048, 1024)
     # ... multiplied by a random factor from this range.
     cfg.SPAR.DATA.SCALE_RANGE = (0.5, 1.0)

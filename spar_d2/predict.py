@@ -135,8 +135,8 @@ def segment(
     arguments = (features, text, query_class, size, padded, scale, prob_threshold, area_threshold)
     labels = segment_features(*arguments).cpu().numpy()
     areas = np.bincount(labels.ravel(), minlength=len(vocabulary)) / labels.size
-    found = {name: float(area) for name, area in zip(vocabulary.names, areas) if area > 0}
-    return Segmentation(labels, vocabulary.names, found)
+    class_areas = {name: float(area) for name, area in zip(vocabulary.names, areas) if area > 0}
+    return Segmentation(labels, vocabulary.names, class_areas)
 
 
 def _check_numbers(**values: object) -> None:

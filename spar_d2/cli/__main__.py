@@ -28,12 +28,12 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand with its arguments (default: those of the command line) and return the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    modules, words = _split_imports(words)
-    if not words or words[0] in ("-h", "--help"):
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    modules, argv = _split_imports(argv)
+    if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
-    name, *rest = words
+    name, *rest = argv
     if name == "--version":
         print(f"spar_d2 {__version__}")
         return 0

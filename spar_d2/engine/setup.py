@@ -144,9 +144,9 @@ def _whole_floats(cfg: CfgNode, overrides: list) -> list:
         return overrides  # yacs reports the error
 
     return [
-        word
+        item
         for key, value in pairs
-        for word in (key, f"{value}.0" if _is_whole(value) and isinstance(value_at(cfg, str(key)), float) else value)
+        for item in (key, f"{value}.0" if _is_whole(value) and isinstance(value_at(cfg, str(key)), float) else value)
     ]
 
 

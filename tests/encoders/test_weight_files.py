@@ -119,8 +119,8 @@ def test_shards_lie_beside_their_index(tiny_model, tmp_path, state):
     assert holds(tiny_model, index, state)
 
     wrong = {
-        "is no name of a weight file": {**shard_of, names[0]: "../weights.safetensors"},
-        "has no 'nothing'": {**shard_of, "nothing": shards[0]},
+        "is not the name of a weight file": {**shard_of, names[0]: "../weights.safetensors"},
+        "has no tensor 'nothing'": {**shard_of, "nothing": shards[0]},
         "is missing": {**shard_of, names[0]: "model-3.safetensors"},
         'has no "weight_map"': [],
     }

@@ -130,7 +130,7 @@ def test_ctrl_c_writes_a_checkpoint(tiny_model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "opts", "message"),
     [
-        ("model = {}\n", [], r"must define model, dataloader.*missing are dataloader"),
+        ("model = {}\n", [], r"must define model, dataloader.*missing: dataloader"),
         (None, ["train.max_iter", "3"], r"key\.path=value, got 'train.max_iter'"),
     ],
 )

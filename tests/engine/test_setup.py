@@ -28,23 +28,23 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"b\.yaml is empty, and must have lines of KEY: VALUE"),
+        ("", r"b\.yaml is empty, but must have lines of KEY: VALUE"),
         ("# nothing\n", r"b\.yaml is empty"),
-        ("- SEED: 3\n", r"b\.yaml is a sequence, and must"),
-        ("_BASE_: 3\n", r"_BASE_ in \S*b\.yaml must be the name of a file, or a list of names, got '3'"),
-        ("_BASE_:\n", r"_BASE_ in \S*b\.yaml must be the name of a file"),
-        ("_BASE_: [a.yaml, 3]\n", r"_BASE_ in \S*b\.yaml must be the name of a file"),
-        ("_BASE_: {a: 3}\n", r"_BASE_ in \S*b\.yaml must be the name of a file"),
-        ("SEED: &a [*a]\n", r"an alias .* in \S*b\.yaml stands within what it names"),
-        ("SOLVER: &a {SOLVER: *a}\n", r"an alias .* in \S*b\.yaml stands within what it names"),
-        (f"{BOMB}OUTPUT_DIR: *j\n", r"b\.yaml has more than 100000 values"),
+        ("- SEED: 3\n", r"b\.yaml is a sequence, but must"),
+        ("_BASE_: 3\n", r"_BASE_ in \S*b\.yaml must be a file name, or a list of file names, got '3'"),
+        ("_BASE_:\n", r"_BASE_ in \S*b\.yaml must be a file name"),
+        ("_BASE_: [a.yaml, 3]\n", r"_BASE_ in \S*b\.yaml must be a file name"),
+        ("_BASE_: {a: 3}\n", r"_BASE_ in \S*b\.yaml must be a file name"),
+        ("SEED: &a [*a]\n", r"an alias .* in \S*b\.yaml refers to a node that contains it"),
+        ("SOLVER: &a {SOLVER: *a}\n", r"an alias .* in \S*b\.yaml refers to a node that contains it"),
+        (f"{BOMB}OUTPUT_DIR: *j\n", r"b\.yaml must have at most 100000 values"),
         (f"OUTPUT_DIR: {'[' * 3000}\n", r"nested too deeply"),
-        ("SOLVER: &a {<<: *a}\n", r"an alias .* in \S*b\.yaml stands within what it names"),
-        (BOMB.replace("[", "{<<: [").replace("]", "]}").replace("1", "{k: 1}"), r"more than 100000 values"),
+        ("SOLVER: &a {<<: *a}\n", r"an alias .* in \S*b\.yaml refers to a node that contains it"),
+        (BOMB.replace("[", "{<<: [").replace("]", "]}").replace("1", "{k: 1}"), r"at most 100000 values"),
         ("<<: 3\n", r"b\.yaml.*expected a mapping"),
-        ("3: 4\n", r"keys must be text \(\S*b\.yaml, line 1\), got '3'"),
-        ("? [SEED]\n: 4\n", r"keys must be text \(\S*b\.yaml, line 1\), got a sequence"),
-        ("SOLVER: {null: 4}\n", r"keys must be text \(\S*b\.yaml, line 1\), got 'null'"),
+        ("3: 4\n", r"keys must be strings \(\S*b\.yaml, line 1\), got '3'"),
+        ("? [SEED]\n: 4\n", r"keys must be strings \(\S*b\.yaml, line 1\), got a sequence"),
+        ("SOLVER: {null: 4}\n", r"keys must be strings \(\S*b\.yaml, line 1\), got 'null'"),
     ],
 )
 @pytest.mark.parametrize("inherited", [False, True])
@@ -154,7 +154,7 @@ def test_an_output_folder_that_is_a_file_is_left_alone(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("mine")
     for folder in (file, file / "below"):
-        with pytest.raises(ValueError, match="OUTPUT_DIR must be a folder"):
+        with pytest.raises(ValueError, match="OUTPUT_DIR must be a writable folder"):
             load_config(CONFIG, ["OUTPUT_DIR", str(folder)])
     assert file.read_text() == "mine"
 

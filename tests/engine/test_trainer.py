@@ -108,7 +108,7 @@ def test_optimizer_of_the_config(cfg):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["MODEL.SPAR.TRAINABLE", "none"], r"nothing to train: MODEL\.SPAR\.TRAINABLE"),
+        (["MODEL.SPAR.TRAINABLE", "none"], r"no trainable parameters: MODEL\.SPAR\.TRAINABLE"),
         (["SPAR.OPTIMIZER", "Adamm"], r"SPAR\.OPTIMIZER"),
         (["SPAR.OPTIMIZER", "LBFGS"], r"SPAR\.OPTIMIZER"),
         (
@@ -117,19 +117,22 @@ def test_optimizer_of_the_config(cfg):
         ),
         (["SOLVER.CHECKPOINT_PERIOD", 0], r"SOLVER\.CHECKPOINT_PERIOD"),
         (["SOLVER.BASE_LR", -1.0], r"SOLVER\.BASE_LR"),
-        (["DATASETS.TEST", ("coco_2017_val",)], r"DATASETS\.TEST: 'coco_2017_val' is of evaluator type 'coco'"),
+        (["DATASETS.TEST", ("coco_2017_val",)], r"DATASETS\.TEST: .*'coco_2017_val' .*got 'coco'"),
         (["SPAR.DATA.IMAGES", ""], r"SPAR\.DATA\.IMAGES"),
         (["SOLVER.MAX_ITER", 0], r"SOLVER\.MAX_ITER"),
         (["SPAR.ACCUMULATION_STEPS", 3], r"SOLVER\.IMS_PER_BATCH must be a multiple of 1 processes times .* 3, got 2"),
         (["SPAR.ACCUMULATION_STEPS", 0], r"SPAR\.ACCUMULATION_STEPS must be at least 1"),
-        (["SPAR.ACCUMULATION_STEPS", 2, "SPAR.DISTILL.AVERAGE", "cell"], r'SPAR\.DISTILL\.AVERAGE "cell" needs'),
+        (
+            ["SPAR.ACCUMULATION_STEPS", 2, "SPAR.DISTILL.AVERAGE", "cell"],
+            r'SPAR\.ACCUMULATION_STEPS must be 1 .*AVERAGE "cell"',
+        ),
         (["SPAR.DISTILL.AVERAGE", "pixel"], r"SPAR\.DISTILL\.AVERAGE"),
         (["SPAR.EMA_DECAY", 1.0], r"SPAR\.EMA_DECAY"),
         (["SPAR.KEEP_CHECKPOINTS", -1], r"SPAR\.KEEP_CHECKPOINTS"),
         (["SPAR.PICTURE_PERIOD", -1], r"SPAR\.PICTURE_PERIOD"),
         (["SPAR.DATA.MAX_DAMAGED", -1], r"SPAR\.DATA\.MAX_DAMAGED"),
         (["SPAR.TEACHER.PRECISION", "int8"], r"SPAR\.TEACHER\.PRECISION"),
-        (["SPAR.DATA.SIDE_MULTIPLE", 24], r"SPAR\.DATA\.SIDE_MULTIPLE must be a multiple of the patch .* 16 pixels"),
+        (["SPAR.DATA.SIDE_MULTIPLE", 24], r"SPAR\.DATA\.SIDE_MULTIPLE must be a multiple of 16"),
     ],
 )
 def test_wrong_keys_are_named(cfg, keys, message):
