@@ -55,9 +55,9 @@ def test_a_mistake_is_one_line_and_exit_code_1(name, monkeypatch, tmp_path, caps
 
 
 def test_unknown_commands_are_named():
-    with pytest.raises(SystemExit, match="there is no command 'segmnt'; did you mean segment"):
+    with pytest.raises(SystemExit, match="unknown command 'segmnt'; did you mean segment"):
         main(["segmnt"])
-    with pytest.raises(SystemExit, match="there are segment, train"):
+    with pytest.raises(SystemExit, match="available commands: segment, train"):
         main(["xyz"])
 
 
@@ -86,7 +86,7 @@ def test_doctor_reports_versions_and_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["spar-d2 doctor"])
     doctor.main()
     text = capsys.readouterr().out
-    assert "Everything that spar_d2 needs is installed." in text
+    assert "installed" in text.splitlines()[-1]
     for name in ("torch", "detectron2", "CPU", "GPU", "cache"):
         assert any(line.startswith(f"{name} ") for line in text.splitlines()), name
     monkeypatch.setitem(doctor._REQUIRED, "no_such_module", "no-such-module")
