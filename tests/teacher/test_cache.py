@@ -187,7 +187,7 @@ def test_a_write_that_fails_leaves_nothing_and_stops_nothing(case, tmp_path):
     (tmp_path / "code.py").write_text(code)
     assert run_tool(tmp_path / "code.py", [], tmp_path / "log") == 0
     log = (tmp_path / "log").read_text()
-    assert "nothing more is written" in log and log.split()[-1] == "True"
+    assert "no longer writing" in log and log.split()[-1] == "True"
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 

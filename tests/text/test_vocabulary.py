@@ -119,7 +119,7 @@ def test_names_need_not_be_words():
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [(["a"], "one for each of the 2 classes, got 1"), (["a", "A"], "names must be unique")]
+    ("names", "message"), [(["a"], "one name for each of the 2 classes, got 1"), (["a", "A"], "names must be unique")]
 )
 def test_wrong_names(names, message):
     with pytest.raises(ValueError, match=message):
