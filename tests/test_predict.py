@@ -180,7 +180,7 @@ def test_classes_of_one_name_keep_their_numbers_and_are_told_apart(tiny_model):
         ({"image": torch.zeros(8, 8, 3)}, "image must be .* got Tensor"),
         ({"image": b"a.jpg"}, "image must be .* got bytes"),
         ({"vocabulary": None}, "vocabulary must be a list of classes"),
-        ({"vocabulary": [1]}, "must be a word or a list of words, got 1"),
+        ({"vocabulary": [1]}, "must be a string or a list of strings, got 1"),
         ({"encoder": None}, "encoder must be a name or a path, got None"),
         ({"pretrained": None}, "pretrained must be a name or a path"),
         ({"templates": 3}, "templates must be a name or a path"),

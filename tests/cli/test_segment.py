@@ -328,7 +328,7 @@ def scene_classes():
         (["--config-file", "none.yaml"], "--config-file: there is no file none.yaml"),
         (["--alpha", "2"], "alpha must be in 0..1, got 2.0"),
         (["--opts", "MODEL.SPAR.ENCODR", "x"], "MODEL.SPAR.ENCODR"),
-        (["--opts", "INPUT.FORMAT", "RGB", "--masks", "1"], "--masks comes after the first KEY VALUE pair"),
+        (["--opts", "INPUT.FORMAT", "RGB", "--masks", "1"], "--masks must be before the first KEY VALUE pair"),
     ],
 )
 def test_mistakes_are_one_line(demo, photo, tmp_path, capfd, arguments, message):
