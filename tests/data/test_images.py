@@ -183,7 +183,7 @@ def test_cut_files_are_refused_whatever_is_left(tmp_path, options, share):
 @pytest.mark.parametrize("content", [b"", b"this is no photo\n" * 50, b"\xff\xd8\xff\xe0", b"<html>not found</html>"])
 def test_files_that_are_no_images_are_refused(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.jpg cannot be read: it is no image"):
+    with pytest.raises(ValueError, match=r"a\.jpg cannot be read: it is not an image"):
         read_rgb(tmp_path / "a.jpg")
 
 
@@ -208,7 +208,7 @@ def test_photos_of_dataset_dicts(tmp_path, packed):
 
 
 def test_photos_of_dataset_dicts_that_cannot_be_read_are_named(packed):
-    with pytest.raises(ValueError, match=r"t\.tar/a\.png cannot be read: it is no image"):
+    with pytest.raises(ValueError, match=r"t\.tar/a\.png cannot be read: it is not an image"):
         read_photo({**packed, "offset": 0})
     with pytest.raises(ValueError, match=r"t\.tar/a\.png cannot be read: the tar file is truncated"):
         read_photo({**packed, "offset": 900})

@@ -68,7 +68,7 @@ def test_colors_and_wrong_images_are_refused(tmp_path):
         mapper()(record)
     (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
     for read in (mapper(), ImageMapper(is_train=False, augmentations=[], image_format="BGR")):
-        with pytest.raises(ValueError, match=r"photo\.jpg cannot be read: it is no image"):
+        with pytest.raises(ValueError, match=r"photo\.jpg cannot be read: it is not an image"):
             read({"file_name": str(tmp_path / "photo.jpg")})
 
 

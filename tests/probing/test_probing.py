@@ -285,7 +285,7 @@ def test_too_little_room_is_said_before_anything_is_computed(tmp_path, encoded, 
 
 def test_a_full_disk_is_an_error_that_names_the_key(tmp_path, encoded, monkeypatch):
     monkeypatch.setattr("spar_d2.teacher.cache.RESERVE", 1 << 60)
-    with pytest.raises(RuntimeError, match=r"SPAR\.PROBE\.CACHE_DIR: features cannot be written to .* GiB are free"):
+    with pytest.raises(RuntimeError, match=r"SPAR\.PROBE\.CACHE_DIR: features cannot be written to .* GiB free"):
         train(config(tmp_path / "run"))
     assert encoded == [1]
 
