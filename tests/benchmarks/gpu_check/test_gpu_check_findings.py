@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.gpu_check.labeled_image import random_image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_check import checks
 from benchmarks.gpu_check.features import SeenAttention
+from benchmarks.gpu_check.labeled_image import random_image
 from benchmarks.gpu_check.waits import HostWaits
 
 
