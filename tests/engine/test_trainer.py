@@ -113,7 +113,7 @@ def test_optimizer_of_the_config(cfg):
         (["SPAR.OPTIMIZER", "LBFGS"], r"SPAR\.OPTIMIZER"),
         (
             ["DATASETS.TEST", ("spar_scenes_val",), "MODEL.SPAR.VOCABULARY", "cat; dog"],
-            r"VOCABULARY has 2 classes and 'spar_scenes_val' 13",
+            r"VOCABULARY has 2 classes, but 'spar_scenes_val' has 13",
         ),
         (["SOLVER.CHECKPOINT_PERIOD", 0], r"SOLVER\.CHECKPOINT_PERIOD"),
         (["SOLVER.BASE_LR", -1.0], r"SOLVER\.BASE_LR"),
