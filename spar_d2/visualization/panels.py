@@ -36,9 +36,10 @@ def draw_panels(
     # In inches. Columns have equal widths; the height of a row is that of its tallest image.
     width = 2.4
     heights = [max(picture.shape[0] / picture.shape[1] for picture in row) * width for row in rows]
+    title_height = 0.1 + 0.2 * max(title.count("\n") + 1 for title in titles)
     legend_height = 0.32 * -(-len(legend) // 7) + 0.1 if legend else 0.0
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
-    figure = Figure(figsize=(width * len(titles), sum(heights) + 0.3 + legend_height), dpi=110, layout=layout)
+    figure = Figure(figsize=(width * len(titles), sum(heights) + title_height + legend_height), dpi=110, layout=layout)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
     for number, (row, row_axes) in enumerate(zip(rows, axes)):
