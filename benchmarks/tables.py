@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spar_d2.utils.io import atomic_write
+from spar_d2.utils.io import write_text
 
 PEAK_NOTE = (
     "peak: without weights and image; memory of tensors on a GPU, of the process on a CPU (tens of MiB of workspaces)."
@@ -87,5 +87,4 @@ def ratio(value: float | None, other: float | None) -> str:
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
     """Write a text file atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text("\n".join(lines) + "\n", path)

@@ -30,13 +30,13 @@ def import_modules(names: list[str]) -> None:
 def import_again() -> None:
     """Import the modules of the user in a spawned process; does nothing where they are imported already."""
     folder, names = json.loads(os.environ.get(_VARIABLE, '["", []]'))
-    names = [name for name in names if (Path(name).stem if name.endswith(".py") else name) not in _imported]
+    names = [name for name in names if name not in _imported]
     if not names:
         return
     sys.path.insert(0, folder)
     try:
         for name in names:
-            _imported.add(Path(name).stem if name.endswith(".py") else name)
+            _imported.add(name)
             if name.endswith(".py"):
                 _import_file(name, Path(folder, name))
             else:

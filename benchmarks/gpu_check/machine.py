@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
 import subprocess
 
 import torch
 
 from benchmarks.measure import describe_machine
+from spar_d2.utils.environment import cpu_count
 
 # Distribution names, and modules with a version attribute, in case there is no installed distribution.
 _PACKAGES = {"triton": "triton", "timm": "timm", "open_clip_torch": "open_clip", "detectron2": "detectron2"}
@@ -28,7 +28,7 @@ def describe(device: torch.device) -> dict[str, str]:
         info["driver"] = _driver()
         info["CUDA"] = str(torch.version.cuda)
         info["cuDNN"] = str(torch.backends.cudnn.version())
-    info["CPU cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    info["CPU cores"] = str(cpu_count())
     info["Python"] = platform.python_version()
     info["torch"] = torch.__version__
     return {**info, **{module: _version(name, module) for name, module in _PACKAGES.items()}}

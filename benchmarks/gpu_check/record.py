@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu_check.machine import describe
 from benchmarks.tables import Table
-from spar_d2.utils.io import atomic_write
+from spar_d2.utils.io import write_text
 
 
 class Record:
@@ -73,8 +73,7 @@ class Record:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", path)
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from spar_d2.encoders import DenseEncoder
 from spar_d2.encoders.origin import Origin, add_origin
 from spar_d2.modeling.encoder_state import KEY, read_for_model
-from spar_d2.utils.io import atomic_write
+from spar_d2.utils.io import atomic_write, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,7 @@ class Checkpointer(DetectionCheckpointer):
         return origins[0] if len(origins) == 1 else None
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with atomic_write(os.path.join(self.save_dir, LAST)) as temporary:
-            temporary.write_text(last_filename_basename)
+        write_text(last_filename_basename, os.path.join(self.save_dir, LAST))
 
     @property
     def earlier(self) -> set[str]:
@@ -80,8 +79,7 @@ class Checkpointer(DetectionCheckpointer):
 
     @earlier.setter
     def earlier(self, names: set[str]) -> None:
-        with atomic_write(Path(self.save_dir) / EARLIER) as temporary:
-            temporary.write_text("".join(f"{name}\n" for name in sorted(names)))
+        write_text("".join(f"{name}\n" for name in sorted(names)), Path(self.save_dir) / EARLIER)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint or encoder weights.

@@ -6,13 +6,13 @@ import argparse
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import sys
 from pathlib import Path
 
 import spar_d2
+from spar_d2.utils.environment import cache_root, cpu_count, datasets_root
 from spar_d2.utils.errors import printable, readable_errors
 
 # Module name -> distribution name.
@@ -92,8 +92,7 @@ def _compiled() -> str:
 def _devices() -> list[tuple[str, str]]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    lines = [("CPU", f"{cores} cores, {torch.get_num_threads()} threads used by PyTorch")]
+    lines = [("CPU", f"{cpu_count()} cores, {torch.get_num_threads()} threads used by PyTorch")]
     if not torch.cuda.is_available():
         return [
             *lines,
@@ -107,8 +106,8 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _folders() -> list[tuple[str, str]]:
-    datasets = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser().resolve()
-    cache = Path(os.environ.get("SPAR_CACHE") or "~/.cache/spar_d2").expanduser()
+    datasets = datasets_root().resolve()
+    cache = cache_root()
     free = shutil.disk_usage(_existing(cache)).free / 2**30
     note = "" if datasets.is_dir() else " (does not exist; set DETECTRON2_DATASETS to change it)"
     return [

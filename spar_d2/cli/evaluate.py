@@ -17,7 +17,7 @@ from spar_d2.data.datasets.semantic import found, missing
 from spar_d2.engine.setup import load_config, prepare
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import printable, readable_errors
-from spar_d2.utils.io import as_json, atomic_write, file_lock
+from spar_d2.utils.io import as_json, file_lock, write_text
 
 ROWS = ("single_pass", "sliding_window", "student")
 
@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> None:
     table = paper_table(scores, absent)
     written = {"table.md": table + "\n", "table.json": as_json(summary(scores, absent), indent=1)}
     for name, text in written.items():
-        with atomic_write(args.output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(text, args.output / name)
     print(f"\n{printable(table)}\n\nWritten to {' and '.join(str(args.output / name) for name in written)}.")
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 
 from spar_d2.data.preparation import MissingArchive, prepare, survey
-from spar_d2.data.preparation.common import datasets_root
 from spar_d2.data.preparation.registry import GROUPS, PREPARATIONS
+from spar_d2.utils.environment import datasets_root
 from spar_d2.utils.errors import readable_errors
 
 ALL = "all"

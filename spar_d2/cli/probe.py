@@ -23,7 +23,7 @@ from spar_d2.probing.runs import (
     train_probe,
 )
 from spar_d2.utils.errors import printable, readable_errors
-from spar_d2.utils.io import as_json, atomic_write, file_lock
+from spar_d2.utils.io import as_json, file_lock, write_text
 
 TITLES = {"single_pass": "single pass", "sliding_window": "sliding window", "student": "SPAR student"}
 
@@ -77,6 +77,5 @@ def run(args: argparse.Namespace) -> None:
         "table.json": as_json(probe_summary(list(probes.values()), scores), indent=1),
     }
     for name, text in written.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(text, folder / name)
     print(f"\n{printable(table)}\n\nTable, visualization and probes are in {folder}.")

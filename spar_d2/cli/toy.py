@@ -18,7 +18,7 @@ from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
-from spar_d2.utils.io import atomic_write
+from spar_d2.utils.io import write_text
 from spar_d2.visualization import draw_panels, shared_pca_colors
 
 SHOWN_SCENES = (4, 1, 10)
@@ -50,8 +50,7 @@ def main() -> None:
             raise SystemExit("stopped before the end of training; no student was written")
         results = [measure(cfg, VAL, method) for method in methods(cfg, student)]
         table = markdown_table(results, baseline=results[2])
-        with atomic_write(args.output / "table.md") as temporary:
-            temporary.write_text(table + "\n")
+        write_text(table + "\n", args.output / "table.md")
         draw(cfg, [results[0], results[2], results[3]], args.output / "pictures")
     print(f"\n{table}\n")
     print(f"{len(DatasetCatalog.get(VAL))} images, {torch.get_num_threads()} threads, {cfg.MODEL.DEVICE};", end=" ")

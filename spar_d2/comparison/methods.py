@@ -7,19 +7,16 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from spar_d2.checkpoint.checkpointer import Checkpointer
 from spar_d2.comparison.progress import Progress
-from spar_d2.data.build import pinned
-from spar_d2.data.semantic_mapper import ImageMapper
+from spar_d2.data.build import test_loader
 from spar_d2.evaluation import SemanticEvaluator
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
@@ -114,11 +111,8 @@ def measure(
     if progress:
         result.seconds += progress.restore(evaluator)
     done = len(result.seconds)
-    mapper = ImageMapper(cfg, is_train=False)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
-    # @configurable hides the signature.
-    build_loader = cast("Callable[..., DataLoader]", build_detection_test_loader)
-    loader = build_loader(dataset=records[done:], mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
-    bar = tqdm(pinned(loader), desc=f"{method.name}, {dataset}", unit="image", initial=done, total=len(records))
+    loader = test_loader(cfg, records[done:])
+    bar = tqdm(loader, desc=f"{method.name}, {dataset}", unit="image", initial=done, total=len(records))
     consistent = True
     try:
         for index, inputs in enumerate(bar):

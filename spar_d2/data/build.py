@@ -12,6 +12,7 @@ from detectron2.data import (
     DatasetCatalog,
     DatasetFromList,
     MetadataCatalog,
+    build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
@@ -25,7 +26,7 @@ from spar_d2.data.loaders import LabeledLoader, PhotoLoader
 from spar_d2.data.mappers import PanopticMapper
 from spar_d2.data.photos import PhotoDataset
 from spar_d2.data.samplers import ResumableBatchSampler, ResumableTrainingSampler
-from spar_d2.data.semantic_mapper import SemanticMapper
+from spar_d2.data.semantic_mapper import SemanticMapper, image_mapper
 from spar_d2.data.transforms import build_augmentations
 from spar_d2.utils.panoptic_numbers import separate_numbers
 
@@ -123,6 +124,14 @@ def train_loader(cfg: CfgNode | None = None, **options: Any) -> Iterable[list[di
     build = cast(Any, build_detection_train_loader)
     args = () if cfg is None else (cfg,)
     return build(*args, **options, pin_memory=torch.cuda.is_available())
+
+
+def test_loader(cfg: CfgNode, records: Sequence[dict]) -> DataLoader:
+    """Detectron2's ``build_detection_test_loader`` for images without labels, with pinned memory if there is a GPU."""
+    # The decorator hides the signature from type checkers.
+    build = cast(Any, build_detection_test_loader)
+    mapper = image_mapper(cfg, is_train=False)
+    return pinned(build(dataset=records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS))
 
 
 def check_panoptic(name: str) -> None:

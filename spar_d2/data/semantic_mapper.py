@@ -37,6 +37,11 @@ class ImageMapper(DatasetMapper):
         return super().__call__({key: value for key, value in dataset_dict.items() if key != "sem_seg_file_name"})
 
 
+def image_mapper(cfg: CfgNode, is_train: bool) -> ImageMapper:
+    """Build the mapper from a config: test sizes, or training sizes and augmentations."""
+    return ImageMapper(cfg, is_train=is_train)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
+
+
 class SemanticMapper(ImageMapper):
     """Detectron2's mapper for training, which reads label maps in the same way as the evaluator.
 

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from spar_d2.demo.inputs import VIDEOS, Source, stem_of
 from spar_d2.utils.images import DAMAGE, open_image
-from spar_d2.utils.io import as_json, atomic_write, shortened
+from spar_d2.utils.io import as_json, atomic_write, shortened, write_text
 
 FLAG = "--output"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -208,5 +208,4 @@ def write_mask(labels: np.ndarray, colors: Sequence[tuple[int, int, int]], path:
 
 def write_record(content: dict, path: Path) -> None:
     """Write a JSON file in UTF-8."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(as_json(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(as_json(content, ensure_ascii=False, indent=1) + "\n", path)

@@ -28,7 +28,7 @@ from spar_d2.comparison.protocol import check_vocabulary, config_for
 from spar_d2.data.build import PANOPTIC_FPN, build_labeled_loader, build_photo_loader, check_panoptic, pinned
 from spar_d2.data.loaders import TrainLoader
 from spar_d2.data.samplers import SampleIndex
-from spar_d2.data.semantic_mapper import ImageMapper
+from spar_d2.data.semantic_mapper import image_mapper
 from spar_d2.distillation import DistillationHook
 from spar_d2.distillation.fill_cache import check_room
 from spar_d2.encoders import DenseEncoder, find_encoder
@@ -236,9 +236,9 @@ class Trainer(DefaultTrainer):
         check_panoptic(dataset_name)
         if cfg.MODEL.META_ARCHITECTURE != OpenVocabularySegmentor.__name__:
             return pinned(cast(DataLoader, super().build_test_loader(cfg, dataset_name)))
-        # Detectron2's decorators hide the signatures from type checkers.
-        mapper = cast(Any, ImageMapper)(cfg, is_train=False)
-        return pinned(cast(Any, build_detection_test_loader)(cfg, dataset_name, mapper=mapper))
+        # Detectron2's decorator hides the signature from type checkers.
+        build = cast(Any, build_detection_test_loader)
+        return pinned(build(cfg, dataset_name, mapper=image_mapper(cfg, is_train=False)))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

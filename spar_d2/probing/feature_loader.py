@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from spar_d2.data.build import train_loader
 from spar_d2.data.label_check import LabelCheck
 from spar_d2.data.loaders import LabeledLoader
-from spar_d2.data.semantic_mapper import ImageMapper
+from spar_d2.data.semantic_mapper import image_mapper
 from spar_d2.encoders import find_encoder
 from spar_d2.engine.interrupt import Interrupted
 from spar_d2.modeling.linear_probe import LinearProbe
@@ -157,7 +157,7 @@ def keep_features(cfg: CfgNode, model: ProbeSegmentor, records: Sequence[dict], 
 
 def _encode(cfg: CfgNode, model: ProbeSegmentor, store: FeatureStore, records: Sequence[dict]) -> None:
     images = DataLoader(
-        MapDataset(DatasetFromList(list(records), copy=False), cast(Any, ImageMapper)(cfg, is_train=True)),
+        MapDataset(DatasetFromList(list(records), copy=False), image_mapper(cfg, is_train=True)),
         batch_size=None,
         collate_fn=trivial_batch_collator,
         num_workers=cfg.DATALOADER.NUM_WORKERS,

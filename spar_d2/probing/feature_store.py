@@ -21,7 +21,7 @@ from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.teacher import TargetCache
 from spar_d2.teacher.keys import tensor_checksum
 from spar_d2.utils.images import read_labels
-from spar_d2.utils.io import atomic_write, signature
+from spar_d2.utils.io import signature, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +110,7 @@ class FeatureStore(TargetCache):
     def write_index(self) -> None:
         """Write the index to disk. Without it, images are read again, but not encoded again."""
         try:
-            with atomic_write(self._index_file) as temporary:
-                temporary.write_text(json.dumps(self._index), encoding="utf-8")
+            write_text(json.dumps(self._index), self._index_file)
         except OSError as error:
             logger.warning("%s cannot be written: %s", self._index_file, error)
 

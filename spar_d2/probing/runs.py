@@ -22,7 +22,7 @@ from spar_d2.comparison.evaluate import evaluate_methods
 from spar_d2.comparison.methods import Method, Result, build_method, markdown_table
 from spar_d2.comparison.tables import Score
 from spar_d2.data.images import read_rgb
-from spar_d2.data.semantic_mapper import ImageMapper
+from spar_d2.data.semantic_mapper import image_mapper
 from spar_d2.encoders.trainable import parameter_counts
 from spar_d2.encoders.weights import source_checksum
 from spar_d2.engine.interrupt import Interrupted
@@ -202,7 +202,7 @@ def draw_probes(cfg: CfgNode, probes: Mapping[str, Probe], path: Path, count: in
     palette[: len(colors)] = colors
     all_records = DatasetCatalog.get(dataset)
     records = all_records[:: -(-len(all_records) // count)]
-    mapper = ImageMapper(cfg, is_train=False)  # pyright: ignore[reportCallIssue]  # @configurable takes a config
+    mapper = image_mapper(cfg, is_train=False)
     columns = [
         [read_rgb(record["file_name"]) for record in records],
         [palette[read_labels(record["sem_seg_file_name"])] for record in records],

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from spar_d2.text.vocabulary import Vocabulary
+from spar_d2.utils.environment import cache_root
 from spar_d2.utils.io import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def _write(file: Path, embeddings: torch.Tensor) -> None:
 
 def default_cache_dir() -> Path:
     """Return the default cache folder for text embeddings: ``$SPAR_CACHE/text`` or ``~/.cache/spar_d2/text``."""
-    return Path(os.environ.get("SPAR_CACHE") or "~/.cache/spar_d2").expanduser() / "text"
+    return cache_root() / "text"
 
 
 def _shortened(query: str) -> str:

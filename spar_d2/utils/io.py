@@ -151,10 +151,15 @@ def shortened(name: str, most: int) -> str:
     return name
 
 
+def write_text(text: str, path: str | os.PathLike) -> None:
+    """Atomically write a UTF-8 file."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(content: object, path: str | os.PathLike, **options: Any) -> None:
     """Atomically write :func:`as_json` to a UTF-8 file."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(as_json(content, **options), encoding="utf-8")
+    write_text(as_json(content, **options), path)
 
 
 def as_json(content: object, **options: Any) -> str:

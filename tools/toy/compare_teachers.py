@@ -25,7 +25,7 @@ from spar_d2.engine.setup import load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
-from spar_d2.utils.io import atomic_write, write_json
+from spar_d2.utils.io import write_json, write_text
 
 TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"
 TEACHERS = ["all", "cached", "16", "8", "4"]
@@ -125,8 +125,7 @@ def main() -> None:
             folder = args.output / f"{teacher}_rate{rate:g}_seed{seed}"
             results[teacher, rate, seed] = distill(args.config_file, folder, teacher, rate, seed)
         text = table(results, args)
-        with atomic_write(args.output / "table.md") as temporary:
-            temporary.write_text(text + "\n")
+        write_text(text + "\n", args.output / "table.md")
     print(f"\n{text}\n\nBold: best learning rate on the tuning images. Results are in {args.output}.")
 
 

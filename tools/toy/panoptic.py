@@ -20,7 +20,7 @@ from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import Trainer
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
-from spar_d2.utils.io import as_json, atomic_write
+from spar_d2.utils.io import as_json, write_text
 from spar_d2.visualization import draw_panels
 
 STUDENT = Path("output/demo/student.safetensors")
@@ -61,8 +61,7 @@ def main() -> None:
             scores[name], models[name] = fine_tune(cfg, args, name)
         table = markdown(scores)
         for name, content in (("table.md", table + "\n"), ("scores.json", as_json(scores, indent=1))):
-            with atomic_write(args.output / name) as temporary:
-                temporary.write_text(content)
+            write_text(content, args.output / name)
         draw(base.DATASETS.TEST[0], models, args.output / "panoptic.png")
     print(f"\n{table}\n\nThe table and a figure are in {args.output}; total time {time.time() - started:.0f} s.")
 

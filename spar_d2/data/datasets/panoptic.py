@@ -18,11 +18,11 @@ import numpy as np
 
 from spar_d2.data.datasets.scenes import IGNORE_LABEL, SCENE_SPLITS, SEGMENTS_ENDING, load_scenes, scenes_root
 from spar_d2.data.preparation import ade20k_panoptic, cityscapes_panoptic
-from spar_d2.data.preparation.common import datasets_root
 from spar_d2.data.preparation.panoptic import areas_and_boxes
 from spar_d2.toy import scenes
+from spar_d2.utils.environment import datasets_root
 from spar_d2.utils.images import read_ids, read_labels
-from spar_d2.utils.io import atomic_write
+from spar_d2.utils.io import write_text
 
 # Detectron2's encoding of segments: id = class * divisor + instance.
 _LABEL_DIVISOR = 1000
@@ -251,8 +251,7 @@ def _prepare_scenes(split: str, root: Path) -> None:
         segments = _scene_segments(image.with_name(masks), record["sem_seg_file_name"])
         annotations.append({"image_id": record["image_id"], "file_name": masks, "segments_info": segments})
     content = {"images": images, "annotations": annotations, "categories": _scene_categories()}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content))
+    write_text(json.dumps(content), path)
 
 
 def _scene_segments(masks: Path, labels: str) -> list[dict]:

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from spar_d2.data.preparation.common import datasets_root
 from spar_d2.data.sources import find_photos
 from spar_d2.toy import scenes
+from spar_d2.utils.environment import datasets_root
 from spar_d2.utils.id_maps import as_colors
 from spar_d2.utils.io import atomic_write
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -261,8 +260,3 @@ def names_in_list(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"the list {path} is not a UTF-8 text file: {error}") from error
     return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
-
-
-def datasets_root(root: str | os.PathLike | None = None) -> Path:
-    """Return the root folder of all data sets: ``root``, ``$DETECTRON2_DATASETS``, or "datasets"."""
-    return Path(root or os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()

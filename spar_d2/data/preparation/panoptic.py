@@ -12,7 +12,7 @@ import numpy as np
 from spar_d2.data.preparation.common import Labels
 from spar_d2.data.preparation.folders import FilePattern, FolderPreparation
 from spar_d2.utils.id_maps import as_colors, boxes
-from spar_d2.utils.io import atomic_write
+from spar_d2.utils.io import write_text
 
 
 class PanopticLabels(Labels):
@@ -78,8 +78,7 @@ class PanopticPreparation(FolderPreparation):
             file_name = self.prepared(root, name).name
             annotations.append({"image_id": identity, "file_name": file_name, "segments_info": entry["segments"]})
         content = {"images": images, "annotations": annotations, "categories": self.categories}
-        with atomic_write(self.index(root)) as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
+        write_text(json.dumps(content), self.index(root))
 
 
 def areas_and_boxes(values: np.ndarray) -> dict[int, dict[str, Any]]:

@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from spar_d2.data.preparation.common import MissingArchive, datasets_root
+from spar_d2.data.preparation.common import MissingArchive
 from spar_d2.data.preparation.registry import find_preparation
+from spar_d2.utils.environment import datasets_root
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from spar_d2.data.preparation.common import Labels, Preparation, datasets_root
+from spar_d2.data.preparation.common import Labels, Preparation
 from spar_d2.data.preparation.registry import find_preparation
+from spar_d2.utils.environment import datasets_root
 from spar_d2.utils.images import DAMAGE, open_image
 from spar_d2.utils.io import atomic_write, remove_leftovers
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from spar_d2.evaluation.panoptic.coco_json import read_ground_truth, read_predictions
 from spar_d2.evaluation.panoptic.coco_png import compare_folders
 from spar_d2.evaluation.panoptic.scores import score_table
+from spar_d2.utils.environment import cpu_count
 from spar_d2.utils.errors import printable, readable_errors
 from spar_d2.utils.io import check_not_read, write_json
 
@@ -44,14 +44,9 @@ def _parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--pred-json", type=Path, required=True, metavar="FILE", help="prediction JSON")
     add("--pred-dir", type=Path, metavar="DIR", help="folder of its PNGs (default: the JSON's name without .json)")
     add("--output", type=Path, required=True, metavar="FILE", help="JSON file for the scores, in 0..1")
-    workers = _cpu_count()
+    workers = cpu_count()
     add("--workers", type=int, default=workers, metavar="N", help="number of threads (default: number of CPUs)")
     return parser.parse_args(arguments)
-
-
-def _cpu_count() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":
