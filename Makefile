@@ -10,8 +10,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Most tests are small or wait for a process, so several run at once with one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+# Most tests are small or wait for a process, so several run at once with one thread each. Bytecode is kept whatever the
+# environment says, because each of many processes would compile all tests and modules again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 .PHONY: setup lint test test-fast docs demo pictures clean
 

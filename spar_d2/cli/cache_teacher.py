@@ -7,9 +7,11 @@ restarted at any time. With --num-machines and --machine-rank, several machines 
 from __future__ import annotations
 
 import argparse
+from multiprocessing.queues import SimpleQueue
 
 import torch
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 import spar_d2  # noqa: F401  registers
@@ -45,21 +47,26 @@ def main() -> None:
             raise ValueError(f"--processes must be at least 1, got {args.processes}")
         check_launch(1, args.num_machines, args.machine_rank)
         check_caching(load_config(args.config_file, args.opts))
+    reports = get_context("spawn").SimpleQueue()
     if args.processes == 1:
-        work(0, args)
-        return
-    try:
-        spawn(work, (args,), args.processes)
-    except ProcessExitedException:
-        raise SystemExit("error: a process failed (see above); targets in the cache were kept") from None
+        work(0, args, reports)
+    else:
+        try:
+            spawn(work, (args, reports), args.processes)
+        except ProcessExitedException:
+            raise SystemExit("error: a process failed (see above); targets in the cache were kept") from None
+    for number, report in sorted(reports.get() for _ in range(args.processes)):
+        print(f"process {number}: {report}")
 
 
-def work(number: int, args: argparse.Namespace) -> None:
+def work(number: int, args: argparse.Namespace, reports: SimpleQueue) -> None:
     """Fill the cache from one process.
 
     Args:
         number: index of the process on this machine.
         args: command line arguments.
+        reports: queue that receives ``(number, line of counts)``. Printed here, the line could end up inside the
+            progress bar of another process.
     """
     import_again()
     make_logs_printable(setup_logger(name="spar_d2", distributed_rank=number))
@@ -71,8 +78,5 @@ def work(number: int, args: argparse.Namespace) -> None:
             torch.set_num_threads(max(1, torch.get_num_threads() // args.processes))
         share, shares = args.machine_rank * args.processes + number, args.num_machines * args.processes
         filled = fill_cache(cfg, share, shares, show=number == 0)
-    print(
-        f"process {number}: {filled.computed} targets computed, {filled.found} already cached, "
-        f"{filled.damaged} corrupt images; cache folder: {cfg.SPAR.TEACHER.CACHE_DIR}",
-        flush=True,
-    )
+    counts = f"{filled.computed} targets computed, {filled.found} already cached, {filled.damaged} corrupt images"
+    reports.put((number, f"{counts}; cache folder: {cfg.SPAR.TEACHER.CACHE_DIR}"))
