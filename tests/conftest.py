@@ -5,25 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import open_clip
 import pytest
 
-from reference import ROOT, TINY_CONFIG, fill_with_reference, reference_image
+# Imported where it is used: the process that only hands out tests to others reads this file, too.
+if TYPE_CHECKING:
+    import open_clip
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory) -> None:
-    """What a user's own runs keep is neither read nor added to, also by processes that tests start."""
+def separate_cache(tmp_path_factory) -> None:
+    """Tests, and processes that they start, neither read nor change the user's cache."""
     os.environ["SPAR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
-def loggers_as_they_were() -> Iterator[None]:
-    """What a tool sets up for its own process writes to streams that end with the test."""
+def restored_loggers() -> Iterator[None]:
+    """Remove log handlers of commands, whose streams end with the test."""
     loggers = [logging.getLogger(name) for name in ("spar_d2", "detectron2", "fvcore")]
     before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     yield
@@ -33,8 +36,8 @@ def loggers_as_they_were() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def warnings_are_given_again() -> None:
-    """Some are given once in a process."""
+def repeated_warnings() -> None:
+    """Warnings that are given once per process are given again in every test."""
     for name in ("spar_d2.text.vocabulary", "spar_d2.evaluation.semantic_evaluator"):
         if name in sys.modules:
             sys.modules[name]._WARNED.clear()
@@ -42,25 +45,39 @@ def warnings_are_given_again() -> None:
 
 @pytest.fixture(scope="session")
 def reference_clip() -> open_clip.CLIP:
-    """The tiny CLIP of the reference numbers; not to be changed by tests."""
+    """The tiny CLIP of the reference numbers; tests must not change it."""
+    import open_clip
+
+    from reference import TINY_CONFIG, fill_with_reference
+
     model = open_clip.CLIP(**TINY_CONFIG).eval()
     return fill_with_reference(model)
 
 
-@pytest.fixture
-def tiny_model(tmp_path, reference_clip) -> tuple[str, str]:
-    """The tiny CLIP as files: (model config, weights)."""
+@pytest.fixture(scope="session")
+def reference_weights(reference_clip, tmp_path_factory) -> Path:
+    """The tiny CLIP's weights as a file; tests must not change it."""
     from spar_d2.encoders.weights import write_safetensors
 
-    config, weights = tmp_path / "reference-tiny.json", tmp_path / "weights.safetensors"
+    path = tmp_path_factory.mktemp("reference") / "weights.safetensors"
+    write_safetensors(reference_clip.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def tiny_model(tmp_path, reference_weights) -> tuple[str, str]:
+    """The tiny CLIP as files: (model config, weights)."""
+    from reference import TINY_CONFIG
+
+    config = tmp_path / "reference-tiny.json"
     config.write_text(json.dumps(TINY_CONFIG))
-    write_safetensors(reference_clip.state_dict(), weights)
-    return str(config), str(weights)
+    return str(config), shutil.copy(reference_weights, tmp_path)
 
 
 @pytest.fixture
 def tiny_cfg(tiny_model, tmp_path):
     """Config of a segmentor with the tiny CLIP on the CPU, for distillation at small sizes."""
+    from reference import ROOT
     from spar_d2.engine.setup import load_config
 
     cfg = load_config(str(ROOT / "configs/distill/Base-distill.yaml"), ["MODEL.DEVICE", "cpu"])
@@ -79,6 +96,8 @@ def tiny_cfg(tiny_model, tmp_path):
 def photo_folder(tmp_path) -> Path:
     """Three JPEGs of different sizes, one in a sub-folder."""
     from PIL import Image
+
+    from reference import reference_image
 
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)

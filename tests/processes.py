@@ -1,7 +1,8 @@
-"""Functions and tools in processes of their own, which begin with everything imported."""
+"""Functions and tools in separate processes, which start with everything imported."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -9,9 +10,10 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from subprocess import PIPE
 
 import torch
 
@@ -20,7 +22,7 @@ multiprocessing.set_forkserver_preload(["open_clip", "timm", "spar_d2.engine.tra
 
 
 def start_tool(tool: Path, arguments: Sequence[object], log: Path, environment: Mapping[str, str]) -> BaseProcess:
-    """Start a script as from a command line, in a process group of its own; what it prints goes to ``log``."""
+    """Start a script as from a command line, in a separate process group; its output goes to ``log``."""
     given = (str(tool), [str(word) for word in arguments], str(log), {**os.environ, **environment})
     process = multiprocessing.get_context("forkserver").Process(target=_run_tool, args=given)
     process.start()
@@ -28,7 +30,7 @@ def start_tool(tool: Path, arguments: Sequence[object], log: Path, environment: 
 
 
 def run_tool(tool: Path, arguments: Sequence[object], log: Path, environment: Mapping[str, str] | None = None) -> int:
-    """As :func:`start_tool`, to its end; returns its exit code."""
+    """Run a script to its end, see :func:`start_tool`; returns its exit code."""
     process = start_tool(tool, arguments, log, environment or {})
     process.join(300)
     return process.exitcode
@@ -36,7 +38,7 @@ def run_tool(tool: Path, arguments: Sequence[object], log: Path, environment: Ma
 
 def _run_tool(tool: str, arguments: list[str], log: str, environment: dict) -> None:
     os.setsid()
-    # What a script from a command line begins with; its loading workers should not import all of it anew.
+    # As in a script from a command line. Loading workers should not repeat its imports.
     multiprocessing.set_start_method("fork", force=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
@@ -80,10 +82,11 @@ _LIBRARIES = (
 _FORKS = """
 import os, sys
 import {libraries}
-for number, code in enumerate({codes!r}):
+for line in sys.stdin:
+    code, output = eval(line)
     child = os.fork()
     if child == 0:
-        sys.stdout = open(f"{folder}/{{number}}", "w")
+        sys.stdout = open(output, "w")
         try:
             exec(code, {{"__name__": "__main__"}})
         except BaseException as error:
@@ -91,12 +94,27 @@ for number, code in enumerate({codes!r}):
         sys.stdout.flush()
         os._exit(0)
     os.waitpid(child, 0)
+    print(flush=True)
 """
 
 
-def run_fresh(codes: Sequence[str], folder: Path) -> list[str]:
-    """Outputs of pieces of code, each run in a fork of a process without Detectron2 and this package."""
-    code = _FORKS.format(libraries=_LIBRARIES, codes=list(codes), folder=folder)
+@contextlib.contextmanager
+def fresh_process(folder: Path) -> Iterator[Callable[[str], str]]:
+    """Yield a function that runs code in a fork of a process without Detectron2 and this package.
+
+    It returns the output of the code, which is also written into ``folder``.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
-    return [(folder / str(number)).read_text() for number in range(len(codes))]
+    command = [sys.executable, "-W", "ignore", "-c", _FORKS.format(libraries=_LIBRARIES)]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=environment) as process:
+        assert process.stdin and process.stdout
+
+        def run(code: str) -> str:
+            output = folder / "output.txt"
+            process.stdin.write(f"{(code, str(output))!r}\n")
+            process.stdin.flush()
+            assert process.stdout.readline(), "the process has ended"
+            return output.read_text()
+
+        yield run
+        process.stdin.close()

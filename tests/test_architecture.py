@@ -1,16 +1,12 @@
 """The packages and what each may import."""
 
-import ast
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from processes import run_fresh
+from package_files import PACKAGE, imported_modules, module_name
 
-PACKAGE = Path(__file__).resolve().parents[1] / "spar_d2"
 # A package imports only packages of lower layers, and itself.
 LAYERS = [
     {"utils"},
@@ -27,9 +23,9 @@ LAYERS = [
     {"cli"},
 ]
 LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
-# They register all of it with Detectron2, and start scripts that know nothing of it.
+# These register everything with Detectron2, and start scripts of others.
 OUTSIDE = ("__init__", "__main__", "deprecated", "launcher", "model_zoo", "registration", "user_modules")
-# What plain PyTorch users rely on must not need Detectron2.
+# Parts for users of plain PyTorch, which must not need Detectron2.
 WITHOUT_DETECTRON2 = [
     "utils/environment.py",
     "utils/errors.py",
@@ -81,16 +77,6 @@ WITHOUT_DETECTRON2 = [
 ]
 
 
-def imported_modules(path: Path) -> set[str]:
-    modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            modules.add(node.module)
-        elif isinstance(node, ast.Import):
-            modules.update(alias.name for alias in node.names)
-    return modules
-
-
 def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
@@ -116,57 +102,7 @@ def test_plain_parts_do_not_import_detectron2(place):
         assert not any(module.split(".")[0] == "detectron2" for module in imported_modules(path)), path
 
 
-def run(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True
-    ).stdout
-
-
-def test_import_alone_loads_no_part_of_detectron2_and_no_encoder():
-    loaded = run("import spar_d2, sys; print(*sys.modules)").split()
-    assert not {"detectron2.modeling", "detectron2.config", "open_clip", "torch"} & set(loaded)
-
-
-@pytest.mark.processes
-@pytest.mark.slow
-def test_registers_whether_imported_before_or_after_detectron2(tmp_path):
-    checks = (
-        "\nfrom detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY"
-        "\nprint('SPARViT' in BACKBONE_REGISTRY, 'SPARPyramid' in BACKBONE_REGISTRY)"
-        "\nprint('OpenVocabularySegmentor' in META_ARCH_REGISTRY)"
-        "\nprint(detectron2.config.get_cfg().MODEL.SPAR.ENCODER)"
-        "\nprint('spar_scenes_val' in detectron2.data.DatasetCatalog)"
-    )
-    parts = "detectron2.modeling, detectron2.config, detectron2.data"
-    codes = [f"import {order}{checks}" for order in (f"spar_d2, {parts}", f"{parts}, spar_d2")]
-    for output in run_fresh(codes, tmp_path):
-        assert output.split() == ["True", "True", "True", "ViT-B-16", "True"]
-
-
-def modules_that_import_detectron2() -> list[str]:
-    """Of the parts that register: those that import it, or a module of ours that does, and so on."""
-    uses = {name_of(path): imported_modules(path) for path in FILES}
-    reaching = {name for name, used in uses.items() if any(one.split(".")[0] == "detectron2" for one in used)}
-    while more := {name for name, used in uses.items() if used & reaching} - reaching:
-        reaching |= more
-    return sorted(name for name in reaching if name.split(".")[1] in ("config", "data", "modeling"))
-
-
-def name_of(path: Path) -> str:
-    return ".".join(("spar_d2", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-
-
-@pytest.mark.processes
-@pytest.mark.slow
-def test_what_registers_can_be_imported_first(tmp_path):
-    """Importing a part of Detectron2 registers, in the middle of whatever imports it."""
-    modules = modules_that_import_detectron2()
-    assert len(modules) > 15
-    outputs = run_fresh([f"import {module}" for module in modules], tmp_path)
-    assert dict(zip(modules, outputs)) == dict.fromkeys(modules, "")
-
-
-@pytest.mark.parametrize("package", sorted(name_of(path) for path in PACKAGE.rglob("__init__.py")))
-def test_all_that_a_package_names_is_there(package):
-    module = importlib.import_module(package.removesuffix(".__init__"))
+@pytest.mark.parametrize("package", sorted(module_name(path) for path in PACKAGE.rglob("__init__.py")))
+def test_all_public_names_of_a_package_exist(package):
+    module = importlib.import_module(package)
     assert [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)] == []

@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
-from processes import run_fresh, run_in_two_processes
+from processes import run_in_two_processes
 from spar_d2.evaluation import SemanticEvaluator, confusion_matrix, segmentation_scores
 
 NAMES = ["sky", "grass", "cat", "dog", "never"]
@@ -205,33 +205,6 @@ def test_classes_of_one_name_have_scores_of_their_own():
     scores = segmentation_scores(np.array([[4, 0, 0, 0], [0, 0, 2, 0], [0, 0, 1, 1]]), ["tree", "tree", "sky"])
     assert {name for name in scores if name.startswith("IoU")} == {"IoU-tree (0)", "IoU-tree (1)", "IoU-sky"}
     assert (scores["IoU-tree (0)"], scores["IoU-tree (1)"], scores["IoU-sky"]) == (100, 0, 25)
-
-
-@pytest.mark.slow
-def test_detectron2s_own_evaluator_reads_labels_with_any_numpy(tmp_path):
-    """Whatever is imported first, its own, others' that inherit from it, and its function."""
-    Image.fromarray(np.array([[0, 1], [1, 255]], dtype=np.uint8)).save(tmp_path / "a.png")
-    code = """
-import os
-import numpy as np, torch
-os.chdir(FOLDER)
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import SemSegEvaluator
-from detectron2.evaluation.sem_seg_evaluation import load_image_into_numpy_array
-class Theirs(SemSegEvaluator):
-    pass
-DatasetCatalog.register("a", lambda: [dict(file_name="a", sem_seg_file_name="a.png")])
-MetadataCatalog.get("a").set(stuff_classes=["x", "y"], ignore_label=255)
-for kind in (SemSegEvaluator, Theirs):
-    evaluator = kind("a", distributed=False)
-    evaluator.reset()
-    evaluator.process([dict(file_name="a")], [dict(sem_seg=torch.eye(2)[:, :, None].expand(2, 2, 2))])
-    print(round(evaluator.evaluate()["sem_seg"]["pACC"], 6))
-print(load_image_into_numpy_array("a.png").tolist(), load_image_into_numpy_array("a.png", True, float).dtype)
-"""
-    orders = ("import spar_d2, detectron2.evaluation", "import detectron2.evaluation, spar_d2")
-    for output in run_fresh([f"{order}{code.replace('FOLDER', repr(str(tmp_path)))}" for order in orders], tmp_path):
-        assert output.splitlines() == ["66.666667", "66.666667", "[[0, 1], [1, 255]] float64"]
 
 
 def test_labels_that_are_neither_a_class_nor_ignored_are_told_once(dataset, caplog):

@@ -20,11 +20,11 @@ from spar_d2.encoders import build_encoder
 from spar_d2.modeling.backbone import SPARViT
 from spar_d2.modeling.pyramid import SPARPyramid
 
-HEIGHT, WIDTH = SIZE = (203, 331)
+HEIGHT, WIDTH = SIZE = (103, 167)
 
 
 def labeled_image(polygons: bool = False) -> dict:
-    boxes = [[30.0, 20, 150, 120], [200.0, 100, 320, 190]]
+    boxes = [[15.0, 10, 75, 60], [100.0, 50, 160, 95]]
     masks = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes):
         mask[int(y0) : int(y1), int(x0) : int(x1)] = True
@@ -34,7 +34,8 @@ def labeled_image(polygons: bool = False) -> dict:
     outlines = [[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes]
     instances.gt_masks = PolygonMasks(outlines) if polygons else BitMasks(masks)
     image = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
-    return {"image": image, "instances": instances, "sem_seg": torch.randint(0, 54, SIZE), "height": 203, "width": 331}
+    labels = torch.randint(0, 54, SIZE)
+    return {"image": image, "instances": instances, "sem_seg": labels, "height": HEIGHT, "width": WIDTH}
 
 
 def deeplab_image() -> dict:

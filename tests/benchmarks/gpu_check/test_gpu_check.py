@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 import pytest
@@ -28,8 +27,9 @@ from pretended_cuda import PretendedCuda
 from spar_d2.encoders import compilation
 
 CPU = torch.device("cpu")
-SLOW = ("demo", "torchrun")
-# Titles of the tables of each part, and what their first columns are called.
+# Parts that start processes.
+PROCESSES = ("demo", "torchrun")
+# Titles of the tables of each part, and names of their first columns.
 TABLES = {
     "features": {"Encoders": "what", "Attention": "what"},
     "targets": {"Teacher": "what", "Reproducibility": "what", "Gradients": "what"},
@@ -45,17 +45,6 @@ TABLES = {
 
 
 @pytest.fixture(scope="module")
-def slow_parts(tmp_path_factory):
-    """Parts that wait for processes of theirs run beside the other tests, all on one thread each."""
-    folder, threads = tmp_path_factory.mktemp("slow"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield {name: pool.submit(run_part, name, folder, small(CPU)) for name in SLOW}
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
 def tables_of(tmp_path_factory):
     """The tables of a part, which runs once."""
     return functools.cache(lambda name: check_record(run_part(name, tmp_path_factory.mktemp(name), small(CPU))))
@@ -66,7 +55,7 @@ def cells(row: str) -> list[str]:
 
 
 def check_record(record: Record) -> dict:
-    """What every part writes, and this one's tables."""
+    """Check what every part writes, and return the tables."""
     found = json.loads(record.path.read_text())
     assert found["finished"] and found["failed"] == record.failed == []
     assert found["machine"]["torch"] == torch.__version__ and found["machine"]["timm"]
@@ -81,15 +70,13 @@ def check_record(record: Record) -> dict:
     return found["tables"]
 
 
-def test_every_part_is_tested(slow_parts):
-    # The slow ones begin here.
-    assert {*slow_parts} < {*TABLES}
+def test_every_part_is_tested():
     assert list(TABLES) == [part.name for part in PARTS]
     assert parts.MINUTES < 9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in TABLES if name not in (*SLOW, "compiled")])
+@pytest.mark.parametrize("name", [name for name in TABLES if name not in (*PROCESSES, "compiled")])
 def test_part_writes_its_tables(name, tables_of):
     assert tables_of(name)
 
@@ -118,6 +105,7 @@ def test_encoders_of_all_families_are_compared(tables_of):
     assert half and all(0 < row["relative"] < 0.05 and row["cosine"] > 0.99 for row in half)
 
 
+@pytest.mark.slow
 def test_distillation_is_watched(tables_of):
     (table,) = tables_of("distillation").values()
     (row,) = table["values"]
@@ -159,7 +147,7 @@ def run_tool(monkeypatch, folder, *options: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_part_over_its_limit_is_cut_and_the_others_go_on(tmp_path, capsys):
+def test_a_part_over_its_limit_is_cut_and_the_others_run(tmp_path, capsys):
     short = Part("features", "cut", 1, "features.check_features", True)
     whole = Part("speed-encoders", "runs", 120, "speed.measure_encoders")
     (tmp_path / "speed-encoders.json").write_text("{left by an earlier check")
@@ -175,7 +163,7 @@ def test_a_part_over_its_limit_is_cut_and_the_others_go_on(tmp_path, capsys):
     assert "Single passes: |" in (tmp_path / "speed-encoders.log").read_text()
 
 
-def test_a_part_that_fails_is_said_so(tmp_path, monkeypatch):
+def test_a_failed_part_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     outcomes = Runner(tmp_path, "cpu", is_small=True).run(find(["speed-encoders"]))
     assert [outcome.state for outcome in outcomes] == ["failed"]
@@ -183,12 +171,12 @@ def test_a_part_that_fails_is_said_so(tmp_path, monkeypatch):
     assert "**FAILED** after 0 rows, see speed-encoders.log" in (tmp_path / "gpu_check.md").read_text()
 
 
-def test_a_cut_of_what_only_measures_is_no_failure(tmp_path):
+def test_a_cut_part_without_checks_is_no_failure(tmp_path):
     for name, is_well in (("speed-encoders", True), ("labels", False)):
         assert report.write_report(tmp_path, [Outcome(*find([name]), "cut", 1.0)]) is is_well
 
 
-def test_ctrl_c_ends_the_part_and_keeps_what_is_done(tmp_path):
+def test_ctrl_c_ends_the_part_and_keeps_results(tmp_path):
     def interrupt() -> None:
         while not (tmp_path / "features.log").exists():
             time.sleep(0.01)
@@ -211,7 +199,7 @@ def test_ctrl_c_ends_the_part_and_keeps_what_is_done(tmp_path):
 
 @pytest.mark.processes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+def test_a_missing_gpu_is_an_error(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_tool(monkeypatch, tmp_path / "new")
     assert stopped.value.code == 1
@@ -248,7 +236,7 @@ class Event:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the whole tool runs")
 @pytest.mark.parametrize("name", ["labels", "distillation"])
-def test_what_only_a_gpu_runs_runs_on_a_pretended_one(name, tmp_path, monkeypatch):
+def test_code_for_gpus_runs_on_a_pretended_one(name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
@@ -265,9 +253,12 @@ def test_what_only_a_gpu_runs_runs_on_a_pretended_one(name, tmp_path, monkeypatc
         assert [row["passed"] for row in found["tables"]["Waits of the host"]["values"]] == [True, True]
 
 
-@pytest.mark.parametrize("name", SLOW)
-def test_part_with_processes_of_its_own(name, slow_parts):
-    tables = check_record(slow_parts[name].result(timeout=300))
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROCESSES)
+def test_part_that_starts_processes(name, tables_of, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tables = tables_of(name)
     if name == "torchrun":
         found = {row["question"]: row["found"] for row in tables[torchrun.TITLE]["values"]}
         assert found["a checkpoint is written"].startswith("model_00000")
