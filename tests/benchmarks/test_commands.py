@@ -1,4 +1,4 @@
-"""The benchmark's command line."""
+"""The command line of the benchmarks."""
 
 import ast
 import sys
@@ -161,6 +161,7 @@ def test_evaluators_beside_each_other(benchmark, tmp_path, capsys):
     assert all(float(row[6]) < 1e-11 for row in rows)
 
 
+@pytest.mark.slow
 def test_panoptic_evaluation_beside_png_files(benchmark, tmp_path, capsys):
     threads = torch.get_num_threads()
     try:

@@ -1,4 +1,4 @@
-"""Linear probes side by side, as a user asks for them, on a few scenes."""
+"""The command for linear probes side by side, on a few scenes."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,6 +21,7 @@ from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 
 QUICK = ["SOLVER.MAX_ITER", "4", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "1", "SEED", "0"]
 QUICK += ["SPAR.TEACHER.STRIDE", "40", "DATASETS.TEST", "('spar_scenes_tune',)"]
+QUICK += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
 VOC = str(ROOT / "configs/linear_probe/voc21.yaml")
 SINGLE, SLIDING, STUDENT = (
     "pre-trained, single pass",
@@ -59,8 +61,14 @@ def probe(drawn, tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
+def no_picture(monkeypatch):
+    """Draw no predictions, which takes longer than the rest: data sets without colors have no picture."""
+    monkeypatch.delattr(MetadataCatalog.get("spar_scenes_tune"), "stuff_colors")
+
+
+@pytest.fixture
 def work(monkeypatch):
-    """What is done: training steps, and images that are tested."""
+    """Counts of training steps and of tested images."""
     done = {"steps": 0, "tested": 0}
     before_step, forward = StepSeed.before_step, ProbeSegmentor.forward
 
@@ -83,7 +91,7 @@ def rows_of(text) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-def test_three_rows_become_one_table_a_picture_and_are_not_done_again(probe, work, student, tmp_path):
+def test_three_rows_become_a_table_and_a_picture_and_are_reused(probe, work, student, tmp_path, request):
     printed = probe("--student", student)
     out = tmp_path / "out"
     table = (out / "table.md").read_text()
@@ -108,6 +116,7 @@ def test_three_rows_become_one_table_a_picture_and_are_not_done_again(probe, wor
     assert rows_of(probe("--student", student)) == rows
     assert work == {"steps": 0, "tested": 3 * 3}
 
+    request.getfixturevalue("no_picture")
     probe("--rows", "single_pass", opts=["SOLVER.BASE_LR", "1e-2"])
     assert work["steps"] == 4
     probe("--rows", "single_pass", opts=["SOLVER.BASE_LR", "1e-2", "SOLVER.CHECKPOINT_PERIOD", "9"])
@@ -115,7 +124,8 @@ def test_three_rows_become_one_table_a_picture_and_are_not_done_again(probe, wor
 
 
 @pytest.mark.slow
-def test_the_students_own_features_are_probed_and_another_students_anew(probe, work, student, tmp_path):
+@pytest.mark.usefixtures("no_picture")
+def test_the_students_features_are_probed_and_those_of_a_changed_student_again(probe, work, student, tmp_path):
     probe("--rows", "student", "--student", student)
     probed = torch.load(tmp_path / "out" / "student" / "model_final.pth")["model"]
     name = "visual.transformer.resblocks.4.mlp.c_fc.weight"
@@ -127,8 +137,9 @@ def test_the_students_own_features_are_probed_and_another_students_anew(probe, w
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("resume", [True, False])
-def test_ctrl_c_in_training_stops_and_resume_goes_on(probe, work, monkeypatch, tmp_path, resume):
+def test_training_stopped_by_ctrl_c_resumes(probe, work, monkeypatch, tmp_path, resume):
     before_step = StepSeed.before_step
 
     def press(self):
@@ -152,7 +163,8 @@ def test_ctrl_c_in_training_stops_and_resume_goes_on(probe, work, monkeypatch, t
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_testing_keeps_the_probe_and_other_settings_begin_anew(probe, work, monkeypatch):
+@pytest.mark.usefixtures("no_picture")
+def test_ctrl_c_in_testing_keeps_the_probe_and_other_settings_start_over(probe, work, monkeypatch):
     def stop(*arguments, **keys):
         raise KeyboardInterrupt
 

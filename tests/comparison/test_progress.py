@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
 
 from spar_d2.comparison.methods import Method, build_method, measure
 from spar_d2.comparison.progress import Progress
+from spar_d2.data.datasets.scenes import SCENE_SPLITS
 
 DATASET = "spar_scenes_tune"
 
@@ -12,8 +12,7 @@ DATASET = "spar_scenes_tune"
 @pytest.fixture
 def cfg(tiny_cfg, monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    records = DatasetCatalog.get(DATASET)[:5]
-    monkeypatch.setitem(DatasetCatalog.data, DATASET, lambda: records)
+    monkeypatch.setitem(SCENE_SPLITS, "tune", (202, 5))
     tiny_cfg.DATASETS.TEST = (DATASET,)
     return tiny_cfg
 
@@ -24,7 +23,7 @@ class Crash(Exception):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stop", "period"), [(Crash, 0), (KeyboardInterrupt, 1000)])
-def test_goes_on_where_it_stopped(cfg, tmp_path, monkeypatch, stop, period):
+def test_an_interrupted_evaluation_resumes(cfg, tmp_path, monkeypatch, stop, period):
     method = Method("single pass")
     model = build_method(cfg, method)
     expected = measure(cfg, DATASET, method, model)
@@ -50,8 +49,8 @@ def test_goes_on_where_it_stopped(cfg, tmp_path, monkeypatch, stop, period):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", ["of another", "damaged", "of other classes"])
-def test_begins_anew_where_there_is_nothing_to_go_on_from(cfg, tmp_path, kept):
+@pytest.mark.parametrize("kept", ["of another", "corrupt", "of other classes"])
+def test_unusable_progress_starts_over(cfg, tmp_path, kept):
     from spar_d2.evaluation import SemanticEvaluator
 
     evaluator = SemanticEvaluator(DATASET, distributed=False)
@@ -62,8 +61,8 @@ def test_begins_anew_where_there_is_nothing_to_go_on_from(cfg, tmp_path, kept):
     fresh = SemanticEvaluator(DATASET, distributed=False)
     assert progress.restore(fresh) == [1.0, 2.0]
     assert np.array_equal(fresh._confusion, evaluator._confusion)
-    if kept == "damaged":
-        path.write_bytes(b"damaged")
+    if kept == "corrupt":
+        path.write_bytes(b"corrupt")
     elif kept == "of other classes":
         fresh._confusion = np.zeros((2, 3), dtype=np.int64)
     other = Progress(path, "b" if kept == "of another" else "a")
@@ -76,7 +75,7 @@ def test_begins_anew_where_there_is_nothing_to_go_on_from(cfg, tmp_path, kept):
 
 
 @pytest.mark.slow
-def test_augmented_tests_are_measured_too(cfg):
+def test_test_time_augmentation_is_measured_too(cfg):
     cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.FLIP = True, (128, 256), True
     calls = []
     method = Method("augmented")

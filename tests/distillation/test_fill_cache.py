@@ -1,4 +1,4 @@
-"""A cache filled ahead is what training reads."""
+"""Targets computed before training are used by it."""
 
 import logging
 import sys
@@ -28,7 +28,7 @@ def hook_of(trainer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "workers"), [(0, 0), (11, 1)])
-def test_training_encodes_nothing_more(cfg, seed, workers):
+def test_training_after_it_encodes_no_windows(cfg, seed, workers):
     cfg.DATALOADER.NUM_WORKERS = workers
     parts = [fill_cache(cfg, share, 2, show=False) for share in range(2)]
     assert sum(part.computed for part in parts) == 3
@@ -41,27 +41,27 @@ def test_training_encodes_nothing_more(cfg, seed, workers):
     assert (hook_of(trainer).windows_encoded, hook_of(trainer).cache.misses) == (0, 0)
 
 
-def test_damaged_photos_are_named_and_counted_up_to_the_limit(cfg, photo_folder, caplog):
+def test_corrupt_images_are_named_and_counted_up_to_the_limit(cfg, photo_folder, caplog):
     (photo_folder / "a.jpg").write_bytes(b"ruined")
     filled = fill_cache(cfg, show=False)
     assert (filled.computed, filled.damaged) == (2, 1)
     assert caplog.text.count("a.jpg") == 1
     (photo_folder / "b.JPG").write_bytes(b"ruined")
     cfg.SPAR.DATA.MAX_DAMAGED = 1
-    with pytest.raises(RuntimeError, match=r"more than 1 images are corrupt"):
+    with pytest.raises(RuntimeError, match=r"more than 1 "):
         fill_cache(cfg, show=False)
 
 
-def test_too_little_room_is_said_before_anything_is_computed(cfg, monkeypatch, caplog):
+def test_too_little_disk_space_is_reported_before_targets_are_computed(cfg, monkeypatch, caplog):
     monkeypatch.setattr(caching, "RESERVE", 1 << 60)
-    with pytest.raises(RuntimeError, match=r"CACHE_DIR: about 0\.0 GiB are needed.*WINDOWS_PER_IMAGE"):
+    with pytest.raises(RuntimeError, match=r"CACHE_DIR: .*0\.0 GiB.*WINDOWS_PER_IMAGE"):
         fill_cache(cfg, show=False)
     with caplog.at_level(logging.WARNING):
         Trainer(cfg)
     assert "will be encoded in every epoch" in caplog.text
 
 
-def test_a_cache_that_cannot_be_written_to_stops_filling_but_no_training(cfg, monkeypatch, caplog):
+def test_an_unwritable_cache_stops_the_command_but_no_training(cfg, monkeypatch, caplog):
     fill_cache(cfg, 0, 2, show=False)
     cfg.SPAR.TEACHER.STRIDE = 16  # another teacher has no folder there yet
 
@@ -81,9 +81,9 @@ def test_a_cache_that_cannot_be_written_to_stops_filling_but_no_training(cfg, mo
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("SPAR.TEACHER.CACHE_DIR", "", r"SPAR\.TEACHER\.CACHE_DIR must be set"),
-        ("SPAR.DATA.FROZEN", False, r"SPAR\.DATA\.FROZEN must be True"),
-        ("MODEL.META_ARCHITECTURE", "PanopticFPN", r"MODEL\.META_ARCHITECTURE must be OpenVocabularySegmentor"),
+        ("SPAR.TEACHER.CACHE_DIR", "", r"SPAR\.TEACHER\.CACHE_DIR"),
+        ("SPAR.DATA.FROZEN", False, r"SPAR\.DATA\.FROZEN .*True"),
+        ("MODEL.META_ARCHITECTURE", "PanopticFPN", r"MODEL\.META_ARCHITECTURE .*OpenVocabularySegmentor"),
     ],
 )
 def test_wrong_keys_are_named(cfg, key, value, message):
@@ -94,7 +94,7 @@ def test_wrong_keys_are_named(cfg, key, value, message):
 
 def test_training_needs_frozen_images_for_a_cache(cfg):
     cfg.SPAR.DATA.FROZEN = False
-    with pytest.raises(ValueError, match=r"SPAR\.TEACHER\.CACHE_DIR requires SPAR\.DATA\.FROZEN True"):
+    with pytest.raises(ValueError, match=r"SPAR\.TEACHER\.CACHE_DIR .*SPAR\.DATA\.FROZEN True"):
         Trainer(cfg)
 
 

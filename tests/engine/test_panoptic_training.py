@@ -1,4 +1,4 @@
-"""Panoptic fine-tuning by the demo's config, cut short: what is trained, what is not, and going on after a stop."""
+"""Panoptic fine-tuning by the toy config, cut short: trained and frozen parts, and resuming."""
 
 import logging
 
@@ -8,8 +8,20 @@ from detectron2.utils.env import seed_all_rng
 
 from reference import ROOT
 from small_trainers import Crash, assert_equal
+from spar_d2.data.datasets.scenes import SCENE_SPLITS
 from spar_d2.engine.setup import load_config
 from spar_d2.engine.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(datasets, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
+    monkeypatch.setitem(SCENE_SPLITS, "train", (101, 6))
 
 
 def config(folder, *overrides):
@@ -63,7 +75,7 @@ def test_counts_of_parameters_are_logged(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path):
     train(config(tmp_path / "through"))
     train(config(tmp_path / "stopped"), stop_at=3)
     train(config(tmp_path / "stopped"), resume=True)
@@ -72,19 +84,19 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path):
 
 
 @pytest.mark.slow
-def test_its_own_rate_must_stay(tmp_path):
+def test_the_decay_of_learning_rates_cannot_change_on_resume(tmp_path):
     train(config(tmp_path / "run", "SOLVER.MAX_ITER", 2))
-    with pytest.raises(ValueError, match=r"--resume: SPAR\.LAYER_DECAY was '1\.0' in this run"):
+    with pytest.raises(ValueError, match=r"--resume: SPAR\.LAYER_DECAY .*'1\.0'"):
         train(config(tmp_path / "run", "SPAR.LAYER_DECAY", 0.5), resume=True)
 
 
 @pytest.mark.parametrize(("head", "count"), [("ROI_HEADS", 8), ("SEM_SEG_HEAD", 6)])
-def test_wrong_numbers_of_classes_are_told_at_the_start(tmp_path, head, count):
-    with pytest.raises(ValueError, match=rf"MODEL\.{head}\.NUM_CLASSES must be {count}, .*got 7"):
+def test_wrong_numbers_of_classes_are_an_error_at_the_start(tmp_path, head, count):
+    with pytest.raises(ValueError, match=rf"MODEL\.{head}\.NUM_CLASSES .*{count}, .*got 7"):
         Trainer(config(tmp_path / "run", f"MODEL.{head}.NUM_CLASSES", 7))
 
 
-def test_mixed_precision_on_a_cpu_is_told(tmp_path, caplog):
+def test_mixed_precision_on_a_cpu_is_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="spar_d2"):
         Trainer(config(tmp_path / "run", "SOLVER.AMP.ENABLED", True))
     assert "training is in float32" in caplog.text
@@ -93,8 +105,8 @@ def test_mixed_precision_on_a_cpu_is_told(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("()", r"DATASETS\.TRAIN must name at least one"),
-        ("('spar_scenes_panoptic_train', 'spar_scenes_train')", r"only one kind of data set"),
+        ("()", r"DATASETS\.TRAIN"),
+        ("('spar_scenes_panoptic_train', 'spar_scenes_train')", r"DATASETS\.TRAIN"),
     ],
 )
 def test_wrong_data_sets(tmp_path, names, message):

@@ -1,4 +1,4 @@
-"""The whole way: photos, trainer, hook, checkpoints, student."""
+"""Training from images to checkpoints and a student file."""
 
 import os
 import signal
@@ -52,7 +52,7 @@ class PressCtrlC(HookBase):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_with_a_checkpoint_and_resume_goes_on_after_it(cfg, capfd):
+def test_ctrl_c_writes_a_checkpoint_from_which_the_run_resumes(cfg, capfd):
     handler = signal.getsignal(signal.SIGINT)
     first = Trainer(cfg)
     first.register_hooks([PressCtrlC(1)])
@@ -86,7 +86,7 @@ def test_a_resumed_students_teacher_is_the_original(cfg, tiny_model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_reach_the_model_as_the_config_says(cfg, workers):
+def test_images_have_the_type_and_sizes_of_the_config(cfg, workers):
     cfg.DATALOADER.NUM_WORKERS = workers
     batch = next(iter(Trainer.build_train_loader(cfg)))
     assert len(batch) == 2
@@ -108,23 +108,23 @@ def test_optimizer_of_the_config(cfg):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["MODEL.SPAR.TRAINABLE", "none"], r"no trainable parameters: MODEL\.SPAR\.TRAINABLE"),
+        (["MODEL.SPAR.TRAINABLE", "none"], r"MODEL\.SPAR\.TRAINABLE"),
         (["SPAR.OPTIMIZER", "Adamm"], r"SPAR\.OPTIMIZER"),
         (["SPAR.OPTIMIZER", "LBFGS"], r"SPAR\.OPTIMIZER"),
         (
             ["DATASETS.TEST", ("spar_scenes_val",), "MODEL.SPAR.VOCABULARY", "cat; dog"],
-            r"VOCABULARY has 2 classes, but 'spar_scenes_val' has 13",
+            r"VOCABULARY .*2 .*'spar_scenes_val' .*13",
         ),
         (["SOLVER.CHECKPOINT_PERIOD", 0], r"SOLVER\.CHECKPOINT_PERIOD"),
         (["SOLVER.BASE_LR", -1.0], r"SOLVER\.BASE_LR"),
         (["DATASETS.TEST", ("coco_2017_val",)], r"DATASETS\.TEST: .*'coco_2017_val' .*got 'coco'"),
         (["SPAR.DATA.IMAGES", ""], r"SPAR\.DATA\.IMAGES"),
         (["SOLVER.MAX_ITER", 0], r"SOLVER\.MAX_ITER"),
-        (["SPAR.ACCUMULATION_STEPS", 3], r"SOLVER\.IMS_PER_BATCH must be a multiple of 1 processes times .* 3, got 2"),
-        (["SPAR.ACCUMULATION_STEPS", 0], r"SPAR\.ACCUMULATION_STEPS must be at least 1"),
+        (["SPAR.ACCUMULATION_STEPS", 3], r"SOLVER\.IMS_PER_BATCH .*3, got 2"),
+        (["SPAR.ACCUMULATION_STEPS", 0], r"SPAR\.ACCUMULATION_STEPS"),
         (
             ["SPAR.ACCUMULATION_STEPS", 2, "SPAR.DISTILL.AVERAGE", "cell"],
-            r'SPAR\.ACCUMULATION_STEPS must be 1 .*AVERAGE "cell"',
+            r'SPAR\.ACCUMULATION_STEPS .*AVERAGE "cell"',
         ),
         (["SPAR.DISTILL.AVERAGE", "pixel"], r"SPAR\.DISTILL\.AVERAGE"),
         (["SPAR.EMA_DECAY", 1.0], r"SPAR\.EMA_DECAY"),
@@ -132,7 +132,7 @@ def test_optimizer_of_the_config(cfg):
         (["SPAR.PICTURE_PERIOD", -1], r"SPAR\.PICTURE_PERIOD"),
         (["SPAR.DATA.MAX_DAMAGED", -1], r"SPAR\.DATA\.MAX_DAMAGED"),
         (["SPAR.TEACHER.PRECISION", "int8"], r"SPAR\.TEACHER\.PRECISION"),
-        (["SPAR.DATA.SIDE_MULTIPLE", 24], r"SPAR\.DATA\.SIDE_MULTIPLE must be a multiple of 16"),
+        (["SPAR.DATA.SIDE_MULTIPLE", 24], r"SPAR\.DATA\.SIDE_MULTIPLE .*16"),
     ],
 )
 def test_wrong_keys_are_named(cfg, keys, message):

@@ -1,4 +1,4 @@
-"""Linear probes by the demo's config, cut short: kept features, what stays as it is, stops and going on."""
+"""Linear probes by the toy config, cut short: precomputed features, the frozen encoder, stopping and resuming."""
 
 import logging
 import os
@@ -43,6 +43,7 @@ def few_scenes(drawn, monkeypatch):
 def config(folder, *overrides):
     folder.mkdir(exist_ok=True)
     short = ["SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 2]
+    short += ["INPUT.MIN_SIZE_TRAIN", "(64,)"]
     path = str(ROOT / "configs/toy/linear_probe.yaml")
     return load_config(path, [*short, "DATASETS.TEST", "()", "SEED", 5, "OUTPUT_DIR", str(folder), *overrides])
 
@@ -72,7 +73,7 @@ def checkpoint(folder):
 
 @pytest.fixture
 def own_ctrl_c():
-    """Python's own handling of Ctrl-C, whatever trainings that failed before have left."""
+    """Python's handling of Ctrl-C, even after a failed training has changed it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -95,7 +96,7 @@ ENCODERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ENCODERS)
-def test_kept_features_train_the_same_probe_but_for_float16(tmp_path, way, encoded):
+def test_precomputed_features_train_the_same_probe_up_to_float16(tmp_path, way, encoded):
     """Features are rounded to float16 (11 bits): losses differ by less than 1e-3 of themselves."""
     through = train(config(tmp_path / "a", *ENCODERS[way], "SPAR.PROBE.CACHE_DIR", ""))
     assert sum(encoded) == 12
@@ -110,7 +111,7 @@ def test_kept_features_train_the_same_probe_but_for_float16(tmp_path, way, encod
 
 
 @pytest.mark.slow
-def test_features_that_are_there_give_the_same_probe_bit_for_bit(tmp_path, encoded):
+def test_existing_features_give_the_same_probe_bit_for_bit(tmp_path, encoded):
     folder = ["SPAR.PROBE.CACHE_DIR", str(tmp_path / "features")]
     train(config(tmp_path / "a", *folder))
     encoded.clear()
@@ -120,9 +121,9 @@ def test_features_that_are_there_give_the_same_probe_bit_for_bit(tmp_path, encod
 
 
 @pytest.mark.slow
-def test_features_are_those_of_the_encoder_and_of_the_sliding_window(tmp_path):
+def test_stored_features_equal_those_of_the_encoder_and_of_the_sliding_window(tmp_path):
     for way in ("OpenCLIP", "sliding window"):
-        cfg = config(tmp_path / "run", *ENCODERS[way])
+        cfg = config(tmp_path / "run", "INPUT.MIN_SIZE_TRAIN", "(0,)", *ENCODERS[way])
         model = build_model(cfg)
         encoder = model.backbone.encoder
         records = DatasetCatalog.get("spar_scenes_train")
@@ -138,7 +139,7 @@ def test_features_are_those_of_the_encoder_and_of_the_sliding_window(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_encoder_stays_as_it_is_and_is_never_in_training(tmp_path):
+def test_the_encoder_never_changes_and_stays_in_eval_mode(tmp_path):
     for number, overrides in enumerate(((), ("SPAR.PROBE.CACHE_DIR", ""))):
         cfg = config(tmp_path / str(number), *overrides)
         before = build_model(cfg).backbone.state_dict()
@@ -164,7 +165,7 @@ AUGMENTED = ("INPUT.RANDOM_FLIP", "horizontal", "INPUT.MIN_SIZE_TRAIN", "(64, 96
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), AUGMENTED, ("MODEL.SPAR.TRAINABLE", "last_blocks:1")])
-def test_a_resumed_run_ends_as_if_it_had_not_stopped(tmp_path, overrides):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, overrides):
     train(config(tmp_path / "through", *overrides))
     with pytest.raises(ZeroDivisionError):
         train(config(tmp_path / "stopped", *overrides), hooks=[Crash(5)])
@@ -174,9 +175,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(tmp_path, overrides):
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_features_are_computed_keeps_them_and_the_same_command_goes_on(
-    tmp_path, encoded, monkeypatch, own_ctrl_c
-):
+def test_features_computed_before_ctrl_c_are_kept_for_the_next_run(tmp_path, encoded, monkeypatch, own_ctrl_c):
     cfg = config(tmp_path / "run")
     keep = FeatureStore.keep
 
@@ -200,7 +199,7 @@ def features_of(folder):
 
 
 @pytest.mark.slow
-def test_what_is_damaged_lost_or_changed_is_computed_anew(tmp_path, encoded, drawn, caplog):
+def test_damaged_missing_or_outdated_features_are_recomputed(tmp_path, encoded, drawn, caplog):
     cfg = config(tmp_path / "run", "SOLVER.MAX_ITER", 3)
     train(cfg)
     folder = tmp_path / "run" / "features"
@@ -212,7 +211,7 @@ def test_what_is_damaged_lost_or_changed_is_computed_anew(tmp_path, encoded, dra
 
     damaged = features_of(folder)[0]
     damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
-    with pytest.raises(RuntimeError, match=rf"SPAR\.PROBE\.CACHE_DIR: {damaged} cannot be read; .*--resu"):
+    with pytest.raises(RuntimeError, match=rf"SPAR\.PROBE\.CACHE_DIR: {damaged} .*--resume"):
         train(cfg)
     damaged.unlink()
     train(cfg)
@@ -228,9 +227,9 @@ def test_what_is_damaged_lost_or_changed_is_computed_anew(tmp_path, encoded, dra
 
 
 @pytest.mark.slow
-def test_other_sizes_encoders_and_ways_have_features_of_their_own(tmp_path, encoded):
+def test_features_are_stored_per_image_size_encoder_and_inference_mode(tmp_path, encoded):
     cfg = config(tmp_path / "run", "SOLVER.MAX_ITER", 1)
-    changes = [(), ("INPUT.MIN_SIZE_TRAIN", "(64,)"), ENCODERS["sliding window"], ENCODERS["vision only"], ()]
+    changes = [(), ("INPUT.MIN_SIZE_TRAIN", "(72,)"), ENCODERS["sliding window"], ENCODERS["vision only"], ()]
     counts = []
     for change in changes:
         encoded.clear()
@@ -242,25 +241,25 @@ def test_other_sizes_encoders_and_ways_have_features_of_their_own(tmp_path, enco
 
 
 OBSTACLES = [
-    (["INPUT.CROP.ENABLED", True], r"INPUT\.CROP\.ENABLED must be False"),
-    (["INPUT.RANDOM_FLIP", "horizontal"], r'INPUT\.RANDOM_FLIP must be "none", got \'horizontal\''),
-    (["INPUT.MIN_SIZE_TRAIN", "(64, 96)"], r"INPUT\.MIN_SIZE_TRAIN must be one size, got \(64, 96\)"),
-    (["MODEL.SPAR.TRAINABLE", "last_blocks:1"], r'MODEL\.SPAR\.TRAINABLE must be "none", got \'last_blocks:1\''),
-    (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], r"MODEL\.META_ARCHITECTURE must be ProbeSegmentor"),
-    (["SPAR.DISTILL.ENABLED", True], r"SPAR\.DISTILL\.ENABLED must be False"),
-    (["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"], r"DATALOADER\.SAMPLER_TRAIN must be TrainingSampler"),
+    (["INPUT.CROP.ENABLED", True], r"INPUT\.CROP\.ENABLED .*False"),
+    (["INPUT.RANDOM_FLIP", "horizontal"], r"INPUT\.RANDOM_FLIP .*got \'horizontal\'"),
+    (["INPUT.MIN_SIZE_TRAIN", "(64, 96)"], r"INPUT\.MIN_SIZE_TRAIN .*got \(64, 96\)"),
+    (["MODEL.SPAR.TRAINABLE", "last_blocks:1"], r"MODEL\.SPAR\.TRAINABLE .*got \'last_blocks:1\'"),
+    (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], r"MODEL\.META_ARCHITECTURE .*ProbeSegmentor"),
+    (["SPAR.DISTILL.ENABLED", True], r"SPAR\.DISTILL\.ENABLED .*False"),
+    (["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"], r"DATALOADER\.SAMPLER_TRAIN .*TrainingSampler"),
 ]
 
 
 @pytest.mark.parametrize(("keys", "message"), OBSTACLES)
-def test_features_that_cannot_be_kept_are_refused_where_that_was_asked_for(tmp_path, keys, message):
+def test_a_cache_folder_for_features_that_cannot_be_precomputed_is_an_error(tmp_path, keys, message):
     cfg = config(tmp_path / "run", *keys, "SPAR.PROBE.CACHE_DIR", str(tmp_path / "features"))
-    with pytest.raises(ValueError, match=rf"SPAR\.PROBE\.CACHE_DIR .*to precompute features, {message}"):
+    with pytest.raises(ValueError, match=rf"SPAR\.PROBE\.CACHE_DIR .*{message}"):
         ProbeTrainer(cfg)
     assert len(probing.obstacles(cfg)) == 1
 
 
-def test_and_otherwise_the_log_says_why_they_are_not(tmp_path, encoded, caplog):
+def test_without_a_cache_folder_the_log_explains_why_features_are_not_precomputed(tmp_path, encoded, caplog):
     with caplog.at_level(logging.INFO, logger="spar_d2"):
         train(config(tmp_path / "run", "INPUT.RANDOM_FLIP", "horizontal", "SOLVER.MAX_ITER", 1))
     assert 'features are not precomputed (INPUT.RANDOM_FLIP must be "none", got ' in caplog.text
@@ -276,39 +275,39 @@ def test_detectron2s_own_segmentor_is_trained_and_tested(tmp_path):
     ours.load_state_dict(checkpoint(tmp_path / "run")["model"])
 
 
-def test_too_little_room_is_said_before_anything_is_computed(tmp_path, encoded, monkeypatch):
+def test_too_little_disk_space_is_reported_before_features_are_computed(tmp_path, encoded, monkeypatch):
     monkeypatch.setattr(probing, "RESERVE", 1 << 60)
-    with pytest.raises(RuntimeError, match=r'CACHE_DIR: features need 0\.0 GiB in .* or "" to keep no features'):
+    with pytest.raises(RuntimeError, match=r'SPAR\.PROBE\.CACHE_DIR: .*0\.0 GiB.*""'):
         train(config(tmp_path / "run"))
     assert encoded == []
 
 
 def test_a_full_disk_is_an_error_that_names_the_key(tmp_path, encoded, monkeypatch):
     monkeypatch.setattr("spar_d2.teacher.cache.RESERVE", 1 << 60)
-    with pytest.raises(RuntimeError, match=r"SPAR\.PROBE\.CACHE_DIR: features cannot be written to .* GiB free"):
+    with pytest.raises(RuntimeError, match=r"SPAR\.PROBE\.CACHE_DIR: .* GiB free"):
         train(config(tmp_path / "run"))
     assert encoded == [1]
 
 
-def test_a_folder_that_is_a_file_is_refused(tmp_path):
+def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"SPAR\.PROBE\.CACHE_DIR must be a folder that can be created, got .*file"):
+    with pytest.raises(ValueError, match=r"SPAR\.PROBE\.CACHE_DIR .*got .*file"):
         train(config(tmp_path / "run", "SPAR.PROBE.CACHE_DIR", str(tmp_path / "file")))
 
 
-def test_features_that_are_not_finite_are_named(tmp_path, monkeypatch):
+def test_nonfinite_features_are_reported_with_their_image(tmp_path, monkeypatch):
     monkeypatch.setattr(ProbeSegmentor, "dense_maps", lambda self, x: torch.full((1, 128, 2, 2), torch.nan))
-    with pytest.raises(FloatingPointError, match=r"the features of .*train/0000\.png are NaN or infinite"):
+    with pytest.raises(FloatingPointError, match=r"train/0000\.png"):
         train(config(tmp_path / "run"))
 
 
-def test_labels_of_another_size_than_their_image_are_named(tmp_path, monkeypatch):
+def test_labels_of_another_size_than_their_image_are_an_error(tmp_path, monkeypatch):
     records = DatasetCatalog.get("spar_scenes_train")
     with Image.open(records[0]["sem_seg_file_name"]) as labels:
         labels.resize((40, 40)).save(tmp_path / "small.png")
     broken = [{**record, "sem_seg_file_name": str(tmp_path / "small.png")} for record in records]
     monkeypatch.setitem(DatasetCatalog.data, "spar_scenes_train", lambda: broken)
-    with pytest.raises(ValueError, match="labels of 40x40 pixels have 5x5 patches .* must have the same size"):
+    with pytest.raises(ValueError, match="40x40 .*5x5"):
         train(config(tmp_path / "run"))
 
 
@@ -326,7 +325,7 @@ def keep_half(rank, folder):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_two_processes_share_the_work(tmp_path, encoded):
+def test_two_processes_share_the_images(tmp_path, encoded):
     run_in_two_processes(keep_half, tmp_path)
     cfg = config(tmp_path / "run")
     records = DatasetCatalog.get("spar_scenes_train")
