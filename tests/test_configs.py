@@ -75,7 +75,7 @@ def test_each_encoder_has_each_recipe():
 
 
 @every_recipe
-def test_says_what_it_takes(path):
+def test_recipes_state_time_memory_and_disk_space(path):
     comment = leading_comment(path)
     told = ["hours", "GPU", "GB"] + ["on disk"] * (recipe_of(path) == "paper")
     for word in told:
@@ -117,7 +117,7 @@ def test_output_fits_the_text_side(path):
     assert (cfg.MODEL.SPAR.OUTPUT == "features") == (describe(cfg).family == "DINOv3")
 
 
-def test_the_demo_keeps_out_of_what_is_for_long_runs():
+def test_toy_configs_write_no_extra_checkpoints_pictures_or_caches():
     for path in (CONFIGS / "toy").glob("distill*.yaml"):
         cfg = load(path)
         assert (cfg.SPAR.KEEP_CHECKPOINTS, cfg.SPAR.PICTURE_PERIOD, cfg.SPAR.TEACHER.CACHE_DIR) == (0, 0, "")

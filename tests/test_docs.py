@@ -43,7 +43,7 @@ def test_examples_run(page, number, here, tiny_model):
         assert type(found["model"].backbone).__name__ == "SPARPyramid"
 
 
-def test_the_example_of_an_own_data_set_is_evaluated(here, tiny_cfg):
+def test_the_example_with_a_custom_data_set_is_evaluated(here, tiny_cfg):
     from spar_d2.engine.trainer import Trainer
 
     for folder in ("images", "labels"):

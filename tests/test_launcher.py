@@ -68,7 +68,7 @@ def launch(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_it_runs_from_its_folder_and_so_do_processes_that_it_spawns(framework, tmp_path):
+def test_a_script_and_its_spawned_processes_run_from_its_folder(framework, tmp_path):
     result = launch(["somewhere/framework/train_net.py", "--config-file", "configs/a.yaml"], tmp_path)
     assert result.returncode == 3, result.stderr
     assert result.stdout.splitlines() == [
@@ -79,7 +79,7 @@ def test_it_runs_from_its_folder_and_so_do_processes_that_it_spawns(framework, t
 
 
 @pytest.mark.processes
-def test_files_seen_from_here_are_found_from_there(framework, tmp_path):
+def test_relative_paths_are_resolved_in_the_current_folder(framework, tmp_path):
     (tmp_path / "mine.yaml").write_text("VERSION: 2\nMODEL:\n  SPAR:\n    TRAINABLE: all\n")
     script = str(framework / "demo.py")
     result = launch([script, "--config-file", "mine.yaml", "--weights=mine.yaml", "KEY", "none"], tmp_path)
@@ -89,7 +89,7 @@ def test_files_seen_from_here_are_found_from_there(framework, tmp_path):
 
 
 @pytest.mark.processes
-def test_what_it_does_with_arguments(framework, tmp_path):
+def test_paths_in_arguments_are_resolved(framework, tmp_path):
     """Words that are no paths stay, whatever folders are called; paths in both places are the script's, and told."""
     (tmp_path / "train").mkdir()
     (tmp_path / "configs").mkdir()
@@ -105,7 +105,7 @@ def test_what_it_does_with_arguments(framework, tmp_path):
 
 
 @pytest.mark.processes
-def test_it_can_stay(framework, tmp_path):
+def test_the_current_folder_can_be_kept(framework, tmp_path):
     result = launch(["--stay", str(framework / "demo.py"), "--config-file", f"{framework}/configs/a.yaml"], tmp_path)
     assert f"its_own_package none {tmp_path}" in result.stdout
 
@@ -184,7 +184,7 @@ def test_modules_are_imported_first_and_in_spawned_processes(framework, tmp_path
         (["--import", "a/json.py"], "error: --import: a module with the name of a/json.py is already imported"),
     ],
 )
-def test_what_cannot_be_imported_is_named(framework, tmp_path, arguments, message):
+def test_failed_imports_are_named(framework, tmp_path, arguments, message):
     (tmp_path / "a").mkdir()
     (tmp_path / "b.py").mkdir()
     (tmp_path / "a/json.py").touch()

@@ -41,7 +41,7 @@ def test_turned_photos_are_read_upright(tiny_model, tmp_path):
     assert spar_d2.segment(tmp_path / "turned.jpg", "a;b", *tiny_model, templates="simple").labels.shape == (80, 40)
 
 
-def test_what_is_no_image_is_named(tiny_model, tmp_path):
+def test_wrong_images_are_named(tiny_model, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(ValueError, match=r"text\.jpg cannot be read"):
         spar_d2.segment(tmp_path / "text.jpg", "a", *tiny_model)
@@ -51,7 +51,7 @@ def test_what_is_no_image_is_named(tiny_model, tmp_path):
         spar_d2.segment(np.zeros((4, 4)), "a", *tiny_model)
 
 
-def test_weights_written_anew_are_loaded_anew(tiny_model):
+def test_changed_weights_are_loaded_again(tiny_model):
     image = reference_image(64, 64)
     before = spar_d2.segment(image, "cat; dog; sky", *tiny_model, templates="simple").labels
     weights = load_file(tiny_model[1])
@@ -60,7 +60,7 @@ def test_weights_written_anew_are_loaded_anew(tiny_model):
     assert not np.array_equal(spar_d2.segment(image, "cat; dog; sky", *tiny_model, templates="simple").labels, before)
 
 
-def test_shards_written_anew_are_loaded_anew(tiny_model, tmp_path):
+def test_changed_shards_are_loaded_again(tiny_model, tmp_path):
     """Also where the time of a file is that of the one before."""
     image, shard = reference_image(32, 48), tmp_path / "model-00001-of-00001.safetensors"
     weights = load_file(tiny_model[1])
@@ -77,7 +77,7 @@ def test_shards_written_anew_are_loaded_anew(tiny_model, tmp_path):
     assert not np.array_equal(labels(), before)
 
 
-def test_templates_written_anew_are_read_anew(tiny_model, tmp_path):
+def test_changed_templates_are_read_again(tiny_model, tmp_path):
     image, templates = reference_image(32, 48), tmp_path / "templates.txt"
     found = []
     for text in ("a photo of a {}.", "{}, as an origami on the wall of a castle in the rain"):
@@ -144,7 +144,7 @@ def test_it_is_drawn_over_its_photo(tiny_model):
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16", "float16"])
-def test_what_surrounds_the_call_changes_no_label(tiny_model, precision):
+def test_labels_do_not_depend_on_autocast(tiny_model, precision):
     arguments = (reference_image(64, 80), "sky; cat; dog; tree", *tiny_model, "simple")
     expected = spar_d2.segment(*arguments, precision=precision).labels
     for dtype in (torch.bfloat16, torch.float16):
@@ -157,7 +157,7 @@ def test_a_wrong_precision_is_named_with_those_there_are(tiny_model):
         spar_d2.segment(reference_image(16, 16), "cat", *tiny_model, precision="bf16")
 
 
-def test_classes_of_one_name_keep_their_numbers_and_are_told_apart(tiny_model):
+def test_classes_with_the_same_name_keep_their_numbers_and_are_distinguished(tiny_model):
     pixels = reference_image(48, 64)
     result = spar_d2.segment(pixels, ["tree", "tree", "", ["TREE", "wood"], "sky"], *tiny_model, templates="simple")
     plain = spar_d2.segment(pixels, ["tree", "wood", "sky"], *tiny_model, templates="simple")

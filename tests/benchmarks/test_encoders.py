@@ -41,7 +41,7 @@ def test_every_family_has_a_library_forward_that_leaves_the_encoder_alone(family
 
 
 @torch.no_grad()
-def test_pooled_vector_of_open_clip_at_any_size_is_its_own_at_the_native_one():
+def test_the_pooled_vector_at_the_native_size_equals_that_of_open_clip():
     encoder = example_encoder("open_clip ViT")
     assert library_forward(encoder, GRID)(image(encoder)).shape == (1, encoder.embed_dim)
     native = (encoder.native_size // encoder.patch_size,) * 2
@@ -142,7 +142,7 @@ def test_row():
     assert TABLE.head[1].count("|") == TABLE.head[0].count("|")
 
 
-def test_what_could_not_be_had_is_a_dash_with_a_reason():
+def test_missing_results_are_a_dash_with_a_reason():
     row = cells(BARE)
     dashes = {name for name, value in row.items() if value == "-"}
     assert dashes == set(row) - {"encoder", "precision", "size", "tokens", "ms"}

@@ -28,7 +28,7 @@ def peak_of(function, device: torch.device) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_peak_is_what_was_allocated_and_freed(device):
+def test_the_peak_includes_freed_memory(device):
     device = torch.device(device)
     held = allocate(64, device)
     # What was freed before, in small pieces and in one, is counted when it is taken again.
@@ -39,7 +39,7 @@ def test_peak_is_what_was_allocated_and_freed(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_peak_is_of_what_was_held_at_once(device):
+def test_the_peak_is_the_memory_in_use_at_one_time(device):
     device = torch.device(device)
 
     def one_after_the_other() -> None:

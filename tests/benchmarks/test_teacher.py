@@ -169,7 +169,7 @@ def test_row():
     }
 
 
-def test_what_could_not_be_had_is_a_dash_with_a_reason():
+def test_missing_results_are_a_dash_with_a_reason():
     row = cells(BARE)
     known = {name for name, value in row.items() if value != "-"}
     assert known == {"encoder", "precision", "size", "windows", "windows/s", "s per image"}

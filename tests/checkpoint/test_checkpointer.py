@@ -105,7 +105,7 @@ def test_checkpoints_of_other_models_are_refused(model, tmp_path):
         Checkpointer(model).load(str(tmp_path / "bare.pth"))
 
 
-def test_a_checkpoint_that_was_deleted_is_named_with_what_to_do(model, tmp_path):
+def test_a_deleted_checkpoint_is_an_error_with_instructions(model, tmp_path):
     checkpointer = Checkpointer(model, str(tmp_path))
     checkpointer.save("model_0000001")
     (tmp_path / "model_0000001.pth").unlink()

@@ -32,7 +32,7 @@ def test_help_lists_every_command(capsys):
     assert all(f"  {name} " in text and about in text for name, (_, about) in COMMANDS.items())
 
 
-def test_every_command_says_what_it_does(monkeypatch, capsys):
+def test_every_command_has_a_help_text(monkeypatch, capsys):
     for name in COMMANDS:
         with pytest.raises(SystemExit) as ended:
             main([name, "--help"])
@@ -85,7 +85,7 @@ def test_modules_are_imported_before_a_command(tmp_path, monkeypatch, capsys):
         main(["--import", "none.py", "prepare"])
 
 
-def test_doctor_reports_versions_and_what_is_missing(monkeypatch, capsys):
+def test_doctor_reports_versions_and_missing_packages(monkeypatch, capsys):
     doctor = importlib.import_module("spar_d2.cli.doctor")
     monkeypatch.setattr(sys, "argv", ["spar-d2 doctor"])
     doctor.main()

@@ -38,7 +38,7 @@ def voc(tmp_path):
 
 
 @pytest.mark.slow
-def test_all_that_is_on_disk_becomes_one_table(evaluate, voc, tiny_model, tmp_path, capsys):
+def test_all_data_sets_on_disk_become_one_table(evaluate, voc, tiny_model, tmp_path, capsys):
     evaluate("--student", tiny_model[1], "--stride", "64", "--limit", "2")
     printed = capsys.readouterr()
     table = (tmp_path / "out" / "table.md").read_text()
@@ -63,7 +63,9 @@ def test_all_that_is_on_disk_becomes_one_table(evaluate, voc, tiny_model, tmp_pa
 
 
 @pytest.mark.slow
-def test_weights_of_the_config_are_the_students_and_replaced_keys_are_said(evaluate, voc, tiny_model, tmp_path, capsys):
+def test_weights_of_the_config_are_the_students_and_replaced_keys_are_reported(
+    evaluate, voc, tiny_model, tmp_path, capsys
+):
     opts = ["MODEL.WEIGHTS", tiny_model[1], "MODEL.SPAR.LOGIT_SCALE", "3"]
     evaluate("--rows", "student", "--limit", "1", opts=opts)
     printed = capsys.readouterr()
@@ -72,7 +74,7 @@ def test_weights_of_the_config_are_the_students_and_replaced_keys_are_said(evalu
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(evaluate, voc, monkeypatch, tmp_path):
+def test_the_message_after_ctrl_c_explains_how_to_continue(evaluate, voc, monkeypatch, tmp_path):
     def stop(*arguments, **keys):
         raise KeyboardInterrupt
 

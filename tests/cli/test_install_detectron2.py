@@ -45,7 +45,7 @@ def wheel(tmp_path):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_installed_already_does_nothing():
+def test_an_installed_detectron2_is_kept():
     done = subprocess.run([sys.executable, TOOL], capture_output=True, text=True, check=True)
     assert "nothing to do" in done.stdout
 

@@ -49,7 +49,7 @@ def test_another_root(root, monkeypatch):
     assert not (root / "spar_labels").exists()
 
 
-def test_all_that_is_there(root, monkeypatch, capsys):
+def test_all_available_archives_are_prepared(root, monkeypatch, capsys):
     tree("voc21", root)
     tree("ade20k", root)
     tree("cityscapes_train", root)

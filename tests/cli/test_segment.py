@@ -108,7 +108,7 @@ def test_a_photo_into_a_new_folder(demo, photo, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_folder_with_what_is_no_photo(demo, photo_folder, tmp_path, capsys):
+def test_corrupt_images_in_a_folder_are_skipped(demo, photo_folder, tmp_path, capsys):
     (photo_folder / "bad.jpg").write_bytes(b"no photo")
     Image.open(photo_folder / "a.jpg").save(photo_folder / "a.png")
     assert demo("--input", photo_folder, "--vocabulary", WORDS, "--output", tmp_path / "out") == 0
@@ -165,7 +165,7 @@ def test_odd_sizes_are_resized_for_the_model_and_back(demo, size, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_model_gets_the_size_that_the_config_says_in_its_order_of_channels(demo, photo, monkeypatch):
+def test_size_and_channel_order_follow_the_config(demo, photo, monkeypatch):
     from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 
     given, forward = [], OpenVocabularySegmentor.forward
@@ -216,7 +216,7 @@ def test_more_classes_than_a_palette_holds(demo, photo, tmp_path):
 
 
 @pytest.mark.slow
-def test_several_views_as_the_config_says(demo, photo, tmp_path):
+def test_test_time_augmentation_by_the_config(demo, photo, tmp_path):
     def masks(output, *keys):
         assert demo("--input", photo, "--vocabulary", WORDS, "--output", output, "--masks", "--opts", *keys) == 0
         return np.asarray(Image.open(tmp_path / output / "photo_mask.png"))
@@ -227,7 +227,7 @@ def test_several_views_as_the_config_says(demo, photo, tmp_path):
     assert (masks("plain") == twice).mean() < 0.98
 
 
-def test_features_need_no_words(demo, photo, tmp_path, capsys):
+def test_features_need_no_vocabulary(demo, photo, tmp_path, capsys):
     arguments = ("--input", photo, "--output", "out")
     assert demo(*arguments, "--show", "pca", config=ROOT / "configs/toy/distill_dinov3.yaml") == 0
     with Image.open("out/photo_pca.png") as picture:
@@ -267,7 +267,7 @@ def test_a_video_and_back(demo, video, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["000002.png", "000099.png"])
-def test_masks_of_others_are_never_removed_or_replaced(demo, video, tmp_path, capsys, name):
+def test_existing_masks_are_never_removed_or_replaced(demo, video, tmp_path, capsys, name):
     """Also those of another video."""
     path = tmp_path / "out" / "clip_masks" / name
     write_mask(np.zeros((2, 2), int), [(0, 0, 0)], path, "other.avi")
@@ -290,7 +290,7 @@ def test_videos_in_folders_are_taken_too(demo, photo, video, tmp_path):
     assert files_in(tmp_path / "out") == ["clips/a.mp4", "photo.png"]
 
 
-def test_words_are_taken_from_the_config_or_the_data_set(demo, photo, tmp_path):
+def test_the_vocabulary_comes_from_the_config_or_the_data_set(demo, photo, tmp_path):
     assert demo("--input", photo, "--output", "a", "--json", "--opts", "MODEL.SPAR.VOCABULARY", "cat; dog") == 0
     assert json.loads((tmp_path / "a" / "photo.json").read_text())["vocabulary"] == [["cat"], ["dog"]]
     assert demo("--input", photo, "--output", "b", "--json") == 0
@@ -345,7 +345,7 @@ def test_mistakes_are_one_line(demo, photo, tmp_path, capfd, arguments, message)
     assert files_in(tmp_path) == before, "nothing is left"
 
 
-def test_nothing_that_can_be_read_is_a_failure(demo, tmp_path, capsys):
+def test_input_without_readable_images_is_a_failure(demo, tmp_path, capsys):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"no photo")
     assert demo("--input", "a.jpg", "b.jpg", "--vocabulary", WORDS) == 1
@@ -407,7 +407,7 @@ def test_segments_of_one_class_are_outlined(panoptic_model):
         (["--opts", "DATASETS.TEST", "()", "DATASETS.TRAIN", "()"], "DATASETS.TEST or DATASETS.TRAIN must name"),
     ],
 )
-def test_what_panoptic_models_cannot_show(demo, photo, capfd, arguments, message):
+def test_outputs_that_panoptic_models_do_not_have_are_an_error(demo, photo, capfd, arguments, message):
     assert demo("--input", photo, *arguments, config=PANOPTIC) == 1
     lines = capfd.readouterr().err.splitlines()
     assert any(line.startswith("error: ") and message in line for line in lines)

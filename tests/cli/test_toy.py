@@ -53,7 +53,7 @@ def test_a_wrong_config_file_is_one_line(run_demo, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "wrong", [["MODEL.SPAR.TRAINABLE", "blk_99"], ["SOLVER.IMS_PER_BATCH", "0"], ["MODEL.SPAR.ENCODER", "none"]]
 )
-def test_an_earlier_student_outlives_a_run_that_cannot_begin(run_demo, monkeypatch, tmp_path, capsys, wrong):
+def test_a_failed_start_keeps_an_earlier_student(run_demo, monkeypatch, tmp_path, capsys, wrong):
     student = tmp_path / "output" / "student.safetensors"
     student.parent.mkdir()
     student.write_bytes(b"earlier")

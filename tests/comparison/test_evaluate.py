@@ -76,7 +76,7 @@ def test_from_official_files_to_the_score(name, root, tiny_cfg, tmp_path):
 
 
 @pytest.mark.slow
-def test_finished_ones_are_not_done_again_unless_they_would_differ(root, tiny_cfg, tmp_path, monkeypatch):
+def test_finished_results_are_reused_unless_settings_change(root, tiny_cfg, tmp_path, monkeypatch):
     make_tree("voc20", root, np.random.default_rng(0))
     prepare("voc20", root, partial=True)
     built = []
@@ -106,7 +106,7 @@ def test_finished_ones_are_not_done_again_unless_they_would_differ(root, tiny_cf
     assert [path.name for path in tmp_path.glob("unfinished*")] == []
 
 
-def test_what_is_not_there_is_found_out_before_anything_is_evaluated(root, tiny_cfg, tmp_path, monkeypatch):
+def test_missing_data_sets_are_an_error_before_evaluation(root, tiny_cfg, tmp_path, monkeypatch):
     make_tree("voc20", root, np.random.default_rng(0))
     prepare("voc20", root, partial=True)
     monkeypatch.setattr(benchmarks, "build_method", None)
@@ -140,7 +140,7 @@ def test_the_trainer_tests_each_data_set_by_its_own_protocol(root, tiny_cfg):
     assert not any("Boundary" in key for key in scores)
 
 
-def test_what_is_written_on_request(root, tiny_cfg):
+def test_optional_files_are_written_on_request(root, tiny_cfg):
     make_tree("voc20", root, np.random.default_rng(0))
     prepare("voc20", root, partial=True)
     test = tiny_cfg.SPAR.TEST

@@ -121,7 +121,7 @@ def test_colors_of_voc_are_its_own():
 
 
 @pytest.mark.parametrize("name", LABELED_SETS)
-def test_what_is_not_on_disk_says_what_to_do(name, tmp_path, monkeypatch):
+def test_missing_data_sets_are_an_error_with_instructions(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=rf"download .* unpack .* then run spar-d2 prepare {name} "):
         DatasetCatalog.get(name)

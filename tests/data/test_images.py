@@ -11,7 +11,7 @@ DEEP = GRAY.astype(np.uint16) * 257
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp"])
-def test_lossless_files_are_read_as_they_are(tmp_path, name):
+def test_lossless_files_are_read_exactly(tmp_path, name):
     Image.fromarray(PIXELS).save(tmp_path / name, lossless=True)
     assert np.array_equal(read_rgb(tmp_path / name), PIXELS)
 
@@ -44,7 +44,7 @@ def test_cmyk_photos_keep_their_colors(tmp_path):
     assert np.abs(read_rgb(tmp_path / "cmyk.jpg").astype(int) - red_and_blue).max() < 12
 
 
-def test_jpegs_are_read_about_as_they_were(tmp_path):
+def test_jpegs_are_read_approximately(tmp_path):
     smooth = np.asarray(Image.fromarray(PIXELS).resize((90, 60)))
     Image.fromarray(smooth).save(tmp_path / "a.jpg", quality=95, progressive=True)
     assert np.abs(read_rgb(tmp_path / "a.jpg").astype(int) - smooth).mean() < 6
@@ -73,7 +73,7 @@ def test_deep_files_are_scaled_and_not_clipped(tmp_path, suffix):
         ([0, 2570, 65535], np.float32, [0, 10, 255]),
     ],
 )
-def test_depth_is_told_from_the_values(tmp_path, values, kind, expected):
+def test_the_bit_depth_is_derived_from_the_values(tmp_path, values, kind, expected):
     image = Image.fromarray(np.array([values], kind))
     assert image.mode in ("I", "F")
     image.save(tmp_path / "deep.tif")
@@ -105,7 +105,7 @@ def test_half_transparent_gray_is_mixed_with_white(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["RGB", "L", "I;16"])
-def test_a_color_that_stands_for_nothing_is_white(tmp_path, kind):
+def test_a_transparent_color_is_white(tmp_path, kind):
     pixels = {"RGB": PIXELS, "L": GRAY, "I;16": DEEP}[kind]
     clear = tuple(pixels[3, 4].tolist()) if kind == "RGB" else int(pixels[3, 4])
     Image.fromarray(pixels).save(tmp_path / "clear.png", transparency=clear)
@@ -145,7 +145,7 @@ def test_every_orientation_of_a_photo(tmp_path, orientation):
     assert np.abs(read_rgb(tmp_path / "a.jpg").astype(int) - upright).max() < 10
 
 
-def test_damaged_exif_leaves_the_photo_as_it_is(tmp_path):
+def test_corrupt_exif_data_is_ignored(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "a.webp", lossless=True, exif=b"Exif\0\0XX*\0\x08\0\0\0\x05")
     assert np.array_equal(read_rgb(tmp_path / "a.webp"), PIXELS)
 
@@ -170,7 +170,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("options", [("a.jpg", {}), ("a.jpg", {"progressive": True}), ("a.webp", {}), ("a.png", {})])
-def test_cut_files_are_refused_whatever_is_left(tmp_path, options, share):
+def test_truncated_files_are_an_error(tmp_path, options, share):
     name, settings = options
     path = tmp_path / name
     Image.fromarray(reference_image(90, 120)).save(path, **settings)

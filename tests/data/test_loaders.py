@@ -29,11 +29,11 @@ def same(first: list[dict], second: list[dict]) -> bool:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(photo_folder, workers):
+def test_batches_do_not_depend_on_the_number_of_workers(photo_folder, workers):
     assert same(take(loader(photo_folder), 7), take(loader(photo_folder, workers), 7))
 
 
-def test_resumed_it_gives_what_it_would_have_given(photo_folder):
+def test_a_resumed_loader_gives_the_same_batches(photo_folder):
     through = take(loader(photo_folder), 8)
     resumed = loader(photo_folder, workers=1)
     resumed.start_at(5)

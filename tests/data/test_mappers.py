@@ -137,7 +137,7 @@ def cfg():
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 @pytest.mark.parametrize("crop", ["", "relative_range", "absolute"])
-def test_does_as_detectron2s_own_mapper_with_separate_labels(tmp_path, cfg, crop, seed):
+def test_gives_the_same_as_detectron2s_mapper_with_separate_labels(tmp_path, cfg, crop, seed):
     record, ids = make_record(tmp_path, 40, seed)
     labels, things = expected(record, ids)
     Image.fromarray(np.array(labels, dtype=np.uint8)).save(tmp_path / "labels.png")
@@ -208,7 +208,7 @@ def test_in_testing_there_is_only_the_image(tmp_path, cfg):
     assert (result["height"], result["width"]) == SIZE
 
 
-def test_the_record_is_left_as_it_is(tmp_path, cfg):
+def test_the_record_is_not_modified(tmp_path, cfg):
     record, _ = make_record(tmp_path, 9)
     before = json.dumps(record)
     PanopticMapper(cfg, True)(record)

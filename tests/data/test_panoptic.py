@@ -201,7 +201,7 @@ REMEDIES = {
 
 @pytest.mark.parametrize("missing", ["all", "image", "labels", "mask", "masks"])
 @pytest.mark.parametrize("kind", PLACES)
-def test_what_is_missing_is_named(root, kind, missing):
+def test_missing_parts_are_named(root, kind, missing):
     images, labels, masks, names = PLACES[kind]("val")
     path = root / {"image": f"{images}/{names(1)[0]}", "mask": f"{masks}/{names(1)[3]}", "masks": masks}.get(
         missing, labels
@@ -306,7 +306,7 @@ def test_scenes_are_drawn_once(root):
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.*")} == written
 
 
-def test_scenes_may_be_asked_for_by_several_processes_at_once(root):
+def test_several_processes_may_load_scenes_at_once(root):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         one, other = pool.map(load_panoptic, ["spar_scenes_panoptic_tune"] * 2, chunksize=1)
     assert one == other == load_panoptic("spar_scenes_panoptic_tune")

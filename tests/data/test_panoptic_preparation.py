@@ -116,7 +116,7 @@ def test_every_pixel_of_other_files(seed, root):
         check(name, root)
 
 
-def test_stuff_that_is_covered_wholly_stays_with_its_area(root):
+def test_fully_covered_stuff_keeps_its_area(root):
     tree("ade20k", root)
     semantic, instances = next(iter(official_files("ade20k_panoptic_val", root).values()))
     values = np.full(SIZES[0], 3, dtype=np.uint8)  # sky

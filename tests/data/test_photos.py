@@ -62,7 +62,7 @@ def test_augmentation_is_fresh_in_every_epoch_and_always_the_same_for_one_draw(p
     assert any(not torch.equal(other[draw(0, epoch)]["image"], image) for epoch, image in enumerate(epochs))
 
 
-def test_a_frozen_photo_is_the_same_in_every_epoch_wherever_it_lies(photo_folder, tmp_path):
+def test_a_frozen_image_is_the_same_in_every_epoch_and_folder(photo_folder, tmp_path):
     frozen = PhotoDataset(find_photos(photo_folder), CROPS, "RGB", seed=6, frozen=True)
     first = frozen[draw(2)]["image"]
     assert all(torch.equal(frozen[draw(2, epoch)]["image"], first) for epoch in range(4))
@@ -75,7 +75,7 @@ def test_a_frozen_photo_is_the_same_in_every_epoch_wherever_it_lies(photo_folder
     assert torch.equal(PhotoDataset(records, CROPS, "RGB", seed=5, frozen=True)[draw(index)]["image"], first)
 
 
-def test_numpys_generator_is_left_as_it_was():
+def test_numpys_random_state_is_not_changed():
     np.random.seed(1)
     expected = np.random.rand(2)[1]
     np.random.seed(1)

@@ -55,7 +55,7 @@ def test_trees_have_every_class_and_ignored_pixels(name, root):
 
 
 @pytest.mark.parametrize("name", LABELED_SETS)
-def test_tables_give_classes_and_nothing_else(name, root):
+def test_tables_contain_only_classes(name, root):
     tree(name, root)
     table = PREPARATIONS[name].labels(root).table
     assert set(table.tolist()) - {254, IGNORED} == set(range(len(LABELED_SETS[name].classes)))
@@ -93,7 +93,7 @@ def test_detectron2_reads_the_records(root):
 
 
 @pytest.mark.parametrize("name", LABELED_SETS)
-def test_a_second_run_writes_nothing(name, root, monkeypatch):
+def test_a_second_run_writes_no_files(name, root, monkeypatch):
     tree(name, root)
     prepare(name)
     labels = list(PREPARATIONS[name].folder(root).rglob("*.png"))
@@ -110,7 +110,7 @@ def test_a_second_run_writes_nothing(name, root, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LABELED_SETS)
-def test_what_a_killed_run_left_is_removed(name, root):
+def test_leftovers_of_a_killed_run_are_removed(name, root):
     tree(name, root)
     folder = PREPARATIONS[name].folder(root)
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def test_what_a_killed_run_left_is_removed(name, root):
     assert not list(root.rglob("*.tmp.png"))
 
 
-def test_official_labels_may_go_once_they_are_prepared(root):
+def test_official_labels_may_be_deleted_after_preparation(root):
     tree("context59", root, "459")
     prepare("context59")
     shutil.rmtree(root / "pascal_context")
@@ -131,7 +131,7 @@ def test_official_labels_may_go_once_they_are_prepared(root):
     assert survey("context60").missing == ("59_context_labels.tar.gz",)
 
 
-def test_what_the_tools_of_cityscapes_wrote_is_used(root):
+def test_labels_of_the_cityscapes_scripts_are_used(root):
     tree("cityscapes", root)
     prepare("cityscapes")
     for path in (root / "cityscapes/gtFine").rglob("*_labelIds.png"):
@@ -158,7 +158,7 @@ def test_a_list_of_segmentation_images_comes_first(root):
     assert [record["image_id"] for record in DatasetCatalog.get("context59")] == ["2010_006079", "2008_000002"]
 
 
-def test_ctrl_c_leaves_whole_files_and_the_rest_for_later(root, monkeypatch):
+def test_only_complete_files_remain_after_ctrl_c(root, monkeypatch):
     tree("voc21", root)
     write, finished = writing._write, writing.as_completed
 

@@ -47,7 +47,7 @@ def test_missing_archives_are_named(name, root):
         DatasetCatalog.get(name)
 
 
-def test_names_of_the_459_classes_are_asked_for(root):
+def test_missing_names_of_the_459_classes_are_an_error(root):
     tree("context60", root, "459")
     (root / "pascal_context/labels.txt").unlink()
     with pytest.raises(MissingArchive, match=r"labels\.txt does not exist: download .* and put it in .*pascal_context"):

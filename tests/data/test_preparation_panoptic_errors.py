@@ -115,7 +115,7 @@ def test_values_and_kinds_of_ade20k(root):
 
 
 @pytest.mark.parametrize("name", PANOPTIC)
-def test_what_is_missing_is_written_again(name, root):
+def test_missing_files_are_written_again(name, root):
     tree(PANOPTIC[name], root)
     prepare(name)
     preparation = PREPARATIONS[name]
@@ -134,7 +134,7 @@ def test_what_is_missing_is_written_again(name, root):
 
 
 @pytest.mark.parametrize("name", PANOPTIC)
-def test_official_labels_may_go_once_they_are_prepared(name, root):
+def test_official_labels_may_be_deleted_after_preparation(name, root):
     tree(PANOPTIC[name], root)
     prepare(name)
     folder = PREPARATIONS[name].official.place.find(root)
@@ -157,7 +157,7 @@ def assert_as_if_never_stopped(name, root):
         assert path.read_bytes() == (root / "other" / path.relative_to(root)).read_bytes()
 
 
-def test_stopped_it_goes_on_and_the_index_comes_last(root, monkeypatch):
+def test_an_interrupted_preparation_resumes_and_writes_the_index_last(root, monkeypatch):
     name = "cityscapes_panoptic_val"
     tree("cityscapes", root)
     preparation = PREPARATIONS[name]
@@ -204,7 +204,7 @@ def test_an_error_leaves_no_index(root):
 
 
 @pytest.mark.parametrize("name", PANOPTIC)
-def test_what_a_killed_run_left_is_removed(name, root):
+def test_leftovers_of_a_killed_run_are_removed(name, root):
     tree(PANOPTIC[name], root)
     preparation = PREPARATIONS[name]
     # Of a process that cannot be: numbers of processes are smaller.

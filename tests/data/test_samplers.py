@@ -27,7 +27,7 @@ def test_the_order_follows_the_seed():
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 17])
-def test_it_begins_at_any_batch_as_if_it_had_drawn_those_before(start):
+def test_the_sampler_can_start_at_any_batch(start):
     through = take(Sampler(10, 4, seed=1), 30)
     resumed = Sampler(10, 4, seed=1)
     resumed.start = start

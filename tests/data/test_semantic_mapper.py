@@ -110,7 +110,7 @@ def test_labels_that_are_no_class_stop_the_training_of_detectron2s_heads(dataset
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("last", "told"), [(255, 1), (1, 0)])
-def test_masks_of_0_and_255_are_told_once(tmp_path, workers, last, told):
+def test_masks_of_0_and_255_are_one_warning(tmp_path, workers, last, told):
     """Beside one whose other images have a second class."""
     Image.fromarray(reference_image(*SIZE)).save(tmp_path / "image.png")
     records = []

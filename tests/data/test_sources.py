@@ -135,7 +135,7 @@ def test_only_regular_members_count_and_of_one_name_the_last(tmp_path):
     assert np.array_equal(read_photo(twice), pixels(2))
 
 
-def test_of_a_cut_tar_file_whole_photos_are_used(tmp_path, caplog):
+def test_complete_images_of_a_truncated_tar_file_are_used(tmp_path, caplog):
     path = write_tar(tmp_path / "t.tar", {f"{index}.jpg": jpeg(index) for index in range(3)})
     content = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -157,7 +157,7 @@ def test_of_a_cut_tar_file_whole_photos_are_used(tmp_path, caplog):
             assert np.array_equal(read_photo(record), pixels(index))
 
 
-def test_a_tar_file_without_its_end_mark_is_whole(tmp_path, caplog):
+def test_a_tar_file_without_its_end_mark_is_complete(tmp_path, caplog):
     path = write_tar(tmp_path / "t.tar", {"a.jpg": jpeg()})
     path.write_bytes(path.read_bytes()[: 512 * (1 + -(-len(jpeg()) // 512))])
     assert len(find_photos(str(path))) == 1
@@ -277,7 +277,7 @@ def locked(monkeypatch):
     return paths
 
 
-def test_what_may_not_be_read_below_a_source_is_named_and_left_out(photo_folder, shard, locked, caplog):
+def test_unreadable_files_of_a_source_are_named_and_skipped(photo_folder, shard, locked, caplog):
     tar = shard.rename(photo_folder / shard.name)
     locked.update((str(photo_folder / "more"), str(tar)))
     assert names(photo_folder) == ["a.jpg", "b.JPG"]

@@ -48,7 +48,7 @@ def test_links_to_folders_above_end(photos, pattern):
     assert sorted(os.path.basename(name) for name in names(pattern)) == ["a.jpg", "b.jpg", "c.jpg"]
 
 
-def test_what_a_pattern_matches_besides_photos_is_left_out(photos, caplog):
+def test_other_files_that_match_a_pattern_are_skipped(photos, caplog):
     os.mkfifo(photos / "x.tar")
     (photos / "empty").mkdir()
     assert names("photos/[ax]*") == ["a.jpg"]

@@ -44,7 +44,7 @@ def test_images_of_several_sizes_each_count_once(tiny_cfg):
 
 
 @pytest.mark.parametrize("unused", [False, True])
-def test_an_encoder_that_is_wholly_frozen_needs_no_teacher(tiny_cfg, unused):
+def test_a_fully_frozen_encoder_needs_no_teacher(tiny_cfg, unused):
     if unused:
         tiny_cfg.MODEL.SPAR.ENCODER, tiny_cfg.MODEL.SPAR.PRETRAINED = str(ROOT / "configs/toy/tiny_pooled.json"), ""
     trainer = trainer_for(tiny_cfg, [as_tensor(reference_image(64, 64))], DistillationHook(tiny_cfg))
@@ -90,7 +90,7 @@ def test_a_resumed_run_draws_the_windows_it_would_have_drawn(tiny_cfg):
     assert second.losses == pytest.approx(through.losses[3:], rel=1e-5)
 
 
-def test_the_model_is_as_it_was_found(tiny_cfg):
+def test_the_model_is_restored_after_training(tiny_cfg):
     images = [as_tensor(reference_image(64, 96))]
     trainer = trainer_for(tiny_cfg, images, DistillationHook(tiny_cfg))
     keys = list(trainer.model.state_dict())
@@ -187,7 +187,7 @@ def test_two_processes_make_the_step_of_one_with_both_images(tiny_cfg, tmp_path)
     assert any(not torch.equal(start[name], value) for name, value in first.items())
 
 
-def test_evaluation_between_steps_leaves_nothing_behind(tiny_cfg):
+def test_evaluation_between_steps_has_no_effect(tiny_cfg):
     images = [as_tensor(reference_image(64, 96))]
     trainer = trainer_for(tiny_cfg, images, DistillationHook(tiny_cfg))
 

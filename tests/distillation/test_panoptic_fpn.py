@@ -84,7 +84,7 @@ def test_the_loss_lowers(cfg):
 
 
 @pytest.mark.slow
-def test_without_the_hook_the_training_is_what_it_was(cfg):
+def test_training_without_the_hook_is_unchanged(cfg):
     """A model that has been distilled trains on as one of the same weights that never met the hook."""
     distilled = built(cfg)
     keys = list(distilled.state_dict())

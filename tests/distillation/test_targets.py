@@ -79,7 +79,7 @@ def test_a_cache_gives_the_full_target_and_is_filled_once(tiny_cfg, tmp_path):
 @pytest.mark.parametrize("windows", [0, 2])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("who", ["teacher", "student"])
-def test_features_that_are_not_finite_stop_with_the_images_name(who, cached, windows, tiny_cfg, tmp_path):
+def test_nonfinite_features_stop_the_run_and_name_the_image(who, cached, windows, tiny_cfg, tmp_path):
     tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = windows
     if cached:
         tiny_cfg.SPAR.TEACHER.CACHE_DIR = str(tmp_path / "cache")
@@ -104,7 +104,7 @@ def test_features_that_are_not_finite_stop_with_the_images_name(who, cached, win
 
 
 @pytest.mark.slow
-def test_what_is_watched_is_stored(tiny_cfg):
+def test_monitored_values_are_stored(tiny_cfg):
     images = [as_tensor(reference_image(64, 96))]
     trainer = trainer_for(tiny_cfg, images, DistillationHook(tiny_cfg), lr=1e-3)
     trainer.train(0, 20)
@@ -118,7 +118,7 @@ def test_what_is_watched_is_stored(tiny_cfg):
     assert ratio == pytest.approx(windows)
 
 
-def test_the_count_of_windows_goes_on_after_a_resume(tiny_cfg):
+def test_the_count_of_windows_continues_after_a_resume(tiny_cfg):
     first, second = DistillationHook(tiny_cfg), DistillationHook(tiny_cfg)
     first.windows_encoded = 12
     second.load_state_dict(first.state_dict())
@@ -126,7 +126,7 @@ def test_the_count_of_windows_goes_on_after_a_resume(tiny_cfg):
 
 
 @pytest.mark.parametrize("changed", [False, True])
-def test_what_was_looked_up_is_used_only_for_the_image_that_was_encoded(changed, tiny_cfg, tmp_path, monkeypatch):
+def test_a_cache_lookup_is_used_only_for_the_encoded_image(changed, tiny_cfg, tmp_path, monkeypatch):
     """A model that does more to images than to normalize them is not given the targets of others."""
     tiny_cfg.SPAR.TEACHER.CACHE_DIR = str(tmp_path / "cache")
     tiny_cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 2

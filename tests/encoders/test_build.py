@@ -137,7 +137,7 @@ def test_weights_of_another_model_name_a_few_keys(tiny_model, tmp_path):
         build_encoder(tiny_model[0], str(tmp_path / "w.safetensors"))
 
 
-def test_a_config_file_must_be_a_config_of_its_own_name(tmp_path):
+def test_wrong_model_config_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model config file"):
         build_encoder(str(tmp_path / "none.json"))
     (tmp_path / "bad.json").write_text("{")

@@ -63,7 +63,7 @@ def test_every_use_has_compiled_code_and_few_graphs(graphs, caplog):
     assert max(graphs.values()) <= MOST_FOR_A_USE, dict(graphs)
 
 
-def test_a_teacher_of_fixed_shape_gives_what_any_teacher_gives(monkeypatch):
+def test_a_teacher_with_a_fixed_batch_shape_gives_the_same_targets(monkeypatch):
     # Compiled blocks themselves are tested elsewhere.
     monkeypatch.setattr("spar_d2.encoders.base.compiled", lambda step, use: step)
     encoder = example_encoder("SigLIP")

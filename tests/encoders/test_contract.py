@@ -52,7 +52,7 @@ def test_same_input_same_output_and_no_mixing_between_images(encoder):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_intermediates_are_maps_in_the_order_asked_for(encoder):
+def test_intermediates_are_maps_in_the_requested_order(encoder):
     x = torch.randn(1, 3, 40, 70)
     with torch.no_grad():
         last, first, last_again = encoder.intermediates(x, [-1, 0, len(encoder.blocks) - 1])
@@ -70,7 +70,7 @@ def test_wrong_intermediates_are_named(encoder, indices):
 @pytest.mark.parametrize(
     "x", [torch.zeros(3, 64, 64), torch.zeros(1, 1, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "image"]
 )
-def test_what_is_no_batch_of_rgb_images_is_refused(encoder, x):
+def test_inputs_that_are_no_batch_of_rgb_images_are_an_error(encoder, x):
     with pytest.raises(ValueError, match="RGB tensor"):
         encoder(x)
 
@@ -108,7 +108,7 @@ def test_a_frozen_encoder_stays_in_eval_mode(encoder):
     "spec",
     ["", "last_blocks:0", "last_blocks:99", "blk_99", "blk_x", "qkv_99", "mlp_", "blk", "some", "all,blk_0", "qkv"],
 )
-def test_wrong_words_for_what_is_trained_are_named(encoder, spec):
+def test_wrong_names_of_trainable_parts_are_an_error(encoder, spec):
     with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TRAINABLE"):
         set_trainable(encoder, spec)
 
@@ -123,7 +123,7 @@ IN_BLOCK = {"qkv": {"attn.in_proj_", "attn.qkv", "attn.q_", "attn.v_"}, "mlp": {
 
 @pytest.mark.parametrize("word", sorted(IN_BLOCK))
 @pytest.mark.parametrize("index", [0, -1])
-def test_words_for_parts_of_a_block(encoder, word, index):
+def test_names_for_parts_of_a_block(encoder, word, index):
     names = set_trainable(encoder, f"{word}_{index}")
     inner = {name for name, p in encoder.blocks[index].named_parameters() if p.requires_grad}
     assert len(names) == len(inner) > 0
@@ -132,7 +132,7 @@ def test_words_for_parts_of_a_block(encoder, word, index):
     learns(encoder, names)
 
 
-def test_words_for_parts_outside_of_blocks(encoder):
+def test_names_for_parts_outside_of_blocks(encoder):
     parts = {word: set_trainable(encoder, word) for word in encoder.parts if word not in IN_BLOCK}
     assert "patchembed" in parts
     for word, names in parts.items():
@@ -152,7 +152,7 @@ def learns(encoder, names):
 
 
 @pytest.mark.parametrize("word", ["posembed", "patchembed", "attn_pool_kv"])
-def test_words_for_what_a_family_lacks_name_what_it_has(encoder, word):
+def test_errors_for_missing_parts_list_the_parts_of_the_family(encoder, word):
     if word in encoder.parts:
         assert set_trainable(encoder, word)
         return
@@ -162,7 +162,7 @@ def test_words_for_what_a_family_lacks_name_what_it_has(encoder, word):
 
 
 @pytest.mark.slow
-def test_what_is_known_by_name_is_what_is_built(family):
+def test_the_description_of_a_model_matches_the_built_model(family):
     name = family.names()[0]
     assert find_family(name) is family
     info = describe_encoder(name)

@@ -74,7 +74,7 @@ FOREIGN = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FOREIGN)
-def test_files_of_others_are_read(spec, student, layout, tmp_path):
+def test_files_of_other_programs_are_read(spec, student, layout, tmp_path):
     encoder, state = student
     torch.save(FOREIGN[layout](state), tmp_path / "foreign.ckpt")
     assert holds(with_file(spec, tmp_path / "foreign.ckpt"), encoder)

@@ -95,7 +95,7 @@ def whole_state(stand_in):
     return {key: tensor + 1 for key, tensor in {**text, **stand_in.state_dict()}.items()}
 
 
-def test_the_two_files_of_meta(whole_state, tmp_path):
+def test_the_backbone_and_head_files_of_meta_are_read(whole_state, tmp_path):
     rest, backbone = save_parts(whole_state, tmp_path)
     built = build_encoder(NAME, rest, dinov3_repo=str(STAND_IN), dinov3_backbone=backbone)
     for key, tensor in built.state_dict().items():
@@ -106,7 +106,7 @@ def test_the_two_files_of_meta(whole_state, tmp_path):
         build_encoder(NAME, rest, dinov3_repo=str(STAND_IN))
 
 
-def test_the_file_of_the_authors(whole_state, tmp_path):
+def test_the_file_of_the_authors_is_read(whole_state, tmp_path):
     torch.save({f"model.{key}": tensor for key, tensor in whole_state.items()}, tmp_path / "spar.pth")
     built = build_encoder(NAME, str(tmp_path / "spar.pth"), dinov3_repo=str(STAND_IN))
     assert torch.equal(built.visual_model.backbone.cls_token, whole_state["visual_model.backbone.cls_token"])
@@ -123,7 +123,7 @@ def test_a_repository_must_be_named_and_be_one(tmp_path):
         build_encoder(NAME, dinov3_repo=str(tmp_path))
 
 
-def test_missing_files_and_wrong_words_are_named():
+def test_missing_files_and_wrong_values_are_named():
     with pytest.raises(FileNotFoundError, match=r"MODEL\.SPAR\.PRETRAINED: there is no weight file"):
         build_encoder(NAME, "nowhere.pth", dinov3_repo=str(STAND_IN))
     with pytest.raises(FileNotFoundError, match=r"MODEL\.SPAR\.DINOV3_BACKBONE: there is no weight file"):

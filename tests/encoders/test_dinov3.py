@@ -31,7 +31,7 @@ def test_equals_the_library_at_any_size(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_base_patch16_dinov3", NANO])
-def test_what_is_known_by_name_is_what_is_built(name):
+def test_the_description_of_a_model_matches_the_built_model(name):
     info, encoder = describe_encoder(name), build_encoder(name)
     for field in ("native_size", "patch_size", "pixel_mean", "pixel_std", "logit_scale"):
         assert getattr(info, field) == getattr(encoder, field), field

@@ -91,7 +91,7 @@ def test_a_tag_of_timms_is_described_as_timm_does():
     assert describe_encoder("vit_large_patch16_dinov3", "lvd1689m").pixel_mean == (0.485, 0.456, 0.406)
 
 
-def test_the_activation_of_a_tag_is_taken_for_images_and_words(monkeypatch):
+def test_the_activation_of_a_tag_is_used_for_images_and_text(monkeypatch):
     asked = []
 
     def no_network(*args, **kwargs):
@@ -114,7 +114,7 @@ def test_the_activation_of_a_tag_is_taken_for_images_and_words(monkeypatch):
         ("vit_large_patch16_dinov3", "dinov3_vitl16_pretrain_sat493m-ea.pth", ["suggests sat493m", "PIXEL_STD"]),
     ],
 )
-def test_a_file_that_says_nothing_is_told_once_where_tags_differ(tmp_path, caplog, name, file, words):
+def test_a_file_without_metadata_is_one_warning_if_tags_differ(tmp_path, caplog, name, file, words):
     path = tmp_path / file
     save_file({"a": torch.zeros(1)}, path) if path.suffix == ".safetensors" else torch.save({}, path)
     for _ in range(2):
@@ -148,7 +148,7 @@ def test_a_file_that_says_nothing_is_told_once_where_tags_differ(tmp_path, caplo
         "[" * 100_000,
     ],
 )
-def test_damaged_metadata_is_left_out_and_told(tiny_model, tmp_path, caplog, text):
+def test_corrupt_metadata_is_ignored_with_a_warning(tiny_model, tmp_path, caplog, text):
     path = str(tmp_path / "w.safetensors")
     save_file(load_file(tiny_model[1]), path, {"spar_d2": text})
     usual = build_encoder(tiny_model[0], tiny_model[1])
@@ -158,7 +158,7 @@ def test_damaged_metadata_is_left_out_and_told(tiny_model, tmp_path, caplog, tex
 
 
 @pytest.mark.parametrize("metadata", [{"format": "pt"}, {"spar_d2": '{"unknown": 1}'}, None])
-def test_metadata_of_others_is_no_matter(tiny_model, tmp_path, caplog, metadata):
+def test_metadata_of_other_programs_is_ignored(tiny_model, tmp_path, caplog, metadata):
     path = str(tmp_path / "w.safetensors")
     save_file(load_file(tiny_model[1]), path, metadata)
     build_encoder(tiny_model[0], path)
@@ -210,7 +210,7 @@ def test_a_model_config_says_how_images_are_prepared(tmp_path, form, pooled):
     build_text_tower(str(path)).encode(["a cat"])
 
 
-def test_kept_vectors_of_words_are_of_one_activation(tiny_model, tmp_path):
+def test_cached_text_embeddings_depend_on_the_activation(tiny_model, tmp_path):
     """What was kept before there was a choice is found; another activation has vectors of its own."""
 
     def key(**choice):

@@ -17,7 +17,7 @@ def test_any_grid_and_constants_stay_constant(grid):
     torch.testing.assert_close(constant, torch.full_like(constant, 2.5))
 
 
-def test_same_count_is_resampled_unless_compatibility_is_asked_for():
+def test_an_equal_number_of_positions_is_resampled_except_in_reference_mode():
     assert not torch.equal(resample_positions(TABLE, (4, 4), (2, 8)), TABLE)
     assert resample_positions(TABLE, (4, 4), (2, 8), raster_if_same_count=True) is TABLE
 

@@ -80,7 +80,7 @@ def test_no_block_is_cast_in_float32(encoder):
         assert torch.equal(encoder(x), inside)
 
 
-def test_what_was_kept_in_inference_mode_can_be_trained_with(encoder):
+def test_positions_cached_in_inference_mode_can_be_used_in_training(encoder):
     x = torch.randn(1, 3, 96, 48)
     with torch.inference_mode():
         expected = encoder(x.clone())
@@ -108,7 +108,7 @@ def test_positions_of_a_grid_are_computed_once_for_each_precision(encoder, monke
     assert len(made) <= 2
 
 
-def test_only_the_last_few_grids_are_kept():
+def test_only_the_last_few_grids_are_cached():
     grids, made = RecentGrids(), []
     like = torch.zeros(1)
     for number in [*range(20), 19, 13, 0]:

@@ -74,7 +74,7 @@ def test_the_full_size_model_is_built_by_open_clip():
         assert encoder(torch.randn(1, 3, 33, 64)).shape == (1, 768, 3, 4)
 
 
-def test_native_size_is_in_whole_patches():
+def test_the_native_size_is_a_multiple_of_the_patch_size():
     """384 pixels are 27.4 patches of 14: the model was trained on 27."""
     assert describe_encoder("ViT-SO400M-14-SigLIP-384").native_size == 378
 
@@ -105,7 +105,7 @@ def test_a_tokenizer_in_a_local_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tokenizer_that_cannot_be_had_is_named(tmp_path):
+def test_a_failed_download_of_a_tokenizer_is_named(tmp_path):
     config = json.loads(Path(TINY).read_text())
     config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "nowhere")
     (tmp_path / "no-tokenizer.json").write_text(json.dumps(config))

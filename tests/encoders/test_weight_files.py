@@ -108,7 +108,7 @@ def test_of_two_containers_one_must_be_named(tiny_model, tmp_path, state, monkey
     assert holds(tiny_model, tmp_path / "out.pt", state)
 
 
-def test_shards_lie_beside_their_index(tiny_model, tmp_path, state):
+def test_shards_are_beside_their_index(tiny_model, tmp_path, state):
     shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     names = sorted(name for name, tensor in state.items() if tensor.is_floating_point())
     shard_of = {name: shards[place % 2] for place, name in enumerate(names)}
@@ -154,7 +154,7 @@ def in_a_ring():
     ],
     ids=["itself", "ring", "numbers", "tuples", "twice"],
 )
-def test_strange_dictionaries_end_in_words(tiny_model, tmp_path, content, message):
+def test_malformed_dictionaries_are_a_readable_error(tiny_model, tmp_path, content, message):
     torch.save(content, tmp_path / "strange.pth")
     with pytest.raises(RuntimeError, match=message):
         build_encoder(tiny_model[0], str(tmp_path / "strange.pth"))
@@ -217,7 +217,7 @@ def test_a_tensor_that_repeats_one_number_is_of_another_shape(tmp_path, tiny_mod
         build_encoder(tiny_model[0], str(tmp_path / "wide.pt"))
 
 
-def test_whole_numbers_stay_where_the_model_has_them(tmp_path):
+def test_integer_buffers_may_differ_but_not_in_type(tmp_path):
     """Positions and masks are no weights: DINOv3.txt and others keep such buffers."""
     from spar_d2.encoders.fit import check_fit
 
@@ -243,6 +243,6 @@ def test_a_second_set_of_weights_of_any_name_is_seen(tmp_path):
     assert torch.equal(read_state_dict(tmp_path / "x.pth", part="smoothed")["a.weight"], others["a.weight"])
 
 
-def test_what_is_infinite_only_in_the_models_type_is_refused():
+def test_weights_that_overflow_in_the_models_type_are_an_error():
     with pytest.raises(RuntimeError, match=r"a in x has values that are NaN or infinite in torch\.float32"):
         check_values({"a": torch.zeros(2)}, {"a": torch.full((2,), 1e60, dtype=torch.float64)}, "x")

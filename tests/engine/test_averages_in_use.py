@@ -36,7 +36,7 @@ def matches(encoder, tensors):
 
 
 @pytest.mark.slow
-def test_all_that_use_a_checkpoint_take_the_averages_and_a_run_goes_on_without(run, caplog):
+def test_all_users_of_a_checkpoint_take_the_averages_except_a_resumed_run(run, caplog):
     cfg, checkpoint, student, raw = run
     name = cfg.MODEL.SPAR.ENCODER
     with caplog.at_level("WARNING"):

@@ -5,7 +5,7 @@ from torch import nn
 from spar_d2.engine.ema import ModelEma
 
 
-def test_averages_what_is_trained_and_gives_the_model_back():
+def test_trainable_weights_are_averaged_and_restored():
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     average = ModelEma(model, 0.75)

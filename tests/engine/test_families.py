@@ -87,7 +87,7 @@ def test_students_are_files_of_their_libraries(tmp_path, photo_folder, labeled):
     timm.create_model(dinov3.MODEL.SPAR.ENCODER, num_classes=0, checkpoint_path=path)
 
 
-def test_words_without_a_text_side_are_refused_before_anything_is_built(tmp_path, photo_folder, labeled):
+def test_class_names_without_a_text_tower_are_an_error(tmp_path, photo_folder, labeled):
     cfg = config("DINOv3", tmp_path, photo_folder, labeled, "MODEL.SPAR.OUTPUT", "labels")
     with pytest.raises(ValueError, match=r"no text tower, so it cannot segment by class names; .*SigLIP"):
         build_model(cfg)
@@ -98,7 +98,7 @@ def test_words_without_a_text_side_are_refused_before_anything_is_built(tmp_path
 
 
 @pytest.mark.parametrize("key", ["PRECISION", "COMPILE", "CHECKPOINTING"])
-def test_ways_to_compute_reach_student_and_teacher(key, tmp_path, photo_folder, labeled):
+def test_settings_of_computation_reach_student_and_teacher(key, tmp_path, photo_folder, labeled):
     from spar_d2.distillation import DistillationHook
     from spar_d2.encoders import find_encoder
 

@@ -68,7 +68,7 @@ def config(folder, name, *overrides):
 
 
 @pytest.mark.parametrize("maps", [TOGETHER, APART, FROM_ZERO], ids=["together", "apart", "from zero"])
-def test_what_it_trains_on(registered, tmp_path, maps):
+def test_training_records_have_instances_and_labels(registered, tmp_path, maps):
     name = registered(maps)
     assert has_panoptic_masks(name)
     batch = next(iter(build_labeled_loader(config(tmp_path, name, "INPUT.RANDOM_FLIP", "none"), 0)))
@@ -99,7 +99,7 @@ def test_training_and_evaluation(registered, tmp_path):
     assert {"PQ", "PQ-5", "PQ-20"} <= set(trainer.test(trainer.cfg, trainer.model)["panoptic_seg"])
 
 
-def test_sets_of_detectron2_and_ours():
+def test_data_sets_of_detectron2_and_of_this_package():
     names = ("coco_2017_train_panoptic", "spar_scenes_panoptic_val", "cityscapes_fine_panoptic_train")
     assert all(map(has_panoptic_masks, names))
     others = ("coco_2017_val_panoptic_separated", "coco_2017_train", "spar_scenes_val", "unheard_of")
@@ -121,7 +121,7 @@ def test_metadata_without_numbers_are_named(registered, tmp_path, maps, part):
         Trainer.build_train_loader(cfg) if part == "train" else Trainer.build_test_loader(cfg, name)
 
 
-def test_files_that_are_not_there_are_named(registered, tmp_path):
+def test_missing_files_are_named(registered, tmp_path):
     name = registered(TOGETHER)
     (tmp_path / "images/0.jpg").unlink()
     with pytest.raises(ValueError, match=rf"DATASETS\.TRAIN: {name} cannot be loaded, is it there\? .*images/0\.jpg"):
@@ -132,7 +132,7 @@ def test_files_that_are_not_there_are_named(registered, tmp_path):
     ("model", "missing"),
     [("PanopticFPN", "annotations and no sem_seg_file_name"), ("SemanticSegmentor", "sem_seg_file_name")],
 )
-def test_sets_without_its_labels_are_named(registered, tmp_path, model, missing):
+def test_data_sets_without_the_required_labels_are_named(registered, tmp_path, model, missing):
     name = "own_without_labels"
     DatasetCatalog.register(name, lambda: [{"file_name": "a.jpg", "height": 9, "width": 9, "image_id": 0}])
     try:

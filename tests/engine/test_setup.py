@@ -180,7 +180,7 @@ def test_one_process_is_always_possible():
     check_launch(0, 1, 0)
 
 
-def test_whole_numbers_are_taken_for_floats():
+def test_integers_are_accepted_as_floats():
     config = str(ROOT / "configs" / "toy" / "distill.yaml")
     cfg = load_config(config, ["SPAR.EMA_DECAY", "0", "SPAR.DATA.CROP_PROB", "1", "SOLVER.MAX_ITER", "7"])
     assert (cfg.SPAR.EMA_DECAY, cfg.SPAR.DATA.CROP_PROB, cfg.SOLVER.MAX_ITER) == (0.0, 1.0, 7)
@@ -209,7 +209,7 @@ def test_a_failed_start_removes_the_folders_it_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_start_removes_nothing_of_another_run(tmp_path):
+def test_a_failed_start_removes_no_files_of_another_run(tmp_path):
     """Two runs begin side by side in a new folder, and one of them fails when the other has finished."""
     other = tmp_path / "sweep" / "b"
 
@@ -225,7 +225,7 @@ def test_a_failed_start_removes_nothing_of_another_run(tmp_path):
     assert (other / "student.safetensors").exists() and (other / "log.txt").exists()
 
 
-def test_a_failed_start_keeps_what_it_did_not_make(tmp_path):
+def test_a_failed_start_keeps_existing_files(tmp_path):
     folder = tmp_path / "run"
     fail_in(folder, lambda: (folder / "notes.md").touch())
     assert (folder / "notes.md").exists()
@@ -247,7 +247,7 @@ def test_a_start_that_is_interrupted_leaves_no_folder(tmp_path):
 
 
 @pytest.mark.processes
-def test_a_start_in_a_folder_where_another_run_trains_changes_nothing(tmp_path):
+def test_a_start_in_the_folder_of_a_running_training_changes_no_files(tmp_path):
     (tmp_path / "config.yaml").write_text("theirs")
     hold = f"with file_lock({str(tmp_path)!r}):\n    print(flush=True)\n    input()"
     code = f"from spar_d2.utils.io import file_lock\n{hold}"
@@ -261,7 +261,7 @@ def test_a_start_in_a_folder_where_another_run_trains_changes_nothing(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == "theirs"
 
 
-def test_a_failed_start_leaves_an_earlier_config(tmp_path):
+def test_a_failed_start_restores_an_earlier_config(tmp_path):
     (tmp_path / "config.yaml").write_text("theirs")
     with pytest.raises(KeyError), clean_start(str(tmp_path)):
         (tmp_path / "config.yaml").write_text("mine")

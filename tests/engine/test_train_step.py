@@ -69,7 +69,7 @@ def test_the_scaler_is_part_of_the_state():
     assert other.scaler.get_scale() == 512.0
 
 
-def test_a_gradient_that_is_not_finite_names_the_images_and_changes_nothing():
+def test_nonfinite_gradients_name_the_images_and_change_no_weights():
     model = Model()
     before = [p.clone() for p in model.parameters()]
     model.layer.weight.register_hook(lambda gradient: gradient * float("nan"))
@@ -94,7 +94,7 @@ def test_with_a_scaler_such_a_step_is_left_out():
     assert step.scaler.get_scale() < factor
 
 
-def test_a_loss_that_is_not_finite_is_named_and_changes_nothing():
+def test_nonfinite_losses_are_named_and_change_no_weights():
     class Broken(Model):
         def forward(self, inputs):
             losses = super().forward(inputs)

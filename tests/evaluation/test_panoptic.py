@@ -202,7 +202,7 @@ def test_every_form_gives_the_scores_of_the_plain_function(dataset, tmp_path, fo
     assert written["Things"]["n"] == expected["Things"]["n"] == 2
 
 
-def test_outputs_are_left_as_they_were(dataset, tmp_path):
+def test_outputs_are_not_modified(dataset, tmp_path):
     evaluator = PanopticEvaluator(dataset, distributed=False)
     image_id, ids, found = next(guesses(tmp_path / "truth.json"))
     labels, segments = as_labels(dataset, ids, found)[0], as_segments(dataset, ids, found)
@@ -284,7 +284,7 @@ def test_the_data_set_is_loaded_where_its_files_are_not_there_yet(tmp_path):
     MetadataCatalog.remove(name)
 
 
-def test_going_on_from_what_was_counted(dataset, tmp_path):
+def test_an_evaluation_resumes_from_saved_counts(dataset, tmp_path):
     cases = list(guesses(tmp_path / "truth.json"))
     whole = evaluate(PanopticEvaluator(dataset, distributed=False), as_segments, cases)
     first, second = (PanopticEvaluator(dataset, distributed=False) for _ in range(2))
@@ -345,13 +345,13 @@ ZEROS = torch.zeros(2, 2, dtype=torch.int32)
         ({}, {"panoptic_seg": (ZEROS - 2, None)}, r"labels must be -1 \(void\) or more, got -2"),
     ],
 )
-def test_what_is_wrong_with_an_output_is_named(dataset, record, output, message):
+def test_wrong_outputs_are_named(dataset, record, output, message):
     record = record or {"image_id": "town_0"}
     with pytest.raises(ValueError, match=message):
         PanopticEvaluator(dataset, distributed=False).process([record], [output])
 
 
-def test_what_is_missing_is_named(dataset, tmp_path):
+def test_missing_parts_are_named(dataset, tmp_path):
     cases = list(guesses(tmp_path / "truth.json"))
     with pytest.raises(ValueError, match=rf"1 of 8 images .* have no prediction: '{cases[0][0]}'$"):
         evaluate(PanopticEvaluator(dataset, distributed=False), as_segments, cases[1:])

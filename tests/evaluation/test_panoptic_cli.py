@@ -120,7 +120,7 @@ def test_counting_needs_no_detectron2_and_the_function_keeps_its_name():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-def test_evaluators_are_there_when_asked_for():
+def test_evaluators_are_imported_on_first_use():
     from spar_d2 import evaluation
     from spar_d2.evaluation import PanopticEvaluator, panoptic
 
@@ -264,7 +264,7 @@ SEGMENT = ("annotations", 0, "segments_info", 0)
         ("pred", ["annotations", 0, "file_name"], "sub", "sub cannot be read: "),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(files, capsys, name, keys, to, message):
+def test_wrong_values_in_a_file_are_named(files, capsys, name, keys, to, message):
     change(files / f"{name}.json", *keys, to=to)
     assert message in failing(capsys, arguments(files))
     assert not (files / "new").exists()
@@ -330,6 +330,6 @@ def test_the_output_overwrites_no_input(files, capsys, name):
     assert (files / name).read_bytes() == before
 
 
-def test_the_output_may_lie_beside_what_is_read(files):
+def test_the_output_may_be_beside_the_input(files):
     main(arguments(files, output=files / "gt" / "result.json"))
     assert (files / "gt" / "result.json").is_file()

@@ -94,7 +94,7 @@ def test_other_category_is_no_pair():
 
 
 @pytest.mark.parametrize("kind", ["int64", "uint64"])
-def test_large_ids_are_told_apart(kind):
+def test_large_ids_are_distinguished(kind):
     """Floats of 64 bits would not."""
     ids = np.array([[2**60, 2**60 + 1, 2**60 + 2]], dtype=kind)
     segments = [(number, 1, 0) for number in ids[0].tolist()]
@@ -161,7 +161,7 @@ A, B = np.array([[1, 2], [0, 0]]), np.array([[3, 3], [0, 0]])
         ({"prediction": A / 2}, r"prediction of the image 77 must be \(H, W\) integers, got \(2, 2\) float64"),
     ],
 )
-def test_what_is_wrong_is_named(changes, message):
+def test_errors_name_the_wrong_value(changes, message):
     arguments = {"prediction": A, "predicted": {1: 1, 2: 4}, "truth": B, "segments": [(3, 1, 0)]}
     panoptic_quality(**arguments, categories=CATEGORIES, image=77)
     with pytest.raises(ValueError, match=message):

@@ -92,7 +92,7 @@ def test_boundaries_of_too_many_classes_are_refused(dataset):
         SemanticEvaluator(dataset, boundary_iou=True)
 
 
-def test_the_file_counts_not_what_a_mapper_resized(dataset):
+def test_labels_come_from_the_file_and_not_from_the_mapper(dataset):
     record = DatasetCatalog.get(dataset)[0]
     with Image.open(record["sem_seg_file_name"]) as image:
         truth = torch.from_numpy(np.array(image)).long()
@@ -145,11 +145,11 @@ def test_sums_over_images_equal_one_large_image():
     assert np.array_equal(parts, confusion_matrix(guess, truth, 6))
 
 
-def test_nothing_evaluated_is_nan_not_a_crash(dataset):
+def test_scores_without_images_are_nan(dataset):
     assert np.isnan(SemanticEvaluator(dataset, False).evaluate()["sem_seg"]["mIoU"])
 
 
-def test_masks_are_dumped_only_when_asked_for(dataset, tmp_path):
+def test_masks_are_written_only_on_request(dataset, tmp_path):
     from pycocotools import mask as coco_mask
 
     plain = SemanticEvaluator(dataset, False, tmp_path / "plain")
@@ -169,7 +169,7 @@ def test_masks_are_dumped_only_when_asked_for(dataset, tmp_path):
     assert np.array_equal(rebuilt, guess)
 
 
-def test_what_is_missing_is_named(dataset):
+def test_missing_parts_are_named(dataset):
     evaluator = SemanticEvaluator(dataset, False)
     with pytest.raises(ValueError, match=r"no ground truth for the image none\.jpg"):
         evaluator.process([{"file_name": "none.jpg"}], [{"sem_seg_labels": torch.zeros(2, 2)}])
@@ -201,13 +201,13 @@ def test_two_processes_add_up(tmp_path):
     assert json.loads((tmp_path / "0.json").read_text())["sem_seg"]["pACC"] == pytest.approx(100 * 7 / 8)
 
 
-def test_classes_of_one_name_have_scores_of_their_own():
+def test_classes_with_the_same_name_have_separate_scores():
     scores = segmentation_scores(np.array([[4, 0, 0, 0], [0, 0, 2, 0], [0, 0, 1, 1]]), ["tree", "tree", "sky"])
     assert {name for name in scores if name.startswith("IoU")} == {"IoU-tree (0)", "IoU-tree (1)", "IoU-sky"}
     assert (scores["IoU-tree (0)"], scores["IoU-tree (1)"], scores["IoU-sky"]) == (100, 0, 25)
 
 
-def test_labels_that_are_neither_a_class_nor_ignored_are_told_once(dataset, caplog):
+def test_unknown_labels_are_one_warning(dataset, caplog):
     evaluator = SemanticEvaluator(dataset, False)
     truth = np.full((4, 5), 255)
     truth[0], truth[1, 0], truth[2] = 7, 5, 0
@@ -226,7 +226,7 @@ def test_labels_that_are_neither_a_class_nor_ignored_are_told_once(dataset, capl
     assert f"{dataset}: 4 of the 5 classes" in absent
 
 
-def test_right_labels_say_nothing(dataset, caplog):
+def test_valid_labels_give_no_warning(dataset, caplog):
     evaluator = SemanticEvaluator(dataset, False)
     truth = np.arange(20).reshape(4, 5) % 5
     truth[0, 0] = 255
@@ -236,7 +236,7 @@ def test_right_labels_say_nothing(dataset, caplog):
 
 
 @pytest.mark.parametrize(("values", "said"), [((0, 255), "of class 0 or ignored (255)"), ((255, 255), "are ignored")])
-def test_masks_of_0_and_255_are_told(dataset, caplog, values, said):
+def test_masks_of_0_and_255_are_a_warning(dataset, caplog, values, said):
     """Also by an evaluator that goes on from another's counts."""
     evaluator = SemanticEvaluator(dataset, False)
     truth = np.array([values, values], dtype=np.uint8)

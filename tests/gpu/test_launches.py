@@ -44,7 +44,7 @@ def check(counted: Rooflines, case: str) -> None:
 
 
 @torch.no_grad()
-def test_what_is_counted():
+def test_launches_bytes_and_flops_are_counted():
     """A layer of 8 MB under autocast, by hand."""
     layer, x = on_device(torch.nn.Linear(1024, 2048, bias=False)), images(4096, 1024)
     with Rooflines(layer) as counted:

@@ -26,7 +26,7 @@ def reasons(gpu) -> list[str]:
     return found
 
 
-def test_it_is_there_only_within():
+def test_the_device_exists_only_inside_the_context():
     before = (torch.cuda.is_available(), torch.Generator, F.scaled_dot_product_attention)
     with PretendedCuda():
         x = torch.zeros(2, device="cuda")
@@ -68,7 +68,7 @@ def test_devices_of_tensors(gpu):
         lambda: torch.zeros(2).new_full((2,), 1.0, device="cuda"),
     ],
 )
-def test_what_is_made_there_is_launched(gpu, make):
+def test_creating_tensors_is_a_launch(gpu, make):
     assert make().is_cuda
     assert gpu.launches and not gpu.copies and not gpu.waits
 
@@ -83,7 +83,7 @@ def test_memory_alone_is_no_launch(gpu):
 
 @pytest.mark.parametrize("data", [[1, 2], 3.5, np.ones(2)])
 @pytest.mark.parametrize("make", [torch.tensor, torch.as_tensor, torch.asarray])
-def test_what_is_made_of_data_is_copied_and_waited_for(gpu, make, data):
+def test_tensors_from_python_data_are_copies_and_waits(gpu, make, data):
     made = make(data, device="cuda")
     assert made.is_cuda and made.tolist() == np.asarray(data).tolist()
     assert reasons(gpu) == ["blocking copy", "tolist"]
@@ -381,7 +381,7 @@ def test_attention_within_modules_is_seen(gpu):
     assert gpu.attention_by("MATH") == 1
 
 
-def test_what_adds_in_any_order(gpu):
+def test_nondeterministic_operators_are_found(gpu):
     x, index = torch.zeros(4, device="cuda"), torch.zeros(9, dtype=torch.int64, device="cuda")
     values = torch.ones(9, device="cuda", requires_grad=True)
     x.long().scatter_add_(0, index, index), x.index_put((index,), values), x.scatter_reduce_(0, index, x[index], "amax")

@@ -15,7 +15,7 @@ def cfg(tiny_cfg):
     return tiny_cfg
 
 
-def test_plain_backbone_declares_what_it_gives(cfg):
+def test_plain_backbone_declares_its_output(cfg):
     backbone = build_backbone(cfg)
     features = backbone(torch.randn(2, 3, 70, 100))
     shapes = backbone.output_shape()
@@ -38,7 +38,7 @@ def test_plain_backbone_under_another_name(cfg):
 
 
 @pytest.mark.parametrize("names", [["p2"], ["dense", "p4"], "dense"])
-def test_plain_backbone_names_what_it_can_give(cfg, names):
+def test_wrong_output_names_of_the_plain_backbone_are_an_error(cfg, names):
     cfg.MODEL.SPAR.OUT_FEATURES = names
     with pytest.raises(ValueError, match=r"OUT_FEATURES of SPARViT.*clip_vis_dense.*SPARPyramid"):
         build_backbone(cfg)
@@ -92,7 +92,7 @@ def test_conversion_can_be_switched_off(cfg, reference_clip):
         assert torch.equal(build_backbone(cfg)(x)["dense"], OpenCLIPEncoder(reference_clip.visual)(x))
 
 
-def test_what_is_trainable_is_decided_when_the_model_is_built(cfg):
+def test_trainable_parameters_are_chosen_when_the_model_is_built(cfg):
     cfg.MODEL.SPAR.TRAINABLE = "last_blocks:1"
     backbone = build_backbone(cfg)
     trained = {name for name, p in backbone.named_parameters() if p.requires_grad}

@@ -111,7 +111,7 @@ def interpreted():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_kernel_gives_what_bands_give(interpreted, seed):
+def test_the_kernel_equals_the_banded_computation(interpreted, seed):
     different, unequal = interpreted[f"random {seed}"]
     assert unequal == 0
     assert different <= 3
@@ -232,7 +232,7 @@ def test_where_triton_fails_bands_are_used_and_one_warning_says_so(monkeypatch, 
 @pytest.mark.slow
 @pytest.mark.skipif(best_query._operator is None, reason=NO_TRITON + ", and PyTorch 2.4")
 @pytest.mark.parametrize("threshold", [0.0, 0.2])
-def test_operator_is_what_its_schema_says(threshold):
+def test_the_operator_matches_its_schema(threshold):
     scores = [torch.randn(3, 4, 6), torch.randn(2, 2, 6)]
     given = (scores, [9.0, 11.0, 9.5, 10.0], [False, True], 9, 10, 5.0, threshold)
     checks = ("test_schema", "test_faketensor")

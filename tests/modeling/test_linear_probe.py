@@ -138,7 +138,7 @@ def test_images_without_labels_have_no_loss_and_no_gradient():
     assert loss.item() == 0 and not probe.predictor.weight.grad.any()
 
 
-def test_norms_count_the_cells_of_all_images_and_nothing_else():
+def test_batch_norm_uses_exactly_the_cells_of_all_images():
     probe = head().train()
     maps = [torch.randn(64, 2, 3) + 1, torch.randn(64, 5, 1), torch.randn(64, 1, 1)]
     found = probe.classify(maps)
@@ -149,7 +149,7 @@ def test_norms_count_the_cells_of_all_images_and_nothing_else():
         torch.testing.assert_close(logits, expected.reshape(CLASSES, *features.shape[1:]))
 
 
-def test_nothing_as_large_as_the_pixels_is_kept_for_the_gradient():
+def test_no_tensor_of_full_resolution_is_saved_for_backward():
     probe = head(stride=16).train()
     features, labels = torch.randn(4, 64, 8, 8), torch.randint(0, CLASSES, (4, 128, 128))
     alive = weakref.WeakSet()
@@ -166,7 +166,7 @@ def test_nothing_as_large_as_the_pixels_is_kept_for_the_gradient():
 
 
 @pytest.mark.parametrize(("height", "width"), [(203, 331), (1, 1), (64, 64)])
-def test_labels_lie_where_detectron2s_segmentor_has_them(height, width):
+def test_labels_are_aligned_like_those_of_detectron2s_segmentor(height, width):
     encoder = build_encoder("vit_nano_patch8_dinov3")
     ours, theirs = (segmentor(encoder, kind).eval() for kind in (ProbeSegmentor, SemanticSegmentor))
     theirs.load_state_dict(ours.state_dict())
@@ -223,7 +223,7 @@ def test_a_cell_is_seen_at_its_pixels():
 
 @pytest.mark.parametrize("kind", [SemanticSegmentor, ProbeSegmentor])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_probed_and_stays_as_it_is(family, kind):
+def test_every_family_is_probed_and_stays_frozen(family, kind):
     model = segmentor(example_encoder(family), kind).train()
     encoder = model.backbone.encoder
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
@@ -265,7 +265,7 @@ def test_a_sliding_window_is_probed_as_the_teacher_sees():
     assert not torch.allclose(single, model.dense_maps(x), atol=1e-3)
 
 
-def test_kept_features_stand_in_for_images():
+def test_precomputed_features_replace_images():
     model = segmentor(build_encoder("vit_nano_patch8_dinov3")).train()
     batch = [labeled(50, 70), labeled(33, 20, seed=1)]
     kept = [
@@ -335,7 +335,7 @@ def test_wrong_labels_are_named(labels, message):
         head().train()({"dense": torch.randn(1, 64, 2, 2)}, labels[None])
 
 
-def test_what_is_missing_in_training_is_named():
+def test_missing_labels_in_training_are_named():
     probe = head().train()
     with pytest.raises(ValueError, match='the inputs have no "sem_seg"'):
         probe({"dense": torch.randn(1, 64, 2, 2)})

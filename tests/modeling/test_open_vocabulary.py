@@ -34,7 +34,7 @@ def model(tiny_cfg):
     return build_model(tiny_cfg).eval()
 
 
-def test_batches_of_different_sizes_give_what_single_images_give(model):
+def test_batches_of_different_sizes_equal_single_images(model):
     inputs = [{"image": torch.randint(0, 256, (3, *size), dtype=torch.uint8)} for size in ((70, 100), (33, 64), (1, 9))]
     together = [output["sem_seg_labels"] for output in model(inputs)]
     for labels, record in zip(together, inputs):
@@ -49,7 +49,7 @@ def test_images_that_are_not_rgb_are_named(model, shape):
         model([{"image": torch.zeros(shape)}])
 
 
-def test_the_result_has_the_size_asked_for(model):
+def test_the_result_has_the_requested_size(model):
     record = {"image": torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8), "height": 35, "width": 200}
     assert model([record])[0]["sem_seg_labels"].shape == (35, 200)
 
@@ -121,7 +121,7 @@ def test_another_backbone_is_refused(tiny_cfg):
         build_model(tiny_cfg)
 
 
-def test_images_may_have_words_of_their_own(model):
+def test_images_may_have_separate_vocabularies(model):
     images = [torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8) for _ in range(3)]
     words = ["cat; sky", ["cat", ["dog", "puppy"]], Vocabulary(["one"])]
     inputs = [{"image": image, "vocabulary": own} for image, own in zip(images, words)] + [{"image": images[0]}]
@@ -134,7 +134,7 @@ def test_images_may_have_words_of_their_own(model):
 
 
 @pytest.mark.slow
-def test_more_vocabularies_than_are_kept_are_never_mixed_up(model):
+def test_many_vocabularies_are_never_mixed_up(model):
     image = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
     words = [f"cat; dog; {number}" for number in range(12)]
     first = [model([{"image": image, "vocabulary": own}])[0]["sem_seg_labels"] for own in words]
@@ -170,7 +170,7 @@ def test_another_config_holds_for_a_while(model, tiny_cfg):
     assert (model.logit_scale, model.area_threshold) == (40.0, None)
 
 
-def test_vectors_of_words_stay_on_disk(tiny_cfg, tmp_path, monkeypatch):
+def test_text_embeddings_are_cached_on_disk(tiny_cfg, tmp_path, monkeypatch):
     spar = tiny_cfg.MODEL.SPAR
     spar.VOCABULARY, spar.TEXT_CACHE = "cat; dog", str(tmp_path / "words")
     record = {"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}

@@ -108,7 +108,7 @@ def test_class_zero_is_neither_counted_nor_removed():
         ({"logit_scale": -1.0}, "logit_scale"),
     ],
 )
-def test_what_does_not_go_together_is_named(changes, message):
+def test_mismatched_arguments_are_named(changes, message):
     arguments = {"features": torch.zeros(2, 2, 2), "text": torch.eye(2), "query_class": torch.arange(2), "size": (4, 4)}
     with pytest.raises(ValueError, match=message):
         segment_features(**{**arguments, **changes})
@@ -135,7 +135,7 @@ def test_no_map_of_all_classes_is_made():
     assert largest >= side * side * 8, "the labels themselves are counted"
 
 
-def test_labels_are_int64_of_the_size_asked_for():
+def test_labels_are_int64_of_the_given_size():
     labels = segment_features(torch.randn(2, 3, 5), torch.eye(2), torch.arange(2), (37, 51))
     assert labels.dtype == torch.int64
     assert labels.shape == (37, 51)
@@ -156,7 +156,7 @@ def results(features, text, maps):
 
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
-def test_computed_in_float32_whatever_surrounds_it(autocast, given):
+def test_scores_are_float32_under_autocast_too(autocast, given):
     """Inside autocast what comes out outside, bit for bit; of half-precision numbers what comes of them in float32."""
     features, text = torch.randn(16, 3, 4).to(given), F.normalize(torch.randn(6, 16), dim=1).to(given)
     maps = [ScoreMap(torch.randn(3, 4, 6).to(given)), ScoreMap(torch.randn(2, 5, 6).to(given), mirrored=True)]

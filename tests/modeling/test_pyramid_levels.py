@@ -153,7 +153,7 @@ def test_cells_of_other_patches_keep_their_places(patch, tmp_path):
     assert backbone.output_shape()["clip_vis_dense"].stride == 16
 
 
-def test_padding_changes_nothing_of_what_is_padded_anyway(tmp_path):
+def test_explicit_padding_equals_internal_padding(tmp_path):
     backbone = pyramid(model_file(tmp_path, 16), CONVERT_PIXELS=False)
     x = torch.randn(1, 3, 70, 100)
     with torch.no_grad():

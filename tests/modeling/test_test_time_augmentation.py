@@ -31,7 +31,7 @@ def test_a_mirrored_map_is_the_mirror_image_of_the_whole():
     assert torch.equal(whole(True), whole(False).flip(1))
 
 
-def test_the_only_view_is_the_plain_model(cfg):
+def test_one_augmentation_equals_the_plain_model(cfg):
     model = build_model(cfg).eval()
     cfg.TEST.AUG.MIN_SIZES = (70,)
     inputs = [{"image": picture()}, {"image": picture(), "height": 35, "width": 50}]
@@ -40,7 +40,7 @@ def test_the_only_view_is_the_plain_model(cfg):
 
 
 @pytest.mark.parametrize("output", ["labels", "scores"])
-def test_views_are_averaged_where_they_lie(cfg, output):
+def test_augmented_scores_are_averaged_after_upsampling_and_flipping_back(cfg, output):
     """By whole maps: each view's cosines, upsampled, cropped, flipped back, and averaged."""
     cfg.MODEL.SPAR.OUTPUT = output
     cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.FLIP = (64, 90), True
@@ -69,13 +69,13 @@ def test_views_are_averaged_where_they_lie(cfg, output):
         assert (result["sem_seg_labels"] == expected.argmax(0)).float().mean() > 0.97
 
 
-def test_words_of_one_image_hold_for_its_views(cfg):
+def test_the_vocabulary_of_an_image_is_used_for_all_its_augmentations(cfg):
     cfg.TEST.AUG.FLIP = True
     augmented = SegmentorWithTTA(cfg, build_model(cfg).eval())
     assert (augmented([{"image": picture(), "vocabulary": ["one"]}])[0]["sem_seg_labels"] == 0).all()
 
 
-def test_what_cannot_be_augmented_is_named(cfg):
+def test_models_without_support_for_augmentation_are_named(cfg):
     with pytest.raises(ValueError, match=r"TEST\.AUG\.ENABLED: .* got Linear"):
         SegmentorWithTTA(cfg, torch.nn.Linear(1, 1))
     cfg.MODEL.SPAR.OUTPUT = "features"
@@ -84,7 +84,7 @@ def test_what_cannot_be_augmented_is_named(cfg):
 
 
 @pytest.mark.parametrize("sizes", [(), (400, 0), (-1,)])
-def test_sizes_that_are_none_are_named(cfg, sizes):
+def test_invalid_sizes_are_named(cfg, sizes):
     cfg.TEST.AUG.MIN_SIZES = sizes
     with pytest.raises(ValueError, match=r"TEST\.AUG\.MIN_SIZES must have at least one short side in pixels"):
         SegmentorWithTTA(cfg, build_model(cfg).eval())

@@ -26,7 +26,7 @@ def has_words(classes: list[list[str]]) -> bool:
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(classes=CLASSES.filter(has_words))
-def test_every_class_keeps_its_number_and_only_its_own_words(classes):
+def test_every_class_keeps_its_number_and_its_names(classes):
     vocabulary = Vocabulary(classes)
     assert len(vocabulary) == len(vocabulary.names) == len(classes)
     for number, (words, kept) in enumerate(zip(classes, vocabulary.classes)):

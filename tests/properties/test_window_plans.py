@@ -35,7 +35,7 @@ def counted(plan: WindowPlan) -> torch.Tensor:
 @pytest.mark.slow
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(plan=plans())
-def test_windows_lie_where_steps_lead_and_are_counted(plan):
+def test_windows_are_at_multiples_of_the_stride_and_are_counted(plan):
     tops, lefts = (starts_by_steps(side, plan.window, plan.stride) for side in (plan.height, plan.width))
     assert plan.origins.tolist() == [[top, left] for top in tops for left in lefts]
     assert torch.equal(plan.counts, counted(plan))

@@ -106,7 +106,7 @@ def test_a_cache_of_another_teacher_is_never_read(tmp_path, image):
 
 
 @pytest.mark.parametrize("same", [{"batch_size": 5}, {"window": None}, {"window": 64}])
-def test_what_does_not_matter_does_not_part_caches(same):
+def test_irrelevant_settings_share_a_cache(same):
     assert teacher_key(make_teacher(**same)) == teacher_key(make_teacher())
     used = make_teacher()
     used(torch.randn(1, 3, 64, 90))
@@ -133,7 +133,7 @@ def test_a_damaged_entry_is_computed_again(damage, tmp_path, image, caplog):
         assert torch.equal(TargetCache(tmp_path, make_teacher()).read(image), target)
 
 
-def test_nothing_infinite_is_kept(tmp_path, image):
+def test_nonfinite_targets_are_not_cached(tmp_path, image):
     teacher = make_teacher()
     cache = TargetCache(tmp_path, teacher)
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_nothing_infinite_is_kept(tmp_path, image):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_what_float16_cannot_hold_is_kept_as_it_is(tmp_path, image):
+def test_targets_beyond_float16_are_cached_in_float32(tmp_path, image):
     cache = TargetCache(tmp_path, make_teacher())
     target = cache.teacher(image[None])
     target[0, 0, 0, 0] = 1e6
@@ -151,7 +151,7 @@ def test_what_float16_cannot_hold_is_kept_as_it_is(tmp_path, image):
     assert torch.equal(cache.read(image), target)
 
 
-def test_a_full_disk_is_reported_once_and_the_run_goes_on(tmp_path, image, caplog, monkeypatch):
+def test_a_full_disk_is_reported_once_and_training_continues(tmp_path, image, caplog, monkeypatch):
     monkeypatch.setattr(cache_module, "RESERVE", 1 << 60)
     cache = TargetCache(tmp_path, make_teacher())
     with caplog.at_level(logging.WARNING):
@@ -179,7 +179,7 @@ print(cache.target(torch.randn(3, 100, 120)).isfinite().all().item())
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["no room", "read-only"])
-def test_a_write_that_fails_leaves_nothing_and_stops_nothing(case, tmp_path):
+def test_a_failed_write_leaves_no_file_and_does_not_stop_the_run(case, tmp_path):
     if case == "read-only" and os.getuid():
         pytest.skip("needs to become another user")
     limit, user = (2000, 0) if case == "no room" else (0, 65534)

@@ -26,7 +26,7 @@ def random_plans(count):
         yield WindowPlan(height, width, window, stride, patch)
 
 
-def test_windows_cover_the_image_and_lie_inside():
+def test_windows_cover_the_image_and_are_inside_it():
     for plan in random_plans(200):
         for length in (plan.height, plan.width):
             starts = window_starts(length, plan.window, plan.stride)

@@ -48,7 +48,7 @@ def test_vectors_are_unit_means_of_unit_vectors():
     torch.testing.assert_close(text[0], torch.nn.functional.normalize((one + two) / 2, dim=0))
 
 
-def test_words_with_braces_are_only_words():
+def test_class_names_may_contain_braces():
     tower = CountingTower()
     TextEmbeddings(lambda: tower, "m", ["a {}."])(Vocabulary(["{x} {}"]))
     assert tower.texts == ["a {x} {}."]
@@ -77,7 +77,7 @@ def test_computed_once_per_content_on_disk_too(tmp_path):
     assert len(towers) == 5
 
 
-def test_only_words_that_are_new_are_encoded():
+def test_only_new_class_names_are_encoded():
     tower = CountingTower()
     embeddings = TextEmbeddings(lambda: tower, "m", ["a {}"])
     embeddings(Vocabulary(["cat", "dog"]))
@@ -87,7 +87,7 @@ def test_only_words_that_are_new_are_encoded():
     assert torch.equal(text, TextEmbeddings(CountingTower, "m", ["a {}"])(Vocabulary(["dog", "bird", "cat"]))[0])
 
 
-def test_entries_of_another_number_of_words_are_not_used(tmp_path):
+def test_entries_for_another_number_of_names_are_not_used(tmp_path):
     embeddings = TextEmbeddings(CountingTower, "m", ["a {}"], tmp_path)
     embeddings(Vocabulary(["cat", "dog"]))
     (file,) = tmp_path.iterdir()
@@ -96,7 +96,7 @@ def test_entries_of_another_number_of_words_are_not_used(tmp_path):
     assert text.norm(dim=1).tolist() == pytest.approx([1, 1])
 
 
-def test_words_that_are_too_long_are_reported(caplog):
+def test_truncated_class_names_are_reported(caplog):
     long = "w" * 40
     TextEmbeddings(CountingTower, "m", ["a {} in a very long sentence that ends somewhere"])(Vocabulary(["cat", long]))
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
@@ -108,7 +108,7 @@ def test_words_that_are_too_long_are_reported(caplog):
     ("text", "read"),
     [("a cat", True), ("cat " * 75, True), ("cat " * 75 + "é", False), ("cat " * 80, False), ("木" * 60, False)],
 )
-def test_what_the_encoder_does_not_see(tiny_model, text, read):
+def test_truncated_text_is_found(tiny_model, text, read):
     assert build_text_tower(*tiny_model).reads_all(text.strip()) is read
 
 

@@ -34,7 +34,7 @@ def test_lines_separate_classes_too():
     assert Vocabulary.load("cat, kitten\ndog\n").names == ["cat", "dog"]
 
 
-def test_words_with_a_slash_are_words():
+def test_class_names_may_contain_slashes():
     assert Vocabulary.load("tv/monitor, screen; n/a").names == ["tv/monitor", "n/a"]
 
 
@@ -78,7 +78,7 @@ def test_a_file_and_text_keep_classes_that_repeat(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [None, 3, [None], ["cat", 3], [["cat", None]], b"cat", [b"cat"]])
-def test_what_is_no_text(classes):
+def test_values_that_are_no_text_are_an_error(classes):
     with pytest.raises(ValueError, match=r"must be a (string or a )?list of (strings|classes)"):
         Vocabulary.of(classes)
 
@@ -94,20 +94,20 @@ def test_a_synonym_that_another_class_has_is_dropped_with_a_warning(caplog):
     ]
 
 
-def test_words_are_compared_by_what_they_say_and_kept_as_they_are_written(caplog):
+def test_names_are_compared_without_case_and_spacing_and_kept_as_written(caplog):
     with caplog.at_level(logging.WARNING):
         vocabulary = Vocabulary([["Hot  Dog", "hot dog", "HOT\tDOG"], ["e\u0301te\u0301"], ["\u00c9T\u00c9", "Sommer"]])
     assert vocabulary.classes == (("Hot  Dog",), ("\u00e9t\u00e9",), ("Sommer",))
     assert len(caplog.records) == 3
 
 
-def test_classes_of_different_words_have_no_warnings(caplog):
+def test_classes_with_different_names_have_no_warnings(caplog):
     with caplog.at_level(logging.WARNING):
         assert len(Vocabulary.load("cat, kitten;;dog\n\nsky")) == 3
     assert not caplog.records
 
 
-def test_names_need_not_be_words():
+def test_display_names_may_differ_from_the_queries():
     vocabulary = Vocabulary([["sky", "wall"], [" "], "cat"], names=["background", "nothing", "pet"])
     assert vocabulary.names == ["background", "nothing", "pet"]
     assert vocabulary.queries == ["sky", "wall", "cat"]
@@ -148,7 +148,7 @@ def test_built_in(name, caplog):
     ]
 
 
-def test_words_of_the_backgrounds():
+def test_names_of_the_background():
     voc, context, coco = (Vocabulary.load(name) for name in ("voc21", "context60", "coco_object"))
     words = voc.classes[0]
     assert ", ".join(words) == BACKGROUND
@@ -164,7 +164,7 @@ def test_a_name_that_is_misspelt_is_a_word():
     assert Vocabulary.load("VOC21").names == ["VOC21"]
 
 
-def test_any_file_that_is_there_is_read(tmp_path, monkeypatch):
+def test_any_existing_file_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("words.lst", "voc21", "a, b"):
         (tmp_path / name).write_text("cat, kitten\r\ndog\r\n")
@@ -222,7 +222,7 @@ def test_a_single_word_is_warned_of(source, hint, caplog):
 
 
 @pytest.mark.parametrize("classes", [{"cat", "dog"}, frozenset(["cat", "dog"]), {"cat": 1}.keys()])
-def test_what_has_no_order_is_refused(classes):
+def test_unordered_collections_are_an_error(classes):
     with pytest.raises(ValueError, match="the vocabulary must be a list"):
         Vocabulary(classes)
 
@@ -246,7 +246,7 @@ def test_a_pipe_is_no_vocabulary(tmp_path):
         (["emu", *(["ox", "emu"] for _ in range(1)), *([f"x{n}", "emu"] for n in range(9))], "^10 synonyms"),
     ],
 )
-def test_many_words_that_repeat_are_one_warning_however_often(classes, message, caplog):
+def test_many_repeated_names_are_one_warning(classes, message, caplog):
     for _ in range(3):
         assert len(Vocabulary(classes)) == len(classes)
     (told,) = caplog.messages

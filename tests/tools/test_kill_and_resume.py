@@ -11,7 +11,7 @@ from spar_d2.checkpoint.periodic import Checkpoints
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_training_ends_as_one_that_was_not(tmp_path):
+def test_a_killed_and_resumed_training_ends_like_an_uninterrupted_one(tmp_path):
     moments = [
         Moment("checkpoint", sighting=2, size=1_000_000),
         Moment("cache entry", sighting=2),
@@ -37,7 +37,7 @@ class Run:
             self.hook.after_step()
 
 
-def test_checkpoints_kept_are_as_many_after_kills_and_never_the_one_to_go_on_from(tmp_path):
+def test_the_number_of_checkpoints_is_limited_and_the_last_one_is_never_removed(tmp_path):
     for keep in (1, 2):
         folder = tmp_path / str(keep)
         Run(folder, keep).train(0, 3)

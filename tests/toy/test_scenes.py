@@ -31,7 +31,7 @@ def test_every_class_is_drawn_somewhere():
     assert seen == set(SCENE_CLASSES)
 
 
-def test_labels_lie_where_objects_are():
+def test_labels_match_the_drawn_objects():
     """Pixels of one class within a scene have one main color: their spread is below that of the whole image."""
     scene = large_scene(1, 0)
     spread = [scene.image[scene.labels == k].std(0).mean() for k in np.unique(scene.labels) if k >= len(GROUNDS)]
@@ -47,7 +47,7 @@ def test_objects_and_grounds_share_out_the_labels():
         assert set(numbers) <= set(range(1, 21))
 
 
-def test_an_object_is_never_under_an_earlier_one():
+def test_later_objects_cover_earlier_ones():
     """Without the last object, all that it does not cover is the same."""
     sizes = (96, 96, (6, 6), (9, 20), (1, 1))
     full = draw_scene(np.random.default_rng(4), *sizes)

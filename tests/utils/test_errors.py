@@ -7,7 +7,7 @@ from spar_d2.utils.errors import make_logs_printable, printable, readable_errors
 HOSTILE = "photo\x1b]0;title\x07\x1b[2J\u202egpj.\x9b31m\r\udcff.jpg"
 
 
-def test_what_commands_a_terminal_is_shown_as_text():
+def test_control_characters_are_printed_as_text():
     shown = printable(HOSTILE)
     assert shown == r"photo\x1b]0;title\x07\x1b[2J\u202egpj.\x9b31m\r\udcff.jpg"
     shown.encode()

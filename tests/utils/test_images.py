@@ -74,7 +74,7 @@ def test_numbers_out_of_range_are_refused(tmp_path, value):
         read_labels(tmp_path / "labels.tif")
 
 
-def test_what_changes_numbers_is_refused(tmp_path):
+def test_conversions_that_change_values_are_an_error(tmp_path):
     Image.fromarray(LABELS).save(tmp_path / "labels.jpg")
     with pytest.raises(ValueError, match=r"labels\.jpg cannot be read: it is not an image; it must be PNG"):
         read_labels(tmp_path / "labels.jpg")
@@ -93,7 +93,7 @@ def test_missing_and_damaged_label_maps_are_named(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(hello) print\n", b"%PDF-1.4", b"8BPS"]
 )
-def test_no_other_program_is_started_for_what_calls_itself_a_photo(tmp_path, content, monkeypatch):
+def test_no_other_program_is_started_to_read_an_image(tmp_path, content, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("a program was started")
 

@@ -26,7 +26,7 @@ def test_the_file_appears_when_it_is_complete(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_a_failure_leaves_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(KeyError), atomic_write(path) as temporary:
@@ -36,7 +36,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_others_may_read_it_as_they_may_read_any_new_file(tmp_path):
+def test_new_files_have_the_usual_permissions(tmp_path):
     (tmp_path / "plain").touch()
     with atomic_write(tmp_path / "w.safetensors") as temporary:
         save_file({"a": torch.zeros(2)}, temporary)
@@ -58,7 +58,7 @@ def _write_and_wait(path):
         time.sleep(60)
 
 
-def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
+def test_temporary_files_of_killed_writers_are_removed_and_those_of_running_ones_kept(tmp_path):
     path = tmp_path / "sub" / "file.txt"
     path.parent.mkdir()
     process = kill_while_writing(path)
@@ -76,7 +76,7 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_pa
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".hidden", ".tmp", "plain.txt"]
 
 
-def test_a_process_with_the_number_of_the_killed_one_removes_what_that_left(tmp_path):
+def test_temporary_files_of_a_killed_process_with_the_same_id_are_removed(tmp_path):
     with atomic_write(tmp_path / "file.txt") as own:
         assert remove_leftovers(tmp_path) == []
     left = tmp_path / re.sub(r"-[0-9a-f]{8}\.tmp", "-00000000.tmp", own.name)
@@ -178,7 +178,7 @@ def test_a_named_pipe_is_written_to_where_somebody_reads(tmp_path):
 @pytest.mark.processes
 @pytest.mark.parametrize("name", ["stdout", "/dev/fd/1", "/proc/self/fd/1"])
 @pytest.mark.parametrize("kind", ["pipe", "file"])
-def test_standard_output_gets_what_is_written_to_it(tmp_path, name, kind):
+def test_files_can_be_written_to_standard_output(tmp_path, name, kind):
     code = (
         "import sys; from spar_d2.utils.io import atomic_write\n"
         "print('before', flush=True)\n"
@@ -214,7 +214,7 @@ def test_names_as_long_as_can_be(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
-def test_what_another_process_of_the_same_name_writes_is_not_removed(tmp_path):
+def test_temporary_files_of_unknown_processes_are_kept(tmp_path):
     """Containers may share the host's name and count processes anew, so that numbers say nothing."""
     process = kill_while_writing(tmp_path / "file.txt")
     (written,) = tmp_path.iterdir()

@@ -32,7 +32,7 @@ def picture_of(labels, names=None, **options):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_labels_lie_in_the_picture_and_never_over_each_other(seed):
+def test_labels_are_inside_the_picture_and_do_not_overlap(seed):
     rng = np.random.default_rng(seed)
     height, width = rng.integers(5, 400, 2)
     numbers = rng.integers(0, 25, 60)
@@ -153,7 +153,7 @@ def entries_of(count, name="class"):
 
 @pytest.mark.parametrize("picture", [(16, 16), (480, 640), (640, 480), (1, 3000), (3000, 1), (4000, 6000)])
 @pytest.mark.parametrize("count", [1, 7, 200])
-def test_entries_of_a_legend_lie_in_it_and_apart(picture, count):
+def test_entries_of_a_legend_are_inside_and_do_not_overlap(picture, count):
     entries = entries_of(count, "a name")
     letters = Letters([entry.name for entry in entries], 12)
     legend = lay_out(entries, picture, letters)
@@ -165,7 +165,7 @@ def test_entries_of_a_legend_lie_in_it_and_apart(picture, count):
     assert legend.width <= picture[1] or legend.beside or len({left for left, _ in legend.places}) == 1
 
 
-def test_a_legend_goes_beside_what_is_tall():
+def test_a_legend_is_beside_tall_pictures():
     entries = entries_of(4)
     letters = Letters([entry.name for entry in entries], 12)
     assert lay_out(entries, (3000, 10), letters).beside
@@ -250,7 +250,7 @@ def test_installed_fonts_are_looked_through(other_font, caplog):
         ({"beside": [np.zeros((3, 5, 3), np.uint8)]}, "must be 4 pixels high"),
     ],
 )
-def test_what_does_not_go_together_is_refused(change, message):
+def test_mismatched_arguments_are_an_error(change, message):
     arguments = {
         "image": np.zeros((4, 5, 3), np.uint8),
         "labels": np.zeros((4, 5), int),

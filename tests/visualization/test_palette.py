@@ -11,7 +11,7 @@ def test_a_thousand_classes_have_colors_of_their_own():
     assert all(type(value) is int for color in colors for value in color), "JSON takes them as they are"
 
 
-def test_a_class_keeps_its_color_whatever_follows():
+def test_a_class_keeps_its_color_when_classes_are_added():
     assert class_colors(300)[:7] == class_colors(7) == class_colors([f"class {n}" for n in range(7)])
 
 

@@ -25,7 +25,7 @@ def test_constant_features_are_no_crash():
     assert shared_pca_colors([torch.ones(4, 2, 2)])[0].isfinite().all()
 
 
-def test_what_has_no_three_channels_is_refused():
+def test_images_without_three_channels_are_an_error():
     with pytest.raises(ValueError, match="D >= 3"):
         shared_pca_colors([torch.ones(2, 2, 2)])
 

@@ -21,7 +21,7 @@ def test_plain_attention_is_seen():
         assert seen.kernels == expected
 
 
-def test_what_is_not_a_number_does_not_pass():
+def test_nan_does_not_pass():
     ones = torch.ones(1, 4, 2, 2)
     assert checks.compare("", "", ones, ones, 1e-9).passed
     assert not checks.compare("", "", ones * torch.nan, ones, 1e9).passed
