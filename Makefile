@@ -1,5 +1,5 @@
 # make test        lint, then all tests
-# make test-fast   tests that are not slow, in about a minute
+# make test-fast   quick tests, at least one of every feature, in about a minute
 # make lint        style and types
 # make docs        the documentation as a website in site/
 # make demo        distill a student on a small synthetic data set and compare it with its teacher
@@ -10,9 +10,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Most tests are small or wait for a process, so several run at once with one thread each. Bytecode is kept whatever the
+# Several tests run at once with one thread each; three fill two cores, because slow ones wait for processes. Bytecode is kept whatever the
 # environment says, because each of many processes would compile all tests and modules again.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist worksteal
 
 .PHONY: setup lint test test-fast docs demo pictures clean
 
@@ -31,10 +31,10 @@ lint: $(READY)
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 test: lint
-	$(PYTEST)
+	$(PYTEST) --numprocesses 3
 
 test-fast: $(READY)
-	$(PYTEST) -m "not slow and not processes"
+	$(PYTEST) --numprocesses 2 -m "not slow and not processes"
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"

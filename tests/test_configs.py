@@ -49,6 +49,7 @@ def test_is_short_and_begins_with_a_comment(path):
     assert leading_comment(path)
 
 
+@pytest.mark.slow
 @every_file
 def test_weights_are_a_file_or_a_tag_that_the_library_knows(path):
     spar = load(path).MODEL.SPAR

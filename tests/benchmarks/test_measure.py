@@ -27,6 +27,7 @@ def peak_of(function, device: torch.device) -> float:
     return peak / MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_peak_includes_freed_memory(device):
     device = torch.device(device)
@@ -38,6 +39,7 @@ def test_the_peak_includes_freed_memory(device):
     assert peak_of(lambda: held.sum(), device) < 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_peak_is_the_memory_in_use_at_one_time(device):
     device = torch.device(device)

@@ -57,6 +57,7 @@ def straightforward(encoder: DenseEncoder, teacher: SlidingWindowTeacher, x: tor
     return straightforward_features(forward, x, teacher.plan(*x.shape[-2:]), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(90, 130), (128, 50)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -80,6 +81,7 @@ def test_share_of_the_first_windows_is_the_teachers():
     assert not torch.allclose(found, straightforward(encoder, teacher, x), atol=1e-2)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_memory_of_ours_does_not_grow_with_the_windows():
     encoder = example_encoder("SigLIP")

@@ -227,6 +227,7 @@ def test_test_time_augmentation_by_the_config(demo, photo, tmp_path):
     assert (masks("plain") == twice).mean() < 0.98
 
 
+@pytest.mark.slow
 def test_features_need_no_vocabulary(demo, photo, tmp_path, capsys):
     arguments = ("--input", photo, "--output", "out")
     assert demo(*arguments, "--show", "pca", config=ROOT / "configs/toy/distill_dinov3.yaml") == 0

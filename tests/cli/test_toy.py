@@ -50,6 +50,7 @@ def test_a_wrong_config_file_is_one_line(run_demo, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: --config-file: there is no file none.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong", [["MODEL.SPAR.TRAINABLE", "blk_99"], ["SOLVER.IMS_PER_BATCH", "0"], ["MODEL.SPAR.ENCODER", "none"]]
 )

@@ -160,11 +160,11 @@ def test_settings_of_other_families(tiny_cfg):
 
 def test_wrong_keys_are_named(tiny_cfg):
     tiny_cfg.SPAR.TEST.PROTOCOL = "papers"
-    with pytest.raises(ValueError, match=r"SPAR\.TEST\.PROTOCOL must be one of paper, config; got 'papers'"):
+    with pytest.raises(ValueError, match=r"SPAR\.TEST\.PROTOCOL .*paper, config; got 'papers'"):
         config_for(tiny_cfg, "voc21")
     tiny_cfg.SPAR.TEST.PROTOCOL = "paper"
     tiny_cfg.MODEL.SPAR.VOCABULARY = "voc20"
-    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.VOCABULARY has 20 classes, but 'voc21' has 21"):
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.VOCABULARY .*20 .*'voc21' .*21"):
         config_for(tiny_cfg, "voc21")
 
 

@@ -84,7 +84,7 @@ def test_the_bit_depth_is_derived_from_the_values(tmp_path, values, kind, expect
 @pytest.mark.parametrize("value", [1e9, np.inf, np.nan])
 def test_floats_that_are_no_colors_are_refused(tmp_path, value):
     Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / "odd.tif")
-    with pytest.raises(ValueError, match=r"odd\.tif cannot be read: its pixel values must be .* at most 65535"):
+    with pytest.raises(ValueError, match=r"odd\.tif cannot be read: its pixel values .* at most 65535"):
         read_rgb(tmp_path / "odd.tif")
 
 
@@ -183,7 +183,7 @@ def test_truncated_files_are_an_error(tmp_path, options, share):
 @pytest.mark.parametrize("content", [b"", b"this is no photo\n" * 50, b"\xff\xd8\xff\xe0", b"<html>not found</html>"])
 def test_files_that_are_no_images_are_refused(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.jpg cannot be read: it is not an image"):
+    with pytest.raises(ValueError, match=r"a\.jpg .*not an image"):
         read_rgb(tmp_path / "a.jpg")
 
 
@@ -208,9 +208,9 @@ def test_photos_of_dataset_dicts(tmp_path, packed):
 
 
 def test_photos_of_dataset_dicts_that_cannot_be_read_are_named(packed):
-    with pytest.raises(ValueError, match=r"t\.tar/a\.png cannot be read: it is not an image"):
+    with pytest.raises(ValueError, match=r"t\.tar/a\.png .*not an image"):
         read_photo({**packed, "offset": 0})
-    with pytest.raises(ValueError, match=r"t\.tar/a\.png cannot be read: the tar file is truncated"):
+    with pytest.raises(ValueError, match=r"t\.tar/a\.png .*truncated"):
         read_photo({**packed, "offset": 900})
     with pytest.raises(FileNotFoundError, match=r"gone\.tar of .*t\.tar/a\.png does not exist"):
         read_photo({**packed, "tar": "gone.tar"})
@@ -224,5 +224,5 @@ def test_files_that_may_not_be_read_are_named(packed, tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     for record in (packed, {"file_name": str(tmp_path / "a.png")}):
-        with pytest.raises(ValueError, match=r"a\.png cannot be read: .*Permission denied"):
+        with pytest.raises(ValueError, match=r"a\.png .*Permission denied"):
             read_photo(record)

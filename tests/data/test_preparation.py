@@ -30,6 +30,7 @@ def read(path):
         return np.asarray(image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_every_pixel_of_every_form(name, form, root):
     expected = tree(name, root, form)

@@ -131,6 +131,7 @@ def test_damaged_labels_are_named(name, form, root):
     assert not list(root.rglob("*.tmp.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_values_out_of_range_are_named(name, form, root):
     tree(name, root, form)

@@ -44,5 +44,5 @@ def test_processes_divide_the_batches_of_one(processes):
 def test_wrong_numbers_are_named():
     with pytest.raises(ValueError, match="no images"):
         Sampler(0, 1)
-    with pytest.raises(ValueError, match=r"IMS_PER_BATCH must be a multiple of the number of processes 2, got 3"):
+    with pytest.raises(ValueError, match=r"IMS_PER_BATCH .*2, got 3"):
         Sampler(5, 3, world_size=2)

@@ -64,11 +64,11 @@ def test_added_pixels_are_ignored(record):
 def test_colors_and_wrong_images_are_refused(tmp_path):
     Image.fromarray(reference_image(*SIZE)).save(tmp_path / "image.png")
     record = {"file_name": str(tmp_path / "image.png"), "sem_seg_file_name": str(tmp_path / "image.png")}
-    with pytest.raises(ValueError, match=r"image\.png must have one number per pixel"):
+    with pytest.raises(ValueError, match=r"image\.png .*one number per pixel"):
         mapper()(record)
     (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
     for read in (mapper(), ImageMapper(is_train=False, augmentations=[], image_format="BGR")):
-        with pytest.raises(ValueError, match=r"photo\.jpg cannot be read: it is not an image"):
+        with pytest.raises(ValueError, match=r"photo\.jpg .*not an image"):
             read({"file_name": str(tmp_path / "photo.jpg")})
 
 
@@ -104,7 +104,7 @@ def test_labels_that_are_no_class_stop_the_training_of_detectron2s_heads(dataset
     cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = (name,), False
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = "SemanticSegmentor", count - 1
     cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, 0
-    with pytest.raises(ValueError, match=r"labels of .*labels\.png must be in 0\.\."):
+    with pytest.raises(ValueError, match=r"labels of .*labels\.png .*0\.\."):
         next(iter(build_labeled_loader(cfg, 0)))
 
 

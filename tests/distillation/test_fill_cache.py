@@ -61,6 +61,7 @@ def test_too_little_disk_space_is_reported_before_targets_are_computed(cfg, monk
     assert "will be encoded in every epoch" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_unwritable_cache_stops_the_command_but_no_training(cfg, monkeypatch, caplog):
     fill_cache(cfg, 0, 2, show=False)
     cfg.SPAR.TEACHER.STRIDE = 16  # another teacher has no folder there yet

@@ -51,7 +51,7 @@ def test_a_fully_frozen_encoder_needs_no_teacher(tiny_cfg, unused):
     encoder = find_encoder(trainer.model).requires_grad_(False)
     if unused:  # by dense features
         encoder.visual.trunk.attn_pool.latent.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TRAINABLE selects no trainable parameters of the encoder"):
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TRAINABLE"):
         trainer.train(0, 1)
 
 
@@ -117,6 +117,7 @@ class LabeledModel(nn.Module):
         return {"loss_head": scores.square().mean()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("windows", [0, 2])
 def test_beside_losses_of_another_model(family, windows):
@@ -208,7 +209,7 @@ def test_a_model_without_encoder_or_with_two_is_named():
     model = nn.Linear(2, 2)
     trainer = SimpleTrainer(model, [], torch.optim.SGD(model.parameters(), lr=0.1))
     trainer.register_hooks([hook])
-    with pytest.raises(RuntimeError, match=r"one SPAR encoder, found 0.*MODEL\.BACKBONE\.NAME"):
+    with pytest.raises(RuntimeError, match=r"MODEL\.BACKBONE\.NAME"):
         trainer.train(0, 1)
 
 

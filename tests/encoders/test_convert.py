@@ -178,6 +178,7 @@ def test_weights_of_another_family_are_named(spec, student, other, tmp_path):
         build(with_file(names[other], tmp_path / "weights.pt"))
 
 
+@pytest.mark.slow
 def test_weights_of_another_size_are_named(tmp_path):
     torch.save(build_encoder("vit_small_patch16_dinov3").state_dict(), tmp_path / "small.pt")
     with pytest.raises(

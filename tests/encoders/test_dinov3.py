@@ -37,6 +37,7 @@ def test_the_description_of_a_model_matches_the_built_model(name):
         assert getattr(info, field) == getattr(encoder, field), field
 
 
+@pytest.mark.slow
 def test_satellite_weights_have_their_own_pixel_statistics():
     web = describe_encoder("vit_large_patch16_dinov3", "lvd1689m")
     satellite = describe_encoder("vit_large_patch16_dinov3", "sat493m")

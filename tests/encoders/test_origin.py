@@ -86,6 +86,7 @@ def test_tags_are_described_as_open_clip_does(name, tag):
         assert info.quick_gelu is expected.get("quick_gelu", False)
 
 
+@pytest.mark.slow
 def test_a_tag_of_timms_is_described_as_timm_does():
     assert describe_encoder("vit_large_patch16_dinov3", "sat493m").pixel_mean == (0.43, 0.411, 0.296)
     assert describe_encoder("vit_large_patch16_dinov3", "lvd1689m").pixel_mean == (0.485, 0.456, 0.406)
@@ -106,6 +107,7 @@ def test_the_activation_of_a_tag_is_used_for_images_and_text(monkeypatch):
             assert asked[-1]["quick_gelu"] is activation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "file", "words"),
     [

@@ -74,6 +74,7 @@ def test_the_full_size_model_is_built_by_open_clip():
         assert encoder(torch.randn(1, 3, 33, 64)).shape == (1, 768, 3, 4)
 
 
+@pytest.mark.slow
 def test_the_native_size_is_a_multiple_of_the_patch_size():
     """384 pixels are 27.4 patches of 14: the model was trained on 27."""
     assert describe_encoder("ViT-SO400M-14-SigLIP-384").native_size == 378
@@ -113,6 +114,7 @@ def test_a_failed_download_of_a_tokenizer_is_named(tmp_path):
         build_text_tower(str(tmp_path / "no-tokenizer.json")).encode(["a cat"])
 
 
+@pytest.mark.slow
 def test_image_and_text_come_from_one_file(tmp_path):
     encoder, tower = build_encoder(TINY), build_text_tower(TINY)
     state = {key: tensor + 1 for key, tensor in {**tower.model.state_dict(), **encoder.state_dict()}.items()}

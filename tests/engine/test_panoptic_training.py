@@ -65,6 +65,7 @@ def test_frozen_is_frozen(tmp_path, trainable, caplog):
     assert any("roi_heads.mask_head" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_counts_of_parameters_are_logged(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="spar_d2"):
         trainer = Trainer(config(tmp_path / "run"))

@@ -15,7 +15,7 @@ CONFIG = str(ROOT / "configs" / "toy" / "distill.yaml")
 @pytest.mark.parametrize("content", ["", "just text", "- a", "a: [1, 2", "\x00\x01", "_BASE_: none.yaml", "MODEL: 3"])
 def test_files_that_are_no_config(tmp_path, content):
     (tmp_path / "c.yaml").write_text(content)
-    with pytest.raises(ValueError, match=r"c\.yaml with its overrides cannot be read as a config"):
+    with pytest.raises(ValueError, match=r"c\.yaml"):
         load_config(str(tmp_path / "c.yaml"), [])
 
 
@@ -28,23 +28,23 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"b\.yaml is empty, but must have lines of KEY: VALUE"),
+        ("", r"b\.yaml is empty, but .*lines of KEY: VALUE"),
         ("# nothing\n", r"b\.yaml is empty"),
         ("- SEED: 3\n", r"b\.yaml is a sequence, but must"),
-        ("_BASE_: 3\n", r"_BASE_ in \S*b\.yaml must be a file name, or a list of file names, got '3'"),
-        ("_BASE_:\n", r"_BASE_ in \S*b\.yaml must be a file name"),
-        ("_BASE_: [a.yaml, 3]\n", r"_BASE_ in \S*b\.yaml must be a file name"),
-        ("_BASE_: {a: 3}\n", r"_BASE_ in \S*b\.yaml must be a file name"),
+        ("_BASE_: 3\n", r"_BASE_ in \S*b\.yaml .*got '3'"),
+        ("_BASE_:\n", r"_BASE_ in \S*b\.yaml"),
+        ("_BASE_: [a.yaml, 3]\n", r"_BASE_ in \S*b\.yaml"),
+        ("_BASE_: {a: 3}\n", r"_BASE_ in \S*b\.yaml"),
         ("SEED: &a [*a]\n", r"an alias .* in \S*b\.yaml refers to a node that contains it"),
         ("SOLVER: &a {SOLVER: *a}\n", r"an alias .* in \S*b\.yaml refers to a node that contains it"),
-        (f"{BOMB}OUTPUT_DIR: *j\n", r"b\.yaml must have at most 100000 values"),
+        (f"{BOMB}OUTPUT_DIR: *j\n", r"b\.yaml .*at most 100000 values"),
         (f"OUTPUT_DIR: {'[' * 3000}\n", r"nested too deeply"),
         ("SOLVER: &a {<<: *a}\n", r"an alias .* in \S*b\.yaml refers to a node that contains it"),
         (BOMB.replace("[", "{<<: [").replace("]", "]}").replace("1", "{k: 1}"), r"at most 100000 values"),
         ("<<: 3\n", r"b\.yaml.*expected a mapping"),
-        ("3: 4\n", r"keys must be strings \(\S*b\.yaml, line 1\), got '3'"),
-        ("? [SEED]\n: 4\n", r"keys must be strings \(\S*b\.yaml, line 1\), got a sequence"),
-        ("SOLVER: {null: 4}\n", r"keys must be strings \(\S*b\.yaml, line 1\), got 'null'"),
+        ("3: 4\n", r"keys .*strings \(\S*b\.yaml, line 1\), got '3'"),
+        ("? [SEED]\n: 4\n", r"keys .*strings \(\S*b\.yaml, line 1\), got a sequence"),
+        ("SOLVER: {null: 4}\n", r"keys .*strings \(\S*b\.yaml, line 1\), got 'null'"),
     ],
 )
 @pytest.mark.parametrize("inherited", [False, True])
@@ -136,13 +136,13 @@ def test_no_config_and_a_missing_one(tmp_path):
         (["OUTPUT_DIR", ""], "OUTPUT_DIR"),
         (
             ["TEST.AUG.MIN_SIZES", "(400, 100000000)"],
-            r"TEST\.AUG\.MIN_SIZES must be in 0\.\.16384 pixels, got 100000000",
+            r"TEST\.AUG\.MIN_SIZES .*0\.\.16384 pixels, got 100000000",
         ),
-        (["INPUT.MIN_SIZE_TEST", "100000000"], r"INPUT\.MIN_SIZE_TEST must be in 0\.\.16384 pixels"),
-        (["INPUT.MIN_SIZE_TEST", "-1"], r"INPUT\.MIN_SIZE_TEST must be in"),
-        (["INPUT.MIN_SIZE_TRAIN", "(20000,)"], r"INPUT\.MIN_SIZE_TRAIN must be in"),
-        (["SPAR.DATA.SCALE_BOX", "(200000, 1024)"], r"SPAR\.DATA\.SCALE_BOX must be in"),
-        (["SPAR.TEACHER.WINDOW", "100000000"], r"SPAR\.TEACHER\.WINDOW must be in"),
+        (["INPUT.MIN_SIZE_TEST", "100000000"], r"INPUT\.MIN_SIZE_TEST .*0\.\.16384 pixels"),
+        (["INPUT.MIN_SIZE_TEST", "-1"], r"INPUT\.MIN_SIZE_TEST"),
+        (["INPUT.MIN_SIZE_TRAIN", "(20000,)"], r"INPUT\.MIN_SIZE_TRAIN"),
+        (["SPAR.DATA.SCALE_BOX", "(200000, 1024)"], r"SPAR\.DATA\.SCALE_BOX"),
+        (["SPAR.TEACHER.WINDOW", "100000000"], r"SPAR\.TEACHER\.WINDOW"),
     ],
 )
 def test_wrong_overrides_are_named(overrides, message):

@@ -172,7 +172,7 @@ def test_gray_is_refused(files, how):
     repainted(files / "gt" / "one.png", "L" if how == "I;16" else how)
     if how == "I;16":
         Image.fromarray(TRUTH.astype(np.uint16)).save(files / "gt" / "one.png")
-    with pytest.raises(ValueError, match=r"one\.png must be RGB, with ids R \+ 256 G \+ 65536 B, but its mode is"):
+    with pytest.raises(ValueError, match=r"one\.png .*RGB, with ids R \+ 256 G \+ 65536 B, but its mode is"):
         read_ids(files / "gt" / "one.png")
 
 

@@ -109,7 +109,7 @@ def test_ground_truth_in_colors_is_named(dataset):
     record = DatasetCatalog.get(dataset)[0]
     with Image.open(record["sem_seg_file_name"]) as image:
         image.convert("RGB").save(record["sem_seg_file_name"])
-    with pytest.raises(ValueError, match=r"0\.png must have one number per pixel"):
+    with pytest.raises(ValueError, match=r"0\.png .*one number per pixel"):
         SemanticEvaluator(dataset, False).process([record], [{"sem_seg_labels": torch.zeros(image.size[::-1])}])
 
 

@@ -298,6 +298,7 @@ def test_segmentor(gpu, cuda_cfg, keys):
     check(gpu, "teacher, any number of windows and images" if sliding else SEGMENTED_ON_DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["labels", "scores"])
 def test_several_views(gpu, cuda_cfg, output):
     cuda_cfg.MODEL.SPAR.OUTPUT = output

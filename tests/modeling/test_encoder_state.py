@@ -87,6 +87,7 @@ def test_weights_of_a_head_alone_leave_the_encoder_and_say_so(panoptic_cfg, tmp_
     assert "has no weights for the encoder" in caplog.text
 
 
+@pytest.mark.slow
 def test_numbers_that_are_no_weights_are_refused_anywhere_in_a_model(panoptic_cfg, tmp_path):
     model = build_model(panoptic_cfg)
     state = model.state_dict()

@@ -37,7 +37,7 @@ def test_vectors_are_the_models_own(backbone, reference_clip):
 
 @pytest.mark.parametrize("texts", ["cat", [], [3]])
 def test_texts_are_a_list(backbone, texts):
-    with pytest.raises(ValueError, match="text_list must be a non-empty list"):
+    with pytest.raises(ValueError, match="text_list"):
         backbone.get_text_classifier(texts, "cpu")
 
 
@@ -119,8 +119,8 @@ def test_fc_clips_width_must_be_the_encoders(tiny_cfg, name):
     tiny_cfg.MODEL.BACKBONE.NAME = name
     tiny_cfg.MODEL.SPAR.OUT_FEATURES = ["clip_vis_dense"]
     tiny_cfg.MODEL.FC_CLIP = CfgNode({"EMBED_DIM": 768})
-    with pytest.raises(ValueError, match=r"MODEL\.FC_CLIP\.EMBED_DIM must be 64.*got 768"):
+    with pytest.raises(ValueError, match=r"MODEL\.FC_CLIP\.EMBED_DIM .*64.*got 768"):
         build_backbone(tiny_cfg)
     tiny_cfg.MODEL.FC_CLIP.EMBED_DIM = 64
-    with pytest.raises(ValueError, match=r"64 channels of .*got 768; MODEL\.FC_CLIP\.EMBED_DIM must be 64"):
+    with pytest.raises(ValueError, match=r"64 channels of .*got 768; MODEL\.FC_CLIP\.EMBED_DIM .*64"):
         build_backbone(tiny_cfg).visual_prediction_forward(torch.zeros(1, 5, 768))

@@ -165,6 +165,7 @@ def test_no_tensor_of_full_resolution_is_saved_for_backward():
     loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(203, 331), (1, 1), (64, 64)])
 def test_labels_are_aligned_like_those_of_detectron2s_segmentor(height, width):
     encoder = build_encoder("vit_nano_patch8_dinov3")
@@ -221,6 +222,7 @@ def test_a_cell_is_seen_at_its_pixels():
     assert 24 <= rows.min() and rows.max() < 48 and 48 <= columns.min() and columns.max() < 72
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [SemanticSegmentor, ProbeSegmentor])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_probed_and_stays_frozen(family, kind):
@@ -297,18 +299,18 @@ def test_lazy_config_and_yaml_give_the_same_head():
         (["DATASETS.TEST", "('voc21',)"], r"NUM_CLASSES must be 21, the number of classes of 'voc21'; got 13"),
         (["MODEL.SEM_SEG_HEAD.IN_FEATURES", "['p2']"], r"IN_FEATURES\) of LinearProbe .* one of dense; got 'p2'"),
         (["MODEL.SEM_SEG_HEAD.IN_FEATURES", "['dense', 'p2']"], r"IN_FEATURES of LinearProbe must be a list of one"),
-        (["MODEL.SEM_SEG_HEAD.NORM", "LayerNorm"], r"MODEL\.SEM_SEG_HEAD\.NORM\) must be one of .*'BN'.*'LayerNorm'"),
-        (["MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"], r"SEM_SEG_HEAD\.NAME must be LinearProbe for ProbeSegmentor"),
+        (["MODEL.SEM_SEG_HEAD.NORM", "LayerNorm"], r"MODEL\.SEM_SEG_HEAD\.NORM\) .*'BN'.*'LayerNorm'"),
+        (["MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"], r"SEM_SEG_HEAD\.NAME .*LinearProbe for ProbeSegmentor"),
         (
             ["MODEL.BACKBONE.NAME", "SPARPyramid", "MODEL.SPAR.OUT_FEATURES", "['dense']"],
-            r"BACKBONE\.NAME must be SPAR",
+            r"BACKBONE\.NAME .*SPAR",
         ),
-        (["MODEL.SPAR.OUTPUT", "features"], r"MODEL\.SPAR\.OUTPUT must be one of labels, scores; got 'features'"),
-        (["MODEL.SPAR.INFERENCE", "tiles"], r"MODEL\.SPAR\.INFERENCE must be one of single_pass, sliding_window"),
-        (["MODEL.SPAR.REFERENCE_COMPAT", True], r"MODEL\.SPAR\.REFERENCE_COMPAT must be False"),
+        (["MODEL.SPAR.OUTPUT", "features"], r"MODEL\.SPAR\.OUTPUT .*labels, scores; got 'features'"),
+        (["MODEL.SPAR.INFERENCE", "tiles"], r"MODEL\.SPAR\.INFERENCE .*single_pass, sliding_window"),
+        (["MODEL.SPAR.REFERENCE_COMPAT", True], r"MODEL\.SPAR\.REFERENCE_COMPAT .*False"),
         (
             ["MODEL.SPAR.INFERENCE", "sliding_window", "MODEL.SPAR.TRAINABLE", "all"],
-            r'MODEL\.SPAR\.TRAINABLE must be "none" with MODEL\.SPAR\.INFERENCE sliding_window',
+            r'MODEL\.SPAR\.TRAINABLE .*"none" with MODEL\.SPAR\.INFERENCE sliding_window',
         ),
         (["SPAR.TEACHER.STRIDE", 0], r"SPAR\.TEACHER\.STRIDE"),
     ],
@@ -323,7 +325,7 @@ def test_wrong_keys_are_named(keys, message):
     [
         (
             torch.full((8, 8), CLASSES),
-            r"labels must be in 0\.\.4 .*NUM_CLASSES 5\) or 255 .*IGNORE_VALUE\); got 5\.\.5",
+            r"labels .*0\.\.4 .*NUM_CLASSES 5\) or 255 .*IGNORE_VALUE\); got 5\.\.5",
         ),
         (torch.full((8, 8), -1), r"got -1\.\.-1"),
         (torch.zeros(9, 8, dtype=torch.long), r"labels of 9x8 pixels have 3x2 patches of 4 pixels, .* has 2x2"),

@@ -54,6 +54,7 @@ def test_levels_have_their_strides_at_any_size(patch, tmp_path):
             assert level.shape == (1, 8, math.ceil(height / stride), math.ceil(width / stride)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch", [8, 14, 16])
 def test_p7_has_a_stride_of_128(patch, tmp_path):
     file = model_file(tmp_path, patch)
@@ -79,6 +80,7 @@ def test_neighboring_levels_differ_by_exactly_two_where_frameworks_pad(patch, tm
     assert torch.equal(levels[-1], levels[-2][:, :, ::2, ::2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "channels"),
     [

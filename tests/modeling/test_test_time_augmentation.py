@@ -86,11 +86,11 @@ def test_models_without_support_for_augmentation_are_named(cfg):
 @pytest.mark.parametrize("sizes", [(), (400, 0), (-1,)])
 def test_invalid_sizes_are_named(cfg, sizes):
     cfg.TEST.AUG.MIN_SIZES = sizes
-    with pytest.raises(ValueError, match=r"TEST\.AUG\.MIN_SIZES must have at least one short side in pixels"):
+    with pytest.raises(ValueError, match=r"TEST\.AUG\.MIN_SIZES .*at least one short side in pixels"):
         SegmentorWithTTA(cfg, build_model(cfg).eval())
 
 
 def test_absurd_sizes_are_named(cfg):
     cfg.TEST.AUG.MIN_SIZES = (400, 10**8)
-    with pytest.raises(ValueError, match=r"TEST\.AUG\.MIN_SIZES must be in 0\.\.16384 pixels, got 100000000"):
+    with pytest.raises(ValueError, match=r"TEST\.AUG\.MIN_SIZES .*0\.\.16384 pixels, got 100000000"):
         SegmentorWithTTA(cfg, build_model(cfg).eval())

@@ -308,7 +308,7 @@ def test_labels_of_another_size_than_their_image_are_an_error(tmp_path, monkeypa
     broken = [{**record, "sem_seg_file_name": str(tmp_path / "small.png")} for record in records]
     monkeypatch.setitem(DatasetCatalog.data, "spar_scenes_train", lambda: broken)
     with pytest.raises(ValueError, match="40x40 .*5x5"):
-        train(config(tmp_path / "run"))
+        train(config(tmp_path / "run", "INPUT.MIN_SIZE_TRAIN", "(0,)"))
 
 
 def keep_half(rank, folder):

@@ -42,6 +42,7 @@ def test_windows_are_at_multiples_of_the_stride_and_are_counted(plan):
     assert plan.counts.min() >= 1
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(plan=plans())
 def test_constant_features_stay_constant(plan):

@@ -193,7 +193,7 @@ def test_a_failed_write_leaves_no_file_and_does_not_stop_the_run(case, tmp_path)
 
 def test_a_folder_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"SPAR\.TEACHER\.CACHE_DIR must be a folder"):
+    with pytest.raises(ValueError, match=r"SPAR\.TEACHER\.CACHE_DIR"):
         TargetCache(tmp_path / "file", make_teacher())
 
 

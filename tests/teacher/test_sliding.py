@@ -190,12 +190,12 @@ def test_samples_follow_their_generator(encoder):
 
 
 def test_a_sample_needs_a_window(encoder):
-    with pytest.raises(ValueError, match="windows must be at least 1"):
+    with pytest.raises(ValueError, match="windows"):
         SlidingWindowTeacher(encoder).sample(torch.randn(1, 3, 64, 64), 0)
 
 
 def test_no_images_are_refused():
     teacher = SlidingWindowTeacher(example_encoder(sorted(FAMILIES)[0]))
     for ask in (teacher.targets, lambda images: teacher.samples(images, 2, torch.rand(0, 2))):
-        with pytest.raises(ValueError, match=r"images must have at least one image \(3, H, W\), got none"):
+        with pytest.raises(ValueError, match=r"images .*\(3, H, W\), got none"):
             ask([])

@@ -209,7 +209,7 @@ def test_templates(tmp_path):
 
 def test_templates_that_are_no_text_are_named(tmp_path):
     (tmp_path / "photo.txt").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TEMPLATES: .*photo\.txt is not a UTF-8 text file"):
+    with pytest.raises(ValueError, match=r"MODEL\.SPAR\.TEMPLATES: .*photo\.txt .*UTF-8"):
         load_templates(str(tmp_path / "photo.txt"))
 
 
@@ -223,7 +223,7 @@ def test_a_single_word_is_warned_of(source, hint, caplog):
 
 @pytest.mark.parametrize("classes", [{"cat", "dog"}, frozenset(["cat", "dog"]), {"cat": 1}.keys()])
 def test_unordered_collections_are_an_error(classes):
-    with pytest.raises(ValueError, match="the vocabulary must be a list"):
+    with pytest.raises(ValueError, match="vocabulary .*list"):
         Vocabulary(classes)
 
 
@@ -234,7 +234,7 @@ def test_only_line_ends_end_a_class(tmp_path):
 
 def test_a_pipe_is_no_vocabulary(tmp_path):
     os.mkfifo(tmp_path / "words.txt")
-    with pytest.raises(FileNotFoundError, match=r"there is no vocabulary file .*words\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"words\.txt"):
         Vocabulary.load(str(tmp_path / "words.txt"))
 
 

@@ -51,7 +51,7 @@ def test_gray_of_few_bits_is_refused(tmp_path, bits):
         for kind, content in ((b"IHDR", size), (b"IDAT", zlib.compress(row)), (b"IEND", b"")):
             file.write(struct.pack(">I", len(content)) + kind + content)
             file.write(struct.pack(">I", zlib.crc32(kind + content)))
-    with pytest.raises(ValueError, match=r"labels\.png must be 8-bit or 16-bit gray, or have a palette"):
+    with pytest.raises(ValueError, match=r"labels\.png .*8-bit or 16-bit gray, or have a palette"):
         read_labels(tmp_path / "labels.png")
 
 
@@ -76,7 +76,7 @@ def test_numbers_out_of_range_are_refused(tmp_path, value):
 
 def test_conversions_that_change_values_are_an_error(tmp_path):
     Image.fromarray(LABELS).save(tmp_path / "labels.jpg")
-    with pytest.raises(ValueError, match=r"labels\.jpg cannot be read: it is not an image; it must be PNG"):
+    with pytest.raises(ValueError, match=r"labels\.jpg .*not an image; it .*PNG"):
         read_labels(tmp_path / "labels.jpg")
 
 
@@ -101,7 +101,7 @@ def test_no_other_program_is_started_to_read_an_image(tmp_path, content, monkeyp
     path = tmp_path / "photo.jpg"
     path.write_bytes(content)
     for read in (read_rgb, check_image_file, read_labels):
-        with pytest.raises(ValueError, match=r"photo\.jpg cannot be read: it is not an image"):
+        with pytest.raises(ValueError, match=r"photo\.jpg .*not an image"):
             read(path)
 
 

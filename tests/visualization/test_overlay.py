@@ -244,7 +244,7 @@ def test_installed_fonts_are_looked_through(other_font, caplog):
         ({"image": np.zeros((4, 5), np.uint8)}, "image must be"),
         ({"labels": np.zeros((4, 6), int)}, "labels must be"),
         ({"labels": np.zeros((4, 5))}, "labels must be integers"),
-        ({"labels": np.full((4, 5), 2)}, r"labels must be in 0\.\.1, got 2\.\.2"),
+        ({"labels": np.full((4, 5), 2)}, r"labels .*0\.\.1, got 2\.\.2"),
         ({"colors": [(0, 0, 0)]}, "names and colors"),
         ({"alpha": 1.5}, "alpha must be"),
         ({"beside": [np.zeros((3, 5, 3), np.uint8)]}, "must be 4 pixels high"),

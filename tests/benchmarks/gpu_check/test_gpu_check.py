@@ -27,8 +27,6 @@ from pretended_cuda import PretendedCuda
 from spar_d2.encoders import compilation
 
 CPU = torch.device("cpu")
-# Parts that start processes.
-PROCESSES = ("demo", "torchrun")
 # Titles of the tables of each part, and names of their first columns.
 TABLES = {
     "features": {"Encoders": "what", "Attention": "what"},
@@ -42,12 +40,22 @@ TABLES = {
     "demo": {"The demo": "method", "Scores of the demo": "what"},
     "torchrun": {torchrun.TITLE: "what", "Gradients in a group of processes": "what"},
 }
+# Parts that start processes, and those that take more than a second.
+PROCESSES = ("demo", "torchrun")
+SLOW = [name for name in TABLES if name not in (*PROCESSES, "compiled", "labels")]
 
 
 @pytest.fixture(scope="module")
 def tables_of(tmp_path_factory):
     """The tables of a part, which runs once."""
-    return functools.cache(lambda name: check_record(run_part(name, tmp_path_factory.mktemp(name), small(CPU))))
+
+    @functools.cache
+    def tables(name: str) -> dict:
+        # The windows of the model are large, and those of the examples of all families are small.
+        settings = dataclasses.replace(small(CPU), models=()) if name == "targets" else small(CPU)
+        return check_record(run_part(name, tmp_path_factory.mktemp(name), settings))
+
+    return tables
 
 
 def cells(row: str) -> list[str]:
@@ -75,8 +83,7 @@ def test_every_part_is_tested():
     assert parts.MINUTES < 9
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in TABLES if name not in (*PROCESSES, "compiled")])
+@pytest.mark.parametrize("name", ["labels", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_part_writes_its_tables(name, tables_of):
     assert tables_of(name)
 
@@ -97,6 +104,7 @@ def test_compiled_blocks(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_encoders_of_all_families_are_compared(tables_of):
     tables = tables_of("features")
     subjects = {row["subject"].split(",")[0] for row in tables["Encoders"]["values"]}
