@@ -32,7 +32,7 @@ CONFIG = str(ROOT / "configs" / "distill" / "Base-distill.yaml")
 STEPS, PERIOD, KEPT = 20, 2, 2
 # Of the files that `spar_d2.utils.io.atomic_write` writes to.
 TEMPORARY = re.compile(r"\..*\.tmp(\.|$)")
-# What the name of a temporary file begins with, by what is written.
+# Prefixes of temporary files, by the kind of the file.
 TARGETS = {
     "checkpoint": r"\.model_\d",
     "last_checkpoint": r"\.last_checkpoint\.",
@@ -92,18 +92,18 @@ class Training:
         return [path for folder in (self.output, self.cache) for path in _temporaries(folder)]
 
     def finished(self) -> str:
-        """What ``last_checkpoint`` names; "none" where there is no such file."""
+        """The name in ``last_checkpoint``; "none" if there is no such file."""
         last = self.output / "last_checkpoint"
         return last.read_text() if last.exists() else "none"
 
     def next_iteration(self) -> int:
-        """The one that it has to go on from."""
+        """The iteration to resume from."""
         name = self.finished()
         return int(name[6:13]) + 1 if name[6:13].isdigit() else {"none": 0, "model_final.pth": STEPS}[name]
 
 
 class Process:
-    """``tools/train_net.py --resume``, with its data-loading worker in a process group of its own."""
+    """``tools/train_net.py --resume``, with its data-loading worker in a separate process group."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
@@ -214,7 +214,7 @@ def _moment(kind: str, generator: random.Random) -> Moment:
 
 @dataclass
 class Kill:
-    """What a kill met.
+    """State of a run when it was killed.
 
     Attributes:
         moment: that was aimed at.
@@ -261,7 +261,7 @@ def killed(training: Training, moments: list[Moment], most: int) -> Iterator[Kil
 
 
 def damaged(training: Training) -> list[str]:
-    """What of all that a run shows, but for temporary files, cannot be read."""
+    """Unreadable files of a run, except temporary ones."""
     wrong = []
     last = training.finished()
     if last != "none" and not (training.output / last).is_file():
@@ -287,7 +287,7 @@ def damaged_entries(training: Training) -> list[str]:
     from spar_d2.teacher import TargetCache
     from spar_d2.teacher.cache import load_target
 
-    # In a cache of its own: making one removes temporary files, which are to be looked at first.
+    # In a separate cache, because opening one removes temporary files, which are counted first.
     with tempfile.TemporaryDirectory() as folder:
         cache = TargetCache(folder, teacher_from_config(load_config(CONFIG, training.overrides())))
     entries = training.cache.rglob("[!.]*.safetensors")
@@ -300,7 +300,7 @@ def _entries(training: Training) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def differences(ours: object, theirs: object, name: str = "") -> list[str]:
-    """Names of what is not the same, to the bit, in two nested structures of tensors and plain values."""
+    """Names of the entries that differ in two nested structures of tensors and plain values."""
     if type(ours) is not type(theirs):
         return [name]
     if isinstance(ours, torch.Tensor):
@@ -318,7 +318,7 @@ def differences(ours: object, theirs: object, name: str = "") -> list[str]:
 
 
 def compare(training: Training, whole: Training) -> list[str]:
-    """What is wrong at the end of a run that was killed and resumed, beside one that was not."""
+    """Differences between a run that was killed and resumed and an uninterrupted one."""
     wrong = [f"the temporary file {path} is left" for path in training.temporaries()]
     names = [sorted(path.name for path in run.output.glob("[!.]*.pth")) for run in (training, whole)]
     if names[0] != names[1]:

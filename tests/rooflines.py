@@ -85,7 +85,7 @@ class Row:
 
 
 class Rooflines:
-    """Counts what happens on the device within its context.
+    """Counts work on the device inside the context.
 
     Args:
         model: whose weights' casts are counted.
@@ -123,7 +123,7 @@ class Rooflines:
         return 1e3 * sum(row.seconds for row in self.rows.values())
 
     def report(self, top: int = 16) -> str:
-        """All of it as text, what takes longest first."""
+        """All rows as text, the slowest first."""
         flops, size = (sum(getattr(row, name) for row in self.rows.values()) for name in ("flops", "bytes"))
         lines = [
             f"{self.launches} launches, {self.milliseconds:.2f} ms, {self.weight_casts} casts of weights, "
@@ -196,7 +196,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 class _Functions(TorchFunctionMode):
-    """Moves tensors to the device, and makes up what is read from it."""
+    """Moves tensors to the device, and invents values that are read from it."""
 
     def __init__(self, counted: Rooflines) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The packages and what each may import."""
+"""The packages and their allowed imports."""
 
 import importlib
 from pathlib import Path

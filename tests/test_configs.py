@@ -1,4 +1,4 @@
-"""Every config file loads, fits its encoder, and says what it is said to say."""
+"""Every config file loads, fits its encoder, and has its documented values."""
 
 import inspect
 from pathlib import Path

@@ -90,7 +90,7 @@ def test_relative_paths_are_resolved_in_the_current_folder(framework, tmp_path):
 
 @pytest.mark.processes
 def test_paths_in_arguments_are_resolved(framework, tmp_path):
-    """Words that are no paths stay, whatever folders are called; paths in both places are the script's, and told."""
+    """Other values are kept, even if a folder has that name; ambiguous paths are the script's, with a message."""
     (tmp_path / "train").mkdir()
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/a.yaml").write_text("VERSION: 2\nMODEL:\n  SPAR:\n    TRAINABLE: all\n")

@@ -1,4 +1,4 @@
-"""The page on messages quotes what is printed."""
+"""The page on error messages quotes the messages of the code."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ OTHERS = re.compile(r"\((?:NumPy|Python|PyTorch|Detectron2)\)")
 
 
 def texts() -> str:
-    """All texts in the code, with "..." for what is put into them."""
+    """All strings in the code, with "..." for inserted values."""
     found = []
     for path in [*(ROOT / "spar_d2").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

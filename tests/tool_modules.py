@@ -1,4 +1,4 @@
-"""Tools as modules: they lie outside the package."""
+"""Tools as modules, which are outside the package."""
 
 import importlib.util
 from types import ModuleType

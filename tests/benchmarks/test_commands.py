@@ -122,7 +122,7 @@ def test_traceback_on_request(benchmark, monkeypatch):
 
 
 def test_starting_imports_no_detectron2():
-    """What one part alone needs it imports itself."""
+    """Parts import their own requirements."""
     top = ast.parse((ROOT / "benchmarks" / "__main__.py").read_text()).body
     modules = {node.module for node in top if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}

@@ -1,4 +1,4 @@
-"""What is measured of known memory and known calls."""
+"""Measurements of known memory and known calls."""
 
 import os
 
@@ -32,7 +32,7 @@ def peak_of(function, device: torch.device) -> float:
 def test_the_peak_includes_freed_memory(device):
     device = torch.device(device)
     held = allocate(64, device)
-    # What was freed before, in small pieces and in one, is counted when it is taken again.
+    # Memory that was freed before, in small pieces and in one, is counted when it is allocated again.
     for _ in range(3):
         assert peak_of(lambda: allocate(64, device), device) == pytest.approx(64, rel=0.1)
         assert peak_of(lambda: [allocate(1, device) for _ in range(48)], device) == pytest.approx(48, rel=0.1)

@@ -1,4 +1,4 @@
-"""The straightforward way to the teacher's target, what is measured of both, and the table."""
+"""The straightforward implementation of the teacher, measurements of both, and the table."""
 
 import functools
 

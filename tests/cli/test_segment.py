@@ -30,7 +30,7 @@ WORDS = "grass, meadow; circle; star; été"
 
 @pytest.fixture
 def demo(monkeypatch, tmp_path):
-    """Runs the tool in a folder of its own; gives its exit code."""
+    """Runs the command in an empty folder, and returns its exit code."""
     monkeypatch.chdir(tmp_path)
     tool = import_module("spar_d2.cli.segment")
 
@@ -339,7 +339,7 @@ def test_mistakes_are_one_line(demo, photo, tmp_path, capfd, arguments, message)
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     before = files_in(tmp_path)
     assert demo("--input", "photo.png", "--vocabulary", WORDS, "--output", "out", *arguments) == 1
-    # Also what libraries print themselves.
+    # Including the output of libraries.
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].startswith("error: ") and message in lines[0]
     assert len(lines) == 2 and "SPAR_TRACEBACK" in lines[1]

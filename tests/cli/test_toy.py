@@ -15,16 +15,16 @@ def run_demo(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     monkeypatch.setitem(SCENE_SPLITS, "train", (101, 10))
-    monkeypatch.setitem(SCENE_SPLITS, "val", (303, 4))
+    monkeypatch.setitem(SCENE_SPLITS, "val", (303, 2))
     toy = import_module("spar_d2.cli.toy")
-    monkeypatch.setattr(toy, "SHOWN_SCENES", (0, 3))
+    monkeypatch.setattr(toy, "SHOWN_SCENES", (0, 1))
     return toy
 
 
 @pytest.mark.slow
 def test_table_pictures_and_student(run_demo, monkeypatch, tmp_path, capsys):
     config = tmp_path / "short.yaml"
-    short = "SOLVER:\n  MAX_ITER: 25\nSPAR:\n  TEACHER:\n    STRIDE: 20\n"
+    short = "SOLVER:\n  MAX_ITER: 25\nSPAR:\n  TEACHER:\n    STRIDE: 24\n"
     config.write_text(f"_BASE_: {ROOT}/configs/toy/distill.yaml\n{short}")
     output = tmp_path / "output"
     monkeypatch.setattr(sys, "argv", ["toy", "--config-file", str(config), "--output", str(output)])

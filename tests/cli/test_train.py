@@ -96,7 +96,7 @@ def test_stops_at_ctrl_c_resumes_and_evaluates(tiny_model, photo_folder, tmp_pat
     ],
 )
 def test_bad_input_gives_one_message_and_no_debris(wrong, message, tiny_model, photo_folder, tmp_path, capsys):
-    """In this process, to be quick: what the command line calls."""
+    """In this process, which is faster: the function that the command calls."""
     from detectron2.engine import default_argument_parser
 
     places = {"empty": tmp_path / "empty", "ruined": tmp_path / "ruined", "corrupt": tmp_path / "corrupt.safetensors"}

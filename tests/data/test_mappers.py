@@ -1,4 +1,4 @@
-"""What PanopticFPN trains on, beside Detectron2's own mapper and a loop over pixels."""
+"""Training records of PanopticFPN, compared with Detectron2's own mapper and a loop over pixels."""
 
 import json
 
@@ -97,7 +97,7 @@ def padded(ids: np.ndarray, bottom: int, right: int) -> np.ndarray:
     return np.pad(ids, ((0, bottom), (0, right)))
 
 
-# What is done to images, and what must become of the ids.
+# Augmentations, and the expected ids.
 CASES = {
     "nothing": ([], lambda ids: ids),
     "flip": ([T.RandomFlip(1.0)], lambda ids: ids[:, ::-1]),
@@ -238,7 +238,7 @@ def test_wrong_files_are_named(tmp_path):
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no photos of COCO in {SAMPLE}")
 def test_photos_of_coco(tmp_path, monkeypatch):
-    """What is seen of every segment is what COCO says of its area and box."""
+    """The visible part of every segment has the area and box of COCO's annotations."""
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
     for place, target in (
         ("val2017", "input_images"),

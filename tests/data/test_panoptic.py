@@ -1,4 +1,4 @@
-"""Panoptic data sets: what is registered, what is read from small trees, and the drawn scenes."""
+"""Panoptic data sets: registration, small copies of official files, and the synthetic data set."""
 
 import json
 import multiprocessing

@@ -33,7 +33,7 @@ def read_index(name, root):
 
 
 def segment_of(name, files):
-    """By place (y, x), what is there: (category, instance), None for void; and the places of stuff under a thing."""
+    """(category, instance) by pixel (y, x), None for void; and the pixels of stuff under a thing."""
     places, covered = {}, []
     if name.startswith("cityscapes"):
         evaluated = {category["id"] for category in CITYSCAPES_CATEGORIES}
@@ -68,7 +68,7 @@ def slow_segments(places, covered):
 
 
 def check(name, root):
-    """Compare all that was written with what loops over the official files find."""
+    """Compare all written files with the results of loops over the official files."""
     preparation, content = PREPARATIONS[name], read_index(name, root)
     files = official_files(name, root)
     assert [image["id"] for image in content["images"]] == [key.split("/")[-1] for key in files]
@@ -190,7 +190,7 @@ def test_detectron2_reads_cityscapes(split, root):
         classes = pixels(record["sem_seg_file_name"])
         ids = pixels(record["pan_seg_file_name"]).astype(np.int64) @ [1, 256, 65536]
         assert classes.shape == ids.shape == pixels(record["file_name"]).shape[:2] == size
-        # What has no class has no segment, and the other way round.
+        # Pixels without a class have no segment, and the reverse.
         mapped = np.full(ids.shape, 255)
         for segment in record["segments_info"]:
             mapped[ids == segment["id"]] = segment["category_id"]

@@ -1,4 +1,4 @@
-"""Official label files, in every form they come in, to what an evaluation reads."""
+"""Conversion of official label files, in all their forms, to those of an evaluation."""
 
 import re
 import shutil

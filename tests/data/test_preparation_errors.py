@@ -1,4 +1,4 @@
-"""Official files that are missing, damaged or of another data set: what a user is told."""
+"""Error messages for official files that are missing, corrupt or of another data set."""
 
 import dataclasses
 import logging

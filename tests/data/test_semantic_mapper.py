@@ -85,7 +85,7 @@ def dataset(record, request):
 
 
 def test_the_loader_and_the_evaluator_agree(dataset):
-    """A model that predicts what it was trained on is always right."""
+    """A model that predicts its training labels is always right."""
     name, count = dataset
     cfg = get_cfg()
     cfg.DATASETS.TRAIN, cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (name,), (SIZE[0],), "none"

@@ -313,7 +313,7 @@ def test_a_folder_of_another_user(photo_folder):
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, sparse: bool = False) -> bytes:
-    """A member's header, of whatever size it claims."""
+    """A member's header, with any size."""
     member = tarfile.TarInfo(name)
     member.type = kind
     content = bytearray(member.tobuf(tarfile.GNU_FORMAT))

@@ -1,4 +1,4 @@
-"""Which photos are found, and how their results are named, whatever their names and folders."""
+"""Images that are found, and names of their results."""
 
 import os
 from pathlib import Path

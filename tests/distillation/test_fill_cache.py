@@ -107,7 +107,7 @@ def test_the_tool_on_two_processes(cfg, tmp_path):
     code = run_tool(ROOT / "tools" / "fill_cache.py", arguments, tmp_path / "log")
     log = (tmp_path / "log").read_text()
     assert code == 0, log[-2000:]
-    # In lines of their own, after the progress bar, which another process could be in the middle of.
+    # In separate lines after the progress bars, which would be interrupted otherwise.
     lines = log.splitlines()[-2:]
     assert [line.split(",")[0] for line in lines] == ["process 0: 2 targets computed", "process 1: 1 targets computed"]
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 3

@@ -105,7 +105,7 @@ def test_the_model_is_restored_after_training(tiny_cfg):
 
 
 class LabeledModel(nn.Module):
-    """A stranger's model with a loss of its own around an encoder."""
+    """A model of another framework around an encoder, with another loss."""
 
     def __init__(self, encoder):
         super().__init__()

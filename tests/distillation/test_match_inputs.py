@@ -4,7 +4,7 @@ from spar_d2.distillation.match_inputs import match
 
 
 def batch(*sizes):
-    """What an encoder of patch 16 takes and gives, each image filled with its number."""
+    """Input and output of an encoder with patch 16; each image is filled with its number."""
     images = torch.stack([torch.full((3, *size), float(number)) for number, size in sizes])
     return images, torch.zeros(len(sizes), 4, 2, 2)
 

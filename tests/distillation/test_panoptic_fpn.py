@@ -1,4 +1,4 @@
-"""The hook alone, in Detectron2's plain training of its own PanopticFPN."""
+"""The hook in Detectron2's own training of its PanopticFPN."""
 
 import pytest
 import torch

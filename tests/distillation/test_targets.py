@@ -1,4 +1,4 @@
-"""What the hook asks the teacher for, keeps, and reports."""
+"""Targets that the hook requests from the teacher, caches and reports."""
 
 import pytest
 import torch

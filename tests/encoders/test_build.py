@@ -1,4 +1,4 @@
-"""From names and files to encoders, and what is said when they are wrong."""
+"""Encoders from names and files, and errors for wrong ones."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_text_tower_equals_the_librarys(tiny_model, reference_clip):
         expected = reference_clip.encode_text(open_clip.get_tokenizer("ViT-B-16")(texts))
     vectors = tower.encode(texts, batch_size=2)
     torch.testing.assert_close(vectors, expected)
-    # They are kept on disk, so what surrounds the first call must not show in them.
+    # They are cached on disk, so autocast around the first call must not change them.
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tower.encode(texts, batch_size=2), vectors)
 

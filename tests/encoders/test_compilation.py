@@ -11,8 +11,8 @@ from reference import example_encoder
 from spar_d2.encoders import compilation, set_trainable
 from spar_d2.teacher import SlidingWindowTeacher
 
-# What PyTorch itself tells apart: one image or several, and tokens with a gradient or without. A block whose output is
-# only its value path (open_clip's last) is a function of its own.
+# Cases that PyTorch itself distinguishes: one image or several, and tokens with a gradient or without. A block whose
+# output is only its value path (open_clip's last) is a separate function.
 MOST_FOR_A_USE = 4
 
 

@@ -1,4 +1,4 @@
-"""What every registered family of encoders must do; a new one is tested by being registered."""
+"""The contract of all registered families of encoders; a new one is tested by being registered."""
 
 import copy
 import shutil
@@ -117,7 +117,7 @@ def test_the_authors_spelling_means_the_same_blocks(encoder):
     assert set_trainable(encoder, "blk_-1,blk_-2") == set_trainable(encoder, "last_blocks:2")
 
 
-# Of the library's own names, what each word must mean in its block; the first part is what tells it from the others.
+# Parameters of a block that each name stands for, as prefixes of the library's names.
 IN_BLOCK = {"qkv": {"attn.in_proj_", "attn.qkv", "attn.q_", "attn.v_"}, "mlp": {"mlp."}}
 
 

@@ -37,7 +37,7 @@ def encoder(repo):
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if name.endswith("gamma"):
-                parameter.fill_(1.0)  # the initial 1e-5 would hide what the blocks do
+                parameter.fill_(1.0)  # the initial 1e-5 would hide the effect of the blocks
     return built
 
 

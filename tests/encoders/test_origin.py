@@ -1,4 +1,4 @@
-"""What belongs to weights beside their numbers: the statistics of images, the activation, where they are from."""
+"""Metadata of weights: pixel statistics, activation and origin."""
 
 import json
 
@@ -213,7 +213,7 @@ def test_a_model_config_says_how_images_are_prepared(tmp_path, form, pooled):
 
 
 def test_cached_text_embeddings_depend_on_the_activation(tiny_model, tmp_path):
-    """What was kept before there was a choice is found; another activation has vectors of its own."""
+    """Entries of earlier versions are found; another activation has separate embeddings."""
 
     def key(**choice):
         embeddings = text_embeddings(EncoderSpec(*tiny_model, **choice), "simple", str(tmp_path / "text"), "cpu")

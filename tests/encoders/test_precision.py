@@ -1,4 +1,4 @@
-"""Weights in bfloat16, frozen blocks cast once, what is kept for grids, and float32 whatever surrounds it."""
+"""Weights in bfloat16, frozen blocks cast once, cached positions, and float32 inside autocast."""
 
 import copy
 import pickle
@@ -32,7 +32,7 @@ def test_a_frozen_bfloat16_encoder_has_half_the_weights_and_stays_close(encoder)
     assert not any(p.requires_grad for p in encoder.parameters())
     assert found.dtype == torch.float32
     assert F.cosine_similarity(found, expected, dim=1).min() > 0.99
-    # Nothing around it changes what weights that were cast compute in.
+    # Autocast does not change the precision of blocks with cast weights.
     with torch.autocast("cpu", torch.float16):
         assert torch.equal(encoder(x), found)
     with pytest.raises(ValueError, match=r"must be bfloat16.*got 'float32'"):

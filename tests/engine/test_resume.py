@@ -58,7 +58,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one_bit_for_bit(cfg, tmp_path,
     train(cfg, tmp_path / "stopped", stop_at=7)
     monkeypatch.setattr("detectron2.utils.comm.shared_random_seed", lambda: 99)
     resumed = train(cfg, tmp_path / "stopped", resume=True)
-    if mode == "cached":  # what was kept before the stop is not encoded again
+    if mode == "cached":  # targets cached before the stop are not encoded again
         for state in (through, resumed):
             del state["trainer"]["hooks"]["DistillationHook"]
     assert_equal(through, resumed)

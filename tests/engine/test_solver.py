@@ -38,7 +38,7 @@ def test_rates_fall_from_block_to_block(family):
     assert {factors[name] for name in first} == {0.5 ** (count + 1)}
     for name in set(factors) - in_blocks:
         assert factors[name] in (0.5 ** (count + 1), 1.0), name
-    # What follows the blocks learns at the full rate: at least their last norm.
+    # Layers after the blocks have the full learning rate: at least the last norm.
     assert any(factors[name] == 1 and "norm" in name or "ln_post" in name for name in set(factors) - in_blocks)
 
 

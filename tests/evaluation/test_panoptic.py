@@ -102,7 +102,7 @@ def guesses(path):
         moved = np.where(rng.random(ids.shape) < 0.2, rng.choice(numbers, ids.shape), ids)
         renamed = np.searchsorted(numbers, moved).astype(np.int32)
         category = {segment.id: segment.category for segment in image.segments}
-        # What is void in the truth is something here, and one of its segments is void.
+        # Void pixels of the ground truth have a segment here, and one segment is void.
         renamed = np.where(renamed == len(numbers) - 1, 0, renamed + 1)
         found = {number: category.get(numbers[number - 1], 40) for number in np.unique(renamed).tolist() if number}
         wrong = rng.choice(list(found))

@@ -203,7 +203,7 @@ def test_damaged_pngs_are_named(files, capsys, damage):
 
 
 def change(path, *keys, to):
-    """Set, in a JSON file, what the keys lead to."""
+    """Set the value at the given keys of a JSON file."""
     content = json.loads(path.read_text())
     place = content
     for key in keys[:-1]:

@@ -213,7 +213,7 @@ def test_unknown_labels_are_one_warning(dataset, caplog):
     truth[0], truth[1, 0], truth[2] = 7, 5, 0
     for _ in range(2):
         evaluator.process([{"file_name": "x", "sem_seg": truth}], [{"sem_seg_labels": torch.zeros(4, 5).long()}])
-    # What was counted goes on with the rest.
+    # The counts continue in another evaluator.
     again = SemanticEvaluator(dataset, False)
     again.load_state_dict(evaluator.state_dict())
     scores = again.evaluate()["sem_seg"]
@@ -237,7 +237,7 @@ def test_valid_labels_give_no_warning(dataset, caplog):
 
 @pytest.mark.parametrize(("values", "said"), [((0, 255), "of class 0 or ignored (255)"), ((255, 255), "are ignored")])
 def test_masks_of_0_and_255_are_a_warning(dataset, caplog, values, said):
-    """Also by an evaluator that goes on from another's counts."""
+    """Also by an evaluator that was loaded with the counts of another one."""
     evaluator = SemanticEvaluator(dataset, False)
     truth = np.array([values, values], dtype=np.uint8)
     evaluator.process([{"file_name": "x", "sem_seg": truth}], [{"sem_seg_labels": torch.zeros(2, 2).long()}])

@@ -10,7 +10,7 @@ from spar_d2.encoders import build_encoder
 from spar_d2.modeling import segment_features
 from spar_d2.teacher.sliding import plan_windows, sliding_window_features
 
-# What launches and milliseconds may be, ten percent more allowed.
+# Numbers of launches and milliseconds; ten percent more are allowed.
 WANTED = {
     "SigLIP2 B/16-512, single pass, 1024x1024": (140, 2.2),
     "SigLIP2 B/16-512, 32 windows of 512": (130, 12.7),
@@ -60,7 +60,7 @@ def test_launches_bytes_and_flops_are_counted():
     casts = counted.rows["_to_copy", "bfloat16"]
     assert casts.calls == 2 and casts.bytes == 6 * (4096 + 2048) * 1024
     assert casts.seconds == pytest.approx(casts.bytes / MEMORY)
-    # The cast of what is no weight is not counted, and neither are views and memory alone.
+    # Casts of other tensors than weights, views and allocations are not counted.
     assert (counted.launches, counted.weight_casts, counted.waits) == (4, 1, 2)
     assert (counted.copies, counted.copied_bytes) == (1, 12)
     assert counted.milliseconds == pytest.approx(1e3 * sum(row.seconds for row in counted.rows.values()))

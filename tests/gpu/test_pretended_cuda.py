@@ -1,4 +1,4 @@
-"""The pretended CUDA device does what CUDA does."""
+"""The pretended CUDA device behaves like CUDA."""
 
 import copy
 import re

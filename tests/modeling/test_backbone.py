@@ -45,7 +45,7 @@ def test_wrong_output_names_of_the_plain_backbone_are_an_error(cfg, names):
 
 
 def test_a_pure_swap_sees_the_right_colors(cfg, reference_clip):
-    """The encoder gets its own normalization and RGB, whatever the framework's is."""
+    """The encoder gets RGB in its own normalization, for any normalization of the framework."""
     encoder = OpenCLIPEncoder(reference_clip.visual)
     image = torch.randint(0, 256, (3, 64, 64)).float()  # RGB
     own = (image / 255 - torch.tensor(encoder.pixel_mean).view(3, 1, 1)) / torch.tensor(encoder.pixel_std).view(3, 1, 1)
@@ -80,7 +80,7 @@ def test_blue_arrives_as_blue(cfg, name, order, blue):
     pixels = seen[0][0] * std + mean
     expected = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1).expand(3, 20, 30)
     torch.testing.assert_close(pixels[:, :20, :30], expected, rtol=0, atol=1e-5)
-    # What is padded is the encoder's zero, whatever the framework's mean is.
+    # Padding is the encoder's zero, for any mean of the framework.
     assert not seen[0][..., 20:, :].any()
     assert not seen[0][..., 30:].any()
 

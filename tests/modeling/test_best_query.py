@@ -1,4 +1,4 @@
-"""The kernel for labels as far as a machine without a GPU can run it, and what stands in for it.
+"""The kernel for labels, as far as a machine without a GPU can run it, and its fallback.
 
 Run as a script, with TRITON_INTERPRET=1, this file compares the interpreted kernel with bands.
 """

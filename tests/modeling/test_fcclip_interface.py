@@ -1,4 +1,4 @@
-"""What FC-CLIP asks of a backbone, beside open_clip's own answers."""
+"""FC-CLIP's requirements of a backbone, compared with open_clip."""
 
 import copy
 import math
@@ -78,7 +78,7 @@ def test_without_text_side():
         SPARViT(backbone.encoder).get_text_classifier(TEXTS, "cpu")
     assert math.isfinite(backbone.dim_latent)
     for one in (backbone, SPARViT(backbone.encoder)):
-        # Inspectors ask for what is not there; who asks for it in earnest reads why.
+        # Introspection may ask for missing attributes; real use is an error with a reason.
         assert not hasattr(one, "clip_model")
         with pytest.raises(AttributeError, match="no text tower|EncoderSpec"):
             one.clip_model  # noqa: B018

@@ -34,7 +34,7 @@ def head(channels=64, stride=4, **options) -> LinearProbe:
 
 
 def segmentor(encoder, kind=ProbeSegmentor, trainable="none", **options):
-    # The encoder's own: what Detectron2 pads with is then what the encoder pads with.
+    # With the encoder's pixel mean, Detectron2's padding equals the encoder's.
     pixels = {f"pixel_{name}": [255 * value for value in getattr(encoder, f"pixel_{name}")] for name in ("mean", "std")}
     backbone = SPARViT(encoder, **pixels, input_format="RGB", trainable=trainable)
     probe = head(encoder.embed_dim, encoder.patch_size)

@@ -143,7 +143,7 @@ def test_labels_are_int64_of_the_given_size():
 
 
 def results(features, text, maps):
-    """What each function makes of the same image."""
+    """Results of each function for the same image."""
     classes, size = torch.arange(6), (30, 40)
     return {
         "cosine_scores": cosine_scores(features, text),
@@ -157,7 +157,7 @@ def results(features, text, maps):
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_scores_are_float32_under_autocast_too(autocast, given):
-    """Inside autocast what comes out outside, bit for bit; of half-precision numbers what comes of them in float32."""
+    """Results are the same inside autocast, bit for bit, and those of half-precision inputs equal float32 ones."""
     features, text = torch.randn(16, 3, 4).to(given), F.normalize(torch.randn(6, 16), dim=1).to(given)
     maps = [ScoreMap(torch.randn(3, 4, 6).to(given)), ScoreMap(torch.randn(2, 5, 6).to(given), mirrored=True)]
     in_float32 = [ScoreMap(grid.scores.float(), None, grid.mirrored) for grid in maps]

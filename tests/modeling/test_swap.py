@@ -39,7 +39,7 @@ def labeled_image(polygons: bool = False) -> dict:
 
 
 def deeplab_image() -> dict:
-    """What Panoptic-DeepLab trains on: semantic labels, centers and offsets, with their weights."""
+    """A training record of Panoptic-DeepLab: semantic labels, centers and offsets, with their weights."""
     return {
         "image": torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8),
         "sem_seg": torch.randint(0, 19, SIZE),
@@ -65,7 +65,7 @@ def zoo_config(path: str, tiny_model, backbone: str = "SPARPyramid"):
 
 
 def check_training_step(model, record: dict, loss: str) -> None:
-    """One step lowers nothing for certain, but must move what is trained, and nothing else."""
+    """One step changes the trained parameters and no others."""
     model.train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]

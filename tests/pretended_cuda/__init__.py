@@ -1,4 +1,4 @@
-"""A pretended CUDA device: what would fail or wait on a GPU is found without one.
+"""A pretended CUDA device, which finds failures and waits of a GPU without one.
 
     with PretendedCuda() as gpu:
         model.to("cuda")(x.to("cuda"))

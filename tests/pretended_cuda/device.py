@@ -21,7 +21,7 @@ from pretended_cuda.tensors import CPU, CUDA, Storages, is_cuda_device, tensors_
 
 
 class PretendedCuda(Record):
-    """The device, as long as the context lasts; :class:`Record` says what happened on it."""
+    """The device, which exists inside the context; :class:`Record` has its events."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class PretendedCuda(Record):
         torch.set_num_threads(1)
         for target, name, value in self._patches():
             self._stack.enter_context(mock.patch.object(target, name, value, create=True))
-        # What is kept for a gradient is looked at within functions, and what is computed anew is not.
+        # Tensors saved for a gradient are examined within functions, and recomputed ones are not.
         for name, look in list(_allowed_determinism_checks_to_fns.items()):
             look = functools.partial(_as_cpu_tensor, look)
             self._stack.enter_context(mock.patch.dict(_allowed_determinism_checks_to_fns, {name: look}))
@@ -82,7 +82,7 @@ class PretendedCuda(Record):
         return attention
 
     def _backward(self, real: Callable) -> Callable:
-        """Backward passes run Python too: in functions with own gradients, and where checkpoints compute anew."""
+        """Backward passes run Python too: in functions with own gradients, and where checkpoints recompute."""
 
         def backward(roots, *args, **kwargs):
             is_active = self._functions in _get_current_function_mode_stack()

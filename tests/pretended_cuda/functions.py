@@ -1,4 +1,4 @@
-"""What is pretended of functions and methods of tensors."""
+"""Pretended functions and methods of tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FROM_DATA = (*_COPYING, "as_tensor", "asarray")
 
 
 class Functions(TorchFunctionMode):
-    """What is pretended of functions and methods of tensors."""
+    """Pretended functions and methods of tensors."""
 
     def __init__(self, gpu: PretendedCuda) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Functions(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _copy(self, func: Callable, name: str, args: tuple, kwargs: dict) -> torch.Tensor:
-        """Copied without an operator; besides the tensor there is a list of what has been copied before."""
+        """Copied without an operator; the list has the copies made before."""
         result = func(*args, **kwargs)
         return self.gpu.storages.add(result) if args[0] in self.gpu.storages else result
 
@@ -149,7 +149,7 @@ class _Move(torch.autograd.Function):
 
 
 def _autocast_as_on_cuda(func: Callable, name: str, args: tuple, kwargs: dict) -> object:
-    """A call by the rules of CUDA's autocast, through the CPU's: those differ in what they compute in float32."""
+    """A call by the rules of CUDA's autocast, through the CPU's; the two differ in their float32 operators."""
     before = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     enabled = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cpu", enabled)

@@ -1,4 +1,4 @@
-"""What is checked and written down of operators, below autograd and autocast."""
+"""Checks and records of operators, below autograd and autocast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MIXED = "Expected all tensors to be on the same device, but found at least two 
 
 
 class Operators(TorchDispatchMode):
-    """What is written down of operators, below autograd and autocast."""
+    """Records operators, below autograd and autocast."""
 
     def __init__(self, gpu: PretendedCuda) -> None:
         super().__init__()

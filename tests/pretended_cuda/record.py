@@ -1,4 +1,4 @@
-"""What happened on the pretended device, by file and line of the code that asked for it."""
+"""Events on the pretended device, by file and line of the calling code."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import sys
 
 import torch
 
-# Whose code is to blame: the innermost of these that asked for something, whatever libraries are below it.
+# Code that is responsible for an event: the innermost of these packages in the stack.
 _PACKAGES = ("spar_d2", "detectron2")
 
 
 class Record:
-    """What happened on the pretended device, counted by kind and place ("spar_d2/engine/train_step.py:95")."""
+    """Events on the pretended device, counted by kind and place ("spar_d2/engine/train_step.py:95")."""
 
     def __init__(self) -> None:
         self.waits, self.copies, self.launches = (collections.Counter() for _ in range(3))
@@ -34,7 +34,7 @@ class Record:
         self._owner = functools.cache(self._find_owner)
 
     def reset(self) -> None:
-        """Forget what happened so far, such as while models were built."""
+        """Forget all events so far, such as those of building models."""
         for counter in (self.waits, self.copies, self.launches, self.attention, self.unordered, self.bytes_copied):
             counter.clear()
 

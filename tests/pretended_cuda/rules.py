@@ -1,4 +1,4 @@
-"""What PyTorch does on CUDA: which operators make the CPU wait, mix devices, launch nothing, or add in any order.
+"""PyTorch's behavior on CUDA: operators that make the CPU wait, mix devices, launch nothing, or add in any order.
 
 By the sources of PyTorch 2.11 to 2.14, for compute capability 9.0 where it matters.
 """
@@ -23,7 +23,7 @@ PUTTING = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl
 MIXING = (aten.copy_.default, aten.set_.source_Storage, *INDEXING, *PUTTING)
 # Not even numbers (0-dimensional tensors) of the CPU are taken beside tensors on CUDA.
 _STRICT = {"cat", "stack"}
-# How large the result is, or what it is, is read back from the device.
+# The size or the value of the result is read back from the device.
 _WAITING = {
     "_linalg_check_errors",
     "_linalg_eigh",
@@ -98,7 +98,7 @@ def foreign_to_cuda(func: torch._ops.OpOverload, tensors: list[torch.Tensor], on
     if all(on_cuda):
         return []
     if func in INDEXING or func in PUTTING:
-        # An index may be on the CPU, what is indexed may not, nor what is put there, but for a number.
+        # An index may be on the CPU, but not the indexed tensor, and of assigned values only a number.
         foreign = [] if on_cuda[0] else tensors[:1]
         return foreign + [value for value in tensors[-1:] if func in PUTTING and value.dim() and not on_cuda[-1]]
     if func in MIXING or not any(on_cuda):

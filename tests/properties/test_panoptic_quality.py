@@ -1,4 +1,4 @@
-"""Panoptic quality is what its rules say, for any pair of maps."""
+"""Panoptic quality follows its definition for any pair of maps."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_the_truth_is_a_perfect_prediction(case):
     predicted = {number: category for number, category, _ in seen}
     counts = panoptic_quality(truth, predicted, truth, seen, CATEGORIES).values
     found = [sum(one[1] == category and not one[2] for one in seen) for category in CATEGORIES]
-    # Crowds are neither found nor missed, and what lies on them is forgiven but for all but the last of a category.
+    # Crowds are neither found nor missed. Segments on the last crowd of their category are not counted.
     assert counts[:, 1].tolist() == found
     assert counts[:, 0].tolist() == found
     assert not counts[:, 3].any()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spar_d2.text import Vocabulary
 
-# Without what separates words and classes in files and text.
+# Without the separators of synonyms and classes.
 WORDS = st.text(st.characters(exclude_characters=",;\n\r", exclude_categories=["Cs", "Cc"]), max_size=6)
 CLASSES = st.lists(st.lists(WORDS | st.sampled_from(["cat", "Cat ", "dog"]), max_size=3), min_size=1, max_size=8)
 

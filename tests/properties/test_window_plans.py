@@ -46,7 +46,7 @@ def test_windows_are_at_multiples_of_the_stride_and_are_counted(plan):
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(plan=plans())
 def test_constant_features_stay_constant(plan):
-    # Rows (tops, h, w): what all windows add to a row of patches, from windows that are 1 everywhere.
+    # Rows (tops, h, w): the sum of all windows in a row of patches, for windows that are 1 everywhere.
     for share in plan.shares:
         torch.testing.assert_close(share.sum((0, 2)), torch.ones(share.shape[1]), rtol=0, atol=1e-5)
 

@@ -66,7 +66,7 @@ SIZES = [(30, 200), (64, 64), (70, 100), (203, 71)]
 def test_any_size_gives_the_students_grid(encoder, size, compat):
     encoder.reference_compat = compat
     target = SlidingWindowTeacher(encoder, stride=24)(torch.randn(1, 3, *size))
-    # The authors' teacher drops what is left of a patch, even where their student pads it.
+    # The authors' teacher drops partial patches, even where their student pads them.
     grid = tuple(side // encoder.patch_size for side in size) if compat else encoder.grid(*size)
     assert target.shape == (1, encoder.embed_dim, *grid)
     assert target.isfinite().all()
@@ -137,7 +137,7 @@ def test_sampled_targets_average_to_the_full_one_over_all_draws(encoder):
 
 @pytest.mark.parametrize("windows", [1, 3, 8])
 def test_gradients_of_many_samples_average_to_the_full_one(windows):
-    """The same for windows as they are really drawn, within what is left of chance."""
+    """The same for randomly drawn windows, within the remaining noise."""
     torch.manual_seed(0)
     encoder = example_encoder(sorted(FAMILIES)[0])
     teacher = SlidingWindowTeacher(encoder, window=64, stride=24)

@@ -55,7 +55,7 @@ def test_counts_where_two_starts_fall_into_one_cell():
 
 @pytest.mark.slow
 def test_shares_are_what_refining_averaging_and_reducing_do():
-    """For random plans, the two products give what the steps one after the other give."""
+    """For random plans, the two matrix products equal the single steps."""
     for plan in random_plans(40):
         side, factor = plan.window // plan.patch, plan.factor
         features = torch.randn(len(plan), 2, side, side, dtype=torch.float64)

@@ -16,7 +16,7 @@ from spar_d2.text import TextEmbeddings, Vocabulary, load_templates
 
 
 class CountingTower:
-    """Encodes a text by its bytes; counts what it encodes."""
+    """Encodes texts by their bytes, and counts them."""
 
     def __init__(self):
         self.texts = []
@@ -140,7 +140,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, caplog):
 
 
 def use_cache_as_somebody_without_rights(folder: str) -> None:
-    """In a process of its own, which gives up its rights."""
+    """In a separate process, which drops its permissions."""
     os.setgid(65534)
     os.setuid(65534)
     os.environ["HOME"] = f"{folder}/home"

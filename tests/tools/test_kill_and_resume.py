@@ -1,4 +1,4 @@
-"""A training killed at a few moments; ``tests/kill_and_resume.py`` does it at as many as one likes."""
+"""A training killed at a few moments; ``tests/kill_and_resume.py`` can do it at more of them."""
 
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ def test_the_number_of_checkpoints_is_limited_and_the_last_one_is_never_removed(
     for keep in (1, 2):
         folder = tmp_path / str(keep)
         Run(folder, keep).train(0, 3)
-        # Killed before its latest checkpoint was named, begun anew, killed before an old one was removed.
+        # Killed before its latest checkpoint was named, started over, killed before an old one was removed.
         for start in (2, 0, 3):
             (folder / "model_0000000.pth").touch()
             Run(folder, keep).train(start, start + 1)
@@ -50,7 +50,7 @@ def test_the_number_of_checkpoints_is_limited_and_the_last_one_is_never_removed(
             assert last.is_file()
         run = Run(folder, keep)
         run.train(4, 6)
-        # What was there when it was begun anew is another run's, and stays.
+        # Checkpoints that existed when it started over are another run's and are kept.
         assert run.checkpointer.earlier == {f"model_{number:07d}.pth" for number in range(3 - keep, 3)}
         assert len({path.name for path in folder.glob("*.pth")} - run.checkpointer.earlier) == keep
 

@@ -215,7 +215,7 @@ def test_names_as_long_as_can_be(tmp_path, name):
 
 
 def test_temporary_files_of_unknown_processes_are_kept(tmp_path):
-    """Containers may share the host's name and count processes anew, so that numbers say nothing."""
+    """Containers may share the name of the host but not its process ids, so that an id proves nothing."""
     process = kill_while_writing(tmp_path / "file.txt")
     (written,) = tmp_path.iterdir()
     unknown = written.with_name(re.sub(r"-\d+-", "-999999-", written.name))

@@ -11,7 +11,7 @@ from processes import run_in_two_processes
 from spar_d2.evaluation import FeatureEvaluator, SemanticEvaluator
 from spar_d2.utils.processes import all_gather_when_done, gather_when_done, wait_for_all
 
-# What is given up after, as 10 or 30 minutes usually, and how much later the other process ends.
+# Seconds of the timeout, which is usually 10 or 30 minutes, and of the delay of the other process.
 LIMIT, LATER = 2, 4
 
 

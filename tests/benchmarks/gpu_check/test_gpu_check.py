@@ -63,7 +63,7 @@ def cells(row: str) -> list[str]:
 
 
 def check_record(record: Record) -> dict:
-    """Check what every part writes, and return the tables."""
+    """Check the record of a part, and return its tables."""
     found = json.loads(record.path.read_text())
     assert found["finished"] and found["failed"] == record.failed == []
     assert found["machine"]["torch"] == torch.__version__ and found["machine"]["timm"]

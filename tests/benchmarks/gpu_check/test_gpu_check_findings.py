@@ -1,4 +1,4 @@
-"""What the check of a GPU finds: attention by plain code, labels that are no tie, what is no number, waits."""
+"""Problems that the GPU check finds: plain attention, wrong labels, NaN and waits."""
 
 import warnings
 
