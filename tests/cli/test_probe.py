@@ -149,7 +149,7 @@ def test_training_stopped_by_ctrl_c_resumes(probe, work, monkeypatch, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(StepSeed, "before_step", press)
-        with pytest.raises(SystemExit, match="the same command with --resume"):
+        with pytest.raises(SystemExit, match="--resume"):
             probe("--rows", "single_pass")
     assert work["steps"] == 2
     probe("--rows", "single_pass", *["--resume"] * resume)
@@ -168,7 +168,7 @@ def test_ctrl_c_in_testing_keeps_the_probe_and_other_settings_start_over(probe, 
     def stop(*arguments, **keys):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command with --resume"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume"):
         patch.setattr(comparison.SemanticEvaluator, "process", stop)
         probe("--rows", "single_pass")
     assert work["steps"] == 4
@@ -181,21 +181,21 @@ def test_ctrl_c_in_testing_keeps_the_probe_and_other_settings_start_over(probe, 
 @pytest.mark.parametrize(
     ("arguments", "opts", "message"),
     [
-        (["--rows", "student"], [], "--rows student needs the student's weights: --student FILE"),
-        (["--student", "nowhere.safetensors"], [], "--student: nowhere.safetensors does not exist"),
-        ([], ["DATASETS.TRAIN", "('voc21_train',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "13"], "must be 21, the number"),
+        (["--rows", "student"], [], "--student FILE"),
+        (["--student", "nowhere.safetensors"], [], "--student: nowhere.safetensors"),
+        ([], ["DATASETS.TRAIN", "('voc21_train',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "13"], " 21"),
         (["--config-file", VOC], ["DATASETS.TEST", "('voc21',)"], "voc21_train: 0 of 1464 training images are prep"),
-        (["--config-file", "none.yaml"], [], "--config-file: there is no file none.yaml"),
-        ([], ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "12"], "MODEL.SEM_SEG_HEAD.NUM_CLASSES must be 13, the number"),
-        ([], ["DATASETS.TEST", "()"], "DATASETS.TEST must name a data set, got ()"),
-        ([], ["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "MODEL.META_ARCHITECTURE must be 'ProbeSegmentor'"),
-        ([], ["MODEL.SPAR.INFERENCE", "sliding_window"], "MODEL.SPAR.INFERENCE must be 'single_pass' here"),
-        ([], ["MODEL.WEIGHTS", "x.pth"], "MODEL.WEIGHTS must be '' here, got 'x.pth'"),
-        ([], ["SPAR.EMA_DECAY", "0.9"], "SPAR.EMA_DECAY must be 0.0 here, got 0.9"),
+        (["--config-file", "none.yaml"], [], "--config-file: "),
+        ([], ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "12"], "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),
+        ([], ["DATASETS.TEST", "()"], "DATASETS.TEST"),
+        ([], ["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "MODEL.META_ARCHITECTURE"),
+        ([], ["MODEL.SPAR.INFERENCE", "sliding_window"], "MODEL.SPAR.INFERENCE"),
+        ([], ["MODEL.WEIGHTS", "x.pth"], "MODEL.WEIGHTS"),
+        ([], ["SPAR.EMA_DECAY", "0.9"], "SPAR.EMA_DECAY"),
         (
             [],
             ["INPUT.RANDOM_FLIP", "horizontal", "SPAR.PROBE.CACHE_DIR", "x"],
-            "to precompute features, INPUT.RANDOM_FLIP",
+            "INPUT.RANDOM_FLIP",
         ),
     ],
 )

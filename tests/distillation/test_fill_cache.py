@@ -116,10 +116,10 @@ def test_the_tool_on_two_processes(cfg, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["SPAR.DATA.FROZEN", "False"], "SPAR.DATA.FROZEN must be True"),
-        (["SPAR.DATA.IMAGES", "nowhere"], "SPAR.DATA.IMAGES: nowhere does not exist"),
-        (["--processes", "0"], "--processes must be at least 1"),
-        (["--machine-rank", "1"], "--machine-rank must be in 0..0"),
+        (["SPAR.DATA.FROZEN", "False"], "SPAR.DATA.FROZEN"),
+        (["SPAR.DATA.IMAGES", "nowhere"], "SPAR.DATA.IMAGES: nowhere"),
+        (["--processes", "0"], "--processes"),
+        (["--machine-rank", "1"], "--machine-rank"),
     ],
 )
 def test_wrong_flags_of_the_tool_are_one_line(arguments, message, cfg, tmp_path, monkeypatch, capsys):
