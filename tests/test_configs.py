@@ -84,6 +84,7 @@ def test_recipes_state_time_memory_and_disk_space(path):
         assert lines and all("estimated" in line or "measured" in line for line in lines), word
 
 
+@pytest.mark.slow
 @every_recipe
 def test_shares_the_schedule(path):
     cfg = load(path)
@@ -95,6 +96,7 @@ def test_shares_the_schedule(path):
     assert cfg.OUTPUT_DIR == f"output/distill/{path.stem}"
 
 
+@pytest.mark.slow
 @every_recipe
 def test_inherits_its_recipe(path):
     cfg, recipe = load(path), recipe_of(path)

@@ -28,6 +28,7 @@ def with_tiny_model(code: str, tiny_model) -> str:
     return re.sub(r'"(student\.safetensors|laion2b_s34b_b88k)"', weights, code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "number"),
     [("README.md", 0), ("README.md", 1), ("docs/segmenting.md", 0), ("docs/elsewhere.md", 0), ("docs/deploying.md", 0)],

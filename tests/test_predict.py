@@ -60,6 +60,7 @@ def test_changed_weights_are_loaded_again(tiny_model):
     assert not np.array_equal(spar_d2.segment(image, "cat; dog; sky", *tiny_model, templates="simple").labels, before)
 
 
+@pytest.mark.slow
 def test_changed_shards_are_loaded_again(tiny_model, tmp_path):
     """Also where the time of a file is that of the one before."""
     image, shard = reference_image(32, 48), tmp_path / "model-00001-of-00001.safetensors"
@@ -143,6 +144,7 @@ def test_it_is_drawn_over_its_photo(tiny_model):
         result.draw(image[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16", "float16"])
 def test_labels_do_not_depend_on_autocast(tiny_model, precision):
     arguments = (reference_image(64, 80), "sky; cat; dog; tree", *tiny_model, "simple")

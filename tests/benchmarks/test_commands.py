@@ -64,6 +64,7 @@ def test_teacher_table_is_printed_and_written(benchmark, tmp_path, capsys):
         assert ratio == pytest.approx(1e3 * seconds / milliseconds, rel=0.02) and ratio > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -131,6 +131,7 @@ def test_only_the_first_windows_are_encoded(monkeypatch):
     assert seen[:2] == [3, 2] and sum(seen) % 5 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", ["no forward", "no room"])
 def test_without_a_straightforward_way(monkeypatch, why):
     def no_room(x: torch.Tensor) -> torch.Tensor:

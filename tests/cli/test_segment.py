@@ -388,6 +388,7 @@ def test_panoptic_models_are_drawn(demo, photo, video, panoptic_model, tmp_path,
     assert "random" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_segments_of_one_class_are_outlined(panoptic_model):
     cfg = load_config(str(PANOPTIC), ["MODEL.DEVICE", "cpu"])
     demo = PanopticDemo(cfg, ["overlay"], str(panoptic_model))
@@ -415,6 +416,7 @@ def test_outputs_that_panoptic_models_do_not_have_are_an_error(demo, photo, capf
     assert not any("Traceback" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["masks", "record"])
 @pytest.mark.parametrize("kind", ["photo", "video"])
 def test_masks_of_a_demo_that_looks_for_no_labels_are_refused(kind, wanted, photo, video, tmp_path):

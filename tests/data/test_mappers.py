@@ -134,6 +134,7 @@ def cfg():
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 @pytest.mark.parametrize("crop", ["", "relative_range", "absolute"])

@@ -200,6 +200,7 @@ REMEDIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["all", "image", "labels", "mask", "masks"])
 @pytest.mark.parametrize("kind", PLACES)
 def test_missing_parts_are_named(root, kind, missing):

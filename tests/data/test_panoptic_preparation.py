@@ -15,6 +15,9 @@ from spar_d2.data.preparation.panoptic import areas_and_boxes
 from spar_d2.data.preparation.registry import PREPARATIONS
 from spar_d2.utils.id_maps import as_colors
 
+# test_preparation.py and test_preparation_errors.py have quick tests of the same code.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def root(tmp_path, monkeypatch):

@@ -121,6 +121,7 @@ def test_more_images_than_the_data_set_has(root, monkeypatch, caplog):
     assert "ade20k has 2 validation images, but 3 were found" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_damaged_labels_are_named(name, form, root):
     tree(name, root, form)

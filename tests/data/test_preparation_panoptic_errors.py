@@ -1,4 +1,4 @@
-"""Official files of panoptic labels that are missing, damaged or of another data set; being stopped, and going on."""
+"""Missing, corrupt and wrong official files of panoptic labels; interrupted and resumed preparation."""
 
 import json
 import re
@@ -14,6 +14,8 @@ from label_trees import PANOPTIC, SIZES, official_files, tree, use_trees
 from spar_d2.data.preparation import MissingArchive, prepare, survey, writing
 from spar_d2.data.preparation.registry import PREPARATIONS
 
+# test_preparation.py and test_preparation_errors.py have quick tests of the same code.
+pytestmark = pytest.mark.slow
 SITES = {"c": "www.cityscapes-dataset.com", "a": "sceneparsing.csail.mit.edu"}
 
 

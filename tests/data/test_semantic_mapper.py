@@ -108,6 +108,7 @@ def test_labels_that_are_no_class_stop_the_training_of_detectron2s_heads(dataset
         next(iter(build_labeled_loader(cfg, 0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("last", "told"), [(255, 1), (1, 0)])
 def test_masks_of_0_and_255_are_one_warning(tmp_path, workers, last, told):

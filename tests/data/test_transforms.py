@@ -98,6 +98,7 @@ def test_enlarged_images_are_not_cropped_at_random():
     assert len({drawn(settings, 683, 1024)[1] for _ in range(50)}) > 10
 
 
+@pytest.mark.slow
 def test_chances_of_crop_and_flip():
     np.random.seed(0)
     for prob in (0.0, 0.3, 1.0):
@@ -109,6 +110,7 @@ def test_chances_of_crop_and_flip():
         assert np.mean(flipped) == pytest.approx(prob, abs=0.04)
 
 
+@pytest.mark.slow
 def test_sides_of_crops_are_drawn_evenly_and_on_their_own():
     np.random.seed(0)
     settings = {**PAPER, "scale_range": (1.0, 1.0), "crop_prob": 1.0, "side_multiple": 1}

@@ -23,6 +23,7 @@ def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone(ti
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_weight_files_of_torch(tiny_model, tmp_path, reference_clip, wrapper, prefix):

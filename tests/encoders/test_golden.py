@@ -23,6 +23,7 @@ def test_single_pass(name):
     check_features(name, reference_compat=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     golden_names("A_openclip-tiny_64x64") + golden_names("A_openclip-tiny_96x160") + golden_names("C_siglip-tiny"),

@@ -80,6 +80,7 @@ def test_the_native_size_is_a_multiple_of_the_patch_size():
     assert describe_encoder("ViT-SO400M-14-SigLIP-384").native_size == 378
 
 
+@pytest.mark.slow
 def test_text_tower_is_open_clips_and_canonicalises():
     tower = build_text_tower(TINY)
     open_clip.add_model_config(TINY)

@@ -73,6 +73,7 @@ def test_a_script_that_acts_when_it_is_loaded_does_not(tiny_model, tmp_path):
     assert not (tmp_path / "written").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prefix", ["_orig_mod.module.", "module._orig_mod.", "module.module.", "module.model.", "backbone."]
 )
@@ -86,6 +87,7 @@ def test_compiled_parts_are_found(tiny_model, tmp_path, state):
     assert holds(tiny_model, tmp_path / "w.pt", state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["teacher", "ema", "state_dict_ema", "model_ema", "model_state_dict", "student"])
 def test_a_container_is_opened_and_named(tiny_model, tmp_path, state, caplog, part):
     torch.save({part: state, "epoch": 3}, tmp_path / "w.pt")

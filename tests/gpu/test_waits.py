@@ -241,6 +241,7 @@ def ways_to_label(request, monkeypatch):
     monkeypatch.setitem(bands._BAND_BYTES, "other", 1 << 14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("thresholds", "what"),

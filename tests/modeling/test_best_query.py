@@ -197,6 +197,7 @@ def several_maps(device):
     return [ScoreMap(first, (50.5, 60.0)), ScoreMap(second, (50.0, 49.3), mirrored=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thresholds", [(0.0, None), (0.3, None), (0.0, 0.05), (0.3, 0.05)])
 @pytest.mark.parametrize("fused", ["0", "1"])
 def test_several_maps_on_a_gpu(small_bands, monkeypatch, fused, thresholds):

@@ -97,6 +97,7 @@ def test_numbers_that_are_no_weights_are_refused_anywhere_in_a_model(panoptic_cf
         DetectionCheckpointer(model).load(str(tmp_path / "bad.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [{"pixel_mean": (0.5, 0.5, 0.5)}, {"quick_gelu": True}])
 def test_a_student_that_expects_other_images_is_refused(model, tiny_model, tmp_path, choice):
     _, path = student_of(*tiny_model[:1], tmp_path, tiny_model[1], **choice)

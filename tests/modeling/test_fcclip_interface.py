@@ -35,16 +35,19 @@ def test_vectors_are_the_models_own(backbone, reference_clip):
     assert not torch.allclose(vectors.norm(dim=1), torch.ones(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("texts", ["cat", [], [3]])
 def test_texts_are_a_list(backbone, texts):
     with pytest.raises(ValueError, match="text_list"):
         backbone.get_text_classifier(texts, "cpu")
 
 
+@pytest.mark.slow
 def test_logit_scale_is_the_models_own(backbone, reference_clip):
     torch.testing.assert_close(backbone.clip_model.logit_scale, reference_clip.logit_scale.detach())
 
 
+@pytest.mark.slow
 def test_the_text_tower_is_none_of_the_backbones(backbone):
     names = set(backbone.state_dict())
     count = sum(1 for _ in backbone.parameters())
@@ -53,6 +56,7 @@ def test_the_text_tower_is_none_of_the_backbones(backbone):
     assert sum(1 for _ in backbone.parameters()) == count
 
 
+@pytest.mark.slow
 def test_masks_are_pooled_as_fc_clip_asks(backbone):
     """By its two ways: it pools over the map itself and asks for the rest, or hands over map and masks."""
     assert "convnext" in backbone.model_name.lower()
@@ -114,6 +118,7 @@ def test_a_segmentor_with_its_text_side_can_be_pickled_and_copied(tiny_cfg):
             assert again.backbone.get_text_classifier(TEXTS, "cpu").shape == (3, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SPARViT", "SPARPyramid"])
 def test_fc_clips_width_must_be_the_encoders(tiny_cfg, name):
     tiny_cfg.MODEL.BACKBONE.NAME = name

@@ -292,6 +292,7 @@ def test_lazy_config_and_yaml_give_the_same_head():
     assert repr(lazy) == repr(by_yaml)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

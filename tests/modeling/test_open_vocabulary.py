@@ -43,6 +43,7 @@ def test_batches_of_different_sizes_equal_single_images(model):
         assert torch.equal(labels, model([record])[0]["sem_seg_labels"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 20, 20), (20, 20), (4, 20, 20), (20, 20, 3)])
 def test_images_that_are_not_rgb_are_named(model, shape):
     with pytest.raises(ValueError, match=r'"image" must be \(3, H, W\)'):
@@ -54,6 +55,7 @@ def test_the_result_has_the_requested_size(model):
     assert model([record])[0]["sem_seg_labels"].shape == (35, 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "wanted"), [(336, 345), (112, 61), (448, 453), (64, 61), (400, 427)])
 def test_no_size_is_lost_to_rounding(model, given, wanted):
     record = {"image": torch.zeros(3, given, 64, dtype=torch.uint8), "height": wanted, "width": 64}
@@ -201,6 +203,7 @@ def repeated_classes():
     MetadataCatalog.pop(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["metadata", "set", "of the image"])
 def test_labels_are_the_numbers_of_the_data_set(tiny_cfg, model, repeated_classes, given):
     generator = torch.Generator().manual_seed(0)

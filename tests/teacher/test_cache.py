@@ -114,6 +114,7 @@ def test_irrelevant_settings_share_a_cache(same):
     assert teacher_key(used) == teacher_key(make_teacher())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "empty", "a bit", "text", "folder"])
 def test_a_damaged_entry_is_computed_again(damage, tmp_path, image, caplog):
     cache = TargetCache(tmp_path, make_teacher())

@@ -72,6 +72,7 @@ def test_any_size_gives_the_students_grid(encoder, size, compat):
     assert target.isfinite().all()
 
 
+@pytest.mark.slow
 def test_memory_does_not_hold_all_windows(encoder):
     """No more than a batch of windows is ever encoded at once."""
     batches = []
@@ -135,6 +136,7 @@ def test_sampled_targets_average_to_the_full_one_over_all_draws(encoder):
     torch.testing.assert_close(weight_mean, torch.ones_like(weight_mean), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", [1, 3, 8])
 def test_gradients_of_many_samples_average_to_the_full_one(windows):
     """The same for randomly drawn windows, within the remaining noise."""

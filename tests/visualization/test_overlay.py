@@ -151,6 +151,7 @@ def entries_of(count, name="class"):
     return list_classes([1 / count] * count, [f"{name} {n}" for n in range(count)], class_colors(count), range(count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("picture", [(16, 16), (480, 640), (640, 480), (1, 3000), (3000, 1), (4000, 6000)])
 @pytest.mark.parametrize("count", [1, 7, 200])
 def test_entries_of_a_legend_are_inside_and_do_not_overlap(picture, count):
