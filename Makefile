@@ -10,8 +10,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Several tests run at once with one thread each; three fill two cores, because slow ones wait for processes. Bytecode is kept whatever the
-# environment says, because each of many processes would compile all tests and modules again.
+# Several tests run at once with one thread each; three fill two cores, because slow ones wait for processes. Bytecode is
+# kept whatever the environment says, because each of many processes would compile all tests and modules again.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist worksteal
 
 .PHONY: setup lint test test-fast docs demo pictures clean
