@@ -31,6 +31,7 @@ LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for packag
 OUTSIDE = ("__init__", "__main__", "deprecated", "launcher", "model_zoo", "registration", "user_modules")
 # What plain PyTorch users rely on must not need Detectron2.
 WITHOUT_DETECTRON2 = [
+    "utils/content_cache.py",
     "utils/environment.py",
     "utils/errors.py",
     "utils/id_maps.py",
