@@ -38,6 +38,7 @@ WITHOUT_DETECTRON2 = [
     "utils/images.py",
     "utils/io.py",
     "utils/panoptic_numbers.py",
+    "utils/tables.py",
     "utils/transfer.py",
     "cli/__init__.py",
     "cli/__main__.py",
