@@ -44,7 +44,7 @@ def _with_share_of_peak(device: torch.device) -> Table:
 
     def share(measured: encoders.Measurement) -> str:
         peak = peak_tflops(name, measured.precision)
-        if peak is None or measured.flops is None:
+        if peak is None:
             return "-"
         return f"{measured.flops / measured.seconds / peak / 1e10:.0f} %"
 
