@@ -17,6 +17,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from spar_d2.data.semantic_mapper import transformed_labels
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.teacher import TargetCache
+from spar_d2.teacher.cache import target_file
 from spar_d2.utils.content_cache import digest, read_tensors
 from spar_d2.utils.images import read_labels
 from spar_d2.utils.io import signature, write_text
@@ -88,11 +89,12 @@ class FeatureStore(TargetCache):
         Raises:
             FloatingPointError: the features are NaN or infinite.
         """
+        entry = self.entry(image)
         try:
-            self.target(image)
+            self.target(image, entry)
         except FloatingPointError as error:
             raise FloatingPointError(f"the features of {image_file} are NaN or infinite") from error
-        self._index[stamp(image_file)] = str(self.path(image).relative_to(self.folder))
+        self._index[stamp(image_file)] = target_file(entry.key)
 
     @property
     def index(self) -> dict[str, str]:

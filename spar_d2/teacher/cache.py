@@ -66,16 +66,20 @@ class TargetCache(ContentCache):
         Raises:
             FloatingPointError: the target has NaN or infinite values.
         """
-        looked_up = looked_up or _look_up(self, image_key(image, self.teacher.encoder))
+        looked_up = looked_up or self.entry(image)
         cached = self.read(image, looked_up)
         if cached is not None:
             return cached
         # Encode the image alone, so that rounding does not depend on which other images are cached.
         return self.write(image, self.teacher.targets([image])[0], looked_up)
 
+    def entry(self, image: torch.Tensor) -> LookedUp:
+        """Look up the target of an image (3, H, W), normalized for the encoder."""
+        return _look_up(self, image_key(image, self.teacher.encoder))
+
     def path(self, image: torch.Tensor) -> Path:
         """Return the cache file of an image (3, H, W), normalized for the encoder."""
-        return self.folder / _file(image_key(image, self.teacher.encoder))
+        return self.folder / target_file(image_key(image, self.teacher.encoder))
 
     def look_up(self) -> TargetLookUp:
         """Return a function for data loader workers that reads cached targets ahead of training."""
@@ -83,7 +87,7 @@ class TargetCache(ContentCache):
 
     def read(self, image: torch.Tensor, looked_up: LookedUp | None = None) -> torch.Tensor | None:
         """Return the cached target (1, D, h, w) float32 on the device of the image, or None if missing or corrupt."""
-        target = (looked_up or _look_up(self, image_key(image, self.teacher.encoder))).target
+        target = (looked_up or self.entry(image)).target
         if target is None:
             self.misses += 1
             return None
@@ -103,7 +107,7 @@ class TargetCache(ContentCache):
         stored = half if half.isfinite().all() else target
         if self.writable:
             key = looked_up.key if looked_up else image_key(image, self.teacher.encoder)
-            self.try_save(_file(key), {_NAME: stored.cpu().contiguous()})
+            self.try_save(target_file(key), {_NAME: stored.cpu().contiguous()})
         return stored.float()
 
 
@@ -131,8 +135,9 @@ class TargetLookUp(ContentCache):
 
 
 def _look_up(files: ContentCache, key: str) -> LookedUp:
-    return LookedUp(key, files.load(_file(key), lambda tensors: tensors[_NAME]))
+    return LookedUp(key, files.load(target_file(key), lambda tensors: tensors[_NAME]))
 
 
-def _file(key: str) -> str:
+def target_file(key: str) -> str:
+    """Return the file of a cache key, relative to the folder of a teacher."""
     return f"{key[:2]}/{key}.safetensors"
