@@ -9,13 +9,13 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import encoders, postprocess, teacher
 from benchmarks.measure import describe_machine
-from benchmarks.tables import write_lines
 from spar_d2.encoders import build_encoder, describe_encoder
 from spar_d2.encoders.precision import PRECISIONS
 from spar_d2.encoders.registry import find_family
@@ -206,43 +206,34 @@ def run_loading(args: argparse.Namespace) -> None:
         if not args.images:
             list(tqdm(loading.draw_photos(Path(folder), PHOTOS), total=PHOTOS, desc="generating images", leave=False))
         args.device = cfg.MODEL.DEVICE
-        lines = [f"{title(args)}; {Path(args.config_file).name} {' '.join(args.opts)}".rstrip(), "", *loading.HEAD]
-        print("\n".join(lines), flush=True)
-        for workers in args.workers:
-            lines.append(loading.measure_loading(cfg, workers, args.steps).row())
-            print(lines[-1], flush=True)
-    if args.output:
-        write_lines(args.output, lines)
+        heading = f"{title(args)}; {Path(args.config_file).name} {' '.join(args.opts)}".rstrip()
+        measured = (loading.measure_loading(cfg, workers, args.steps) for workers in args.workers)
+        loading.TABLE.show(heading, {"loading": measured}, len(args.workers), args.output)
 
 
 def run_evaluator(args: argparse.Namespace) -> None:
     from benchmarks import semantic_evaluator as evaluator_speed
 
-    measure_on_one_core(args, evaluator_speed.HEAD, evaluator_speed.measure_evaluators)
+    measure_on_one_core(args, evaluator_speed, evaluator_speed.measure_evaluators)
 
 
 def run_panoptic(args: argparse.Namespace) -> None:
     from benchmarks import panoptic_evaluator as panoptic_speed
 
-    measure_on_one_core(args, panoptic_speed.HEAD, panoptic_speed.measure_panoptic)
+    measure_on_one_core(args, panoptic_speed, panoptic_speed.measure_panoptic)
 
 
-def measure_on_one_core(args: argparse.Namespace, head: Sequence[str], measure: Callable) -> None:
-    """Print a row for each result of ``measure(folder, images)``, and write them to the output file."""
+def measure_on_one_core(args: argparse.Namespace, benchmark: ModuleType, measure: Callable) -> None:
+    """Show the table of a benchmark with a row for each result of ``measure(folder, images)``."""
     import cv2
 
     check_at_least_one(args, "images")
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     args.device = "cpu"
-    lines = [title(args), "", *head]
-    print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for evaluation in measure(Path(folder), args.images):
-            lines.append(evaluation.row())
-            print(lines[-1], flush=True)
-    if args.output:
-        write_lines(args.output, lines)
+        measured = {"sizes": measure(Path(folder), args.images)}
+        benchmark.TABLE.show(title(args), measured, len(benchmark.CASES), args.output)
 
 
 def title(args: argparse.Namespace) -> str:

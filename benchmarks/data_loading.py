@@ -14,14 +14,21 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from PIL import Image
 
+from benchmarks.tables import Table
 from spar_d2.data.build import build_photo_loader
 from spar_d2.data.loaders import AHEAD
 from spar_d2.engine.interrupt import Interrupted
 from spar_d2.engine.trainer import Trainer
 
-HEAD = (
-    "| worker processes | images per step | loading alone, images/s | training, images/s | waiting for images |",
-    "|---:|---:|---:|---:|---:|",
+TABLE = Table(
+    {
+        "worker processes": lambda m: str(m.workers),
+        "images per step": lambda m: str(m.batch),
+        "loading alone, images/s": lambda m: f"{m.alone:.1f}",
+        "training, images/s": lambda m: f"{m.training:.2f}",
+        "waiting for images": lambda m: f"{100 * m.waiting:.1f} %",
+    },
+    left=0,
 )
 
 
@@ -42,11 +49,6 @@ class Loading:
     alone: float
     training: float
     waiting: float
-
-    def row(self) -> str:
-        """Format a row of the table."""
-        cells = (f"{self.alone:.1f}", f"{self.training:.2f}", f"{100 * self.waiting:.1f} %")
-        return f"| {self.workers} | {self.batch} | {' | '.join(cells)} |"
 
 
 class _Times(HookBase):

@@ -89,7 +89,7 @@ class Measurement:
     precision: str
     size: int
     cells: int
-    flops: int | None
+    flops: int
     seconds: float
     library_seconds: float | None
     peak: int | None
@@ -112,13 +112,12 @@ TABLE = Table(
         "KiB per token": lambda m: number(m.peak, 2**10 * m.cells),
     },
     always=(
-        "GFLOP: multiply-adds of convolutions, linear layers and attention, each counted as 2 (fvcore).",
+        "GFLOP: multiply-adds of convolutions, linear layers and attention, each counted as 2.",
         "ms: median of alternating passes of ours and the library; ratio: ours / library.",
         PEAK_NOTE,
         "KiB per token: peak memory per token; a constant value means that memory grows linearly with the tokens.",
     ),
     sometimes={
-        '"-" under GFLOP: fvcore is not installed.': lambda m: m.flops is None,
         f'"-" under library: {NO_LIBRARY}': lambda m: m.library_seconds is None,
         NO_PEAK: lambda m: m.peak is None,
     },
@@ -152,7 +151,7 @@ def measure_encoder(
     # Frozen, because autocast would keep copies of trainable weights until the end of the pass.
     encoder = build_encoder(name, dinov3_repo=dinov3_repo).requires_grad_(False).to(device)
     grids = [encoder.grid(size, size) for size in sizes]
-    flops = count_flops(encoder, [height * width for height, width in grids]) or [None] * len(sizes)
+    flops = count_flops(encoder, [height * width for height, width in grids])
     for precision in precisions:
         # Weights are converted to the precision, as in inference.
         ours = copy.deepcopy(encoder).accelerate(precision, compile).freeze()

@@ -14,13 +14,21 @@ import torch
 from detectron2.data import MetadataCatalog
 from PIL import Image
 
+from benchmarks.tables import Table
 from spar_d2.evaluation import PanopticEvaluator
 from spar_d2.evaluation.panoptic.coco_png import write_ids
 from spar_d2.utils.io import write_json
 
-HEAD = (
-    "| size | segments | ours s/1000 images | through PNGs s/1000 images | ratio | largest difference |",
-    "|---:|---:|---:|---:|---:|---:|",
+TABLE = Table(
+    {
+        "size": lambda m: f"{m.size[1]}x{m.size[0]}",
+        "segments": lambda m: str(m.segments),
+        "ours s/1000 images": lambda m: f"{1e3 * m.ours:.2f}",
+        "through PNGs s/1000 images": lambda m: f"{1e3 * m.plain:.1f}",
+        "ratio": lambda m: f"{m.plain / m.ours:.0f}x",
+        "largest difference": lambda m: f"{m.difference:.0e}",
+    },
+    left=0,
 )
 # Numbers of segments as in COCO images: few, typical, many.
 CASES = ((480, 640, 8), (480, 640, 20), (480, 640, 60))
@@ -42,11 +50,6 @@ class PanopticEvaluation:
     ours: float
     plain: float
     difference: float
-
-    def row(self) -> str:
-        """Format a row of the table."""
-        times = f"{1e3 * self.ours:.2f} | {1e3 * self.plain:.1f} | {self.plain / self.ours:.0f}x"
-        return f"| {self.size[1]}x{self.size[0]} | {self.segments} | {times} | {self.difference:.0e} |"
 
 
 @dataclass(frozen=True)

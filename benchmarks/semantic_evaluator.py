@@ -14,11 +14,20 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, SemSegEvaluator
 from PIL import Image
 
+from benchmarks.tables import Table
 from spar_d2.evaluation import SemanticEvaluator
 
-HEAD = (
-    "| size | classes | ours ms | Detectron2 ms | ratio | ours with boundary IoU ms | largest difference |",
-    "|---:|---:|---:|---:|---:|---:|---:|",
+TABLE = Table(
+    {
+        "size": lambda m: f"{m.size[1]}x{m.size[0]}",
+        "classes": lambda m: str(m.classes),
+        "ours ms": lambda m: f"{1e3 * m.ours:.1f}",
+        "Detectron2 ms": lambda m: f"{1e3 * m.theirs:.0f}",
+        "ratio": lambda m: f"{m.theirs / m.ours:.0f}x",
+        "ours with boundary IoU ms": lambda m: f"{1e3 * m.boundary:.1f}",
+        "largest difference": lambda m: f"{m.difference:.0e}",
+    },
+    left=0,
 )
 # Similar to COCO images with ADE20K's classes, and to Cityscapes images.
 CASES = (((480, 640), 150), ((1024, 2048), 19))
@@ -42,12 +51,6 @@ class Evaluation:
     theirs: float
     boundary: float
     difference: float
-
-    def row(self) -> str:
-        """Format a row of the table."""
-        times = f"{1e3 * self.ours:.1f} | {1e3 * self.theirs:.0f} | {self.theirs / self.ours:.0f}x"
-        size = f"{self.size[1]}x{self.size[0]} | {self.classes}"
-        return f"| {size} | {times} | {1e3 * self.boundary:.1f} | {self.difference:.0e} |"
 
 
 def measure_evaluators(folder: Path, images: int, device: torch.device | None = None) -> Iterator[Evaluation]:

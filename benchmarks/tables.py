@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,23 @@ class Table:
     """Columns and notes of a table.
 
     Attributes:
-        columns: functions from a measurement to the text of a cell, by column name. The first two columns are text, the
-            others are numbers.
+        columns: functions from a measurement to the text of a cell, by column name.
         always: notes below every table.
         sometimes: notes, with conditions on the measurements for which they are shown.
+        left: number of columns of text; the others are numbers.
     """
 
     columns: Mapping[str, Callable[[Any], str]]
-    always: Sequence[str]
-    sometimes: Mapping[str, Callable[[Any], bool]]
+    always: Sequence[str] = ()
+    sometimes: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+    left: int = 2
 
     @property
     def head(self) -> tuple[str, str]:
         """Header lines of the table."""
-        return f"| {' | '.join(self.columns)} |", f"|{'---|' * 2}{'---:|' * (len(self.columns) - 2)}"
+        # Rows are printed one by one, so that columns cannot be aligned as by spar_d2.utils.tables.
+        numbers = len(self.columns) - self.left
+        return f"| {' | '.join(self.columns)} |", f"|{'---|' * self.left}{'---:|' * numbers}"
 
     def row(self, measurement: Any) -> str:
         """Format a row."""
@@ -46,6 +49,10 @@ class Table:
         """Return the notes for a table of measurements, as a Markdown list."""
         applicable = [note for note, concerns in self.sometimes.items() if any(map(concerns, measurements))]
         return [f"- {note}" for note in (*self.always, *applicable)]
+
+    def _below(self, measurements: Sequence[Any]) -> list[str]:
+        notes = self.notes(measurements)
+        return ["", *notes] if notes else []
 
     def show(self, title: str, measurements: Mapping[str, Iterable[Any]], total: int, output: Path | None) -> None:
         """Print the table row by row, and write it to a file after every row.
@@ -67,9 +74,9 @@ class Table:
                     with tqdm.external_write_mode():
                         print(lines[-1], flush=True)
                     if output:
-                        write_lines(output, [*lines, "", *self.notes(done)])
+                        write_lines(output, [*lines, *self._below(done)])
                     progress.update()
-        print("", *self.notes(done), sep="\n")
+        print("".join(f"{line}\n" for line in self._below(done)), end="", flush=True)
 
 
 def number(value: float | None, unit: float = 1) -> str:

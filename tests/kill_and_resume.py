@@ -285,13 +285,14 @@ def damaged_entries(training: Training) -> list[str]:
     from spar_d2.engine.setup import load_config
     from spar_d2.modeling.build import teacher_from_config
     from spar_d2.teacher import TargetCache
-    from spar_d2.teacher.cache import load_target
+    from spar_d2.utils.content_cache import ContentCache
 
     # In a separate cache, because opening one removes temporary files, which are counted first.
     with tempfile.TemporaryDirectory() as folder:
         cache = TargetCache(folder, teacher_from_config(load_config(CONFIG, training.overrides())))
+    kept = ContentCache(training.cache, **cache.metadata)
     entries = training.cache.rglob("[!.]*.safetensors")
-    return [f"the cache entry {path} is damaged" for path in entries if load_target(path, cache.identity) is None]
+    return [f"the cache entry {path} is damaged" for path in entries if not kept.load(str(path), dict)]
 
 
 def _entries(training: Training) -> dict[str, dict[str, torch.Tensor]]:

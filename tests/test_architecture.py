@@ -27,12 +27,14 @@ LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for packag
 OUTSIDE = ("__init__", "__main__", "deprecated", "launcher", "model_zoo", "registration", "user_modules")
 # Parts for users of plain PyTorch, which must not need Detectron2.
 WITHOUT_DETECTRON2 = [
+    "utils/content_cache.py",
     "utils/environment.py",
     "utils/errors.py",
     "utils/id_maps.py",
     "utils/images.py",
     "utils/io.py",
     "utils/panoptic_numbers.py",
+    "utils/tables.py",
     "utils/transfer.py",
     "cli/__init__.py",
     "cli/__main__.py",

@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.gpu_check.record import write_json
 from benchmarks.gpu_check.runner import Outcome
 from benchmarks.tables import write_lines
+from spar_d2.utils.tables import format_table
 
 MARKDOWN, JSON = "gpu_check.md", "gpu_check.json"
 
@@ -24,11 +25,8 @@ def write_report(output: Path, outcomes: Sequence[Outcome]) -> bool:
     first = next((record for record in records if record), {})
     machine = first.get("machine", {})
     lines = ["# GPU check", "", f"{', '.join(_describe(machine))}; {first.get('date', 'no part began')}.", ""]
-    lines += ["| part | result | s | about |", "|---|---|---:|---|"]
-    lines += [
-        f"| {outcome.part.name} | {result} | {outcome.seconds:.0f} | {outcome.part.about} |"
-        for outcome, result in zip(outcomes, results)
-    ]
+    rows = [(o.part.name, result, f"{o.seconds:.0f}", o.part.about) for o, result in zip(outcomes, results)]
+    lines.append(format_table(["part", "result", "s", "about"], rows, left=4))
     for record in records:
         for title, table in record.get("tables", {}).items():
             lines += ["", f"## {title}", "", *table["head"], *table["rows"]]

@@ -44,7 +44,7 @@ def _with_share_of_peak(device: torch.device) -> Table:
 
     def share(measured: encoders.Measurement) -> str:
         peak = peak_tflops(name, measured.precision)
-        if peak is None or measured.flops is None:
+        if peak is None:
             return "-"
         return f"{measured.flops / measured.seconds / peak / 1e10:.0f} %"
 
@@ -96,10 +96,8 @@ def measure_labels(record: Record, settings: Settings) -> None:
     from benchmarks import semantic_evaluator as evaluator_speed
 
     with tempfile.TemporaryDirectory() as folder:
-        measured = evaluator_speed.measure_evaluators(Path(folder), settings.evaluated, settings.device)
-        for evaluation in measured:
-            values = dataclasses.asdict(evaluation)
-            record.add_row("Semantic evaluator", evaluator_speed.HEAD, evaluation.row(), values)
+        for evaluation in evaluator_speed.measure_evaluators(Path(folder), settings.evaluated, settings.device):
+            record.add("Semantic evaluator", evaluator_speed.TABLE, evaluation)
 
 
 def _free_bytes(device: torch.device) -> int:

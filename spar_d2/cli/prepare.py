@@ -12,6 +12,7 @@ from spar_d2.data.preparation import MissingArchive, prepare, survey
 from spar_d2.data.preparation.registry import GROUPS, PREPARATIONS
 from spar_d2.utils.environment import datasets_root
 from spar_d2.utils.errors import readable_errors
+from spar_d2.utils.tables import format_table
 
 ALL = "all"
 
@@ -34,7 +35,7 @@ def main() -> None:
     try:
         with readable_errors():
             if not args.names:
-                print(table(args.root))
+                print(status_table(args.root))
             for name in chosen(args.names, args.root):
                 done = prepare(name, args.root, args.partial, args.workers)
                 existing = done.images - done.written
@@ -80,12 +81,10 @@ def there(names: list[str], root: str | None) -> list[str]:
     return [state.name for state in states if not state.missing]
 
 
-def table(root: str | None) -> str:
+def status_table(root: str | None) -> str:
     """Return a status table of all data sets."""
-    rows = [("data set", "images", "prepared", "to do")]
+    rows = []
     for name in PREPARATIONS:
         state = survey(name, root)
         rows.append((name, f"{state.images}/{state.expected}", str(state.prepared), state.advice or "-"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([f"In {datasets_root(root)}:", *lines])
+    return f"In {datasets_root(root)}:\n{format_table(('data set', 'images', 'prepared', 'to do'), rows, 4, 'plain')}"

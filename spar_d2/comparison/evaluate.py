@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from spar_d2.comparison.protocol import config_for
 from spar_d2.comparison.tables import Score
 from spar_d2.encoders.weights import source_checksum
 from spar_d2.modeling.build import precision_from_config
+from spar_d2.utils.content_cache import ContentCache, digest
 from spar_d2.utils.io import signature, write_json
 
 logger = logging.getLogger(__name__)
@@ -48,7 +47,8 @@ def evaluate_methods(
     contents = {name: _content(DatasetCatalog.get(name)[:limit]) for name in datasets}
     # The checksums of weights are needed for every data set.
     read_once = functools.cache(source_checksum)
-    stored = {score.identity: score for score in _read(folder / FINISHED)}
+    finished = ContentCache(folder).load(FINISHED, lambda records: list(map(Score.from_plain, records))) or []
+    stored = {score.identity: score for score in finished}
     scores = []
     for method in methods:
         model = None
@@ -68,16 +68,6 @@ def evaluate_methods(
     return scores
 
 
-def _read(path: Path) -> list[Score]:
-    try:
-        return [Score.from_plain(record) for record in json.loads(path.read_text(encoding="utf-8"))]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("%s is corrupt (%s); starting over", path, error)
-        return []
-
-
 def _identity(cfg: CfgNode, method: Method, content: str, read: Callable[[str], str]) -> str:
     """Cache key of an evaluation: differs if its results may differ."""
     config = cfg.clone()
@@ -92,12 +82,11 @@ def _identity(cfg: CfgNode, method: Method, content: str, read: Callable[[str], 
     if spar.INFERENCE == "sliding_window":
         nodes.append(config.SPAR.TEACHER)
     files = (spar.ENCODER, spar.PRETRAINED, spar.DINOV3_BACKBONE, spar.VOCABULARY, spar.TEMPLATES, method.weights)
-    text = "\n".join([*map(str, nodes), *map(read, files), content])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest("\n".join([*map(str, nodes), *map(read, files), content]))[:16]
 
 
 def _content(records: list[dict]) -> str:
     """Checksum of the names, sizes and times of a data set's files."""
     files = (record[key] for record in records for key in ("file_name", "sem_seg_file_name"))
     lines = (" ".join(map(str, (file, *signature(file)))) for file in files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return digest("\n".join(lines))

@@ -20,6 +20,7 @@ from spar_d2.data.build import test_loader
 from spar_d2.evaluation import SemanticEvaluator
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
+from spar_d2.utils.tables import format_table
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,8 @@ def _synchronize(model: OpenVocabularySegmentor) -> None:
 
 def markdown_table(results: Sequence[Result], baseline: Result) -> str:
     """Format scores and run times as a Markdown table. Speed-ups are relative to ``baseline``."""
-    lines = ["| method | mIoU | pixel accuracy | seconds per image | speed-up |", "|---|---:|---:|---:|---:|"]
+    rows = []
     for result in results:
-        ratio = baseline.seconds_per_image / result.seconds_per_image
-        lines.append(
-            f"| {result.method.name} | {result.scores['mIoU']:.1f} | {result.scores['pACC']:.1f} "
-            f"| {result.seconds_per_image:.3f} | {ratio:.1f}x |"
-        )
-    return "\n".join(lines)
+        scores, seconds = [f"{result.scores[name]:.1f}" for name in ("mIoU", "pACC")], result.seconds_per_image
+        rows.append([result.method.name, *scores, f"{seconds:.3f}", f"{baseline.seconds_per_image / seconds:.1f}x"])
+    return format_table(["method", "mIoU", "pixel accuracy", "seconds per image", "speed-up"], rows)

@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import torch
 
 from spar_d2.evaluation import SemanticEvaluator
-from spar_d2.utils.io import atomic_write
+from spar_d2.utils.content_cache import ContentCache
 
 logger = logging.getLogger(__name__)
 
@@ -26,33 +25,28 @@ class Progress:
     """
 
     def __init__(self, path: Path, identity: str, period: float = 20.0) -> None:
-        self.path, self.identity, self.period = path, identity, period
+        self.path, self.period = path, period
+        self._files = ContentCache(path.parent, identity=identity)
         self._written = time.monotonic()
 
     def restore(self, evaluator: SemanticEvaluator) -> list[float]:
         """Restore the evaluator's counts, and return the run times of the processed images."""
-        if not self.path.is_file():
-            return []
-        try:
-            with safe_open(self.path, "np") as file:
-                if (file.metadata() or {}).get("identity") != self.identity:
-                    return []
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+
+        def restored(tensors: dict[str, torch.Tensor]) -> list[float]:
+            state = {name: tensor.numpy() for name, tensor in tensors.items()}
             seconds = state.pop("seconds").tolist()
             evaluator.load_state_dict(state)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            logger.warning("%s is corrupt (%s); starting over", self.path, error)
-            return []
-        logger.info("Resuming after %d images (%s)", len(seconds), self.path)
-        return seconds
+            logger.info("Resuming after %d images (%s)", len(seconds), self.path)
+            return seconds
+
+        return self._files.load(self.path.name, restored) or []
 
     def keep(self, evaluator: SemanticEvaluator, seconds: list[float], now: bool = False) -> None:
         """Write the progress if ``period`` has passed, or if ``now`` is set."""
         if not now and time.monotonic() - self._written < self.period:
             return
         state = {"seconds": np.asarray(seconds), **evaluator.state_dict()}
-        with atomic_write(self.path) as temporary:
-            save_file(state, temporary, {"identity": self.identity})
+        self._files.save(self.path.name, {name: torch.as_tensor(values) for name, values in state.items()})
         self._written = time.monotonic()
 
     def finish(self) -> None:

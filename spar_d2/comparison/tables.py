@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from spar_d2.data.datasets.catalog import BENCHMARKS
+from spar_d2.utils.tables import format_table
 
 _IN_MEAN = [name for name, benchmark in BENCHMARKS.items() if benchmark.in_mean]
 
@@ -61,15 +62,14 @@ def paper_table(scores: Sequence[Score], missing: Sequence[str] = ()) -> str:
     others = [score.dataset for score in scores if score.dataset not in _IN_MEAN]
     columns = [*_IN_MEAN, "Mean", *dict.fromkeys(others)]
     titles = [BENCHMARKS[name].title if name in BENCHMARKS else name for name in columns]
-    lines = []
+    parts = []
     for quantity, value, digits in (("mIoU", _miou, 1), ("seconds per image", _seconds, 3)):
-        lines += [f"| {quantity} | {' | '.join(titles)} |", f"|---|{'---:|' * len(titles)}"]
+        lines = []
         for method, row in rows.items():
             cells = [_mean(row, value) if name == "Mean" else _cell(row, name, value) for name in columns]
-            shown = ["-" if cell is None else f"{cell:.{digits}f}" for cell in cells]
-            lines.append(f"| {method} | {' | '.join(shown)} |")
-        lines.append("")
-    return "\n".join([*lines, *(f"- {note}" for note in _notes(scores, missing))])
+            lines.append([method, *("-" if cell is None else f"{cell:.{digits}f}" for cell in cells)])
+        parts.append(format_table([quantity, *titles], lines))
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in _notes(scores, missing))])
 
 
 def _rows(scores: Sequence[Score]) -> dict[str, dict[str, Score]]:

@@ -245,7 +245,7 @@ class DistillationHook(HookBase):
         shifts = torch.stack([self._shift(image) for image in missing])
         samples = self.teacher.samples([image.image for image in missing], self.windows_per_image, shifts)
         self._note_norms("the teacher's features", [sample.weighted_sum for sample in samples], missing)
-        self._count_windows(sum(min(self.windows_per_image, self._planned(image)) for image in missing))
+        self._count_windows(sum(sample.windows for sample in samples))
         remaining = iter(samples)
         return [next(remaining) if target is None else target for target in lookups]
 

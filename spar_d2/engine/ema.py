@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from detectron2.engine import HookBase
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class ModelEma(HookBase):
@@ -25,6 +26,7 @@ class ModelEma(HookBase):
         if not 0 < decay < 1:
             raise ValueError(f"SPAR.EMA_DECAY must be 0 (no EMA) or between 0 and 1, got {decay}")
         self.decay = decay
+        # torch.optim.swa_utils.AveragedModel would copy the whole model, including its frozen weights.
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._averages: dict[str, torch.Tensor] = {}
 
@@ -34,8 +36,7 @@ class ModelEma(HookBase):
 
     def after_step(self) -> None:
         new = [self._parameters[name].detach().float() for name in self._averages]
-        averages = list(self._averages.values())
-        torch._foreach_lerp_(averages, new, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
+        get_ema_multi_avg_fn(self.decay)(list(self._averages.values()), new, 0)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -14,12 +13,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.data.transforms import ResizeShortestEdge
-from safetensors import SafetensorError, safe_open
 
 from spar_d2.data.semantic_mapper import transformed_labels
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.teacher import TargetCache
-from spar_d2.teacher.keys import tensor_checksum
+from spar_d2.teacher.cache import target_file
+from spar_d2.utils.content_cache import digest, read_tensors
 from spar_d2.utils.images import read_labels
 from spar_d2.utils.io import signature, write_text
 
@@ -63,14 +62,12 @@ class FeatureStore(TargetCache):
         RuntimeError: features cannot be written; existing ones are kept.
     """
 
+    KEY = KEY
+
     def __init__(self, folder: str | os.PathLike, source: FeatureSource, reading: str) -> None:
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{KEY} must be a folder that can be created, got {folder}: {error}") from error
         super().__init__(folder, source)
-        self._index_file = self.folder / f"index_{hashlib.sha256(reading.encode()).hexdigest()[:16]}.json"
-        self._index = self._read_index()
+        self._index_name = f"index_{digest(reading)[:16]}.json"
+        self._index = self.load(self._index_name, lambda index: {str(k): str(v) for k, v in index.items()}) or {}
 
     def find(self, image_file: str) -> Path | None:
         """Return the feature file of an image in its current version, or None if there is none.
@@ -92,11 +89,12 @@ class FeatureStore(TargetCache):
         Raises:
             FloatingPointError: the features are NaN or infinite.
         """
+        entry = self.entry(image)
         try:
-            self.target(image)
+            self.target(image, entry)
         except FloatingPointError as error:
             raise FloatingPointError(f"the features of {image_file} are NaN or infinite") from error
-        self._index[stamp(image_file)] = str(self.path(image).relative_to(self.folder))
+        self._index[stamp(image_file)] = target_file(entry.key)
 
     @property
     def index(self) -> dict[str, str]:
@@ -110,21 +108,11 @@ class FeatureStore(TargetCache):
     def write_index(self) -> None:
         """Write the index to disk. Without it, images are read again, but not encoded again."""
         try:
-            write_text(json.dumps(self._index), self._index_file)
+            write_text(json.dumps(self._index), self.folder / self._index_name)
         except OSError as error:
-            logger.warning("%s cannot be written: %s", self._index_file, error)
+            logger.warning("%s: the index cannot be written: %s", KEY, error)
 
-    def _read_index(self) -> dict[str, str]:
-        try:
-            index = json.loads(self._index_file.read_text(encoding="utf-8"))
-            return {str(image): str(name) for image, name in index.items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, AttributeError) as error:
-            logger.warning("%s is corrupt (%s); images are read again", self._index_file, error)
-            return {}
-
-    def _stop_writing(self, reason: str) -> None:
+    def stop_writing(self, reason: str) -> None:
         # Training requires the features of all images.
         raise RuntimeError(f"{KEY}: features cannot be written to {self.folder}: {reason}. Choose another folder")
 
@@ -164,13 +152,10 @@ def read_features(path: str | os.PathLike) -> torch.Tensor:
         RuntimeError: the file is corrupt or does not exist.
     """
     try:
-        with safe_open(path, "pt") as file:
-            (name,) = file.keys()
-            stored, checksum = file.get_tensor(name), (file.metadata() or {}).get("checksum")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise RuntimeError(f"{_unreadable(path)}: {error}") from error
-    if tensor_checksum(stored) != checksum:
-        raise RuntimeError(f"{_unreadable(path)}: its checksum does not match")
+        (stored,) = read_tensors(path).values()
+    except (OSError, ValueError) as error:
+        remedy = "delete it and restart with --resume to compute it again"
+        raise RuntimeError(f"{KEY}: {path} cannot be read; {remedy}: {error}") from error
     return stored[0]
 
 
@@ -181,7 +166,3 @@ def stamp(file: str) -> str:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the file {file} of the data set does not exist") from error
     return f"{os.path.abspath(file)} {size} {changed}"
-
-
-def _unreadable(path: str | os.PathLike) -> str:
-    return f"{KEY}: {path} cannot be read; delete it and restart with --resume to compute it again"

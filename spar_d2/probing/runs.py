@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +30,7 @@ from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.probing.feature_loader import check_probing
 from spar_d2.probing.feature_store import stamp
 from spar_d2.probing.trainer import ProbeTrainer
+from spar_d2.utils.content_cache import ContentCache, digest
 from spar_d2.utils.images import read_labels
 from spar_d2.utils.io import write_json
 from spar_d2.visualization import draw_panels
@@ -127,7 +126,7 @@ def train_probe(cfg: CfgNode, method: Method, folder: Path, resume: bool) -> Pro
     # All rows are evaluated together after training.
     config.DATASETS.TEST = ()
     folder.mkdir(parents=True, exist_ok=True)
-    identity, previous = _identity(config), _read(folder / _RECORD)
+    identity, previous = _identity(config), ContentCache(folder).load(_RECORD, dict) or {}
     same = previous.get("identity") == identity
     trained = replace(method, weights=str(folder / _FINAL))
     if same and previous.get("finished") and (folder / _FINAL).is_file():
@@ -235,15 +234,4 @@ def _identity(cfg: CfgNode) -> str:
     filter_empty = config.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     records = cast("list[dict]", get_detection_dataset_dicts(config.DATASETS.TRAIN, filter_empty=filter_empty))
     files = [stamp(record[key]) for record in records for key in ("file_name", "sem_seg_file_name")]
-    return hashlib.sha256("\n".join([config.dump(), *weights, *files]).encode()).hexdigest()[:16]
-
-
-def _read(path: Path) -> dict:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        logger.warning("%s is corrupt (%s); starting over", path, error)
-        return {}
-    return record if isinstance(record, dict) else {}
+    return digest("\n".join([config.dump(), *weights, *files]))[:16]

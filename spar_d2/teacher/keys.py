@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from spar_d2.encoders import DenseEncoder
+from spar_d2.utils.content_cache import digest
 
 # Version of the target computation; increase it when targets change.
 _ALGORITHM = 1
@@ -35,14 +35,14 @@ class Teacher(Protocol):
 
 def teacher_key(teacher: Teacher) -> str:
     """Return a hash (32 hex digits) of the teacher's window, stride, precision, architecture and weights."""
-    digest = hashlib.sha256()
     settings = [str(getattr(teacher.encoder, name)) for name in _ENCODER_SETTINGS]
-    digest.update(json.dumps([_ALGORITHM, teacher.window, teacher.stride, *settings]).encode())
-    digest.update(json.dumps([_settings(name, part) for name, part in teacher.encoder.named_modules()]).encode())
+    parts: list[str | torch.Tensor] = [
+        json.dumps([_ALGORITHM, teacher.window, teacher.stride, *settings]),
+        json.dumps([_settings(name, part) for name, part in teacher.encoder.named_modules()]),
+    ]
     for name, tensor in teacher.encoder.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()[:32]
+        parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor]
+    return digest(*parts)[:32]
 
 
 def image_key(image: torch.Tensor, encoder: DenseEncoder) -> str:
@@ -67,19 +67,7 @@ def pixel_checksum(pixels: torch.Tensor) -> str:
 
 
 def _steps_checksum(steps: torch.Tensor) -> str:
-    digest = hashlib.sha256(f"{steps.dtype} {tuple(steps.shape)}".encode())
-    digest.update(_bytes(steps))
-    return digest.hexdigest()[:32]
-
-
-def tensor_checksum(tensor: torch.Tensor) -> str:
-    """Return a checksum (16 hex digits) of the values of a tensor."""
-    return hashlib.sha256(_bytes(tensor)).hexdigest()[:16]
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    # NumPy does not support bfloat16, so view the tensor as bytes.
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return digest(f"{steps.dtype} {tuple(steps.shape)}", steps)[:32]
 
 
 def _settings(name: str, module: nn.Module) -> list:

@@ -13,7 +13,7 @@ from torch import nn
 from spar_d2.encoders import DenseEncoder
 from spar_d2.encoders.base import check_images
 from spar_d2.encoders.image_sizes import Crop
-from spar_d2.teacher.stitch import stitch
+from spar_d2.teacher.stitch import WindowSelection, stitch
 from spar_d2.teacher.windows import WindowPlan
 
 
@@ -25,10 +25,12 @@ class SampledTarget:
         weighted_sum: (B, D, h, w) float32 estimate; its expected value is the full target.
         weight: (B, 1, h, w) float32 contribution of the sampled windows to each grid cell; 0 if no sampled window
             covers the cell. Its expected value is 1.
+        windows: number of windows that were encoded for it.
     """
 
     weighted_sum: torch.Tensor
     weight: torch.Tensor
+    windows: int = 0
 
 
 class SlidingWindowTeacher(nn.Module):
@@ -76,8 +78,8 @@ class SlidingWindowTeacher(nn.Module):
             ValueError: ``images`` is empty.
         """
         _check_any(images)
-        picks, factors = zip(*(_every_window(self.plan(*image.shape[-2:])) for image in images))
-        return [sample.weighted_sum for sample in self._encode_windows(images, picks, factors)]
+        parts = [WindowSelection.of_all(self.plan(*image.shape[-2:])) for image in images]
+        return [sample.weighted_sum for sample in self._encode_windows(images, parts)]
 
     def samples(self, images: Sequence[torch.Tensor], windows: int, shifts: torch.Tensor) -> list[SampledTarget]:
         """Encode randomly sampled, evenly spread windows of each image.
@@ -98,16 +100,15 @@ class SlidingWindowTeacher(nn.Module):
         if windows < 1:
             raise ValueError(f"windows must be at least 1, got {windows}")
 
-        def draw(plan: WindowPlan, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def draw(image: torch.Tensor, shift: torch.Tensor) -> WindowSelection:
+            plan = self.plan(*image.shape[-2:])
             if windows >= len(plan):
-                return _every_window(plan)
+                return WindowSelection.of_all(plan)
             picks = plan.spread(windows, shift[None])[0]
             # Weight by inverse probability for an unbiased estimate (Horvitz and Thompson, 1952).
-            return picks, 1 / (windows * plan.probability[picks])
+            return WindowSelection(plan, picks, 1 / (windows * plan.probability[picks]))
 
-        plans = (self.plan(*image.shape[-2:]) for image in images)
-        picks, factors = zip(*map(draw, plans, shifts))
-        return self._encode_windows(images, picks, factors)
+        return self._encode_windows(images, list(map(draw, images, shifts)))
 
     def sample(self, x: torch.Tensor, windows: int, generator: torch.Generator | None = None) -> SampledTarget:
         """Apply :meth:`samples` to images of one size, with random shifts.
@@ -131,14 +132,14 @@ class SlidingWindowTeacher(nn.Module):
             picks: (B, k) int64 window indices in the plan of each image.
             factors: (B, k) weights of the windows.
         """
-        return _together(self._encode_windows(x.unbind(), picks.unbind(), factors.unbind()))
+        plan = self.plan(*x.shape[-2:])
+        parts = [WindowSelection(plan, *part) for part in zip(picks, factors)]
+        return _together(self._encode_windows(x.unbind(), parts))
 
-    def _encode_windows(
-        self, images: Sequence[torch.Tensor], picks: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]
-    ) -> list[SampledTarget]:
+    def _encode_windows(self, images: Sequence[torch.Tensor], parts: Sequence[WindowSelection]) -> list[SampledTarget]:
         # Autocast of the training must not affect the targets, so that they can be cached.
         with torch.autocast(images[0].device.type, enabled=False):
-            return _encode(self.encoder, images, self.window, self.stride, picks, factors, self.batch_size)
+            return _encode(self.encoder, images, parts, self.batch_size)
 
 
 def sliding_window_features(
@@ -162,9 +163,8 @@ def sliding_window_features(
     """
     window, stride, batch_size = check_window(encoder, window, stride, batch_size)
     check_images(x)
-    picks, factors = _every_window(plan_windows(encoder, x.shape[-2], x.shape[-1], window, stride))
-    samples = _encode(encoder, x.unbind(), window, stride, [picks] * len(x), [factors] * len(x), batch_size)
-    return _together(samples).weighted_sum
+    part = WindowSelection.of_all(plan_windows(encoder, x.shape[-2], x.shape[-1], window, stride))
+    return _together(_encode(encoder, x.unbind(), [part] * len(x), batch_size)).weighted_sum
 
 
 def check_window(encoder: DenseEncoder, window: int | None, stride: int, batch_size: int) -> tuple[int, int, int]:
@@ -199,7 +199,7 @@ def plan_windows(encoder: DenseEncoder, height: int, width: int, window: int, st
     return _plan(max(height, window), max(width, window), window, stride, patch)
 
 
-# Each training step needs the plan of an image several times, and image sizes repeat.
+# Image sizes repeat, and plans keep their tensors.
 _plan = functools.lru_cache(maxsize=64)(WindowPlan)
 
 
@@ -208,31 +208,19 @@ def _check_any(images: Sequence[torch.Tensor]) -> None:
         raise ValueError("images must have at least one image (3, H, W), got none")
 
 
-def _every_window(plan: WindowPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices of all windows, and a weight of 1 for each window."""
-    return torch.arange(len(plan)), torch.ones(len(plan), dtype=torch.float64)
-
-
 @torch.no_grad()
 def _encode(
-    encoder: DenseEncoder,
-    images: Sequence[torch.Tensor],
-    window: int,
-    stride: int,
-    picks: Sequence[torch.Tensor],
-    factors: Sequence[torch.Tensor],
-    batch_size: int,
+    encoder: DenseEncoder, images: Sequence[torch.Tensor], parts: Sequence[WindowSelection], batch_size: int
 ) -> list[SampledTarget]:
-    sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-    plans = [plan_windows(encoder, *size, window, stride) for size in sizes]
-    grids = [target_grid(encoder, *size) for size in sizes]
-    stitched = stitch(encoder, images, plans, picks, factors, batch_size)
-    return [
-        SampledTarget(*(part[..., : grid[0], : grid[1]].contiguous() for part in parts))
-        for parts, grid in zip(stitched, grids)
-    ]
+    targets = []
+    for image, part, sums in zip(images, parts, stitch(encoder, images, parts, batch_size)):
+        rows, columns = target_grid(encoder, image.shape[-2], image.shape[-1])
+        weighted_sum, weight = (each[..., :rows, :columns].contiguous() for each in sums)
+        targets.append(SampledTarget(weighted_sum, weight, len(part)))
+    return targets
 
 
 def _together(samples: Sequence[SampledTarget]) -> SampledTarget:
     """Concatenate the targets of images of one size."""
-    return SampledTarget(torch.cat([s.weighted_sum for s in samples]), torch.cat([s.weight for s in samples]))
+    sums, weights = ([getattr(s, name) for s in samples] for name in ("weighted_sum", "weight"))
+    return SampledTarget(torch.cat(sums), torch.cat(weights), sum(s.windows for s in samples))

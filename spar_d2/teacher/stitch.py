@@ -27,9 +27,7 @@ def windows_at_once(encoder: DenseEncoder, window: int, device: torch.device) ->
 def stitch(
     encoder: DenseEncoder,
     images: Sequence[torch.Tensor],
-    plans: Sequence[WindowPlan],
-    picks: Sequence[torch.Tensor],
-    factors: Sequence[torch.Tensor],
+    parts: Sequence[WindowSelection],
     batch_size: int,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Encode selected windows of each image and compute the weighted sum of their features.
@@ -40,18 +38,15 @@ def stitch(
     Args:
         encoder: encoder; it runs without gradients.
         images: images (3, H, W) of any sizes, on one device.
-        plans: window plan of each image; at least as large as the image.
-        picks: (k,) int64 window indices in the plan of each image, on the CPU.
-        factors: (k,) window weights of each image, on the CPU.
+        parts: selected windows of each image, of one window size.
         batch_size: number of windows per batch; 0 chooses it automatically.
 
     Returns:
         For each image, the sum (1, D, rows, columns) float32 on the patch grid of its plan, and the same sum for a
         feature of ones (1, 1, rows, columns).
     """
-    device, window = images[0].device, plans[0].window
+    device, window = images[0].device, parts[0].plan.window
     batch_size = batch_size or windows_at_once(encoder, window, device)
-    parts = [_Part(*part) for part in zip(plans, picks, factors)]
     positions = torch.cat([part.positions(number) for number, part in enumerate(parts)])
     if encoder.has_fixed_shape:
         batch_size = min(batch_size, -(-len(positions) // _STEP) * _STEP)
@@ -61,7 +56,7 @@ def stitch(
     positions, *tensors = _send_all([positions, *(tensor for part in parts for tensor in part.tensors)], device)
     shares, weights = [tensors[i : i + 3] for i in range(0, len(tensors), 4)], tensors[3::4]
     positions = positions.long()
-    views = _window_views(images, plans, next(encoder.parameters()).dtype)
+    views = _window_views(images, [part.plan for part in parts], next(encoder.parameters()).dtype)
     # (X, Y, D) for each image, so that a range of rows is a range of columns of a matrix.
     sums = [torch.zeros(*part.grid[::-1], encoder.embed_dim, device=device) for part in parts]
     for begin in range(0, len(positions), batch_size):
@@ -79,12 +74,23 @@ def stitch(
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Selected windows of one image."""
+class WindowSelection:
+    """Selected windows of one image.
+
+    Attributes:
+        plan: window plan, at least as large as the image.
+        picks: (k,) int64 window indices in the plan, on the CPU.
+        factors: (k,) window weights, on the CPU.
+    """
 
     plan: WindowPlan
     picks: torch.Tensor
     factors: torch.Tensor
+
+    @classmethod
+    def of_all(cls, plan: WindowPlan) -> WindowSelection:
+        """Select all windows of a plan, with a weight of 1 each."""
+        return cls(plan, torch.arange(len(plan)), torch.ones(len(plan), dtype=torch.float64))
 
     def __len__(self) -> int:
         return len(self.picks)

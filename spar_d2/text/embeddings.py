@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -12,12 +11,10 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from spar_d2.text.vocabulary import Vocabulary
+from spar_d2.utils.content_cache import ContentCache, digest
 from spar_d2.utils.environment import cache_root
-from spar_d2.utils.io import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +56,8 @@ class TextEmbeddings:
         self.build_tower = build_tower
         self.identity = identity
         self.templates = tuple(templates)
-        self.cache_dir = _check_cache_dir(cache_dir)
+        folder = _check_cache_dir(cache_dir)
+        self._disk = ContentCache(folder, "cache_dir (MODEL.SPAR.TEXT_CACHE)") if folder else None
         self._memory: dict[str, torch.Tensor] = {}
 
     def __call__(self, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,20 +69,21 @@ class TextEmbeddings:
         queries = vocabulary.queries
         missing = [query for query in dict.fromkeys(queries) if query not in self._memory]
         if missing:
-            file = self.cache_dir / f"{self._key(missing)}.safetensors" if self.cache_dir else None
-            embeddings = _read(file, len(missing)) if file and file.is_file() else None
-            if embeddings is None:
-                embeddings = self._compute(missing)
-                if file:
-                    _write(file, embeddings)
-            self._memory.update(zip(missing, embeddings))
+            self._memory.update(zip(missing, self._load(missing)))
         return torch.stack([self._memory[query] for query in queries]), torch.tensor(vocabulary.query_class)
 
-    def _key(self, queries: list[str]) -> str:
+    def _load(self, queries: list[str]) -> torch.Tensor:
+        if self._disk is None:
+            return self._compute(queries)
         if callable(self.identity):
             self.identity = self.identity()
-        content = json.dumps([self.identity, self.templates, queries], ensure_ascii=False)
-        return hashlib.sha256(content.encode()).hexdigest()
+        name = digest(json.dumps([self.identity, self.templates, queries], ensure_ascii=False)) + ".safetensors"
+        # reshape() raises an error for another number of embeddings.
+        embeddings = self._disk.load(name, lambda tensors: tensors["text"].reshape(len(queries), -1))
+        if embeddings is None:
+            embeddings = self._compute(queries)
+            self._disk.try_save(name, {"text": embeddings})
+        return embeddings
 
     def _compute(self, queries: list[str]) -> torch.Tensor:
         logger.info("Encoding %d class names and synonyms with %d templates ...", len(queries), len(self.templates))
@@ -110,26 +109,6 @@ def _check_cache_dir(folder: str | os.PathLike | None) -> Path | None:
         logger.warning("Text embeddings are not cached on disk: %s (MODEL.SPAR.TEXT_CACHE, SPAR_CACHE)", error)
         return None
     return path
-
-
-def _read(file: Path, count: int) -> torch.Tensor | None:
-    try:
-        embeddings = load_file(file)["text"]
-        if embeddings.ndim == 2 and len(embeddings) == count:
-            return embeddings
-        error = f"{count} embeddings expected, got the shape {tuple(embeddings.shape)}"
-    except (SafetensorError, KeyError, OSError) as reason:
-        error = reason
-    logger.warning("The cached text embeddings %s are corrupt (%s); recomputing them.", file, error)
-    return None
-
-
-def _write(file: Path, embeddings: torch.Tensor) -> None:
-    try:
-        with atomic_write(file) as temporary:
-            save_file({"text": embeddings}, temporary)
-    except OSError as error:
-        logger.warning("Failed to cache text embeddings in %s (%s).", file.parent, error)
 
 
 def default_cache_dir() -> Path:

@@ -202,7 +202,8 @@ def file_lock(folder: str | os.PathLike) -> Iterator[None]:
     """
     with open(Path(folder) / LOCK, "w") as file:
         try:
-            # lockf, unlike flock, is not inherited by forked processes.
+            # lockf, unlike the flock of the filelock package, is not inherited by data loader workers, which may
+            # outlive a killed run.
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:

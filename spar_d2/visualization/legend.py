@@ -1,4 +1,4 @@
-"""Layout of legends."""
+"""Layout of legends. Those of matplotlib have one text per entry, and their size is known only when they are drawn."""
 
 from __future__ import annotations
 

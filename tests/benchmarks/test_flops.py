@@ -1,7 +1,6 @@
 """Counted operations against a formula, and against PyTorch's own counter."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -48,9 +47,3 @@ def test_counter_of_pytorch_at_other_sizes(family):
     assert count_flops(encoder, cells) == expected
     assert count_flops(encoder.accelerate("bfloat16", compile=True), cells) == expected
     assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.state_dict().items())
-
-
-def test_without_fvcore(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "fvcore"] + ["fvcore"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    assert count_flops(example_encoder("DINOv3"), [4]) is None

@@ -91,6 +91,19 @@ def test_sliding_window_inference_is_the_teacher(tiny_cfg):
     assert torch.equal(model.encode(image), expected)
 
 
+@pytest.mark.parametrize(("mean", "std"), [([0.0] * 3, [1.0] * 3), ([103.5, 116.3, 123.7], [57.4, 57.1, 58.4])])
+def test_the_encoder_gets_its_own_normalization_from_any_statistics(mean, std, tiny_cfg):
+    tiny_cfg.MODEL.PIXEL_MEAN, tiny_cfg.MODEL.PIXEL_STD, tiny_cfg.INPUT.FORMAT = mean, std, "RGB"
+    model = build_model(tiny_cfg).eval()
+    image = torch.randint(0, 256, (3, 40, 50)).float()
+    before = image.clone()
+    encoder = model.backbone.encoder
+    pixel_mean, pixel_std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
+    torch.testing.assert_close(model.encoder_input(image)[0], (image / 255 - pixel_mean) / pixel_std)
+    model.encode(image)
+    assert torch.equal(image, before)
+
+
 def test_class_names_of_the_test_set_are_the_default(tiny_cfg):
     tiny_cfg.DATASETS.TEST = ("spar_scenes_val",)
     assert build_model(tiny_cfg).vocabulary.names[:2] == ["grass", "sand"]

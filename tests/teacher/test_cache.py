@@ -94,7 +94,7 @@ def other_teachers() -> dict[str, SlidingWindowTeacher]:
 def test_a_cache_of_another_teacher_is_never_read(tmp_path, image):
     identities = {name: teacher_key(teacher) for name, teacher in other_teachers().items()}
     own = TargetCache(tmp_path, make_teacher())
-    assert len({own.identity, *identities.values()}) == len(identities) + 1, identities
+    assert len({own.folder.name, *identities.values()}) == len(identities) + 1, identities
     own.target(image)
     for teacher in other_teachers().values():
         assert TargetCache(tmp_path, teacher).read(image) is None

@@ -26,6 +26,7 @@ from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
 from spar_d2.utils.io import write_json, write_text
+from spar_d2.utils.tables import format_table
 
 TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"
 TEACHERS = ["all", "cached", "16", "8", "4"]
@@ -87,14 +88,11 @@ def distill(config_file: str, folder: Path, teacher: str, rate: float, seed: int
     return result
 
 
-def table(results: dict[tuple[str, float, int], dict], args: argparse.Namespace) -> str:
+def markdown(results: dict[tuple[str, float, int], dict], args: argparse.Namespace) -> str:
     """Format the results; the best learning rate on the tuning images is bold."""
-    lines = [
-        "| windows per image | learning rate | mIoU (tune) | mIoU (val), seeds "
-        + ", ".join(map(str, args.seeds))
-        + " | mean mIoU | teacher windows per run | seconds per run |",
-        "|---:|---:|---:|---|---:|---:|---:|",
-    ]
+    seeds = f"mIoU (val), seeds {', '.join(map(str, args.seeds))}"
+    columns = ["windows per image", "learning rate", "mIoU (tune)", seeds, "mean mIoU"]
+    rows = []
     for teacher in args.teachers:
 
         def tuned(rate: float, teacher: str = teacher) -> float:
@@ -105,13 +103,11 @@ def table(results: dict[tuple[str, float, int], dict], args: argparse.Namespace)
             runs = [results[teacher, rate, seed] for seed in args.seeds]
             scores = [run[VAL] for run in runs]
             mark = "**" if rate == best else ""
-            lines.append(
-                f"| {teacher} | {mark}{rate:g}{mark} | {tuned(rate):.1f} "
-                f"| {' / '.join(f'{score:.1f}' for score in scores)} | {mark}{statistics.mean(scores):.1f}{mark} "
-                f"| {statistics.mean(run['windows'] for run in runs):,.0f} "
-                f"| {statistics.median(run['seconds'] for run in runs):.0f} |"
-            )
-    return "\n".join(lines)
+            cells = [teacher, f"{mark}{rate:g}{mark}", f"{tuned(rate):.1f}"]
+            cells += [" / ".join(f"{score:.1f}" for score in scores), f"{mark}{statistics.mean(scores):.1f}{mark}"]
+            cells.append(f"{statistics.mean(run['windows'] for run in runs):,.0f}")
+            rows.append([*cells, f"{statistics.median(run['seconds'] for run in runs):.0f}"])
+    return format_table([*columns, "teacher windows per run", "seconds per run"], rows, left=0)
 
 
 def main() -> None:
@@ -124,7 +120,7 @@ def main() -> None:
         for seed, rate, teacher in tqdm(combinations, desc="runs", unit="run"):
             folder = args.output / f"{teacher}_rate{rate:g}_seed{seed}"
             results[teacher, rate, seed] = distill(args.config_file, folder, teacher, rate, seed)
-        text = table(results, args)
+        text = markdown(results, args)
         write_text(text + "\n", args.output / "table.md")
     print(f"\n{text}\n\nBold: best learning rate on the tuning images. Results are in {args.output}.")
 

@@ -21,6 +21,7 @@ from spar_d2.engine.trainer import Trainer
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
 from spar_d2.utils.io import as_json, write_text
+from spar_d2.utils.tables import format_table
 from spar_d2.visualization import draw_panels
 
 STUDENT = Path("output/demo/student.safetensors")
@@ -81,10 +82,8 @@ def fine_tune(cfg: CfgNode, args: argparse.Namespace, name: str) -> tuple[dict[s
 
 def markdown(scores: dict[str, dict[str, float]]) -> str:
     """Format the scores as a table with one row per encoder."""
-    lines = [f"| encoder | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
-    for name, values in scores.items():
-        lines.append(f"| {name} | {' | '.join(f'{values[column]:.1f}' for column in COLUMNS)} |")
-    return "\n".join(lines)
+    rows = [[name, *(f"{values[column]:.1f}" for column in COLUMNS)] for name, values in scores.items()]
+    return format_table(["encoder", *COLUMNS], rows)
 
 
 @torch.no_grad()

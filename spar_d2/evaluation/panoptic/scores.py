@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spar_d2.utils.tables import format_table
+
 _GROUPS = ("All", "Things", "Stuff")
 
 
@@ -64,14 +66,13 @@ class PanopticCounts:
 
 def score_table(scores: Mapping[str, Mapping], names: Mapping[int, str] | None = None) -> str:
     """Format :meth:`PanopticCounts.scores` in percent, as a table; with ``names``, one row per category is added."""
-    rows = [(name, scores[name], f"{scores[name]['n']:>10}") for name in _GROUPS]
-    rows += [(name, scores["per_class"][category], "") for category, name in (names or {}).items()]
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"{'':{width}} {'PQ':>7} {'SQ':>7} {'RQ':>7} {'categories':>11}"]
-    for name, values, count in rows:
-        numbers = " ".join(f"{100 * values[key]:7.2f}" for key in ("pq", "sq", "rq"))
-        lines.append(f"{name:{width}} {numbers}  {count}".rstrip())
-    return "\n".join(lines)
+    groups = [(name, scores[name]) for name in _GROUPS]
+    groups += [(name, scores["per_class"][category]) for category, name in (names or {}).items()]
+    rows = [
+        [name, *(f"{100 * values[key]:.2f}" for key in ("pq", "sq", "rq")), str(values.get("n", ""))]
+        for name, values in groups
+    ]
+    return format_table(["", "PQ", "SQ", "RQ", "categories"], rows, style="plain")
 
 
 def _named(values: np.ndarray) -> dict[str, float]:
