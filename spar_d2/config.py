@@ -43,6 +43,9 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.MODEL.SPAR.DINOV3_BACKBONE = ""
     # For DINOv3.txt: use the patch tokens of the "backbone", as the SPAR authors do, or those of the vision "head".
     cfg.MODEL.SPAR.DINOV3_TOKENS = "backbone"
+    # For timm's ViTs (DINOv2, DINOv3, ...): "tokens" for the patch tokens after the final norm, or "value" to reduce
+    # the attention of the last block to the value path, as for OpenCLIP's ViTs; "" means "tokens".
+    cfg.MODEL.SPAR.READOUT = ""
     # Reproduce the reference code of the SPAR authors at image sizes that are not a multiple of the patch size (crop,
     # resize or pad, depending on the encoder family). OpenCLIP position embeddings are then not resampled if the patch
     # grid has the pre-training number of patches in another shape.

@@ -18,6 +18,7 @@ from spar_d2.encoders import DenseEncoder, EncoderSpec
 from spar_d2.encoders.precision import AUTO, PRECISIONS, resolve_precision
 from spar_d2.encoders.registry import build, check_has_text
 from spar_d2.encoders.weight_files import files_of
+from spar_d2.modeling.example_embeddings import ClassVectors, class_vectors, needs_text
 from spar_d2.modeling.pixels import PixelConversion
 from spar_d2.modeling.postprocessing import segment_features
 from spar_d2.modeling.words import text_embeddings
@@ -86,7 +87,8 @@ def segment(
     Args:
         image: file name, PIL image, or (H, W, 3) uint8 RGB array.
         vocabulary: a vocabulary, a list of class names, inline text ("cat, kitten; dog; sky"), the name of a built-in
-            vocabulary, or a file; see :meth:`spar_d2.text.Vocabulary.of`.
+            vocabulary, or a file; see :meth:`spar_d2.text.Vocabulary.of`. For classes by example, an examples file or
+            the result of :meth:`spar_d2.text.Vocabulary.from_examples`.
         encoder, pretrained, dinov3_repo, dinov3_backbone, pixel_mean, pixel_std, quick_gelu, pretrained_part: see
             :func:`spar_d2.encoders.build_encoder`.
         templates: see :func:`spar_d2.text.load_templates`.
@@ -113,7 +115,8 @@ def segment(
         quick_gelu=quick_gelu,
         pretrained_part=_as_text("pretrained_part", pretrained_part),
     )
-    check_has_text(spec.name)
+    if needs_text(vocabulary):
+        check_has_text(spec.name)
     if precision not in (*PRECISIONS, AUTO):
         raise ValueError(f"precision must be one of {', '.join((*PRECISIONS, AUTO))}; got {precision!r}")
     device = _device(device)
@@ -125,14 +128,14 @@ def segment(
     signatures = tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
     loaded = _load(spec, templates, device, precision, signatures)
     model = loaded.encoder
-    text, query_class = loaded.text(vocabulary)
+    classes = loaded.class_vectors(vocabulary)
     # An autocast context of the caller must not change the precision.
     with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-        features = model(loaded.pixels(pixels[None].float()))[0]
+        features = classes.centered(model(loaded.pixels(pixels[None].float()))[0])
     padded = (features.shape[1] * model.patch_size, features.shape[2] * model.patch_size)
     scale = model.logit_scale if logit_scale is None else logit_scale
     size = (pixels.shape[1], pixels.shape[2])
-    arguments = (features, text, query_class, size, padded, scale, prob_threshold, area_threshold)
+    arguments = (features, classes.vectors, classes.query_class, size, padded, scale, prob_threshold, area_threshold)
     labels = segment_features(*arguments).cpu().numpy()
     areas = np.bincount(labels.ravel(), minlength=len(vocabulary)) / labels.size
     class_areas = {name: float(area) for name, area in zip(vocabulary.names, areas) if area > 0}
@@ -171,7 +174,7 @@ def _read(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
 
 
 class _Loaded:
-    """A model on its device, with the text embeddings of the last vocabulary."""
+    """A model on its device, with the class vectors of the last vocabulary."""
 
     def __init__(self, encoder: DenseEncoder, embeddings: TextEmbeddings, device: str) -> None:
         self.encoder = encoder
@@ -180,13 +183,20 @@ class _Loaded:
         self._embeddings, self._device = embeddings, device
         self._vocabulary: Vocabulary | None = None
 
-    def text(self, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return text embeddings (Q, D) and the class index of each embedding (Q,)."""
+    def class_vectors(self, vocabulary: Vocabulary) -> ClassVectors:
+        """Return the vectors of all classes, on the device."""
         if vocabulary != self._vocabulary:
-            text, query_class = self._embeddings(vocabulary)
-            self._text = text.to(self._device), query_class.to(self._device)
+            self._classes = class_vectors(vocabulary, self._embeddings, self._encode).to(self._device)
             self._vocabulary = vocabulary
-        return self._text
+        return self._classes
+
+    @torch.no_grad()
+    def _encode(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[float, float]]:
+        patch = self.encoder.patch_size
+        x = torch.tensor(pixels).to(self._device).permute(2, 0, 1)[None].float()
+        with torch.autocast(x.device.type, enabled=False):
+            features = self.encoder(self.pixels(x))[0]
+        return features, (features.shape[1] * patch, features.shape[2] * patch)
 
 
 @functools.lru_cache(maxsize=1)

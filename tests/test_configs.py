@@ -72,7 +72,8 @@ def test_sides_and_windows_fit_the_encoder(path):
 
 
 def test_each_encoder_has_each_recipe():
-    assert sorted(DISTILL) == [path for path in FILES if path.parent.name == "distill"]
+    others = {ROOT / "configs/distill/dinov2_vit_s_14_small.yaml"}
+    assert sorted(DISTILL) == [path for path in FILES if path.parent.name == "distill" and path not in others]
 
 
 @every_recipe

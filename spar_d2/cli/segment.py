@@ -42,6 +42,12 @@ def parse_args() -> argparse.Namespace:
         f"one of {', '.join(Vocabulary.built_in())} (default: MODEL.SPAR.VOCABULARY)",
     )
     add(
+        "--examples",
+        default="",
+        metavar="FILE",
+        help="examples file (*.yaml) that defines the classes by regions of images, instead of --vocabulary",
+    )
+    add(
         "--output",
         default="output/segmented",
         metavar="PATH",
@@ -111,6 +117,12 @@ def config(args: argparse.Namespace) -> CfgNode:
     folder = Path(args.output).parent if is_file_name(args.output) else args.output
     # Quoted, because yacs would parse names such as "2024" as numbers.
     overrides = [*args.opts, "OUTPUT_DIR", repr(str(folder))]
+    if args.examples:
+        if args.vocabulary:
+            raise ValueError("--examples and --vocabulary must not be used together: both define the classes")
+        if not args.examples.endswith((".yaml", ".yml")):
+            raise ValueError(f"--examples must be an examples file (*.yaml), got {args.examples}")
+        args.vocabulary = args.examples
     if args.vocabulary:
         overrides += ["MODEL.SPAR.VOCABULARY", repr(args.vocabulary)]
     cfg = load_config(args.config_file, overrides)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from spar_d2.data.datasets.catalog import BENCHMARKS
 from spar_d2.encoders.registry import find_family
 from spar_d2.text import Vocabulary
+from spar_d2.text.examples import ExampleVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +51,30 @@ def config_for(cfg: CfgNode, dataset: str) -> CfgNode:
 
 
 def check_vocabulary(cfg: CfgNode, dataset: str) -> None:
-    """Raise ``ValueError`` if the configured vocabulary and the data set differ in their number of classes."""
-    vocabulary = cfg.MODEL.SPAR.VOCABULARY
+    """Check the configured vocabulary against a test data set.
+
+    Test images that are also examples of the vocabulary cause a warning.
+
+    Raises:
+        ValueError: vocabulary and data set differ in their number of classes.
+    """
+    if not cfg.MODEL.SPAR.VOCABULARY or cfg.MODEL.SPAR.OUTPUT == "features":
+        return
+    vocabulary = Vocabulary.load(cfg.MODEL.SPAR.VOCABULARY)
     names = MetadataCatalog.get(dataset).get("stuff_classes", [])
-    if vocabulary and cfg.MODEL.SPAR.OUTPUT != "features" and (count := len(Vocabulary.load(vocabulary))) != len(names):
+    if len(vocabulary) != len(names):
         raise ValueError(
-            f"MODEL.SPAR.VOCABULARY has {count} classes, but {dataset!r} has {len(names)}: "
+            f"MODEL.SPAR.VOCABULARY has {len(vocabulary)} classes, but {dataset!r} has {len(names)}: "
             "the vocabulary must have one class for each class of the data set, in the same order"
         )
+    if isinstance(vocabulary, ExampleVocabulary):
+        examples = {os.path.realpath(file) for file in vocabulary.files}
+        shared = [r["file_name"] for r in DatasetCatalog.get(dataset) if os.path.realpath(r["file_name"]) in examples]
+        if shared:
+            logger.warning(
+                "MODEL.SPAR.VOCABULARY: %d test images of %s are examples of the classes (%s, ...); "
+                "scores on them are too high",
+                len(shared),
+                dataset,
+                shared[0],
+            )

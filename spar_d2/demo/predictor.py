@@ -97,8 +97,8 @@ class Demo:
             if self.vocabulary is None:
                 raise ValueError(f"the test data set has no class names; name the classes, for example {EXAMPLE}")
             self.names = self.vocabulary.names
-            # Compute text embeddings now, so that the first image is not slower.
-            self.model.embeddings(self.vocabulary)
+            # Compute the class vectors now, so that the first image is not slower.
+            self.model.class_vectors(self.vocabulary)
         self.colors = self._class_colors()
 
     def _set_look(self, cfg: CfgNode, shown: Sequence[str], alpha: float) -> None:

@@ -260,15 +260,15 @@ class DenseEncoder(nn.Module, ABC):
             return "frozen"
         return FIXED_SHAPE if self.has_fixed_shape else "inference"
 
-    def _of_grid(self, grid: tuple[int, int], make: Callable[[], Tensors]) -> Tensors:
+    def _of_grid(self, grid: tuple[int, int], make: Callable[[], Tensors], kind: str = "") -> Tensors:
         """Cache the result of ``make`` for the last few grids (h, w).
 
-        The result must depend on nothing but the grid, and has no gradient.
+        The result must depend on nothing but the grid, and has no gradient. ``kind`` distinguishes results.
         """
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             # Tracing compares two traces, and a cache hit would make the second one different.
             return make()
-        return self._grids.get((*grid, self._precision), next(self.parameters()), make)
+        return self._grids.get((*grid, self._precision, kind), next(self.parameters()), make)
 
     def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager:
         if self._precision is None:

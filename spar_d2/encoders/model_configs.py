@@ -143,6 +143,7 @@ def _read_version(path: str, version: tuple) -> tuple[dict, dict]:
     config = {key: value for key, value in config.items() if key != "preprocess_cfg"}
     try:
         _check(config)
+        config = _with_norm_eps(config)
         if not isinstance(preprocess, dict):
             raise ValueError(f"preprocess_cfg must be a JSON object, got {preprocess!r}")
         bounds = {"mean": float("-inf"), "std": 0.0}
@@ -169,6 +170,23 @@ def _check(config: Mapping) -> None:
     vision = config["vision_cfg"]
     if side_of(vision.get("patch_size", 16)) > side_of(vision.get("image_size", 224)):
         raise ValueError("vision_cfg.patch_size must not be greater than vision_cfg.image_size")
+
+
+def _with_norm_eps(config: dict) -> dict:
+    """Convert ``layer_norm_eps`` (of the model or a tower) to open_clip's ``norm_kwargs``."""
+    config = dict(config)
+    shared = {"layer_norm_eps": config.pop("layer_norm_eps")} if "layer_norm_eps" in config else {}
+    for part in _NUMBERS:
+        tower = {**shared, **config[part]}
+        if "layer_norm_eps" not in tower:
+            continue
+        eps = tower.pop("layer_norm_eps")
+        if not isinstance(eps, float) or not 0 < eps < 1:
+            raise ValueError(f"{part}.layer_norm_eps must be a number between 0 and 1, got {eps!r}")
+        if any(key.startswith(("timm_", "hf_model")) for key in tower):
+            raise ValueError(f"{part}.layer_norm_eps must not be set for a tower of timm or transformers")
+        config[part] = {**tower, "norm_kwargs": {**(tower.get("norm_kwargs") or {}), "eps": eps}}
+    return config
 
 
 def _check_number(name: str, value: object) -> None:

@@ -152,6 +152,7 @@ class OpenCLIPFamily(EncoderFamily):
 
     name = "open_clip ViT"
     marks = ("visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding")
+    toy = "toy/tiny_clip.json"
 
     def claims(self, name: str) -> bool:
         return _is_plain_vit(model_config(name))

@@ -16,6 +16,7 @@ import torch
 
 from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.origin import Conventions, Triple
+from spar_d2.encoders.refusals import refusal
 from spar_d2.encoders.settling import origin_of, pixel_statistics, settled
 from spar_d2.encoders.text_tower import TextTower
 
@@ -36,6 +37,7 @@ class EncoderSpec:
     pixel_std: Sequence[float] | None = None
     quick_gelu: bool | None = None
     pretrained_part: str = ""
+    readout: str = ""
 
     def __post_init__(self) -> None:
         # Specs are keys of caches, so they must be hashable.
@@ -72,16 +74,22 @@ class EncoderFamily(ABC):
     Attributes:
         name: short name of the family.
         marks: state dict keys that distinguish the weight files of the family from those of other families.
+        toy: a tiny model for tests and tutorials: model name, or model config file in the folder ``configs``.
+        absent: state dict keys that weight files of the family never have.
         has_text: whether the models have a text tower.
         file_format: default format of weight files, see :mod:`spar_d2.encoders.convert`.
         timm_prefix: key prefix of the image trunk if it is a timm model, else "".
+        readouts: allowed values of ``EncoderSpec.readout`` other than "".
     """
 
     name: str
     marks: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    toy: str = ""
     has_text: bool = True
     file_format: str = "open_clip"
     timm_prefix: str = ""
+    readouts: tuple[str, ...] = ()
 
     @abstractmethod
     def claims(self, name: str) -> bool:
@@ -134,13 +142,15 @@ def find_family(name: str) -> EncoderFamily:
     """Return the family of a model name.
 
     Raises:
-        ValueError: the name is unknown; the message suggests similar names.
+        ValueError: the name is unknown or its model is not supported; the message suggests similar names or says why.
     """
     if not isinstance(name, str):
         raise ValueError(f"MODEL.SPAR.ENCODER must be a string, got {name!r}")
     for family in FAMILIES.values():
         if family.claims(name):
             return family
+    if reason := refusal(name):
+        raise ValueError(f"MODEL.SPAR.ENCODER: {name!r} is not supported: {reason}")
     known = [candidate for family in FAMILIES.values() for candidate in family.names()]
     by_lower = {candidate.lower(): candidate for candidate in known}
     near = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)]
@@ -158,9 +168,9 @@ def find_family(name: str) -> EncoderFamily:
 def nearest_family(tensors: Tensors) -> EncoderFamily | None:
     """Return the family whose weight files have the most similar keys, or None."""
 
-    def score(family: EncoderFamily) -> int:
-        keys = family.from_file(tensors)
-        return sum(mark in keys for mark in family.marks)
+    def score(family: EncoderFamily) -> float:
+        keys = family.from_file(tensors).keys()
+        return sum(mark in keys for mark in family.marks) / len(family.marks) if keys.isdisjoint(family.absent) else 0
 
     best = max(FAMILIES.values(), key=score)
     return best if score(best) else None
@@ -177,6 +187,7 @@ def build_encoder(
     pixel_std: Sequence[float] | None = None,
     quick_gelu: bool | None = None,
     pretrained_part: str = "",
+    readout: str = "",
 ) -> DenseEncoder:
     """Build a dense image encoder.
 
@@ -195,6 +206,8 @@ def build_encoder(
             with, three floats each; None uses the metadata of the weight file, or else the defaults of tag or model.
         quick_gelu: whether the activation is QuickGELU (open_clip ViTs only); None as for ``pixel_mean``.
         pretrained_part: which weights to load from a file that holds several sets ("ema", "teacher", ...).
+        readout: for encoders without text tower of timm: "tokens" (default) for the patch tokens after the final norm,
+            or "value" for the value path of the last block.
 
     Returns:
         The encoder on the CPU, in eval mode, with all parameters trainable.
@@ -216,6 +229,7 @@ def build_encoder(
             pixel_std=pixel_std,
             quick_gelu=quick_gelu,
             pretrained_part=pretrained_part,
+            readout=readout,
         )
     )
 
@@ -223,6 +237,11 @@ def build_encoder(
 def build(spec: EncoderSpec) -> DenseEncoder:
     """Build an encoder from its specification, see :func:`build_encoder`."""
     family = find_family(spec.name)
+    if spec.readout not in ("", *family.readouts):
+        allowed = ", ".join(family.readouts) or 'empty ("")'
+        raise ValueError(
+            f"readout (MODEL.SPAR.READOUT) must be {allowed} for {spec.name} ({family.name}); got {spec.readout!r}"
+        )
     spec = settled(spec, family)
     encoder = family.build(spec).eval()
     encoder.pixel_mean, encoder.pixel_std = pixel_statistics(spec)

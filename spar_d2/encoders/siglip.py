@@ -84,7 +84,7 @@ class SigLIPEncoder(DenseEncoder):
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         tokens, grid, _ = self._embed(x)
         tokens = last(self._run_blocks(self.blocks, tokens))
-        return to_map(_pool_each(self.pool, self.trunk.norm(tokens)), grid)
+        return to_map(pool_each(self.pool, self.trunk.norm(tokens)), grid)
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         trunk = self.trunk
@@ -101,7 +101,7 @@ class SigLIPEncoder(DenseEncoder):
         return block(tokens)
 
 
-def _pool_each(pool: AttentionPoolLatent, tokens: torch.Tensor) -> torch.Tensor:
+def pool_each(pool: AttentionPoolLatent, tokens: torch.Tensor) -> torch.Tensor:
     """Apply the pooling layer with each token attending only to itself: (B, N, C) to (B, N, D)."""
     half = pool.kv.out_features // 2
     bias = None if pool.kv.bias is None else pool.kv.bias[half:]
@@ -127,7 +127,8 @@ def _checked_trunk(visual: nn.Module) -> VisionTransformer:
     return trunk
 
 
-def _is_siglip(config: dict | None) -> bool:
+def is_siglip(config: dict | None) -> bool:
+    """Return whether an open_clip config describes a SigLIP model."""
     vision = (config or {}).get("vision_cfg", {})
     timm_name = str(vision.get("timm_model_name", ""))
     return "siglip" in timm_name and vision.get("timm_pool") == "map" and vision.get("timm_proj") == "none"
@@ -135,7 +136,7 @@ def _is_siglip(config: dict | None) -> bool:
 
 @functools.cache
 def _names() -> list[str]:
-    return model_names(_is_siglip)
+    return model_names(is_siglip)
 
 
 class SigLIPFamily(EncoderFamily):
@@ -143,10 +144,12 @@ class SigLIPFamily(EncoderFamily):
 
     name = "SigLIP"
     marks = ("visual.trunk.attn_pool.kv.weight", "visual.trunk.pos_embed")
+    toy = "toy/tiny_pooled.json"
+    absent = ("visual.trunk.cls_token",)
     timm_prefix = _TRUNK
 
     def claims(self, name: str) -> bool:
-        return _is_siglip(model_config(name))
+        return is_siglip(model_config(name))
 
     def names(self) -> list[str]:
         return _names()

@@ -24,6 +24,7 @@ def encoder_spec(cfg: CfgNode) -> EncoderSpec:
         pixel_std=spar.PIXEL_STD,
         quick_gelu=spar.QUICK_GELU,
         pretrained_part=spar.PRETRAINED_PART,
+        readout=spar.READOUT,
     )
 
 

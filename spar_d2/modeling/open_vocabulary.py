@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
@@ -16,9 +18,11 @@ from spar_d2.modeling.backbone import DENSE, SPARViT
 from spar_d2.modeling.banded_upsampling import ScoreMap, covered_size
 from spar_d2.modeling.build import encoder_spec
 from spar_d2.modeling.dense_inference import DenseInference, check_choice
+from spar_d2.modeling.example_embeddings import ClassVectors, class_vectors, encoder_pixels, needs_text
 from spar_d2.modeling.postprocessing import cosine_scores, score_probabilities, segment_scores
 from spar_d2.modeling.words import text_embeddings
 from spar_d2.text import TextEmbeddings, Vocabulary
+from spar_d2.text.examples import ExampleVocabulary
 from spar_d2.utils.registering import registered
 
 OUTPUTS = ("labels", "scores", "features")
@@ -43,6 +47,8 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         inference: inference mode, "single_pass" or "sliding_window".
         window, stride, window_batch: settings of the sliding window. A window of 0 means the pre-training image size of
             the encoder; a window_batch of 0 is chosen from the window size.
+        example_size: shortest side and maximum longest side, in pixels, that the images of classes by example are
+            resized to; a shortest side of 0 means their original size.
 
     Raises:
         ValueError: an argument has an invalid value.
@@ -65,6 +71,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         window: int = 0,
         stride: int = 24,
         window_batch: int = 0,
+        example_size: Sequence[int] = (0, 0),
     ) -> None:
         super().__init__()
         if not isinstance(backbone, SPARViT):
@@ -78,14 +85,15 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.output = output
         self._set_inference_mode(inference, window, stride, window_batch)
-        self._text: dict[Vocabulary, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._text: dict[tuple[Vocabulary, int], ClassVectors] = {}
+        self.example_size = tuple(example_size)
         self._set_inference_settings(vocabulary, logit_scale, prob_threshold, area_threshold)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
         settings = _inference_settings(cfg)
-        if settings["vocabulary"] is not None:
+        if needs_text(settings["vocabulary"]):
             check_has_text(spar.ENCODER)
         return {
             "backbone": build_backbone(cfg),
@@ -98,6 +106,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
             "window": teacher.WINDOW,
             "stride": teacher.STRIDE,
             "window_batch": teacher.BATCH_SIZE,
+            "example_size": (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
         }
 
     def set_vocabulary(self, vocabulary: Vocabulary | str | list | None) -> None:
@@ -189,7 +198,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
     @torch.no_grad()
     def read(self, maps: list[ScoreMap], inputs: dict, size: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Convert the score maps of an image to the output of :meth:`forward`."""
-        _, query_class = self._text_vectors(inputs)
+        query_class = self._text_vectors(inputs).query_class
         if self.output == "scores":
             classes = len(self._vocabulary_of(inputs))
             return {"sem_seg": score_probabilities(maps, query_class, size, self.logit_scale, classes)}
@@ -197,7 +206,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         return {"sem_seg_labels": segment_scores(*arguments)}
 
     def _score_map(self, inputs: dict, features: torch.Tensor, size: tuple[int, int], mirrored: bool) -> ScoreMap:
-        text, _ = self._text_vectors(inputs)
+        classes = self._text_vectors(inputs)
         height, width = inputs["image"].shape[-2:]
         # Result pixels that the feature grid covers: those of the padded image. As in the reference code,
         # REFERENCE_COMPAT stretches the grid over the result instead.
@@ -205,7 +214,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         covered = size
         if not encoder.reference_compat:
             covered = covered_size(encoder.grid(height, width), encoder.patch_size, (height, width), size)
-        return ScoreMap(cosine_scores(features, text), covered, mirrored)
+        return ScoreMap(cosine_scores(classes.centered(features), classes.vectors), covered, mirrored)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Compute the features (D, h, w) that inference uses for an image (3, H, W) in ``INPUT.FORMAT``, 0..255."""
@@ -223,17 +232,37 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
             dense.update(zip(same, maps))
         return [dense[index] for index in range(len(images))]
 
-    def _text_vectors(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return text embeddings (Q, D) and class indices (Q,) for an image, on the model's device."""
-        vocabulary = self._vocabulary_of(inputs)
-        if vocabulary not in self._text:
+    def _text_vectors(self, inputs: dict) -> ClassVectors:
+        """Return the class vectors for an image, on the model's device."""
+        return self.class_vectors(self._vocabulary_of(inputs))
+
+    def class_vectors(self, vocabulary: Vocabulary) -> ClassVectors:
+        """Return the cached class vectors of a vocabulary, on the model's device."""
+        # Class vectors of examples depend on the weights, which training changes in place.
+        by_example = isinstance(vocabulary, ExampleVocabulary)
+        version = sum(p._version for p in self.backbone.encoder.parameters()) if by_example else 0
+        key = (vocabulary, version)
+        if key not in self._text:
             # Keep the last few vocabularies: the images of a batch may alternate between them.
             while len(self._text) >= _VOCABULARIES_KEPT:
                 self._text.pop(next(iter(self._text)))
-            text, query_class = self.embeddings(vocabulary)
-            device = self.pixel_mean.device
-            self._text[vocabulary] = text.to(device), query_class.to(device)
-        return self._text[vocabulary]
+            self._text[key] = class_vectors(vocabulary, self.embeddings, self._encode_example).to(
+                self.pixel_mean.device
+            )
+        return self._text[key]
+
+    @torch.no_grad()
+    def _encode_example(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[float, float]]:
+        """Encode an RGB image (H, W, 3) uint8 at the size of test images, see :func:`class_vectors`."""
+        height, width = pixels.shape[:2]
+        if self.example_size[0]:
+            size = T.ResizeShortestEdge.get_output_shape(height, width, *self.example_size)
+            pixels = T.ResizeTransform(height, width, *(max(side, 1) for side in size)).apply_image(pixels)
+        encoder = self.backbone.encoder
+        x = encoder_pixels(encoder, pixels, self.pixel_mean.device)
+        features = self.dense_maps(x)[0]
+        size = (x.shape[-2], x.shape[-1])
+        return features, covered_size(features.shape[1:], encoder.patch_size, size, (height, width))
 
     def _vocabulary_of(self, inputs: dict) -> Vocabulary:
         vocabulary = inputs.get("vocabulary") or self.vocabulary

@@ -7,8 +7,12 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spar_d2.text.examples import ExampleVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +100,8 @@ class Vocabulary:
         Args:
             source: name of a built-in vocabulary; or path of a UTF-8 file with one class per line and synonyms
                 separated by ", "; or inline text with classes separated by ";" or newlines and synonyms separated by
-                "," ("cat, kitten; dog; sky"). Blank lines and empty classes are ignored.
+                "," ("cat, kitten; dog; sky"). Blank lines and empty classes are ignored. A path that ends in ".yaml" is
+                an examples file, see :meth:`from_examples`.
 
         Raises:
             FileNotFoundError: ``source`` looks like a path (ends in ".txt", or starts with "/", "./" or "../") but does
@@ -107,6 +112,8 @@ class Vocabulary:
             classes = _read(_BUILT_IN / f"{source}.txt")
             names = ["background", *(synonyms[0] for synonyms in classes[1:])] if source in _WITH_BACKGROUND else None
             return cls(classes, names=names)
+        if source.endswith((".yaml", ".yml")):
+            return cls.from_examples(source)
         is_path = source.endswith(".txt") or source.startswith(("/", "./", "../"))
         if is_path or (not re.search("[;,\n]", source) and os.path.isfile(source)):
             return cls.from_file(source)
@@ -128,6 +135,34 @@ class Vocabulary:
         if isinstance(words, Vocabulary):
             return words
         return cls.load(words) if isinstance(words, str) else cls(words)
+
+    @staticmethod
+    def from_examples(
+        classes: str | os.PathLike | Mapping | Sequence, clusters: int = 1, center: bool = False
+    ) -> ExampleVocabulary:
+        """Define classes by examples: regions of images, for encoders without text tower or classes without a word.
+
+        The vector of a class is the mean of the encoder's dense features inside the regions of its examples.
+
+        Args:
+            classes: an examples file (YAML) with the keys "classes", "clusters" and "center"; or a dict from class name
+                to examples; or a list of classes. A class is a dict with "name", and "examples" or "words" or both;
+                "words" are class names and synonyms for the text tower. An example is a dict with "image" (file), and
+                "mask" (label map of the size of the image) with "value" (default: all values except 0), "boxes"
+                ([[x0, y0, x1, y1], ...]) or "points" ([[x, y], ...]), in pixels.
+            clusters: number of vectors of each class, found by k-means; more than one describes classes that look
+                different in different images.
+            center: subtract the mean feature of all example images from class vectors and dense features.
+
+        Raises:
+            FileNotFoundError: a file does not exist.
+            ValueError: an entry is not valid; the message names it.
+        """
+        from spar_d2.text.examples import load_examples, parse_examples
+
+        if isinstance(classes, (str, os.PathLike)):
+            return load_examples(classes)
+        return parse_examples(classes, clusters, center)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> Vocabulary:

@@ -91,9 +91,23 @@ def test_a_name_must_be_a_text():
         build_encoder(None)
 
 
-def test_models_that_open_clip_knows_but_that_are_no_plain_vit_are_refused():
-    with pytest.raises(ValueError, match="unknown encoder 'RN50'"):
-        build_encoder("RN50")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("RN50", "RN50.*open_clip is a ResNet"),
+        ("ViTamin-B", "vitamin_base_224"),
+        ("MobileCLIP-S1", "fastvit_mci1"),
+        ("coca_ViT-B-32", "attentional pooling"),
+        ("resnet50", r"resnet\.py.*vision_transformer\.py"),
+        ("vit_relpos_small_patch16_224", r"vision_transformer_relpos\.py"),
+        ("vit_small_patch14_dinov2.lvd142m", r"MODEL\.SPAR\.PRETRAINED to 'lvd142m'"),
+        ("vit_small_patch16_rope_mixed_224", "rotations that differ between blocks"),
+        ("vit_base_mci_224", r"vision_transformer_hybrid\.py"),
+    ],
+)
+def test_models_without_one_feature_per_patch_are_refused_with_the_reason(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        build_encoder(name)
 
 
 def test_missing_weight_files_and_unknown_tags(tiny_model):

@@ -118,7 +118,7 @@ def test_the_authors_spelling_means_the_same_blocks(encoder):
 
 
 # Parameters of a block that each name stands for, as prefixes of the library's names.
-IN_BLOCK = {"qkv": {"attn.in_proj_", "attn.qkv", "attn.q_", "attn.v_"}, "mlp": {"mlp."}}
+IN_BLOCK = {"qkv": {"attn.in_proj_", "attn.qkv", "attn.q_", "attn.k_", "attn.v_"}, "mlp": {"mlp."}}
 
 
 @pytest.mark.parametrize("word", sorted(IN_BLOCK))
@@ -127,8 +127,10 @@ def test_names_for_parts_of_a_block(encoder, word, index):
     names = set_trainable(encoder, f"{word}_{index}")
     inner = {name for name, p in encoder.blocks[index].named_parameters() if p.requires_grad}
     assert len(names) == len(inner) > 0
-    expected = {name for name, _ in encoder.blocks[index].named_parameters() if name.startswith(tuple(IN_BLOCK[word]))}
-    assert inner == expected
+    used = {id(encoder.get_parameter(name)) for name in set_trainable(encoder, "all")}
+    set_trainable(encoder, f"{word}_{index}")
+    block = encoder.blocks[index].named_parameters()
+    assert inner == {name for name, p in block if name.startswith(tuple(IN_BLOCK[word])) and id(p) in used}
     learns(encoder, names)
 
 
@@ -178,7 +180,8 @@ def test_files_of_the_library_lead_back_to_the_family(encoder, family):
         if name != "authors":  # their prefix goes when a file is read
             file = as_format(state, family, name)
             assert family.from_file(file).keys() == state.keys()
-            assert nearest_family(file) is family
+            # Trunks of timm may belong to any family of timm's ViTs.
+            assert nearest_family(file) in (family, *[FAMILIES["timm ViT"]] * (name == "timm"))
 
 
 def test_state_dict_round_trip(encoder):

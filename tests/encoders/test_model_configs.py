@@ -5,7 +5,7 @@ import json
 import pytest
 
 from reference import ROOT, TINY_CONFIG
-from spar_d2.encoders import build_encoder, describe_encoder
+from spar_d2.encoders import build_encoder, build_text_tower, describe_encoder
 
 POOLED = json.loads((ROOT / "configs/toy/tiny_pooled.json").read_text())
 
@@ -41,6 +41,9 @@ WRONG = [
     (TINY_CONFIG, ("preprocess_cfg",), 3, "preprocess_cfg must be a JSON object"),
     (TINY_CONFIG, ("preprocess_cfg",), {"mean": [0.5]}, "preprocess_cfg.mean must be three numbers"),
     (TINY_CONFIG, ("preprocess_cfg",), {"std": [0.5, 0, 1]}, "preprocess_cfg.std must be three numbers above 0"),
+    (TINY_CONFIG, ("vision_cfg", "layer_norm_eps"), 0, "vision_cfg.layer_norm_eps must be a number between 0 and 1"),
+    (TINY_CONFIG, ("layer_norm_eps",), "1e-5", "layer_norm_eps must be a number between 0 and 1"),
+    (POOLED, ("vision_cfg", "layer_norm_eps"), 1e-5, "vision_cfg.layer_norm_eps"),
     (POOLED, ("vision_cfg", "timm_model_name"), 7, "timm_model_name must be a string"),
     (POOLED, ("vision_cfg", "timm_model_name"), "vit_no_such_siglip", "vit_no_such_siglip"),
 ]
@@ -60,3 +63,14 @@ def test_nested_without_end(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="not valid JSON"):
         build_encoder(str(tmp_path / "deep.json"))
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"), [(("layer_norm_eps",), (1e-3, 1e-3)), (("text_cfg", "layer_norm_eps"), (1e-5, 1e-3))]
+)
+def test_layer_norm_eps_reaches_the_towers(tmp_path, place, expected):
+    path = tmp_path / f"norm-eps-{len(place)}.json"
+    path.write_text(json.dumps(with_value(TINY_CONFIG, place, 1e-3)))
+    image, text = build_encoder(str(path)), build_text_tower(str(path)).model
+    assert (image.visual.ln_post.eps, text.ln_final.eps) == expected
+    assert {block.ln_1.eps for block in image.blocks} == {expected[0]}

@@ -51,10 +51,13 @@ def test_frozen_blocks_are_cast_for_a_while_and_weights_stay(encoder):
     set_trainable(encoder, "last_blocks:1")
     encoder.train()
     x, before = torch.randn(1, 3, 70, 100), copy.deepcopy(encoder.state_dict())
+    # Squares of layer-normalized features have a constant sum, so their gradient is rounding noise.
+    with torch.no_grad():
+        weights = torch.randn_like(encoder(x))
 
     def gradients() -> list[torch.Tensor]:
         encoder.zero_grad()
-        encoder(x).square().mean().backward()
+        (encoder(x) * weights).mean().backward()
         return [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
 
     usual, seen = gradients(), []
@@ -101,11 +104,12 @@ def test_positions_of_a_grid_are_computed_once_for_each_precision(encoder, monke
     with torch.no_grad():
         for _ in range(3):
             encoder(x)
-        assert len(made) <= 1
+        assert len(made) == len({*made})
+        kinds = len(made)
         first = encoder(x)
         encoder.accelerate("bfloat16")(x)
         assert torch.equal(encoder.accelerate("float32")(x), first)
-    assert len(made) <= 2
+    assert len(made) == 2 * kinds <= 4
 
 
 def test_only_the_last_few_grids_are_cached():

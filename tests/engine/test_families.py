@@ -19,12 +19,10 @@ from spar_d2.encoders import FAMILIES
 from spar_d2.engine.setup import load_config
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
 
-# Model, and further keys, by family.
-MODELS = {
-    "open_clip ViT": ("configs/toy/tiny_clip.json", "MODEL.SPAR.PRETRAINED", "configs/toy/tiny_clip.safetensors"),
-    "SigLIP": ("configs/toy/tiny_pooled.json",),
-    "DINOv3": ("vit_nano_patch8_dinov3", "MODEL.SPAR.OUTPUT", "features"),
-    "DINOv3.txt": (FAMILIES["DINOv3.txt"].names()[0], "MODEL.SPAR.DINOV3_REPO", str(STAND_IN)),
+# Further keys, by family.
+KEYS = {
+    "open_clip ViT": ("MODEL.SPAR.PRETRAINED", str(ROOT / "configs/toy/tiny_clip.safetensors")),
+    "DINOv3.txt": ("MODEL.SPAR.DINOV3_REPO", str(STAND_IN)),
 }
 
 
@@ -46,9 +44,11 @@ def labeled(tmp_path):
 
 
 def config(family, tmp_path, photos, test, *more):
-    encoder, *keys = MODELS[family]
-    keys = [str(ROOT / word) if word.startswith("configs/") else word for word in (encoder, *keys)]
-    overrides = ["MODEL.SPAR.PRETRAINED", "", "MODEL.SPAR.ENCODER", *keys, "SPAR.DATA.IMAGES", str(photos)]
+    model = FAMILIES[family].toy or FAMILIES[family].names()[0]
+    encoder = str(ROOT / "configs" / model) if model.endswith(".json") else model
+    output = "labels" if FAMILIES[family].has_text else "features"
+    overrides = ["MODEL.SPAR.PRETRAINED", "", "MODEL.SPAR.ENCODER", encoder, *KEYS.get(family, ())]
+    overrides += ["MODEL.SPAR.OUTPUT", output, "SPAR.DATA.IMAGES", str(photos)]
     overrides += ["OUTPUT_DIR", str(tmp_path / "output"), "DATASETS.TEST", (test,), "SOLVER.MAX_ITER", 3]
     overrides += ["SPAR.TEACHER.WINDOW", 64, "SPAR.DATA.SIDE_MULTIPLE", 16]
     cfg = load_config(str(ROOT / "configs/toy/distill.yaml"), [*overrides, *more])

@@ -1,0 +1,212 @@
+"""Dense encoder of timm's ViTs: patch tokens after the final norm, no text tower.
+
+Position embeddings are resampled as by timm: learned ones with antialiased bicubic interpolation, rotary ones by
+computing them for the grid.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
+from spar_d2.encoders.positions import resample_positions, sampling_weights
+from spar_d2.utils.transfer import send
+
+READOUTS = ("tokens", "value")
+Trunk = VisionTransformer | Eva
+
+
+class TimmViTEncoder(DenseEncoder):
+    """Dense features of a timm ViT.
+
+    Args:
+        visual: timm ``VisionTransformer`` or ``Eva`` model. It is not copied. The keys of ``state_dict()`` are those of
+            timm with the prefix "visual." ("visual.blocks.0...").
+        reference_compat: the sliding window crops partial patches at the right and bottom, as the reference code does.
+            A single pass always pads images.
+        readout: "tokens" for the patch tokens after the final norm, as returned by timm's ``forward_features``; "value"
+            to reduce the attention of the last block to the value path (MaskCLIP, arXiv:2112.01071).
+
+    Raises:
+        ValueError: ``visual`` is not a supported model, or ``readout`` is unknown.
+    """
+
+    parts = {
+        "qkv": r"attn\.(qkv\.|[qkv]_proj\.|[qv]_bias$)",
+        "mlp": r"mlp\.",
+        "posembed": r"visual\.(trunk\.)?pos_embed",
+        "patchembed": r"visual\.(trunk\.)?patch_embed\.",
+    }
+    unused = r"visual\.(head|head_dist|fc_norm|attn_pool)\."
+
+    def __init__(self, visual: nn.Module, reference_compat: bool = False, readout: str = "tokens") -> None:
+        super().__init__()
+        if readout not in READOUTS:
+            raise ValueError(f"readout (MODEL.SPAR.READOUT) must be one of {', '.join(READOUTS)}; got {readout!r}")
+        self.visual = visual
+        self.readout = readout
+        self.reference_compat = reference_compat
+        trunk = check_trunk(self.trunk, type(self).__name__)
+        if readout == "value":
+            check_value_path(trunk.blocks[-1])
+            last_block = rf"visual\.(trunk\.)?blocks\.{len(trunk.blocks) - 1}\."
+            self.unused = rf"{self.unused}|{last_block}attn\.([qk]_proj\.|[qk]_norm\.|q_bias$)"
+        if trunk.pos_embed is None:
+            self.parts = {part: pattern for part, pattern in self.parts.items() if part != "posembed"}
+        self.patch_size = cast(tuple[int, int], trunk.patch_embed.patch_size)[0]
+        self.native_size = trunk.patch_embed.grid_size[0] * self.patch_size
+        self.width = self.embed_dim = trunk.embed_dim
+        self.prefix_tokens = trunk.num_prefix_tokens
+        # timm builds position grids on the CPU and synchronizes with the GPU to copy them. To avoid this, a CPU copy of
+        # the module computes rotations. The tuple hides it from nn.Module, so it is not part of the model.
+        self._rope = (copy.deepcopy(getattr(trunk, "rope", None)),)
+        cfg = getattr(trunk, "pretrained_cfg", {})
+        self.pixel_mean = tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN))
+        self.pixel_std = tuple(cfg.get("std", IMAGENET_DEFAULT_STD))
+        for module in trunk.modules():
+            if hasattr(module, "fused_attn"):
+                # Without fused attention (timm has an environment variable to disable it), memory is O(N^2).
+                cast(Any, module).fused_attn = True
+        self.eval()
+
+    @property
+    def trunk(self) -> Any:
+        """The timm ViT."""
+        return self.visual
+
+    @property
+    def blocks(self) -> nn.ModuleList | nn.Sequential:
+        return self.trunk.blocks
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        tokens, grid, context = self._embed(x)
+        if self.readout == "value":
+            if len(self.blocks) > 1:
+                tokens = last(self._run_blocks(self.blocks[:-1], tokens, *context))
+            tokens = last(self._run_blocks(self.blocks[-1:], tokens[:, self.prefix_tokens :], step=run_value_path))
+        else:
+            tokens = last(self._run_blocks(self.blocks, tokens, *context))[:, self.prefix_tokens :]
+        return to_map(self._read(tokens), grid)
+
+    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute features (B, N, D) from the patch tokens (B, N, C) of the last block."""
+        return self.trunk.norm(tokens)
+
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
+        trunk = self.trunk
+        patches = trunk.patch_embed.proj(x)
+        grid = (patches.shape[-2], patches.shape[-1])
+        patches = trunk.patch_embed.norm(patches.flatten(2).transpose(1, 2))
+        names = ("cls_token", "dist_token", "reg_token")
+        prefix = [token for name in names if (token := getattr(trunk, name, None)) is not None]
+        tokens = [torch.cat(prefix, dim=1)] if prefix else []
+        if trunk.pos_embed is not None:
+            native, table = trunk.patch_embed.grid_size, trunk.pos_embed[0]
+            # Some models have position embeddings of prefix tokens, which come first.
+            count = len(table) - native[0] * native[1]
+            if count:
+                tokens[0] = tokens[0] + table[:count]
+            weights = functools.partial(
+                self._of_grid, grid, lambda: sampling_weights(native, grid, 0.0, x.device, antialias=True), "positions"
+            )
+            positions = resample_positions(table[count:], native, grid, weights=weights)
+            patches = patches + positions.to(patches.dtype)
+        tokens = torch.cat([*(part.to(patches.dtype).expand(len(x), -1, -1) for part in tokens), patches], dim=1)
+        context = () if self._rope[0] is None else self._of_rotations(grid)
+        return trunk.norm_pre(tokens), grid, context
+
+    def _of_rotations(self, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        """Return the cached rotary position embeddings of a grid, additional inputs of the blocks."""
+        return self._of_grid(grid, lambda: self._rotations(grid), "rotations")
+
+    def _rotations(self, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        weight = next(self.parameters())
+        return (send(self._rotation_table(grid).to(self._precision or weight.dtype), weight.device),)
+
+    def _rotation_table(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Return timm's sines and cosines (N, 2 * d) of the patches of a grid, on the CPU."""
+        rope = cast(Any, self._rope[0]).cpu()
+        if getattr(rope, "feat_shape", None) is not None:
+            rope.update_feat_shape(list(grid))
+        return rope.get_embed(shape=list(grid))
+
+    @staticmethod
+    def _step(block: nn.Module, tokens: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
+        return block(tokens, rope=context[0]) if context else block(tokens)
+
+
+def check_trunk(trunk: nn.Module, encoder: str) -> Any:
+    """Return ``trunk`` if it is a supported timm ViT; raise ``ValueError`` otherwise."""
+    if not isinstance(trunk, (VisionTransformer, Eva)):
+        raise ValueError(
+            f"{encoder} requires a VisionTransformer or Eva model of timm (vit_*, deit*, eva*), "
+            f"got {type(trunk).__name__}"
+        )
+    embed = trunk.patch_embed
+    plain = isinstance(embed, PatchEmbed) and isinstance(embed.proj, nn.Conv2d)
+    refuse_parts(
+        encoder,
+        {
+            "a patch embedding other than one convolution": not plain,
+            "non-square patches": plain and len(set(embed.patch_size)) > 1,
+            "non-square training images": plain and len(set(cast(Any, embed).grid_size)) > 1,
+            "rotations that differ between blocks": getattr(trunk, "rope_mixed", False),
+            "neither learned nor rotary position embeddings": trunk.pos_embed is None
+            and getattr(trunk, "rope", None) is None,
+        },
+    )
+    return trunk
+
+
+def check_value_path(block: nn.Module) -> None:
+    """Raise ``ValueError`` unless :func:`run_value_path` implements the block."""
+    attn = cast(Any, getattr(block, "attn", None))
+    known = type(block) in (Block, EvaBlock, EvaBlockPostNorm) and getattr(attn, "gate", None) is None
+    qkv = getattr(attn, "qkv", None)
+    fused = qkv is not None and qkv.out_features == 3 * cast(Any, attn).proj.in_features
+    if not known or not (fused or getattr(attn, "v_proj", None) is not None):
+        raise ValueError(
+            'readout (MODEL.SPAR.READOUT) "value" does not support the last block of this model; use "tokens"'
+        )
+
+
+def run_value_path(block: Any, x: torch.Tensor) -> torch.Tensor:
+    """Apply a block with each token attending only to itself: (B, N, C) to (B, N, C).
+
+    Queries and keys are not computed, and position embeddings have no effect.
+    """
+    if isinstance(block, EvaBlockPostNorm):
+        x = x + block.norm1(_attend_to_self(block.attn, x))
+        return x + block.norm2(block.mlp(x))
+    first, second = _layer_scales(block)
+    x = x + first(_attend_to_self(block.attn, block.norm1(x)))
+    return x + second(block.mlp(block.norm2(x)))
+
+
+def _layer_scales(block: Any) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    if isinstance(block, Block):
+        return [block.ls1, block.ls2]
+    gammas = (block.gamma_1, block.gamma_2)
+    return [nn.Identity() if gamma is None else functools.partial(torch.mul, gamma) for gamma in gammas]
+
+
+def _attend_to_self(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    if attn.qkv is None:
+        value = attn.v_proj(x)
+    else:
+        width = attn.proj.in_features
+        bias = attn.v_bias if getattr(attn, "v_bias", None) is not None else attn.qkv.bias
+        value = F.linear(x, attn.qkv.weight[-width:], None if bias is None else bias[-width:])
+    norm = getattr(attn, "norm", None)
+    return attn.proj(value if norm is None else norm(value))

@@ -1,0 +1,176 @@
+"""Class vectors from examples: means of the encoder's dense features inside regions of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from spar_d2.data.images import read_rgb
+from spar_d2.encoders import DenseEncoder
+from spar_d2.modeling.pixels import PixelConversion
+from spar_d2.text import TextEmbeddings, Vocabulary
+from spar_d2.text.examples import Example, ExampleVocabulary
+from spar_d2.utils.images import read_labels
+
+# A grid cell belongs to an example if the region covers at least this fraction of it.
+_COVERED = 0.5
+_ITERATIONS = 50
+
+Encode = Callable[[np.ndarray], tuple[torch.Tensor, tuple[float, float]]]
+
+
+class ClassVectors:
+    """Vectors of the classes of a vocabulary, which dense features are compared with.
+
+    Attributes:
+        vectors: (Q, D) float32, unit length.
+        query_class: (Q,) int64, class index of each vector, in ascending order.
+        center: (D,) mean feature that is subtracted from normalized dense features; None if they are not centered.
+    """
+
+    def __init__(self, vectors: torch.Tensor, query_class: torch.Tensor, center: torch.Tensor | None = None) -> None:
+        self.vectors, self.query_class, self.center = vectors, query_class, center
+
+    def to(self, device: torch.device | str) -> ClassVectors:
+        """Copy to a device."""
+        center = None if self.center is None else self.center.to(device)
+        return ClassVectors(self.vectors.to(device), self.query_class.to(device), center)
+
+    def centered(self, features: torch.Tensor) -> torch.Tensor:
+        """Subtract the center from features (D, h, w); unchanged if there is none."""
+        return features if self.center is None else _centered(features, self.center)
+
+
+def class_vectors(vocabulary: Vocabulary, text: TextEmbeddings, encode: Encode) -> ClassVectors:
+    """Compute the vectors of all classes of a vocabulary.
+
+    Args:
+        vocabulary: classes, defined by names or by examples.
+        text: text embeddings; not used if no class has words.
+        encode: function that encodes an RGB image (H, W, 3) uint8 to features (D, h, w), and returns them with the
+            size (H', W') of the area that the feature grid covers, in pixels of the image.
+
+    Raises:
+        ValueError: an example cannot be read, a mask has another size than its image, or a region is empty.
+    """
+    if not isinstance(vocabulary, ExampleVocabulary):
+        return ClassVectors(*text(vocabulary))
+    maps = {file: _encoded(file, encode) for file in vocabulary.files}
+    center = None
+    if vocabulary.center:
+        cells = torch.cat([features.flatten(1) for features, *_ in maps.values()], dim=1)
+        center = F.normalize(cells, dim=0).mean(1)
+    vectors, classes = [], []
+    for number, examples in enumerate(vocabulary.examples):
+        rows = []
+        if vocabulary.words[number]:
+            rows.append(text(Vocabulary([vocabulary.words[number]]))[0])
+        if examples:
+            cells = torch.cat([_cells(example, *maps[example.image], center) for example in examples])
+            rows.append(cluster_means(cells, vocabulary.clusters[number]).cpu())
+        vectors.append(torch.cat(rows))
+        classes += [number] * len(vectors[-1])
+    return ClassVectors(torch.cat(vectors), torch.tensor(classes), None if center is None else center.cpu())
+
+
+def needs_text(vocabulary: Vocabulary | None) -> bool:
+    """Return whether a vocabulary needs a text tower."""
+    if isinstance(vocabulary, ExampleVocabulary):
+        return any(vocabulary.words)
+    return vocabulary is not None
+
+
+def encoder_pixels(encoder: DenseEncoder, pixels: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Convert an RGB image (H, W, 3) uint8 to encoder input (1, 3, H, W) on a device."""
+    image = torch.tensor(pixels).to(device).permute(2, 0, 1)[None].float()
+    return PixelConversion((0, 0, 0), (1, 1, 1), "RGB", encoder.pixel_mean, encoder.pixel_std).to(device)(image)
+
+
+def cluster_means(cells: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Cluster unit vectors by spherical k-means, and return the normalized means.
+
+    Args:
+        cells: (n, D) vectors of unit length.
+        clusters: number of clusters; fewer are returned if there are fewer different vectors.
+
+    Returns:
+        (k, D), k <= clusters.
+    """
+    # Start from the vector nearest to the mean, and then the vectors farthest from all others: deterministic.
+    chosen = [int((cells @ cells.mean(0)).argmax())]
+    nearest = cells @ cells[chosen[0]]
+    while len(chosen) < min(clusters, len(cells)) and nearest.min() < 1 - 1e-6:
+        chosen.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, cells @ cells[chosen[-1]])
+    means, owners = cells[chosen], None
+    for _ in range(_ITERATIONS):
+        previous, owners = owners, (cells @ means.T).argmax(1)
+        if previous is not None and torch.equal(previous, owners):
+            break
+        sums = torch.zeros_like(means).index_add_(0, owners, cells)
+        # Keep the mean of a cluster that lost all its vectors.
+        means = F.normalize(torch.where(sums.any(1, keepdim=True), sums, means), dim=1)
+    return means
+
+
+def _encoded(file: str, encode: Encode) -> tuple[torch.Tensor, tuple[float, float], tuple[int, int]]:
+    """Return features (D, h, w) of an image file, the size that they cover, and the size of the image."""
+    pixels = read_rgb(file)
+    features, covered = encode(pixels)
+    return features.float(), covered, (pixels.shape[0], pixels.shape[1])
+
+
+def _cells(
+    example: Example,
+    features: torch.Tensor,
+    covered: tuple[float, float],
+    size: tuple[int, int],
+    center: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the unit vectors (n, D) of the grid cells inside an example."""
+    coverage = _coverage(example, features.shape[-2:], covered, size).to(features.device)
+    chosen = coverage >= min(_COVERED, float(coverage.max()))
+    features = F.normalize(features, dim=0) if center is None else _centered(features, center)
+    return F.normalize(features[:, chosen].T, dim=1)
+
+
+def _coverage(example: Example, grid: torch.Size, covered: tuple[float, float], size: tuple[int, int]) -> torch.Tensor:
+    """Return the fraction (h, w) of each grid cell that the region of an example covers."""
+    region = np.zeros(size, dtype=bool)
+    if example.mask:
+        values = read_labels(example.mask)
+        if values.shape != size:
+            shapes = "x".join(map(str, values.shape[::-1])), "x".join(map(str, size[::-1]))
+            raise ValueError(f"examples: the mask {example.mask} is {shapes[0]}, but its image is {shapes[1]} pixels")
+        region |= values != 0 if example.value is None else values == example.value
+    for x0, y0, x1, y1 in example.boxes:
+        region[max(round(y0), 0) : max(round(y1), 0), max(round(x0), 0) : max(round(x1), 0)] = True
+    cell = covered[0] / grid[0], covered[1] / grid[1]
+    coverage = _cell_means(torch.from_numpy(region).float(), grid, cell)
+    for x, y in example.points:
+        if not (0 <= x < size[1] and 0 <= y < size[0]):
+            raise ValueError(f"examples: the point ({x:g}, {y:g}) is outside of {example.image}, {size[1]}x{size[0]}")
+        coverage[min(int(y / cell[0]), grid[0] - 1), min(int(x / cell[1]), grid[1] - 1)] = 1
+    if not coverage.any():
+        region_name = f"value {example.value} in {example.mask}" if example.mask else "boxes"
+        raise ValueError(f"examples: the region of {example.image} is empty ({region_name})")
+    return coverage
+
+
+def _cell_means(region: torch.Tensor, grid: torch.Size, cell: tuple[float, float]) -> torch.Tensor:
+    """Average a map (H, W) over grid cells whose sides in pixels need not be whole; outside of the map, it is 0."""
+    for axis, (cells, side) in enumerate(zip(grid, cell)):
+        # Integral along the axis, sampled at the borders of the cells by linear interpolation.
+        integral = F.pad(region.transpose(0, axis).cumsum(0, dtype=torch.float64), (0, 0, 1, 0))
+        borders = (torch.arange(cells + 1, dtype=torch.float64) * side).clamp(max=len(integral) - 1)
+        below = borders.long().clamp(max=len(integral) - 2)
+        at = integral[below] + (borders - below)[:, None] * (integral[below + 1] - integral[below])
+        region = ((at[1:] - at[:-1]) / side).transpose(0, axis)
+    return region.float()
+
+
+def _centered(features: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+    return F.normalize(features.float(), dim=0) - center.to(features.device)[:, None, None]
