@@ -12,7 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 
 import spar_d2  # noqa: F401  registers
-from spar_d2.comparison.methods import Method, Result, build_method, markdown_table, measure
+from spar_d2.checkpoint.segmentor import build_segmentor
+from spar_d2.comparison.methods import Method, Result, markdown_table, measure
 from spar_d2.encoders import describe_encoder
 from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import STUDENT_FILE, Trainer
@@ -85,7 +86,7 @@ def draw(cfg: CfgNode, shown: list[Result], folder: Path) -> None:
     truths = [detection_utils.read_image(record["sem_seg_file_name"]) for record in records]
     labels, features = [], []
     for result in shown:
-        model = build_method(cfg, result.method)
+        model = build_segmentor(cfg, result.method.weights, result.method.overrides)
         inputs = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in images]
         labels.append([model([{"image": x}])[0]["sem_seg_labels"].cpu().numpy() for x in inputs])
         features.append([model.encode(x) for x in inputs])

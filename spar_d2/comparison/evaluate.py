@@ -10,7 +10,8 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from spar_d2.comparison.methods import Method, build_method, measure
+from spar_d2.checkpoint.segmentor import build_segmentor
+from spar_d2.comparison.methods import Method, measure
 from spar_d2.comparison.progress import Progress
 from spar_d2.comparison.protocol import config_for
 from spar_d2.comparison.tables import Score
@@ -55,7 +56,7 @@ def evaluate_methods(
         for name, config in configs.items():
             identity = _identity(config, method, contents[name], read_once)
             if identity not in stored:
-                model = model or build_method(cfg, method)
+                model = model or build_segmentor(cfg, method.weights, method.overrides)
                 progress = Progress(folder / f"unfinished_{identity}.safetensors", identity)
                 with model.configured(config):
                     result = measure(config, name, method, model, limit, progress)

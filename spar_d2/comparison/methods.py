@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import build_model
 from tqdm import tqdm
 
-from spar_d2.checkpoint.checkpointer import Checkpointer
+from spar_d2.checkpoint.segmentor import build_segmentor
 from spar_d2.comparison.progress import Progress
 from spar_d2.data.build import test_loader
 from spar_d2.evaluation import SemanticEvaluator
@@ -58,18 +56,6 @@ class Result:
         return statistics.median_high(self.seconds)
 
 
-def build_method(cfg: CfgNode, method: Method) -> OpenVocabularySegmentor:
-    """Build the segmentor of a config with a method's overrides and weights, for inference with a frozen encoder."""
-    cfg = copy.deepcopy(cfg)
-    cfg.defrost()
-    cfg.merge_from_list(list(method.overrides))
-    model = build_model(cfg).eval()
-    if method.weights:
-        Checkpointer(model).load(method.weights)
-    model.backbone.encoder.freeze()
-    return model
-
-
 def build_teacher_encode(cfg: CfgNode) -> Callable[[torch.Tensor], torch.Tensor]:
     """Build a function from images (3, H, W), 0..255, to the teacher's features (D, h, w), with pre-trained weights."""
     teacher = [
@@ -80,7 +66,7 @@ def build_teacher_encode(cfg: CfgNode) -> Callable[[torch.Tensor], torch.Tensor]
         "MODEL.SPAR.TRAINABLE",
         "none",
     ]
-    return build_method(cfg, Method("teacher", teacher)).encode
+    return build_segmentor(cfg, overrides=teacher).encode
 
 
 @torch.no_grad()
@@ -99,13 +85,13 @@ def measure(
             (``TEST.AUG.ENABLED``).
         dataset: name of a registered data set.
         method: method to evaluate.
-        model: result of :func:`build_method`; built if not given.
+        model: model of the method; built if not given.
         limit: maximum number of images.
         progress: stores intermediate results, so that an interrupted evaluation can be resumed.
     """
     records = DatasetCatalog.get(dataset)[:limit]
     if model is None:
-        model = build_method(cfg, method)
+        model = build_segmentor(cfg, method.weights, method.overrides)
     inference_model = SegmentorWithTTA(cfg, model) if cfg.TEST.AUG.ENABLED else model
     evaluator = SemanticEvaluator(dataset, distributed=False)
     result = Result(method, {})

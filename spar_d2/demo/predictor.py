@@ -15,7 +15,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 
-from spar_d2.comparison.methods import Method, build_method
+from spar_d2.checkpoint.segmentor import build_segmentor
+from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
 from spar_d2.text import Vocabulary
 from spar_d2.visualization import class_colors, fit_pca_colors
@@ -88,7 +89,7 @@ class Demo:
         if self.needs_labels and not (cfg.MODEL.SPAR.VOCABULARY or cfg.DATASETS.TEST):
             raise ValueError(f"no classes to segment; name them, for example {EXAMPLE}")
         output = ["MODEL.SPAR.OUTPUT", "labels" if self.needs_labels else "features"]
-        self.model = build_method(cfg, Method("demo", output, weights or cfg.MODEL.WEIGHTS))
+        self.model: OpenVocabularySegmentor = build_segmentor(cfg, weights or cfg.MODEL.WEIGHTS, output)
         augmented = self.needs_labels and cfg.TEST.AUG.ENABLED
         self._segmentor = SegmentorWithTTA(cfg, self.model) if augmented else self.model
         self.vocabulary: Vocabulary | None = self.model.vocabulary

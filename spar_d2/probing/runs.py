@@ -16,8 +16,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.utils.env import seed_all_rng
 
 from spar_d2.checkpoint.checkpointer import LAST
+from spar_d2.checkpoint.segmentor import build_segmentor
 from spar_d2.comparison.evaluate import evaluate_methods
-from spar_d2.comparison.methods import Method, Result, build_method, markdown_table
+from spar_d2.comparison.methods import Method, Result, markdown_table
 from spar_d2.comparison.tables import Score
 from spar_d2.data.images import read_rgb
 from spar_d2.data.semantic_mapper import image_mapper
@@ -207,7 +208,7 @@ def draw_probes(cfg: CfgNode, probes: Mapping[str, Probe], path: Path, count: in
         [palette[read_labels(record["sem_seg_file_name"])] for record in records],
     ]
     for probe in probes.values():
-        model = build_method(cfg, probe.method)
+        model = build_segmentor(cfg, probe.method.weights, probe.method.overrides)
         outputs = [model([mapper(record)])[0]["sem_seg_labels"] for record in records]
         columns.append([palette[labels.cpu().numpy()] for labels in outputs])
     legend = dict(zip(metadata.stuff_classes, colors)) if len(colors) <= 28 else None

@@ -80,8 +80,8 @@ def test_finished_results_are_reused_unless_settings_change(root, tiny_cfg, tmp_
     make_tree("voc20", root, np.random.default_rng(0))
     prepare("voc20", root, partial=True)
     built = []
-    build = benchmarks.build_method
-    monkeypatch.setattr(benchmarks, "build_method", lambda *arguments: built.append(1) or build(*arguments))
+    build = benchmarks.build_segmentor
+    monkeypatch.setattr(benchmarks, "build_segmentor", lambda *arguments: built.append(1) or build(*arguments))
 
     def evaluate(limit=None, **keys):
         for key, value in keys.items():
@@ -109,7 +109,7 @@ def test_finished_results_are_reused_unless_settings_change(root, tiny_cfg, tmp_
 def test_missing_data_sets_are_an_error_before_evaluation(root, tiny_cfg, tmp_path, monkeypatch):
     make_tree("voc20", root, np.random.default_rng(0))
     prepare("voc20", root, partial=True)
-    monkeypatch.setattr(benchmarks, "build_method", None)
+    monkeypatch.setattr(benchmarks, "build_segmentor", None)
     with pytest.raises(FileNotFoundError, match="ade20k"):
         evaluate_methods(tiny_cfg, [SINGLE], ["voc20", "ade20k"], tmp_path)
 

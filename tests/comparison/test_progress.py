@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from spar_d2.comparison.methods import Method, build_method, measure
+from spar_d2.checkpoint.segmentor import build_segmentor
+from spar_d2.comparison.methods import Method, measure
 from spar_d2.comparison.progress import Progress
 from spar_d2.data.datasets.scenes import SCENE_SPLITS
 
@@ -25,7 +26,7 @@ class Crash(Exception):
 @pytest.mark.parametrize(("stop", "period"), [(Crash, 0), (KeyboardInterrupt, 1000)])
 def test_an_interrupted_evaluation_resumes(cfg, tmp_path, monkeypatch, stop, period):
     method = Method("single pass")
-    model = build_method(cfg, method)
+    model = build_segmentor(cfg, method.weights, method.overrides)
     expected = measure(cfg, DATASET, method, model)
     seen = []
 
@@ -79,7 +80,7 @@ def test_test_time_augmentation_is_measured_too(cfg):
     cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.FLIP = True, (128, 256), True
     calls = []
     method = Method("augmented")
-    model = build_method(cfg, method)
+    model = build_segmentor(cfg, method.weights, method.overrides)
     model.backbone.register_forward_hook(lambda _, inputs, __: calls.append(tuple(inputs[0].shape[2:])))
     assert measure(cfg, DATASET, method, model, limit=1).scores["mIoU"] >= 0
     assert torch.tensor(calls).unique(dim=0).tolist() == [[128, 128], [256, 256]]
