@@ -32,7 +32,7 @@ def work(args: argparse.Namespace) -> object:
     with readable_errors():
         if lazy.is_lazy(args.config_file):
             return lazy.run(args)
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts, trains=not args.eval_only)
         with clean_start(cfg.OUTPUT_DIR, trains=not args.eval_only):
             prepare(cfg, args)
             if args.eval_only:
