@@ -16,6 +16,8 @@ COMMANDS = {
     "train": ("train", "distill a student, or train and evaluate any Detectron2 config"),
     "evaluate": ("evaluate", "compare inference modes on the semantic segmentation benchmarks"),
     "probe": ("probe", "compare linear probes on single-pass, sliding-window and student features"),
+    "visualize": ("visualize", "draw the predictions of a model beside the ground truth of a data set"),
+    "check-data": ("check_data", "check the images and labels of an own data set"),
     "prepare": ("prepare", "convert the labels of data sets"),
     "cache-teacher": ("cache_teacher", "compute teacher targets before training"),
     "convert": ("convert", "convert weights between libraries"),
