@@ -70,7 +70,7 @@ def usage() -> str:
     footer = "Run spar-d2 COMMAND --help for the options of a command."
     options = [
         "options before COMMAND:",
-        "  --import MODULE  import a module or path/to/file.py first, for example to register data sets; repeatable",
+        "  --import MODULE  import a module or path/to/file.py first, or register a data-set file; repeatable",
         "  --version        print the version",
     ]
     return "\n".join(

@@ -21,6 +21,7 @@ from spar_d2.data.datasets.file_check import Labels, SplitCheck, SplitReport, sh
 from spar_d2.data.datasets.file_records import read_panoptic_json
 from spar_d2.data.datasets.file_registration import match_categories
 from spar_d2.data.images import read_photo
+from spar_d2.evaluation.panoptic.coco_json import read_ground_truth
 from spar_d2.utils.errors import printable, readable_errors
 from spar_d2.utils.images import read_ids
 from spar_d2.utils.io import atomic_write
@@ -102,6 +103,7 @@ def build_checks(
         content = read_panoptic_json(file, split) if split.labels else None
         numbers: dict[int, int] = {}
         if content is not None:
+            _check_readable(file, name)
             categories = match_categories(file, split, content)
             first = first or categories
             if [category["id"] for category in categories] != [category["id"] for category in first]:
@@ -111,6 +113,15 @@ def build_checks(
     classes = first or []
     names = [f"{category['name']}{'' if category['isthing'] else ' (stuff)'}" for category in classes]
     return checks, names, [tuple(category["color"]) for category in classes]
+
+
+def _check_readable(file: DatasetFile, name: str) -> None:
+    """Raise ``ValueError`` if the evaluator would refuse a panoptic JSON file, for example for a segment of id 0."""
+    split = file.splits[name]
+    try:
+        read_ground_truth(split.labels, split.masks)
+    except ValueError as error:
+        raise file.error(f"splits.{name}.labels", str(error)) from error
 
 
 def summary(file: DatasetFile, reports: dict[str, SplitReport]) -> str:

@@ -59,8 +59,7 @@ def load_config(config_file: str, overrides: list[str], trains: bool = False) ->
         raise ValueError(f"{flags[0]} must be before the first KEY VALUE pair")
     if not config_file:
         raise ValueError("--config-file is required, for example configs/distill/openclip_vit_b_16_sampled.yaml")
-    if not os.path.isfile(config_file):
-        config_file = _from_model_zoo(config_file)
+    config_file = _config_path(config_file)
     try:
         cfg.merge_from_file(config_file, allow_unsafe=False)
         cfg = CfgNode(cfg)
@@ -89,8 +88,10 @@ def load_config(config_file: str, overrides: list[str], trains: bool = False) ->
     return cfg
 
 
-def _from_model_zoo(name: str) -> str:
-    """Path of a config of this project by its name, such as "segment/openclip_vit_b_16.yaml"."""
+def _config_path(name: str) -> str:
+    """Return the path of a config file, or of a config of this project ("segment/openclip_vit_b_16.yaml")."""
+    if os.path.isfile(name):
+        return name
     try:
         return get_config_file(name.removeprefix("configs/"))
     except FileNotFoundError as error:
@@ -219,7 +220,8 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None
     for handler in (handler for logger in loggers for handler in logger.handlers):
         if quiet and getattr(handler, "stream", None) is sys.stdout:
             handler.setLevel(logging.WARNING)
-    default_setup(cfg, args)
+    # Detectron2 logs the content of the file.
+    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": _config_path(args.config_file)}))
     if cfg.MODEL.DEVICE.startswith("cuda"):
         torch.set_float32_matmul_precision("high" if cfg.SPAR.TF32 else "highest")
 
