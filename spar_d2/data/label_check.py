@@ -33,8 +33,8 @@ class LabelCheck:
             sizes = "x".join(map(str, self._patches(mapped))), "x".join(map(str, self._grid(mapped)))
             shape = "x".join(map(str, mapped["sem_seg"].shape))
             raise ValueError(
-                f"label map {file}: labels of {shape} pixels have {sizes[0]} patches of {self._stride(mapped)} pixels, but "
-                f"their image has {sizes[1]}: an image and its labels must have the same size"
+                f"label map {file}: labels of {shape} pixels have {sizes[0]} patches of {self._stride(mapped)} pixels, "
+                f"but their image has {sizes[1]}: an image and its labels must have the same size"
             )
         return mapped
 
