@@ -96,7 +96,7 @@ def build_checks(
     if not file.panoptic:
         names = [data_class.name for data_class in file.classes]
         colors = file.colors([data_class.color for data_class in file.classes], names)
-        return {name: SplitCheck(file, file.splits[name]) for name in splits}, names, [tuple(c) for c in colors]
+        return {name: SplitCheck(file, file.splits[name]) for name in splits}, names, colors
     checks, first = {}, None
     for name in splits:
         split = file.splits[name]
@@ -112,7 +112,7 @@ def build_checks(
         checks[name] = SplitCheck(file, split, numbers, content)
     classes = first or []
     names = [f"{category['name']}{'' if category['isthing'] else ' (stuff)'}" for category in classes]
-    return checks, names, [tuple(category["color"]) for category in classes]
+    return checks, names, [category["color"] for category in classes]
 
 
 def _check_readable(file: DatasetFile, name: str) -> None:

@@ -109,6 +109,7 @@ class _WithLabels:
     def __call__(self, augmented: T.AugInput) -> T.Transform:
         if self.labels is None:
             return self.augmentations(augmented)
+        assert augmented.image is not None
         check_same_size(augmented.image.shape[:2], self.labels.shape, self.file)
         # Some augmentations read the labels, but support only 8 bits.
         augmented.sem_seg = self.labels.astype(np.uint8)

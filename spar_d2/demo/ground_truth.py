@@ -50,7 +50,7 @@ def _semantic_reader(demo: Demo, dataset: str) -> Reader:
             raise ValueError(f"{dataset}: {record['file_name']} has no label map (sem_seg_file_name)")
         labels = read_label_map(record).astype(np.int64)
         labels[(labels == ignored) | (labels >= len(classes)) | (labels < 0)] = len(classes)
-        return Prediction(labels, None, labels.shape)
+        return Prediction(labels, None, (labels.shape[0], labels.shape[1]))
 
     return read
 
@@ -74,7 +74,7 @@ def _panoptic_reader(demo: PanopticDemo, dataset: str) -> Reader:
         labels = np.zeros(ids.shape, dtype=np.int64)
         for segment in truth.images[image_id].segments:
             labels[ids == segment.id] = demo.category_index[segment.category]
-        return Prediction(labels, None, labels.shape, segments=ids)
+        return Prediction(labels, None, (ids.shape[0], ids.shape[1]), segments=ids)
 
     return read
 

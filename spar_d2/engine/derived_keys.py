@@ -92,7 +92,7 @@ def settle_classes(cfg: CfgNode, given: GivenKeys) -> None:
         for key, (value, what) in needed.items():
             got = value_at(cfg, key)
             if key not in given and key not in first:
-                cfg.merge_from_list([key, value])
+                cfg.merge_from_list([key, str(value)])
                 logger.info("%s: set to %d for %s of %s", key, value, name, file.path)
             elif got != value:
                 reason = f"the number of {what} of {name!r}" if what else f"the label of ignored pixels of {name!r}"

@@ -13,6 +13,8 @@ from PIL import Image
 from own_sets import CATEGORIES, SIZE, forget, labels, panoptic_set, semantic_set
 from reference import ROOT
 from spar_d2.cli.__main__ import main
+from spar_d2.comparison.evaluate import _content
+from spar_d2.data.datasets.file_registration import register_dataset_file
 from spar_d2.engine.derived_keys import given_keys
 from spar_d2.engine.setup import load_config
 from spar_d2.engine.trainer import Trainer
@@ -264,3 +266,13 @@ def test_images_of_all_sets_are_distilled_on(tmp_path, tiny):
     sets = ["SPAR.DATA.REGISTER", files, "DATASETS.TRAIN", "beach_train,boats_train"]
     cfg = load_config(str(ROOT / "configs/distill/Base-distill.yaml"), [*tiny, *sizes, *sets])
     assert len(Trainer.build_train_loader(cfg).photos) == 8
+
+
+def test_results_of_other_words_or_values_are_not_reused(tmp_path):
+    file = semantic_set(tmp_path)
+    text, checksums = file.read_text(), set()
+    for before, after in (("", ""), ("water", "ocean"), ("value: 1", "value: 7")):
+        file.write_text(text.replace(before, after) if before else text)
+        register_dataset_file(file)
+        checksums.add(_content("beach_val", DatasetCatalog.get("beach_val")))
+    assert len(checksums) == 3

@@ -1,6 +1,8 @@
-"""`train --dry-run` estimates a distillation and writes nothing."""
+"""`train --dry-run` estimates a distillation and writes nothing; a training soon says how long it takes."""
 
+import logging
 import os
+import re
 import sys
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from reference import ROOT
 from spar_d2.cli import train
 from spar_d2.engine.dry_run import estimate, report
+from spar_d2.engine.trainer import Trainer
 
 
 @pytest.fixture
@@ -68,3 +71,12 @@ def test_the_command_prints_the_estimate(photo_folder, tiny_model, tmp_path, mon
     with pytest.raises(SystemExit):
         train.main()
     assert "--dry-run" in capsys.readouterr().err
+
+
+def test_the_remaining_time_is_logged_after_three_steps(photo_cfg, caplog):
+    photo_cfg.SOLVER.MAX_ITER = 5
+    caplog.set_level(logging.INFO, logger="spar_d2.engine.hooks")
+    Trainer(photo_cfg).train()
+    messages = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Step ")]
+    assert len(messages) == 1
+    assert re.fullmatch(r"Step 3: \S+ s per step, about 0:00:0\d left", messages[0])

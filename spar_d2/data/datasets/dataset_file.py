@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from spar_d2.data.datasets.colors import voc_colors
 from spar_d2.utils.yaml_files import read_yaml
@@ -22,7 +22,7 @@ _SPLIT_KEYS = ("images", "labels", "masks")
 # Largest pixel value of label maps and largest category id.
 _LARGEST = {False: 2**16 - 1, True: 2**53}
 _IGNORED = 255
-_STEM = "{stem}"
+STEM = "{stem}"
 _BACKGROUND = "background"
 
 
@@ -83,7 +83,7 @@ class DatasetFile:
     ignored: tuple[int, ...]
     splits: Mapping[str, Split] = field(hash=False)
     image_name: str = ""
-    label_name: str = f"{_STEM}.png"
+    label_name: str = f"{STEM}.png"
 
     def registered_name(self, split: str) -> str:
         """Return the name of a split in Detectron2's catalog."""
@@ -102,11 +102,11 @@ class DatasetFile:
         labels = {value: label for label, value in enumerate(values) if value is not None}
         return tuple(sorted({**labels, **dict.fromkeys(self.ignored, self.ignore_label)}.items()))
 
-    def colors(self, given: Sequence[tuple[int, int, int] | None], names: Sequence[str]) -> list[list[int]]:
+    def colors(self, given: Sequence[tuple[int, int, int] | None], names: Sequence[str]) -> list[tuple[int, int, int]]:
         """Return a color for each class: the given one, or a default."""
         first = 0 if names and names[0].lower() == _BACKGROUND else 1
         defaults = voc_colors(first + len(names))[first:].tolist()
-        return [default if color is None else list(color) for color, default in zip(given, defaults)]
+        return [(red, green, blue) if color is None else color for color, (red, green, blue) in zip(given, defaults)]
 
     def error(self, key: str, problem: str) -> ValueError:
         """Return an error that names the file and a key."""
@@ -203,7 +203,7 @@ def _class(key: str, entry: object, following: int | None, largest: int) -> Data
     if value is not None and not _is_in(value, 0, largest):
         raise _Mistake(f"{key}.value", f"must be an integer in 0..{largest}, got {_kind(value)}")
     words = tuple(_text(f"{key}.synonyms", word) for word in synonyms)
-    return DataClass(name, words, thing, color, value)
+    return DataClass(name, words, thing, color, cast("int | None", value))
 
 
 def _ignored(content: dict, classes: Sequence[DataClass]) -> tuple[int, ...]:
@@ -237,8 +237,8 @@ def _split(name: str, part: object, root: Path) -> Split:
 
 def _rule(key: str, rule: object) -> str:
     text = _text(key, rule)
-    if text.count(_STEM) != 1:
-        raise _Mistake(key, f"must have {_STEM} once, which stands for what the names of an image and its labels share")
+    if text.count(STEM) != 1:
+        raise _Mistake(key, f"must have {STEM} once, which stands for what the names of an image and its labels share")
     return text
 
 
@@ -291,18 +291,3 @@ def _kind(value: object) -> str:
     if value is None:
         return "nothing"
     return repr(value) if isinstance(value, bool | int | float | str) else f"a {type(value).__name__} {value!r}"[:80]
-
-
-def stem_finder(rule: str) -> Callable[[str], str | None]:
-    """Return a function from image names to stems by a name rule; it returns None for names that do not match."""
-    if not rule:
-        return lambda name: os.path.splitext(name)[0]
-    before, after = (re.escape(part) for part in rule.split(_STEM))
-    # Folders before the name belong to the stem.
-    pattern = re.compile(rf"(?P<folder>(?:.*/)?){before}(?P<stem>[^/]+){after}")
-
-    def find(name: str) -> str | None:
-        match = pattern.fullmatch(name)
-        return match["folder"] + match["stem"] if match else None
-
-    return find

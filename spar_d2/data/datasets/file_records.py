@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePath
 
-from spar_d2.data.datasets.dataset_file import DatasetFile, Split, stem_finder
+from spar_d2.data.datasets.dataset_file import STEM, DatasetFile, Split
 from spar_d2.data.sources import KEY, find_photos
 from spar_d2.utils.label_values import VALUES
 
@@ -39,7 +40,7 @@ def find_images(file: DatasetFile, split: Split) -> list[dict]:
         ValueError: a source cannot be read, or there are no images.
     """
     check_split(file, split)
-    key, stem_of = f"splits.{split.name}.images", stem_finder(file.image_name)
+    key, stem_of = f"splits.{split.name}.images", _stem_finder(file.image_name)
     records: dict[str, dict] = {}
     for source in split.images:
         try:
@@ -54,6 +55,21 @@ def find_images(file: DatasetFile, split: Split) -> list[dict]:
     if not records:
         raise file.error(key, f"no image matches image_name {file.image_name!r}")
     return [{**record, "image_id": index} for index, record in enumerate(records.values())]
+
+
+def _stem_finder(rule: str) -> Callable[[str], str | None]:
+    """Return a function from image names to stems by a name rule; it returns None for names that do not match."""
+    if not rule:
+        return lambda name: os.path.splitext(name)[0]
+    before, after = (re.escape(part) for part in rule.split(STEM))
+    # Folders before the name belong to the stem.
+    pattern = re.compile(rf"(?P<folder>(?:.*/)?){before}(?P<stem>[^/]+){after}")
+
+    def find(name: str) -> str | None:
+        match = pattern.fullmatch(name)
+        return match["folder"] + match["stem"] if match else None
+
+    return find
 
 
 def load_split(file: DatasetFile, name: str) -> list[dict]:
@@ -108,7 +124,7 @@ def pair_labels(
     for record in images:
         # Labels of an image in a subfolder are in the same subfolder, or directly in the folder of labels.
         folder, stem = os.path.split(record["stem"])
-        rule = file.label_name.replace("{stem}", stem)
+        rule = file.label_name.replace(STEM, stem)
         names = dict.fromkeys((os.path.normpath(os.path.join(folder, rule)), rule))
         name = next((name for name in names if name in present), None)
         if name is None:

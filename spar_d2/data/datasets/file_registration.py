@@ -91,7 +91,7 @@ def _metadata(file: DatasetFile, split: Split, categories: Sequence[dict]) -> di
     names = [data_class.name for data_class in file.classes]
     classes = {
         "stuff_classes": names,
-        "stuff_colors": file.colors([data_class.color for data_class in file.classes], names),
+        "stuff_colors": [list(color) for color in file.colors([entry.color for entry in file.classes], names)],
         "vocabulary": [[data_class.name, *data_class.synonyms] for data_class in file.classes],
     }
     return {
@@ -156,8 +156,9 @@ def match_categories(file: DatasetFile, split: Split, content: dict) -> list[dic
 
 def _color(category: dict) -> tuple[int, int, int] | None:
     color = category.get("color")
-    is_color = isinstance(color, list) and len(color) == 3 and all(isinstance(c, int) and 0 <= c < 256 for c in color)
-    return (color[0], color[1], color[2]) if is_color else None
+    if isinstance(color, list) and len(color) == 3 and all(isinstance(part, int) and 0 <= part < 256 for part in color):
+        return color[0], color[1], color[2]
+    return None
 
 
 def _load_panoptic(file: DatasetFile, name: str) -> list[dict]:
