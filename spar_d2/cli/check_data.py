@@ -167,7 +167,7 @@ def draw(
     pairs = [(name, *pair) for name, check in checks.items() for pair in check.report.pairs]
     chosen = [pairs[index] for index in np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(int)]
     uses: Counter[str] = Counter()
-    for name, record, labels in tqdm(chosen, desc="drawing", unit="picture", leave=False):
+    for name, record, labels in tqdm(chosen, desc="drawing", unit="picture", leave=False, disable=not chosen):
         uses[name] += 1
         picture = overlay(checks[name], record, labels, names, colors)
         with atomic_write(folder / f"{name}_{uses[name]}_{Path(record['file_name']).stem}.png") as temporary:

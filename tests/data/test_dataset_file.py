@@ -165,9 +165,12 @@ TRAIN = {"images": "images/train", "labels": "labels/train"}
         ({"name": "a b"}, "name: must have letters"),
         (
             {"splits": {"train": {**TRAIN, "images": "nowhere"}}},
-            r"splits\.train\.images: .*nowhere must be .*not exist",
+            r"splits\.train\.images: .*nowhere does not exist; it must be a folder",
         ),
-        ({"splits": {"train": {**TRAIN, "labels": "nowhere"}}}, r"splits\.train\.labels: .*nowhere must be a folder"),
+        (
+            {"splits": {"train": {**TRAIN, "labels": "nowhere"}}},
+            r"splits\.train\.labels: .*nowhere does not exist",
+        ),
         ({"splits": {"train": {**TRAIN, "images": "empty"}}}, r"splits\.train\.images: there are no images"),
         (
             {"splits": {"train": {**TRAIN, "labels": "empty"}}},

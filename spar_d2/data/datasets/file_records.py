@@ -26,7 +26,8 @@ def check_split(file: DatasetFile, split: Split) -> None:
 
 
 def _missing(file: DatasetFile, split: Split, key: str, path: str, what: str) -> FileNotFoundError:
-    return file.not_found(f"splits.{split.name}.{key}", f"{path} must be {what}, and does not exist")
+    problem = "is not" if os.path.exists(path) else "does not exist; it must be"
+    return file.not_found(f"splits.{split.name}.{key}", f"{path} {problem} {what}")
 
 
 def find_images(file: DatasetFile, split: Split) -> list[dict]:

@@ -213,7 +213,9 @@ def head_classes(names: Sequence[str]) -> list[tuple[str, DatasetFile, dict[str,
         metadata = MetadataCatalog.get(name)
         if found[0].panoptic:
             count = {"stuff": len(metadata.stuff_classes) - 1, "things": len(metadata.thing_classes)}
-        else:
-            count = {"classes": len(metadata.get("stuff_classes") or ())}
+        elif metadata.get("stuff_classes"):
+            count = {"classes": len(metadata.stuff_classes)}
+        else:  # images without labels
+            continue
         counts.append((name, found[0], count))
     return counts
