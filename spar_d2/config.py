@@ -127,6 +127,14 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.SPAR.DISTILL.AVERAGE = "image"
 
     cfg.SPAR.DATA = CN()
+    # Data-set files (docs/own_data.md) to register, relative to the current folder, or to the folder of the config or
+    # its parents. Each split of a file "my_set.yaml" becomes a data set "my_set_SPLIT" for DATASETS.TRAIN and
+    # DATASETS.TEST. The number of classes of the model's heads is taken from the file, unless the config sets it.
+    cfg.SPAR.DATA.REGISTER = ()
+    # Number of epochs of a training. SOLVER.MAX_ITER is then computed from the number of images and
+    # SOLVER.IMS_PER_BATCH, and SOLVER.STEPS and SOLVER.WARMUP_ITERS are scaled with it. 0 uses SOLVER.MAX_ITER. If a
+    # config and its bases set both EPOCHS and MAX_ITER, the command line precedes the config, and the config its bases.
+    cfg.SPAR.DATA.EPOCHS = 0
     # Images to distill on: a folder (searched recursively, including tar files), a tar file, or a list (*.txt with one
     # image, folder or tar file per line). Join several sources with colons ("a:b"). "" uses DATASETS.TRAIN.
     cfg.SPAR.DATA.IMAGES = ""

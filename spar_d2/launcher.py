@@ -72,7 +72,7 @@ def _parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         action="append",
         default=[],
         help="module name or path/to/file.py to import before the script runs, also in spawned processes; for example, "
-        "a module that registers your data sets; may be repeated",
+        "a module that registers your data sets; or path/to/my_set.yaml, a data-set file to register; may be repeated",
     )
     parser.add_argument("script", metavar="SCRIPT", help="path to the script, followed by its arguments")
     script_index = 0

@@ -1,4 +1,4 @@
-"""Modules of the user that ``--import`` names, such as one that registers data sets."""
+"""Modules and data-set files of the user that ``--import`` names; modules may register data sets, for example."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def import_modules(names: list[str]) -> None:
     """Import modules of the user, here and, by :func:`import_again`, in processes that this one spawns.
 
     Args:
-        names: module names, or paths of Python files, as seen from the current folder.
+        names: module names, or paths of Python files or data-set files (YAML), as seen from the current folder.
 
     Raises:
-        SystemExit: there is no such module or file.
+        SystemExit: there is no such module or file, or a data-set file is invalid.
     """
     os.environ[_VARIABLE] = json.dumps([os.getcwd(), names])
     import_again()
@@ -39,6 +39,8 @@ def import_again() -> None:
             _imported.add(name)
             if name.endswith(".py"):
                 _import_file(name, Path(folder, name))
+            elif name.endswith((".yaml", ".yml")):
+                _register(Path(folder, name))
             else:
                 _import_named(name, folder)
     finally:
@@ -50,7 +52,7 @@ def import_again() -> None:
 
 def _import_named(name: str, folder: str) -> None:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise SystemExit(f"error: --import must be a module name or a path that ends in .py, got {name!r}")
+        raise SystemExit(f"error: --import must be a module name or a path that ends in .py or .yaml, got {name!r}")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -60,6 +62,16 @@ def _import_named(name: str, folder: str) -> None:
         raise SystemExit(f"error: --import: module {name} not found in {folder} or on Python's path") from error
     if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
         raise SystemExit(f"error: --import: {name} is a folder without __init__.py, so nothing would be imported")
+
+
+def _register(path: Path) -> None:
+    # Imported here because it imports Detectron2.
+    from spar_d2.data.datasets.file_registration import register_dataset_file
+
+    try:
+        register_dataset_file(path)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: --import: {error}") from None
 
 
 def _import_file(name: str, path: Path) -> None:

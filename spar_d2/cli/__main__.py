@@ -16,6 +16,8 @@ COMMANDS = {
     "train": ("train", "distill a student, or train and evaluate any Detectron2 config"),
     "evaluate": ("evaluate", "compare inference modes on the semantic segmentation benchmarks"),
     "probe": ("probe", "compare linear probes on single-pass, sliding-window and student features"),
+    "visualize": ("visualize", "draw the predictions of a model beside the ground truth of a data set"),
+    "check-data": ("check_data", "check the images and labels of an own data set"),
     "prepare": ("prepare", "convert the labels of data sets"),
     "cache-teacher": ("cache_teacher", "compute teacher targets before training"),
     "convert": ("convert", "convert weights between libraries"),
@@ -68,7 +70,7 @@ def usage() -> str:
     footer = "Run spar-d2 COMMAND --help for the options of a command."
     options = [
         "options before COMMAND:",
-        "  --import MODULE  import a module or path/to/file.py first, for example to register data sets; repeatable",
+        "  --import MODULE  import a module or path/to/file.py first, or register a data-set file; repeatable",
         "  --version        print the version",
     ]
     return "\n".join(

@@ -54,7 +54,7 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     # Quoted, because yacs would parse a folder named "2024" as a number.
     output = ["OUTPUT_DIR", repr(str(args.output))] if args.output else []
-    cfg = load_config(args.config_file, [*args.opts, *output])
+    cfg = load_config(args.config_file, [*args.opts, *output], trains=True)
     folder = Path(cfg.OUTPUT_DIR)
     check_rows(cfg)
     methods = probe_methods(cfg, args.rows, args.student)

@@ -1,4 +1,4 @@
-"""Segment images and videos into given classes, or the classes of a panoptic model, and draw the results."""
+"""Segment images and videos into given classes, or the classes of a trained model, and draw the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import spar_d2  # noqa: F401  registers
 from spar_d2.data.build import PANOPTIC_FPN
 from spar_d2.demo.inputs import find_inputs
 from spar_d2.demo.outputs import is_file_name, plan_outputs
-from spar_d2.demo.panoptic import build_demo
+from spar_d2.demo.panoptic import SEMANTIC, build_demo
 from spar_d2.demo.predictor import EXAMPLE, SHOWN
 from spar_d2.demo.run import run
 from spar_d2.engine.setup import load_config
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
         "--weights",
         default="",
         metavar="FILE",
-        help="weights of a distilled student, instead of the pre-trained weights, or of a panoptic model",
+        help="weights of a distilled student, instead of the pre-trained weights, or of a probe or panoptic model",
     )
     add(
         "--show",
@@ -126,11 +126,12 @@ def config(args: argparse.Namespace) -> CfgNode:
     if args.vocabulary:
         overrides += ["MODEL.SPAR.VOCABULARY", repr(args.vocabulary)]
     cfg = load_config(args.config_file, overrides)
-    panoptic = cfg.MODEL.META_ARCHITECTURE == PANOPTIC_FPN
-    if panoptic and args.vocabulary:
-        raise ValueError(f"--vocabulary: a {PANOPTIC_FPN} model has a fixed set of classes; remove --vocabulary")
-    if not (cfg.MODEL.WEIGHTS or args.weights or (cfg.MODEL.SPAR.PRETRAINED and not panoptic)):
-        advice = "use --weights" if panoptic else "set MODEL.SPAR.PRETRAINED or use --weights"
+    kind = cfg.MODEL.META_ARCHITECTURE
+    fixed = kind == PANOPTIC_FPN or kind in SEMANTIC
+    if fixed and args.vocabulary:
+        raise ValueError(f"--vocabulary: a {kind} model has a fixed set of classes; remove --vocabulary")
+    if not (cfg.MODEL.WEIGHTS or args.weights or (cfg.MODEL.SPAR.PRETRAINED and not fixed)):
+        advice = "use --weights" if fixed else "set MODEL.SPAR.PRETRAINED or use --weights"
         logging.getLogger("spar_d2.demo").warning("The weights are random, so the results are meaningless: %s", advice)
     return cfg
 

@@ -10,14 +10,34 @@ import spar_d2  # noqa: F401  registers
 from spar_d2.engine.launch import run
 from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.user_modules import import_again
-from spar_d2.utils.errors import readable_errors
+from spar_d2.utils.errors import printable, readable_errors
 
 
 def main() -> None:
     """Parse the command line and launch one or more processes."""
-    arguments = default_argument_parser().parse_args()
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="time a few steps of a distillation, print the expected hours, memory and disk space, and write nothing",
+    )
+    arguments = parser.parse_args()
     with readable_errors():
-        run(work, arguments)
+        if arguments.dry_run:
+            dry_run(arguments)
+        else:
+            run(work, arguments)
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Print the expected costs of a distillation."""
+    from spar_d2.engine import lazy
+    from spar_d2.engine.dry_run import estimate, report
+
+    if args.eval_only or args.resume or lazy.is_lazy(args.config_file):
+        raise ValueError("--dry-run estimates a new distillation of a YAML config, without --eval-only and --resume")
+    cfg = load_config(args.config_file, args.opts, trains=True)
+    print(printable(report(cfg, estimate(cfg))))
 
 
 def work(args: argparse.Namespace) -> object:
@@ -32,7 +52,7 @@ def work(args: argparse.Namespace) -> object:
     with readable_errors():
         if lazy.is_lazy(args.config_file):
             return lazy.run(args)
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts, trains=not args.eval_only)
         with clean_start(cfg.OUTPUT_DIR, trains=not args.eval_only):
             prepare(cfg, args)
             if args.eval_only:

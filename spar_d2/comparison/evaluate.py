@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from spar_d2.checkpoint.segmentor import build_segmentor
 from spar_d2.comparison.methods import Method, measure
@@ -19,6 +19,7 @@ from spar_d2.encoders.weights import source_checksum
 from spar_d2.modeling.build import precision_from_config
 from spar_d2.utils.content_cache import ContentCache, digest
 from spar_d2.utils.io import signature, write_json
+from spar_d2.utils.label_values import VALUES
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def evaluate_methods(
     """
     configs = {name: config_for(cfg, name) for name in datasets}
     # Load all data sets first, so that missing ones are reported immediately.
-    contents = {name: _content(DatasetCatalog.get(name)[:limit]) for name in datasets}
+    contents = {name: _content(name, DatasetCatalog.get(name)[:limit]) for name in datasets}
     # The checksums of weights are needed for every data set.
     read_once = functools.cache(source_checksum)
     finished = ContentCache(folder).load(FINISHED, lambda records: list(map(Score.from_plain, records))) or []
@@ -86,8 +87,17 @@ def _identity(cfg: CfgNode, method: Method, content: str, read: Callable[[str], 
     return digest("\n".join([*map(str, nodes), *map(read, files), content]))[:16]
 
 
-def _content(records: list[dict]) -> str:
-    """Checksum of the names, sizes and times of a data set's files."""
+def _content(name: str, records: list[dict]) -> str:
+    """Checksum of a data set's classes, and of the names, sizes and times of its files."""
+    unlabeled = next((record["file_name"] for record in records if "sem_seg_file_name" not in record), None)
+    if unlabeled is not None:
+        raise ValueError(
+            f"{name}: {unlabeled} has no label map (sem_seg_file_name); inference modes are compared on semantic "
+            "segmentation data sets"
+        )
     files = (record[key] for record in records for key in ("file_name", "sem_seg_file_name"))
-    lines = (" ".join(map(str, (file, *signature(file)))) for file in files)
-    return digest("\n".join(lines))
+    lines = [" ".join(map(str, (file, *signature(file)))) for file in files]
+    metadata = MetadataCatalog.get(name)
+    classes = [str(metadata.get(key)) for key in ("stuff_classes", "vocabulary", "ignore_label")]
+    values = sorted({str(record[VALUES]) for record in records if VALUES in record})
+    return digest("\n".join([*lines, *classes, *values]))

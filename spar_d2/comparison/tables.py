@@ -60,7 +60,9 @@ def paper_table(scores: Sequence[Score], missing: Sequence[str] = ()) -> str:
     """
     rows = _rows(scores)
     others = [score.dataset for score in scores if score.dataset not in _IN_MEAN]
-    columns = [*_IN_MEAN, "Mean", *dict.fromkeys(others)]
+    # A table of other data sets only, such as the user's own, needs no empty columns.
+    paper = [*_IN_MEAN, "Mean"] if len(others) < len(scores) or not scores else []
+    columns = [*paper, *dict.fromkeys(others)]
     titles = [BENCHMARKS[name].title if name in BENCHMARKS else name for name in columns]
     parts = []
     for quantity, value, digits in (("mIoU", _miou, 1), ("seconds per image", _seconds, 3)):

@@ -22,17 +22,34 @@ class LabelCheck:
         self._mapper, self._allowed, self._patch = mapper, (head.NUM_CLASSES, head.IGNORE_VALUE), patch_size
 
     def __call__(self, record: dict) -> dict:
-        """Apply the mapper. Raises ``ValueError`` with the file name if labels are out of range."""
+        """Apply the mapper. Raises ``ValueError`` with the file name if labels are out of range or of another size."""
         mapped = self._mapper(record)
-        # The head reports labels of another size.
-        if "sem_seg" in mapped and self._is_of_one_size(mapped):
-            check_labels(mapped["sem_seg"], *self._allowed, str(record.get("sem_seg_file_name", "")))
+        if "sem_seg" not in mapped:
+            return mapped
+        file = str(record.get("sem_seg_file_name", ""))
+        if self._is_of_one_size(mapped):
+            check_labels(mapped["sem_seg"], *self._allowed, file)
+        elif file:  # otherwise, the head reports it
+            sizes = "x".join(map(str, self._patches(mapped))), "x".join(map(str, self._grid(mapped)))
+            shape = "x".join(map(str, mapped["sem_seg"].shape))
+            raise ValueError(
+                f"label map {file}: labels of {shape} pixels have {sizes[0]} patches of {self._stride(mapped)} pixels, "
+                f"but their image has {sizes[1]}: an image and its labels must have the same size"
+            )
         return mapped
 
     def _is_of_one_size(self, mapped: dict) -> bool:
-        dense = mapped["features"] if "features" in mapped else mapped["image"]
-        stride = self._patch if "features" in mapped else 1
-        return tuple(-(-side // stride) for side in mapped["sem_seg"].shape) == tuple(dense.shape[1:])
+        return self._patches(mapped) == self._grid(mapped)
+
+    def _stride(self, mapped: dict) -> int:
+        return self._patch if "features" in mapped else 1
+
+    def _patches(self, mapped: dict) -> tuple[int, ...]:
+        return tuple(-(-side // self._stride(mapped)) for side in mapped["sem_seg"].shape)
+
+    @staticmethod
+    def _grid(mapped: dict) -> tuple[int, ...]:
+        return tuple((mapped["features"] if "features" in mapped else mapped["image"]).shape[1:])
 
 
 def check_labels(labels: torch.Tensor, num_classes: int, ignore_value: int, of: str = "") -> None:

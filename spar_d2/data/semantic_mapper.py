@@ -13,7 +13,8 @@ from detectron2.data import transforms as T
 from torch.utils.data import get_worker_info
 
 from spar_d2.data.datasets.scenes import IGNORE_LABEL
-from spar_d2.utils.images import check_image_file, of_one_class, read_labels
+from spar_d2.utils.images import check_image_file, of_one_class
+from spar_d2.utils.label_values import read_label_map
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +74,15 @@ class SemanticMapper(ImageMapper):
         """Map a dataset dict to "image", and "sem_seg" (H, W) int64 if it has a label map.
 
         Raises:
-            FileNotFoundError, ValueError: as :class:`ImageMapper` and :func:`spar_d2.utils.images.read_labels`.
+            FileNotFoundError: the image or its label map does not exist.
+            ValueError: as :class:`ImageMapper` and :func:`spar_d2.utils.label_values.read_label_map`; or the image and
+                its label map differ in size.
         """
         file = dataset_dict.get("sem_seg_file_name")
-        labels = None if file is None else read_labels(file)
+        labels = None if file is None else read_label_map(dataset_dict)
         if self._patience and file is not None and labels is not None:
             self._look_at(labels, file)
-        self.augmentations.labels = labels
+        self.augmentations.labels, self.augmentations.file = labels, file
         return super().__call__(dataset_dict)
 
     def _look_at(self, labels: np.ndarray, file: str) -> None:
@@ -96,21 +99,31 @@ class SemanticMapper(ImageMapper):
 
 
 class _WithLabels:
-    """Augmentations that also transform ``labels``, (H, W) in the original dtype, or None."""
+    """Augmentations that also transform ``labels``, (H, W) in the original dtype, or None, from ``file``."""
 
     def __init__(self, augmentations: Callable[[T.AugInput], T.Transform], ignore_label: int) -> None:
         self.augmentations, self.ignore_label = augmentations, ignore_label
         self.labels: np.ndarray | None = None
+        self.file: str | None = None
 
     def __call__(self, augmented: T.AugInput) -> T.Transform:
         if self.labels is None:
             return self.augmentations(augmented)
+        assert augmented.image is not None
+        check_same_size(augmented.image.shape[:2], self.labels.shape, self.file)
         # Some augmentations read the labels, but support only 8 bits.
         augmented.sem_seg = self.labels.astype(np.uint8)
         transform = self.augmentations(augmented)
         if self.labels.dtype != np.uint8:
             augmented.sem_seg = _ignoring(joined(transform, self.labels, augmented.sem_seg), self.ignore_label)
         return transform
+
+
+def check_same_size(image: tuple[int, ...], labels: tuple[int, ...], file: str | None) -> None:
+    """Raise ``ValueError`` if the sizes (H, W) of an image and of its label map in ``file`` differ."""
+    if tuple(image) != tuple(labels):
+        sizes = [f"{size[1]}x{size[0]}" for size in (labels, image)]
+        raise ValueError(f"label map: {file} has {sizes[0]} pixels, but its image has {sizes[1]}")
 
 
 def transformed_labels(transform: T.Transform, labels: np.ndarray, ignore_label: int = IGNORE_LABEL) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
 import random
@@ -120,6 +121,28 @@ class ProgressBar(HookBase):
 
     def after_train(self) -> None:
         self._bar.close()
+
+
+class TimeEstimate(HookBase):
+    """Logs the remaining time after a few steps, long before the first regular log line of a slow training."""
+
+    _AFTER = (3, 10)
+
+    def before_train(self) -> None:
+        self._done = 0
+
+    def before_step(self) -> None:
+        # The first step includes the start of the worker processes.
+        if self._done == 1:
+            self._since = time.perf_counter()
+
+    def after_step(self) -> None:
+        self._done += 1
+        if self._done in self._AFTER:
+            each = (time.perf_counter() - self._since) / (self._done - 1)
+            left = self.trainer.max_iter - self.trainer.iter - 1
+            remaining = datetime.timedelta(seconds=round(each * left))
+            logger.info("Step %d: %.3g s per step, about %s left", self.trainer.iter + 1, each, remaining)
 
 
 class StudentWriter(HookBase):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from detectron2.config import CfgNode
 
-from spar_d2.engine.setup import value_at
+from spar_d2.engine.derived_keys import value_at
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,12 @@ import argparse
 import contextlib
 import difflib
 import logging
-import math
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import torch
 import yaml
@@ -24,28 +23,35 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import BASE_KEY
 
+from spar_d2.data.datasets.file_registration import check_registered, register_dataset_file
+from spar_d2.engine.derived_keys import GivenKeys, given_keys, settle_classes, settle_steps, value_at
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import make_logs_printable
 from spar_d2.utils.images import check_sides
 from spar_d2.utils.io import LOCK, atomic_write, file_lock, mark_in_use
+from spar_d2.utils.yaml_files import check_yaml, is_string
 
-# Maximum number of values in a config file; Detectron2's largest config has a few hundred.
-_MAX_VALUES = 100_000
-_TAG = "tag:yaml.org,2002:"
 _OUT_CHANNELS = "MODEL.SPAR.OUT_CHANNELS"
 # Files that the setup of a run writes to its output folder.
 _SETUP_FILE = re.compile(r"log\.txt(\.rank\d+)?|config\.yaml|metrics\.json|events\.out\.tfevents\..*")
 
 
-def load_config(config_file: str, overrides: list[str]) -> CfgNode:
+def load_config(config_file: str, overrides: list[str], trains: bool = False) -> CfgNode:
     """Load a YAML config file and apply ``KEY VALUE`` overrides.
 
-    If ``MODEL.DEVICE`` is a GPU but none is available, it is set to "cpu", with a message on stderr.
+    The data-set files of ``SPAR.DATA.REGISTER`` are registered, and numbers of classes are taken from them. If
+    ``MODEL.DEVICE`` is a GPU but none is available, it is set to "cpu", with a message on stderr.
+
+    Args:
+        config_file: path, or name of a config of this project.
+        overrides: alternating keys and values.
+        trains: whether the config is for a training; then ``SPAR.DATA.EPOCHS`` is converted to steps.
 
     Raises:
         FileNotFoundError: the config file does not exist.
         ValueError: the file is not valid YAML, would execute code, or has a ``_BASE_`` that is not a local file; a key
-            is unknown; a value has the wrong type; a name is not registered; or the output folder is not writable.
+            is unknown; a value has the wrong type; a name is not registered; the output folder is not writable; or a
+            data-set file and the config are incompatible.
     """
     cfg = _LocalConfig(get_cfg())
     flags = [key for key in overrides[::2] if key.startswith("--")]
@@ -53,15 +59,14 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         raise ValueError(f"{flags[0]} must be before the first KEY VALUE pair")
     if not config_file:
         raise ValueError("--config-file is required, for example configs/distill/openclip_vit_b_16_sampled.yaml")
-    if not os.path.isfile(config_file):
-        config_file = _from_model_zoo(config_file)
+    config_file = _config_path(config_file)
     try:
         cfg.merge_from_file(config_file, allow_unsafe=False)
         cfg = CfgNode(cfg)
         if _OUT_CHANNELS in overrides[::2]:
             # Numbers and lists are both allowed, but yacs would reject a change of the type.
             cfg.MODEL.SPAR.OUT_CHANNELS = None
-        cfg.merge_from_list(_whole_floats(cfg, overrides))
+        cfg.merge_from_list(_typed(cfg, overrides))
     except (KeyError, AssertionError, ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
         reason = error.args[0] if isinstance(error, KeyError) and error.args else error
         reason = " ".join(str(reason).split())
@@ -71,15 +76,22 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     except RecursionError as error:
         raise ValueError(f"{config_file} is nested too deeply, or its _BASE_ is circular") from error
     _find_files(cfg, config_file)
+    if cfg.SPAR.DATA.REGISTER or cfg.SPAR.DATA.EPOCHS:
+        given = given_keys(config_file, overrides)
+        _register_files(cfg, config_file, given)
     check_config(cfg)
+    if cfg.SPAR.DATA.EPOCHS and trains:
+        settle_steps(cfg, given)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         print(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but no GPU is available; using the CPU.", file=sys.stderr)
         cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
-def _from_model_zoo(name: str) -> str:
-    """Path of a config of this project by its name, such as "segment/openclip_vit_b_16.yaml"."""
+def _config_path(name: str) -> str:
+    """Return the path of a config file, or of a config of this project ("segment/openclip_vit_b_16.yaml")."""
+    if os.path.isfile(name):
+        return name
     try:
         return get_config_file(name.removeprefix("configs/"))
     except FileNotFoundError as error:
@@ -97,65 +109,39 @@ class _LocalConfig(CfgNode):
         if not os.path.isfile(filename):
             raise FileNotFoundError(f"_BASE_: there is no file {filename}")
         with open(filename, encoding="utf-8") as file:
-            _check_yaml(yaml.compose(file, Loader=yaml.SafeLoader), filename)
+            root = yaml.compose(file, Loader=yaml.SafeLoader)
+        check_yaml(root, filename)
+        _check_bases(cast(yaml.MappingNode, root), filename)
         return open(filename, encoding="utf-8")
 
 
-def _check_yaml(root: yaml.Node | None, file: str) -> None:
-    """Raise ``ValueError`` for YAML that is not a config, would execute code, or expands without limit."""
-    if not isinstance(root, yaml.MappingNode):
-        what = "is empty" if root is None or root.tag == f"{_TAG}null" else f"is a {getattr(root, 'id', 'value')}"
-        raise ValueError(f"{file} {what}, but must have lines of KEY: VALUE")
-    if _size(root, {}, file) > _MAX_VALUES:
-        raise ValueError(f"{file} must have at most {_MAX_VALUES} values, including expanded aliases (*NAME)")
+def _check_bases(root: yaml.MappingNode, file: str) -> None:
+    """Raise ``ValueError`` for a ``_BASE_`` that is not a file name or a list of file names."""
     for bases in (value for key, value in root.value if key.value == BASE_KEY):
         names = bases.value if isinstance(bases, yaml.SequenceNode) else [bases]
-        if not all(name.tag == f"{_TAG}str" and name.value for name in names):
+        if not all(is_string(name) and name.value for name in names):
             got = f"got {bases.value!r}" if isinstance(bases, yaml.ScalarNode) else f"got a {bases.id}"
             raise ValueError(f"{BASE_KEY} in {file} must be a file name, or a list of file names, {got}")
 
 
-def _size(node: yaml.Node, known: dict[int, float], file: str) -> float:
-    """Return the number of values after expansion of aliases; each node is visited once."""
-    if id(node) not in known:
-        known[id(node)] = math.nan
-        position = f"{file}, line {node.start_mark.line + 1}"
-        if node.tag.startswith(f"{_TAG}python/"):
-            tag = node.tag.removeprefix(_TAG)
-            raise ValueError(
-                f"!!{tag} ({position}) is not allowed, because it would execute code; write the value itself"
-            )
-        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
-        if isinstance(node, yaml.MappingNode):
-            if odd := [key for key, _ in parts if key.tag not in (f"{_TAG}str", f"{_TAG}merge")]:
-                got = repr(odd[0].value) if isinstance(odd[0], yaml.ScalarNode) else f"a {odd[0].id}"
-                raise ValueError(f"keys must be strings ({position}), got {got}; quote it")
-            parts = [value for _, value in parts]
-        known[id(node)] = 1 + sum(_size(part, known, file) for part in parts)
-    if math.isnan(known[id(node)]):
-        raise ValueError(f"an alias (*NAME) in {file} refers to a node that contains it; write the value itself")
-    return known[id(node)]
+def _typed(cfg: CfgNode, overrides: list) -> list:
+    """Adapt the values of ``KEY VALUE`` pairs to the types of their keys, because yacs does not convert them.
 
-
-def _whole_floats(cfg: CfgNode, overrides: list) -> list:
-    """Write integers as floats ("1" as "1.0") in ``KEY VALUE`` pairs with float keys, because yacs rejects integers."""
-    pairs = list(zip(overrides[::2], overrides[1::2]))
+    Integers of float keys become floats ("1.0" for "1"), and names of tuple keys become tuples ("a,b").
+    """
     if len(overrides) % 2:
         return overrides  # yacs reports the error
-
-    return [
-        item
-        for key, value in pairs
-        for item in (key, f"{value}.0" if _is_whole(value) and isinstance(value_at(cfg, str(key)), float) else value)
-    ]
+    return [item for key, value in zip(overrides[::2], overrides[1::2]) for item in (key, _as_type(cfg, key, value))]
 
 
-def value_at(cfg: CfgNode, key: str) -> object:
-    """Return the value of a dotted key, or None if it does not exist."""
-    node = cfg
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, CfgNode) else None
-    return node
+def _as_type(cfg: CfgNode, key: object, value: object) -> object:
+    default = value_at(cfg, str(key))
+    if _is_whole(value) and isinstance(default, float):
+        return f"{value}.0"
+    is_names = isinstance(default, (tuple, list)) and all(isinstance(part, str) for part in default)
+    if is_names and isinstance(value, str) and re.fullmatch(r"[^()\[\]'\"]+", value) and not _is_whole(value):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
 
 
 def _is_whole(value: object) -> bool:
@@ -171,6 +157,23 @@ def _find_files(cfg: CfgNode, config_file: str) -> None:
             continue
         candidates = (os.path.join(parent, value) for parent in Path(config_file).resolve().parents)
         cfg.MODEL.SPAR[key] = next((path for path in candidates if is_there(path)), value)
+
+
+def _register_files(cfg: CfgNode, config_file: str, given: GivenKeys) -> None:
+    """Register data-set files, check the data sets of the config, and set numbers of classes."""
+    folders = [Path.cwd(), *Path(config_file).resolve().parents]
+    files = []
+    for name in cfg.SPAR.DATA.REGISTER:
+        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"SPAR.DATA.REGISTER: there is no file {name}")
+        files.append(str(path))
+        register_dataset_file(path)
+    # Absolute, so that a stored config can be used anywhere.
+    cfg.SPAR.DATA.REGISTER = tuple(files)
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        check_registered(name)
+    settle_classes(cfg, given)
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -217,7 +220,8 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None
     for handler in (handler for logger in loggers for handler in logger.handlers):
         if quiet and getattr(handler, "stream", None) is sys.stdout:
             handler.setLevel(logging.WARNING)
-    default_setup(cfg, args)
+    # Detectron2 logs the content of the file.
+    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": _config_path(args.config_file)}))
     if cfg.MODEL.DEVICE.startswith("cuda"):
         torch.set_float32_matmul_precision("high" if cfg.SPAR.TF32 else "highest")
 

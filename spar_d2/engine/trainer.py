@@ -37,7 +37,15 @@ from spar_d2.engine import resumption
 from spar_d2.engine.checks import check_config, check_sides, mixed_precision
 from spar_d2.engine.ema import ModelEma
 from spar_d2.engine.feature_pictures import FeaturePictures
-from spar_d2.engine.hooks import AfterBackward, DistillationPrinter, PatientWriter, ProgressBar, StepSeed, StudentWriter
+from spar_d2.engine.hooks import (
+    AfterBackward,
+    DistillationPrinter,
+    PatientWriter,
+    ProgressBar,
+    StepSeed,
+    StudentWriter,
+    TimeEstimate,
+)
 from spar_d2.engine.interrupt import Interrupted, StopOnInterrupt
 from spar_d2.engine.solver import build_optimizer, count_parameters
 from spar_d2.engine.train_step import TrainStep
@@ -130,7 +138,7 @@ class Trainer(DefaultTrainer):
         student = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
         writer = StudentWriter(encoder_spec(cfg), student, applied) if distill else None
         # StopOnInterrupt is last, so that all other hooks finish the step before training stops.
-        last_hooks = [ProgressBar(), StopOnInterrupt(self.checkpointer)]
+        last_hooks = [TimeEstimate(), ProgressBar(), StopOnInterrupt(self.checkpointer)]
         return [StepSeed(self), self._distillation, ema, writer, self._pictures(), *hooks, *last_hooks]
 
     def _pictures(self) -> HookBase | None:

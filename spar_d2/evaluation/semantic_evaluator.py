@@ -17,8 +17,9 @@ from pycocotools import mask as coco_mask
 
 from spar_d2.evaluation.confusion_matrix import boundary_confusion_matrix, confusion_matrix, segmentation_scores
 from spar_d2.evaluation.device_confusion import DeviceConfusion
-from spar_d2.utils.images import of_one_class, read_labels
+from spar_d2.utils.images import of_one_class
 from spar_d2.utils.io import write_json
+from spar_d2.utils.label_values import read_label_map
 from spar_d2.utils.processes import gather_when_done
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class SemanticEvaluator(DatasetEvaluator):
         self.ignore_label = metadata.get("ignore_label", 255)
         dataset_ids = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
         self._dataset_id = {ours: theirs for theirs, ours in dataset_ids.items()}
-        self._truth_files: dict[str, str] | None = None
+        self._truths: dict[str, dict] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -201,21 +202,21 @@ class SemanticEvaluator(DatasetEvaluator):
             )  # fmt: skip
 
     def _truth(self, record: dict) -> np.ndarray:
-        file = record.get("sem_seg_file_name") or self._truth_file(record.get("file_name"))
-        if file is None:
+        source = record if record.get("sem_seg_file_name") else self._truth_record(record.get("file_name"))
+        if source is None:
             # Last resort: mappers may have resized it with the image.
             if "sem_seg" in record:
                 return np.asarray(record["sem_seg"])
             raise ValueError(f"{self.dataset_name} has no ground truth for the image {record.get('file_name')}")
-        return read_labels(file)
+        return read_label_map(source)
 
-    def _truth_file(self, image: str | None) -> str | None:
-        """Look up the label file of an image in the data set, because mappers drop it in testing."""
-        if self._truth_files is None:
+    def _truth_record(self, image: str | None) -> dict | None:
+        """Look up the dataset dict of an image, because mappers drop the label file in testing."""
+        if self._truths is None:
             known = self.dataset_name in DatasetCatalog
             dicts = DatasetCatalog.get(self.dataset_name) if known else []
-            self._truth_files = {d["file_name"]: d["sem_seg_file_name"] for d in dicts if "sem_seg_file_name" in d}
-        return None if image is None else self._truth_files.get(image)
+            self._truths = {d["file_name"]: d for d in dicts if "sem_seg_file_name" in d}
+        return None if image is None else self._truths.get(image)
 
     def _labels(self, output: dict) -> torch.Tensor:
         """Return the predicted labels, (H, W) integers, on their device."""

@@ -19,8 +19,8 @@ from spar_d2.modeling.probe_segmentor import ProbeSegmentor
 from spar_d2.teacher import TargetCache
 from spar_d2.teacher.cache import target_file
 from spar_d2.utils.content_cache import digest, read_tensors
-from spar_d2.utils.images import read_labels
 from spar_d2.utils.io import signature, write_text
+from spar_d2.utils.label_values import read_label_map
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class FeatureMapper:
             FileNotFoundError, ValueError: the label map does not exist or cannot be read.
             RuntimeError: as :func:`read_features`.
         """
-        labels = read_labels(record["sem_seg_file_name"])
+        labels = read_label_map(record)
         labels = transformed_labels(self._resize.get_transform(labels), labels)
         loaded = {"features": read_features(record[FILE]), "sem_seg": torch.from_numpy(np.array(labels))}
         return {**record, **loaded}

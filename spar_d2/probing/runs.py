@@ -32,8 +32,8 @@ from spar_d2.probing.feature_loader import check_probing
 from spar_d2.probing.feature_store import stamp
 from spar_d2.probing.trainer import ProbeTrainer
 from spar_d2.utils.content_cache import ContentCache, digest
-from spar_d2.utils.images import read_labels
 from spar_d2.utils.io import write_json
+from spar_d2.utils.label_values import VALUES, read_label_map
 from spar_d2.visualization import draw_panels
 
 logger = logging.getLogger(__name__)
@@ -198,14 +198,14 @@ def draw_probes(cfg: CfgNode, probes: Mapping[str, Probe], path: Path, count: in
         logger.warning("%s has no colors (stuff_colors): no figure is drawn", dataset)
         return
     # Ignored pixels are black.
-    palette = np.zeros((256, 3), dtype=np.uint8)
+    palette = np.zeros((2**16, 3), dtype=np.uint8)
     palette[: len(colors)] = colors
     all_records = DatasetCatalog.get(dataset)
     records = all_records[:: -(-len(all_records) // count)]
     mapper = image_mapper(cfg, is_train=False)
     columns = [
         [read_rgb(record["file_name"]) for record in records],
-        [palette[read_labels(record["sem_seg_file_name"])] for record in records],
+        [palette[read_label_map(record)] for record in records],
     ]
     for probe in probes.values():
         model = build_segmentor(cfg, probe.method.weights, probe.method.overrides)
@@ -232,7 +232,11 @@ def _identity(cfg: CfgNode) -> str:
         config.SPAR.TEACHER.WINDOW = config.SPAR.TEACHER.STRIDE = 0
     for node in (config.TEST, config.SPAR.TEST):
         node.clear()
+    # They only name data sets and set other keys.
+    config.SPAR.DATA.REGISTER, config.SPAR.DATA.EPOCHS = (), 0
     filter_empty = config.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     records = cast("list[dict]", get_detection_dataset_dicts(config.DATASETS.TRAIN, filter_empty=filter_empty))
     files = [stamp(record[key]) for record in records for key in ("file_name", "sem_seg_file_name")]
-    return digest("\n".join([config.dump(), *weights, *files]))[:16]
+    # Label values of data-set files, which are the same in all records of a data set.
+    values = sorted({str(record[VALUES]) for record in records if VALUES in record})
+    return digest("\n".join([config.dump(), *weights, *files, *values]))[:16]

@@ -53,8 +53,19 @@ def readable_errors() -> Iterator[None]:
     except _USER_ERRORS as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print(f"error: {printable(str(error))}\n(set {TRACEBACK_VARIABLE}=1 to show the traceback)", file=sys.stderr)
+        print(
+            f"error: {printable(_without_worker(error))}\n(set {TRACEBACK_VARIABLE}=1 to show the traceback)",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
+
+
+def _without_worker(error: BaseException) -> str:
+    """Return the message of an error, without the traceback that PyTorch adds if it was raised in a worker process."""
+    text = str(error)
+    if not text.startswith(f"Caught {type(error).__name__} in "):
+        return text
+    return text.rpartition(f"\n{type(error).__name__}: ")[2].strip()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ MISTAKES = {
     "train": ["--config-file", "none.yaml"],
     "evaluate": ["--config-file", "none.yaml"],
     "probe": ["--config-file", "none.yaml"],
+    "visualize": ["--config-file", "none.yaml"],
+    "check-data": ["none.yaml"],
     "prepare": ["no_such_set"],
     "cache-teacher": ["--config-file", "none.yaml"],
     "convert": ["--encoder", "ViT-B-16", "--input", "none.pth", "--output", "a.safetensors"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from spar_d2.toy import scenes
 from spar_d2.utils.environment import datasets_root
 from spar_d2.utils.images import read_ids, read_labels
 from spar_d2.utils.io import write_text
+from spar_d2.utils.panoptic_numbers import STUFF, THINGS
 
 # Detectron2's encoding of segments: id = class * divisor + instance.
 _LABEL_DIVISOR = 1000
@@ -136,11 +137,15 @@ def register_panoptic() -> None:
 
     for name, data in panoptic_datasets().items():
         DatasetCatalog.register(name, functools.partial(load_panoptic, name))
-        MetadataCatalog.get(name).set(**_metadata(data.categories()))
+        MetadataCatalog.get(name).set(**panoptic_metadata(data.categories()))
 
 
-def _metadata(categories: Sequence[dict]) -> dict[str, Any]:
-    """Create metadata like Detectron2's "separated" sets: things from 0 on; stuff from 1 on, 0 for all things."""
+def panoptic_metadata(categories: Sequence[dict]) -> dict[str, Any]:
+    """Create metadata like Detectron2's "separated" sets: things from 0 on; stuff from 1 on, 0 for all things.
+
+    Args:
+        categories: dicts with "id", "name", "isthing" and "color".
+    """
     things = [category for category in categories if category["isthing"]]
     stuff = [category for category in categories if not category["isthing"]]
     return {
@@ -185,10 +190,7 @@ def load_panoptic(name: str, root: str | os.PathLike | None = None) -> list[dict
     # Bypass the metadata's check against changes: the root folder may differ from that of an earlier call.
     paths = {"panoptic_json": labels, "panoptic_root": masks, "image_root": root / data.images}
     vars(metadata).update({key: str(path) for key, path in paths.items()})
-    numbers = {
-        **{category: (number, True) for category, number in metadata.thing_dataset_id_to_contiguous_id.items()},
-        **{category: (number, False) for category, number in metadata.stuff_dataset_id_to_contiguous_id.items()},
-    }
+    numbers = category_numbers(metadata.as_dict())
     try:
         content = json.loads(labels.read_text(encoding="utf-8"))
         images = {image["id"]: image for image in content["images"]}
@@ -221,19 +223,30 @@ def _record(
     data: PanopticDataset,
     numbers: dict[int, tuple[int, bool]],
 ) -> dict:
-    segments = []
-    for segment in annotation["segments_info"]:
-        number, isthing = numbers[segment["category_id"]]
-        crowd = int(segment.get("iscrowd", 0))
-        segments.append({"id": segment["id"], "category_id": number, "isthing": isthing, "iscrowd": crowd})
     return {
         "file_name": str(images / data.image_file(image)),
         "image_id": image["id"],
         "height": image["height"],
         "width": image["width"],
         "pan_seg_file_name": str(masks / annotation["file_name"]),
-        "segments_info": segments,
+        "segments_info": renumbered_segments(annotation, numbers),
     }
+
+
+def category_numbers(metadata: Mapping[str, Any]) -> dict[int, tuple[int, bool]]:
+    """Return a map from the category ids of a data set to contiguous ids and whether they are things."""
+    kinds = ((THINGS, True), (STUFF, False))
+    return {category: (number, isthing) for key, isthing in kinds for category, number in metadata[key].items()}
+
+
+def renumbered_segments(annotation: dict, numbers: Mapping[int, tuple[int, bool]]) -> list[dict]:
+    """Return the "segments_info" of an annotation in COCO's format, with contiguous ids of :func:`category_numbers`."""
+    segments = []
+    for segment in annotation["segments_info"]:
+        number, isthing = numbers[segment["category_id"]]
+        crowd = int(segment.get("iscrowd", 0))
+        segments.append({"id": segment["id"], "category_id": number, "isthing": isthing, "iscrowd": crowd})
+    return segments
 
 
 def _prepare_scenes(split: str, root: Path) -> None:
