@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from spar_d2.text.vocabulary import Vocabulary
 from spar_d2.utils.io import signature
+from spar_d2.utils.yaml_files import read_yaml
 
-_LARGEST = 1 << 20
 _EXAMPLE_KEYS = ("image", "mask", "value", "boxes", "points")
 _CLASS_KEYS = ("name", "examples", "words", "clusters")
 _FILE_KEYS = ("classes", "clusters", "center")
@@ -91,16 +89,10 @@ def load_examples(path: str | os.PathLike) -> ExampleVocabulary:
         ValueError: the file is not valid; the message names the entry.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"examples: there is no file {path}")
-    if path.stat().st_size > _LARGEST:
-        raise ValueError(f"examples: {path} has more than {_LARGEST} bytes")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"examples: {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"examples: {path} must have the keys {', '.join(_FILE_KEYS)}")
+        content = read_yaml(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"examples: {error}") from error
     try:
         _check_keys(content, _FILE_KEYS, "the file")
         settings = content.get("clusters", 1), content.get("center", False)
