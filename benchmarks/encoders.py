@@ -14,7 +14,16 @@ from benchmarks.flops import count_flops
 from benchmarks.measure import median_seconds, peak_bytes
 from benchmarks.passes import Forward, random_image, result_if_it_fits, without_gradient
 from benchmarks.tables import NO_LIBRARY, NO_PEAK, PEAK_NOTE, Table, number, ratio
-from spar_d2.encoders import DenseEncoder, DINOtxtEncoder, DINOv3Encoder, OpenCLIPEncoder, SigLIPEncoder, build_encoder
+from spar_d2.encoders import (
+    DenseEncoder,
+    DINOtxtEncoder,
+    DINOv3Encoder,
+    OpenCLIPEncoder,
+    OpenCLIPTimmEncoder,
+    SigLIPEncoder,
+    TimmViTEncoder,
+    build_encoder,
+)
 from spar_d2.encoders.positions import resample_positions
 from spar_d2.encoders.precision import PRECISIONS
 
@@ -50,6 +59,41 @@ def _(encoder: SigLIPEncoder, grid: tuple[int, int]) -> Forward:
         # The library pools to a single vector. These are the pooling layers, applied to every patch.
         value = pool.proj(pool.kv(trunk.forward_features(x)).chunk(2, dim=-1)[1])
         return value + pool.mlp(pool.norm(value))
+
+    return forward
+
+
+@library_forward.register
+def _(encoder: TimmViTEncoder, grid: tuple[int, int]) -> Forward:
+    trunk = _copy_sharing_weights(encoder.trunk)
+    trunk.set_input_size(tuple(cells * encoder.patch_size for cells in grid))
+    if encoder.readout == "tokens":
+        return trunk.forward_features
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        embedded = trunk._pos_embed(trunk.patch_embed(x))
+        tokens, options = (embedded[0], {"rope": embedded[1]}) if isinstance(embedded, tuple) else (embedded, {})
+        tokens = trunk.norm_pre(tokens)
+        for block in trunk.blocks[:-1]:
+            tokens = block(tokens, **options)
+        # The library's blocks have no value path: each token may attend to itself only.
+        alone = torch.eye(tokens.shape[1], dtype=torch.bool, device=x.device)
+        return trunk.norm(trunk.blocks[-1](tokens, **options, attn_mask=alone))
+
+    return forward
+
+
+@library_forward.register
+def _(encoder: OpenCLIPTimmEncoder, grid: tuple[int, int]) -> Forward:
+    trunk, pool = encoder.trunk, encoder.trunk.attn_pool
+    tokens_of = library_forward.dispatch(TimmViTEncoder)(encoder, grid)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        tokens = tokens_of(x)
+        if pool is not None:
+            # The library pools to a single vector: here, each token alone.
+            tokens = pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
+        return encoder.visual.head(trunk.head(trunk.fc_norm(tokens)))
 
     return forward
 

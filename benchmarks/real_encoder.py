@@ -2,8 +2,8 @@
 
     python -m benchmarks.real_encoder --weights dinov2_vits14.safetensors --camvid CAMVID --photos PHOTOS --output OUT
 
-CAMVID has the folders images/{train,val,test} and labels/{train,val,test} (480x360, labels 0..10, 255 ignored). PHOTOS is
-any folder of images. Every part runs a command of spar-d2 and can be stopped and run again.
+CAMVID has the folders images/{train,val,test} and labels/{train,val,test} (480x360, labels 0..10, 255 ignored). PHOTOS
+is any folder of images. Most parts run commands of spar-d2; they can be stopped and run again.
 """
 
 from __future__ import annotations
@@ -33,18 +33,6 @@ from spar_d2.visualization import draw_panels, fit_pca_colors
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs/distill/dinov2_vit_s_14_small.yaml"
 CLASSES = "sky, building, pole, road, pavement, tree, sign symbol, fence, car, pedestrian, bicyclist".split(", ")
-    "sky",
-    "building",
-    "pole",
-    "road",
-    "pavement",
-    "tree",
-    "sign symbol",
-    "fence",
-    "car",
-    "pedestrian",
-    "bicyclist",
-]
 ENCODER = "vit_small_patch14_dinov2"
 WINDOW, STRIDE = 518, 224
 # Short sides of the frames: near the pre-training size, 1.5, 2 and 3 times the original frames.

@@ -127,7 +127,13 @@ class OpenCLIPTimmFamily(EncoderFamily):
         visual = nn.Module()
         sizes: dict[str, Any] = {"img_size": 64, "patch_size": 16, "embed_dim": 96, "depth": 3, "num_heads": 3}
         visual.trunk = Eva(
-            **sizes, num_classes=64, global_pool="token", use_rot_pos_emb=True, ref_feat_shape=4, qkv_fused=False
+            **sizes,
+            num_classes=64,
+            global_pool="token",
+            use_rot_pos_emb=True,
+            ref_feat_shape=4,
+            qkv_fused=False,
+            head_init_scale=1.0,
         )
         visual.head = nn.Identity()
         return OpenCLIPTimmEncoder(visual)

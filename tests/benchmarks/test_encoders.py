@@ -60,7 +60,7 @@ def test_dense_features_of_siglip_are_the_encoders_at_the_native_size():
     assert library_forward(encoder, GRID)(image(encoder)).shape == (1, math.prod(GRID), encoder.embed_dim)
 
 
-@pytest.mark.parametrize("family", ["DINOv3", "DINOv3.txt"])
+@pytest.mark.parametrize("family", ["DINOv3", "DINOv3.txt", "timm ViT", "open_clip timm ViT"])
 @torch.no_grad()
 def test_dense_features_are_the_encoders(family):
     encoder = example_encoder(family)

@@ -24,7 +24,7 @@ from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.runner import Outcome, Runner
 from benchmarks.gpu_check.settings import small
 from pretended_cuda import PretendedCuda
-from spar_d2.encoders import compilation
+from spar_d2.encoders import FAMILIES, compilation
 
 CPU = torch.device("cpu")
 # Titles of the tables of each part, and names of their first columns.
@@ -108,7 +108,7 @@ def test_compiled_blocks(tmp_path, monkeypatch):
 def test_encoders_of_all_families_are_compared(tables_of):
     tables = tables_of("features")
     subjects = {row["subject"].split(",")[0] for row in tables["Encoders"]["values"]}
-    assert subjects == {"DINOv3 (tiny)", "open_clip ViT (tiny)", "SigLIP (tiny)", "vit_nano_patch8_dinov3"}
+    assert subjects == {*(f"{name} (tiny)" for name in FAMILIES if name != "DINOv3.txt"), "vit_nano_patch8_dinov3"}
     half = [row for row in tables["Encoders"]["values"] if row["compared"].startswith("bfloat16")]
     assert half and all(0 < row["relative"] < 0.05 and row["cosine"] > 0.99 for row in half)
 
@@ -142,7 +142,7 @@ def test_a_failed_check_fails_the_tool(tmp_path, monkeypatch, capsys):
         run_tool(monkeypatch, tmp_path, *options, "labels", "features")
     assert stopped.value.code == 1
     text = read_report(tmp_path)
-    assert "| features | 21 rows, **6 of its checks FAILED** |" in text and "| **FAILED** |" in text
+    assert re.search(r"\| features \| \d+ rows, \*\*\d+ of its checks FAILED\*\* \|", text) and "| **FAILED** |" in text
     assert "| labels | passed, 19 rows |" in text
     assert "bfloat16 and float32 |" in capsys.readouterr().out
     found = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]["features"]
