@@ -20,9 +20,9 @@ def add_spar_config(cfg: CfgNode) -> None:
         return
 
     cfg.MODEL.SPAR = CN()
-    # Name of the image encoder: an open_clip ViT or SigLIP model ("ViT-B-16", "ViT-B-16-SigLIP2-512"), an
-    # open_clip-style JSON model config file, a DINOv3 ViT of timm ("vit_base_patch16_dinov3"), or DINOv3.txt
-    # ("dinov3_vitl16_dinotxt_tet1280d20h24l").
+    # Name of the image encoder: an open_clip model with a ViT ("ViT-B-16", "ViT-B-16-SigLIP2-512", "PE-Core-B-16"), an
+    # open_clip-style JSON model config file, a ViT of timm ("vit_base_patch14_dinov2", "vit_base_patch16_dinov3"), or
+    # DINOv3.txt ("dinov3_vitl16_dinotxt_tet1280d20h24l").
     cfg.MODEL.SPAR.ENCODER = "ViT-B-16"
     # Weights of the encoder: a pretrained tag of its library ("laion2b_s34b_b88k"), a weight file, or "" for random
     # weights (always with the same seed).
@@ -60,7 +60,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.MODEL.SPAR.CHECKPOINTING = False
     # Trainable parameters of the encoder: "all", "none", or a comma-separated list of "last_blocks:N", "blk_I" (block
     # I; negative indices count from the last block), "qkv_I", "mlp_I" (layers of block I), "posembed", "patchembed" and
-    # "attn_pool_kv" (SigLIP).
+    # "attn_pool_kv" (SigLIP, PE-Core).
     cfg.MODEL.SPAR.TRAINABLE = "last_blocks:2"
     # Convert the framework's normalized input (PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT) to RGB with the encoder's mean and
     # standard deviation. Set it to False only if those keys already hold the encoder's values.

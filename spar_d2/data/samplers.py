@@ -1,4 +1,4 @@
-"""Resumable infinite samplers. The order of images depends only on the seed and the step."""
+"""Infinite samplers that can resume at any step, because the order of images depends only on the seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SampleIndex(NamedTuple):
     """A sample of a training run.
 
     Attributes:
-        position: index of the sample over all epochs and processes.
+        position: index of the sample in the run, counted across all epochs and processes.
         epoch: number of completed passes over the data set.
         index: index of the image in the data set.
     """
@@ -26,11 +26,11 @@ class SampleIndex(NamedTuple):
 
 
 class ResumableBatchSampler(Sampler[list[SampleIndex]]):
-    """Infinite batches of one process, shuffled in every epoch.
+    """Yields the batches of one process without end; the images are shuffled in every epoch.
 
-    Batch ``i`` of the run consists of the samples from ``i * batch_size`` on, divided among the processes in order.
-    Therefore a run can be resumed from its step alone, and the images of a batch do not depend on the number of
-    processes and workers.
+    Batch ``i`` of the run has the samples ``i * batch_size`` to ``(i + 1) * batch_size - 1``, which are divided among
+    the processes in order. Therefore, the step is enough to resume a run, and the images of a batch do not depend on
+    the number of processes and workers.
 
     Args:
         size: number of images.
@@ -39,7 +39,7 @@ class ResumableBatchSampler(Sampler[list[SampleIndex]]):
         rank, world_size: rank of this process and number of processes.
 
     Attributes:
-        start: index of the first batch.
+        start: index of the first batch to yield; greater than 0 in a resumed run.
 
     Raises:
         ValueError: there are no images, or the batch size is not a multiple of the number of processes.
@@ -76,7 +76,7 @@ class ResumableBatchSampler(Sampler[list[SampleIndex]]):
 
 
 class ResumableTrainingSampler(TrainingSampler):
-    """Detectron2's training sampler, resumable at any step.
+    """Detectron2's training sampler, which can also resume at any step.
 
     Args:
         size: number of images.
@@ -84,7 +84,8 @@ class ResumableTrainingSampler(TrainingSampler):
         seed: random seed of the sampling order.
 
     Attributes:
-        generator: generator of the seeds of worker processes, which depend on the step that a run resumes from.
+        start: step of the first image to yield; greater than 0 in a resumed run.
+        generator: generator of the seeds of the data loader workers. It depends on ``start``.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int) -> None:
@@ -98,7 +99,7 @@ class ResumableTrainingSampler(TrainingSampler):
         self._seed = seed
 
     def start_at(self, step: int) -> None:
-        """Start at another step than the first."""
+        """Skip the images of all steps before ``step``."""
         self.start = step
         self.generator.manual_seed(self._seed * 1_000_003 + step)
 

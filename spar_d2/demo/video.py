@@ -19,13 +19,14 @@ from spar_d2.demo.predictor import Demo
 from spar_d2.utils.io import atomic_write
 from spar_d2.visualization import fit_pca_colors
 
-# FFmpeg prints errors about corrupt files; they are reported in one line instead.
+# Suppress FFmpeg's own messages about corrupt files, because this module raises an error with one line.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
-# The legend of a video lists all classes in every frame, so that it does not move. It is omitted for more classes.
+# Maximum number of classes for the legend of a video. It lists all classes in every frame, so that it does not move;
+# with more classes, there is no legend.
 _MAX_LISTED = 40
-# Signatures of video files. Other files may be playlists, regardless of their suffix. FFmpeg would open the files and
-# URLs in them, which may expose private files.
+# Signatures of video files. Other files may be playlists, whatever their suffix. FFmpeg would open the files and URLs
+# that a playlist names, which could expose private files.
 _SIGNATURES = re.compile(
     rb"....(ftyp|moov|mdat|free|skip|wide|pnot)|RIFF....AVI |\x1aE\xdf\xa3|\x00\x00\x01|0&\xb2u|FLV\x01|OggS"
     rb"|\x47.{187}\x47|....\x47.{191}\x47",
@@ -42,7 +43,7 @@ class Video:
     Attributes:
         path: path of the file.
         rate: frames per second.
-        frames: number of frames according to the file; 0 if unknown.
+        frames: number of frames that the header states; 0 if unknown.
     """
 
     path: str
@@ -91,7 +92,10 @@ def _capture(path: str) -> Iterator[cv2.VideoCapture]:
 
 
 class _Writer:
-    """Writes frames to a video of the size of the first one, padded to even sides, which common players require."""
+    """Writes frames to a video file.
+
+    The video has the size of the first frame, padded to even sides, because common players require even sides.
+    """
 
     def __init__(self, path: Path, rate: float) -> None:
         self.path, self.rate = path, rate
@@ -121,13 +125,14 @@ def segment_video(demo: Demo, path: str, target: Target) -> tuple[list[float], l
     """Segment all frames of a video, and write the result as a video.
 
     Args:
-        demo: demo to run.
+        demo: model, vocabulary and visualization.
         path: path of the video.
-        target: output paths of the video and, if requested, of frame masks ("000001.png" and so on) and a JSON file
-            with the area of every class in every frame.
+        target: output paths: of the video and, if requested, of the folder for the masks of all frames ("000001.png",
+            "000002.png", ...) and of a JSON file with the area of every class in every frame.
 
     Returns:
-        Run time of the model for each frame, and mean area of every class, 0..1.
+        Run time of the model for each frame in seconds, and the mean area of every class as a fraction of the frame,
+        0..1; the areas are empty if no labels were needed.
 
     Raises:
         FileNotFoundError: the video does not exist.

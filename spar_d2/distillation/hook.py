@@ -30,14 +30,15 @@ AVERAGES = ("image", "cell")
 class DistillationHook(HookBase):
     """Adds ``loss_distill`` to the loss dict of a model with a dense encoder.
 
-    The hook registers forward hooks on the encoder, wherever it is in the model. The teacher encodes the same images as
-    the student in each training step. The hook works with any Detectron2 trainer that calls ``model(data)`` and sums a
-    loss dict. The forward hooks are removed after training.
+    The hook works with any Detectron2 trainer that calls ``model(data)`` and sums a loss dict. It registers forward
+    hooks on the model and on its encoder, wherever the encoder is in the model, and removes them after training. In
+    each training step, the teacher encodes the same images as the student.
 
-    The hook writes to the event storage: "distill/cosine" (mean cosine similarity of student features and targets),
-    "distill/images_per_second", "distill/windows_per_second" and "distill/windows_encoded". On a GPU, the values of
-    several steps are written together, and features are checked for NaN and infinity once per step, after the backward
-    pass. Training is rejected before the first step if the encoder has no trainable parameters.
+    The hook writes these values to the event storage: "distill/cosine" (mean cosine similarity of student features and
+    targets), "distill/images_per_second", "distill/windows_per_second" and "distill/windows_encoded" (since the start
+    of the run). On a GPU, the values of several steps are written together, and features are checked for NaN and
+    infinity once per step, after the backward pass. Training fails before the first step if the encoder has no
+    trainable parameters.
 
     ``DistillationHook(cfg)`` builds the teacher from ``MODEL.SPAR`` and ``SPAR.TEACHER``.
 
@@ -46,15 +47,15 @@ class DistillationHook(HookBase):
         weight: weight of the loss, greater than 0.
         windows_per_image: number of randomly sampled windows per image; 0 uses all windows.
         seed: random seed of the sampled windows. A resumed run samples the same windows as an uninterrupted one.
-        average: "image" averages the loss over the grid cells of each image, then over images. "cell" averages it over
-            all grid cells of the images in a step, across all processes.
-        cache: cache of full targets; with ``windows_per_image``, it is only read.
+        average: "image" averages the loss over the cells of the feature grid of each image, then over the images.
+            "cell" averages it over all cells of the images in a step, across all processes.
+        cache: cache of full targets. With ``windows_per_image``, it is read but not written.
 
     Raises:
         ValueError: ``weight``, ``windows_per_image`` or ``average`` is invalid.
     """
 
-    # Any trainer with a model.
+    # Any object with the attributes model, iter and max_iter.
     trainer: Any
 
     @configurable
@@ -96,7 +97,7 @@ class DistillationHook(HookBase):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        # Do not copy the encoder of the model: in a resumed run, its weights are those of the student.
+        # Do not copy the model's encoder instead: in a resumed run, it already has the weights of the student.
         teacher = teacher_from_config(cfg)
         folder = cfg.SPAR.TEACHER.CACHE_DIR
         return {
@@ -124,7 +125,7 @@ class DistillationHook(HookBase):
                 'set it to "last_blocks:2" or "all", for example, or set SPAR.DISTILL.ENABLED to False'
             )
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            # Hook the inner model, so that DistributedDataParallel sees the loss in the model's output.
+            # Hook the wrapped model, so that DistributedDataParallel finds the loss in its output.
             model = model.module
         self._handles = [
             model.register_forward_pre_hook(self._remember_inputs),
@@ -172,7 +173,7 @@ class DistillationHook(HookBase):
             storage.put_scalar("distill/windows_encoded", encoded, smoothing_hint=False, cur_iter=iteration)
 
     def after_train(self) -> None:
-        # With several processes, one may have failed, and a collective operation would hang.
+        # If there are several processes, one of them may have failed, and a collective operation would hang.
         if comm.get_world_size() == 1:
             self._write_readings()
         for handle in self._handles:
@@ -265,7 +266,7 @@ class DistillationHook(HookBase):
         return target
 
     def _looked_up(self, image: EncodedImage) -> LookedUp | None:
-        """Return the data loader's cache lookup if it is valid for the image that was encoded."""
+        """Return the cache lookup of the data loader, or None if it is not of exactly the encoded pixels."""
         looked_up = image.records[0].get(TargetLookUp.NAME) if len(image.records) == 1 else None
         if looked_up is None or image.records[0]["image"].shape != image.image.shape:
             return None
@@ -283,10 +284,10 @@ class DistillationHook(HookBase):
         self.windows_encoded += windows
 
     def _shift(self, image: EncodedImage) -> torch.Tensor:
-        """Return two random numbers for the sampled windows of an image.
+        """Return two random numbers that determine the sampled windows of an image.
 
-        If possible, they are seeded by the image's position in the run, so that they do not depend on the number of
-        processes or the other images of the step.
+        If the image's position in the run is known, it seeds them, so that they do not depend on the number of
+        processes or on the other images of the step.
         """
         generator = self._generator
         if image.position is not None:
@@ -294,7 +295,7 @@ class DistillationHook(HookBase):
         return torch.rand(2, generator=generator)
 
     def _note_norms(self, what: str, tensors: list[torch.Tensor], encoded: list[EncodedImage]) -> None:
-        """Store the norms of tensors to detect NaN and infinity. On a GPU, they are checked later to avoid a sync."""
+        """Store the norms of tensors to detect NaN and infinity. On a GPU, they are checked after the backward pass."""
         detached = [tensor.detach() for tensor in tensors]
         norms = torch._foreach_norm(detached)  # pyright: ignore[reportPrivateImportUsage]
         self._norms += [(what, image, norm) for image, norm in zip(encoded, norms)]

@@ -206,7 +206,7 @@ def build_encoder(
             with, three floats each; None uses the metadata of the weight file, or else the defaults of tag or model.
         quick_gelu: whether the activation is QuickGELU (open_clip ViTs only); None as for ``pixel_mean``.
         pretrained_part: which weights to load from a file that holds several sets ("ema", "teacher", ...).
-        readout: for encoders without text tower of timm: "tokens" (default) for the patch tokens after the final norm,
+        readout: for timm's encoders without a text tower: "tokens" (default) for the patch tokens after the final norm,
             or "value" for the value path of the last block.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Dense encoder of timm's ViTs: patch tokens after the final norm, no text tower.
+"""Dense encoder of timm's ViTs, which have no text tower: the features are the patch tokens after the final norm.
 
-Position embeddings are resampled as by timm: learned ones with antialiased bicubic interpolation, rotary ones by
-computing them for the grid.
+Position embeddings are adapted to the image size as timm does. Learned ones are resampled with antialiased bicubic
+interpolation, and rotary ones are computed for the patch grid.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class TimmViTEncoder(DenseEncoder):
         reference_compat: the sliding window crops partial patches at the right and bottom, as the reference code does.
             A single pass always pads images.
         readout: "tokens" for the patch tokens after the final norm, as returned by timm's ``forward_features``; "value"
-            to reduce the attention of the last block to the value path (MaskCLIP, arXiv:2112.01071).
+            to reduce the attention of the last block to its value path, where each token attends only to itself
+            (MaskCLIP, arXiv:2112.01071).
 
     Raises:
         ValueError: ``visual`` is not a supported model, or ``readout`` is unknown.
@@ -68,8 +69,8 @@ class TimmViTEncoder(DenseEncoder):
         self.native_size = trunk.patch_embed.grid_size[0] * self.patch_size
         self.width = self.embed_dim = trunk.embed_dim
         self.prefix_tokens = trunk.num_prefix_tokens
-        # timm builds position grids on the CPU and synchronizes with the GPU to copy them. To avoid this, a CPU copy of
-        # the module computes rotations. The tuple hides it from nn.Module, so it is not part of the model.
+        # timm builds position grids on the CPU and synchronizes with the GPU to copy them. To avoid this, a copy of the
+        # rope module computes the rotations on the CPU. The tuple hides it from nn.Module, so it is not a submodule.
         self._rope = (copy.deepcopy(getattr(trunk, "rope", None)),)
         cfg = getattr(trunk, "pretrained_cfg", {})
         self.pixel_mean = tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN))
@@ -113,7 +114,7 @@ class TimmViTEncoder(DenseEncoder):
         tokens = [torch.cat(prefix, dim=1)] if prefix else []
         if trunk.pos_embed is not None:
             native, table = trunk.patch_embed.grid_size, trunk.pos_embed[0]
-            # Some models have position embeddings of prefix tokens, which come first.
+            # Some models also have position embeddings for the prefix tokens, at the start of the table.
             count = len(table) - native[0] * native[1]
             if count:
                 tokens[0] = tokens[0] + table[:count]
@@ -127,7 +128,7 @@ class TimmViTEncoder(DenseEncoder):
         return trunk.norm_pre(tokens), grid, context
 
     def _of_rotations(self, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        """Return the cached rotary position embeddings of a grid, additional inputs of the blocks."""
+        """Return the rotary position embeddings of a grid, which are inputs of the blocks; cached."""
         return self._of_grid(grid, lambda: self._rotations(grid), "rotations")
 
     def _rotations(self, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
@@ -170,7 +171,7 @@ def check_trunk(trunk: nn.Module, encoder: str) -> Any:
 
 
 def check_value_path(block: nn.Module) -> None:
-    """Raise ``ValueError`` unless :func:`run_value_path` implements the block."""
+    """Raise ``ValueError`` if :func:`run_value_path` does not support the block."""
     attn = cast(Any, getattr(block, "attn", None))
     known = type(block) in (Block, EvaBlock, EvaBlockPostNorm) and getattr(attn, "gate", None) is None
     qkv = getattr(attn, "qkv", None)

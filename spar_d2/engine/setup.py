@@ -1,4 +1,4 @@
-"""Config loading and validation, and setup of runs, for command line tools."""
+"""Loads and validates configs, and sets up runs, for the command-line tools."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load_config(config_file: str, overrides: list[str], trains: bool = False) ->
         cfg.merge_from_file(config_file, allow_unsafe=False)
         cfg = CfgNode(cfg)
         if _OUT_CHANNELS in overrides[::2]:
-            # Numbers and lists are both allowed, but yacs would reject a change of the type.
+            # Numbers and lists are both allowed, but yacs would reject a value of another type than the current one.
             cfg.MODEL.SPAR.OUT_CHANNELS = None
         cfg.merge_from_list(_typed(cfg, overrides))
     except (KeyError, AssertionError, ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
@@ -99,7 +99,7 @@ def _config_path(name: str) -> str:
 
 
 class _LocalConfig(CfgNode):
-    """Config that reads only local files (also for ``_BASE_``) with plain values."""
+    """Config that reads only local files, also for ``_BASE_``, and rejects YAML that would execute code."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
@@ -149,7 +149,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _find_files(cfg: CfgNode, config_file: str) -> None:
-    """Resolve files in a config relative to the current folder, the folder of the config, or its parents."""
+    """Resolve files in a config relative to the current folder, else the config's folder, else the parents of that."""
     for key in ("ENCODER", "PRETRAINED", "DINOV3_BACKBONE", "VOCABULARY", "TEMPLATES", "DINOV3_REPO"):
         is_there = os.path.isdir if key == "DINOV3_REPO" else os.path.isfile
         value = cfg.MODEL.SPAR[key]
@@ -205,11 +205,11 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None
     Args:
         cfg: config.
         args: arguments for Detectron2's ``default_setup``.
-        quiet: whether to show only warnings and errors on the console, so that logs do not disturb progress bars.
-            ``log.txt`` in the output folder has all messages.
+        quiet: whether to show only warnings and errors on the console, so that other messages do not break progress
+            bars. ``log.txt`` in the output folder has all messages.
     """
     cfg.freeze()
-    # The same calls as in default_setup(), which then reuses these loggers.
+    # default_setup() makes the same calls, and then reuses these loggers.
     rank = comm.get_rank()
     loggers = [
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore"),
@@ -228,10 +228,10 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, quiet: bool = False) -> None
 
 @contextlib.contextmanager
 def clean_start(output_dir: str, trains: bool = True) -> Iterator[None]:
-    """Context manager for the setup of a run, which removes newly created output folders if the setup fails.
+    """Context manager for the setup of a run. If the setup fails, it removes the output folders that it created.
 
-    A folder is kept if it contains files other than the log and config of this run, or if another run uses it. The
-    config of an earlier run is restored.
+    A folder is kept if it contains other files than those that the setup writes (config, logs and metrics), or if
+    another run uses it. The ``config.yaml`` of an earlier run is restored.
 
     Args:
         output_dir: output folder of the run.

@@ -31,18 +31,18 @@ _SUMMARY = ("mIoU", "mIoU-all", "fwIoU", "mACC", "pACC")
 
 
 class SemanticEvaluator(DatasetEvaluator):
-    """Computes the intersection over union of label maps.
+    """Computes intersection over union (IoU) and accuracies of predicted labels.
 
     Supports the outputs of this package's segmentor ("sem_seg_labels") and of Detectron2's models ("sem_seg"). Ground
-    truth is read from the input's "sem_seg_file_name", or from the data set's entry for the image, or, if both are
-    missing, from the input's "sem_seg".
+    truth is read from the file "sem_seg_file_name" of the input or, if the input has none, of the data set's record of
+    the image. If that has none either, the input's "sem_seg" is used.
 
     Args:
         dataset_name: name of a registered data set; its metadata must have "stuff_classes" and may have "ignore_label".
         distributed: sum the counts of all processes; only the main process returns scores.
-        output_dir: if given, scores are written there ("sem_seg_scores.json") and, with ``dump_predictions``, masks
-            ("sem_seg_predictions.json", one run-length-encoded mask per image and class, as in Detectron2).
-        dump_predictions: see ``output_dir``.
+        output_dir: folder to which the scores are written ("sem_seg_scores.json"); None writes nothing.
+        dump_predictions: also write the predictions to ``output_dir`` ("sem_seg_predictions.json", with one
+            run-length-encoded mask per image and class, as Detectron2 does).
         boundary_iou: also compute Detectron2's boundary IoU of every class, which takes several times as long.
 
     Raises:
@@ -84,7 +84,7 @@ class SemanticEvaluator(DatasetEvaluator):
         self._on_device: DeviceConfusion | None = None
         self._boundary = np.zeros(shape, dtype=np.int64) if self.boundary_iou else None
         self._dumped: list[dict] = []
-        # Number of pixels by label, for labels that are neither a class nor ignored.
+        # Maps labels that are neither a class nor ignored to their number of pixels.
         self._unknown: Counter[int] = Counter()
         self._pixels = 0
 
@@ -92,7 +92,8 @@ class SemanticEvaluator(DatasetEvaluator):
         """Process a batch.
 
         Raises:
-            ValueError: an output has no labels or scores, an image has no ground truth, or their sizes differ.
+            ValueError: an output has no labels or scores, an image has no ground truth, or its prediction and ground
+                truth differ in size.
         """
         for record, output in zip(inputs, outputs):
             labels, truth = self._labels(output), self._truth(record)
@@ -111,7 +112,10 @@ class SemanticEvaluator(DatasetEvaluator):
                 self._dumped += self._encode(labels.cpu().numpy(), record.get("file_name", ""))
 
     def _count(self, labels: torch.Tensor, truth: np.ndarray) -> None:
-        """Count on the device of the labels: copying ground truth to a GPU is cheaper than copying labels back."""
+        """Add to the confusion matrix, on the device of the predicted labels.
+
+        On a GPU, it is faster to copy the ground truth to the device than to copy the predicted labels to the CPU.
+        """
         if not labels.is_cuda:
             self._confusion += confusion_matrix(labels.cpu().numpy(), truth, len(self.names), self.ignore_label)
             return
@@ -121,7 +125,7 @@ class SemanticEvaluator(DatasetEvaluator):
         self._on_device.add(labels, truth)
 
     def _count_unknown(self, truth: np.ndarray) -> None:
-        """Count pixels with labels that are neither a class nor ignored, which are excluded from all scores."""
+        """Count pixels whose label is neither a class nor ignored. These pixels are excluded from all scores."""
         unknown = ((truth >= len(self.names)) | (truth < 0)) & (truth != self.ignore_label)
         if unknown.any():
             self._unknown.update(dict(zip(*(part.tolist() for part in np.unique(truth[unknown], return_counts=True)))))
@@ -132,14 +136,14 @@ class SemanticEvaluator(DatasetEvaluator):
             self._on_device = None
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return the counts so far, without dumped masks, for :meth:`load_state_dict`."""
+        """Return the counts so far, for :meth:`load_state_dict`; masks for ``dump_predictions`` are not included."""
         self._flush_device_counts()
         counts = {"confusion": self._confusion, "strange": np.array(sorted(self._unknown.items())).reshape(-1, 2)}
         counts["pixels"] = np.array(self._pixels)
         return counts if self._boundary is None else {**counts, "boundary": self._boundary}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Restore counts of :meth:`state_dict`. Raises ``ValueError`` if they belong to other classes."""
+        """Restore the counts of :meth:`state_dict`. Raises ``ValueError`` if they do not fit classes and options."""
         other_keys = ("strange", "pixels")
         current, loaded = (
             {k: v for k, v in counts.items() if k not in other_keys} for counts in (self.state_dict(), state)
@@ -176,7 +180,13 @@ class SemanticEvaluator(DatasetEvaluator):
         return OrderedDict(sem_seg=scores)
 
     def _warn(self, unknown: Counter[int], confusion: np.ndarray, ignored: int) -> None:
-        """Log each finding once per data set. ``ignored`` is the number of ignored pixels."""
+        """Warn about unknown labels, ignored pixels and absent classes, once per data set and set of findings.
+
+        Args:
+            unknown: maps unknown labels to their number of pixels.
+            confusion: confusion matrix.
+            ignored: number of ignored pixels.
+        """
         finding = (self.dataset_name, tuple(sorted(unknown.items())), tuple(np.any(confusion, axis=1).tolist()))
         if finding in _WARNED:
             return
@@ -219,7 +229,7 @@ class SemanticEvaluator(DatasetEvaluator):
         return None if image is None else self._truths.get(image)
 
     def _labels(self, output: dict) -> torch.Tensor:
-        """Return the predicted labels, (H, W) integers, on their device."""
+        """Return the predicted labels, (H, W) integers, on the device of the output."""
         if "sem_seg_labels" in output:
             return output["sem_seg_labels"]
         if "sem_seg" in output:

@@ -1,4 +1,4 @@
-"""Class vectors from examples: means of the encoder's dense features inside regions of images."""
+"""Class vectors of vocabularies: text embeddings, or means of dense features inside the regions of examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from spar_d2.text import TextEmbeddings, Vocabulary
 from spar_d2.text.examples import Example, ExampleVocabulary
 from spar_d2.utils.images import read_labels
 
-# A grid cell belongs to an example if the region covers at least this fraction of it.
+# A cell of the feature grid belongs to an example if the region covers at least this fraction of it. If the region
+# covers no cell that far, the cells that it covers most are used.
 _COVERED = 0.5
 _ITERATIONS = 50
 
@@ -23,24 +24,24 @@ Encode = Callable[[np.ndarray], tuple[torch.Tensor, tuple[float, float]]]
 
 
 class ClassVectors:
-    """Vectors of the classes of a vocabulary, which dense features are compared with.
+    """The vectors with which dense features are compared to find their class.
 
     Attributes:
-        vectors: (Q, D) float32, unit length.
-        query_class: (Q,) int64, class index of each vector, in ascending order.
-        center: (D,) mean feature that is subtracted from normalized dense features; None if they are not centered.
+        vectors: (Q, D) float32, of unit length; one or several for each class.
+        query_class: (Q,) int64 class index of each vector, in ascending order.
+        center: (D,) mean feature, which is subtracted from normalized dense features; None if they are not centered.
     """
 
     def __init__(self, vectors: torch.Tensor, query_class: torch.Tensor, center: torch.Tensor | None = None) -> None:
         self.vectors, self.query_class, self.center = vectors, query_class, center
 
     def to(self, device: torch.device | str) -> ClassVectors:
-        """Copy to a device."""
+        """Return a copy on a device."""
         center = None if self.center is None else self.center.to(device)
         return ClassVectors(self.vectors.to(device), self.query_class.to(device), center)
 
     def centered(self, features: torch.Tensor) -> torch.Tensor:
-        """Subtract the center from features (D, h, w); unchanged if there is none."""
+        """Normalize features (D, h, w) and subtract the center. Without a center, features are returned unchanged."""
         return features if self.center is None else _centered(features, self.center)
 
 
@@ -48,13 +49,14 @@ def class_vectors(vocabulary: Vocabulary, text: TextEmbeddings, encode: Encode) 
     """Compute the vectors of all classes of a vocabulary.
 
     Args:
-        vocabulary: classes, defined by names or by examples.
-        text: text embeddings; not used if no class has words.
-        encode: function that encodes an RGB image (H, W, 3) uint8 to features (D, h, w), and returns them with the
-            size (H', W') of the area that the feature grid covers, in pixels of the image.
+        vocabulary: classes, defined by words or by examples.
+        text: text embeddings; not used if all classes are defined only by examples.
+        encode: function that encodes an RGB image (H, W, 3) uint8. It returns features (D, h, w), and the size (H', W')
+            in image pixels of the area that the feature grid covers.
 
     Raises:
-        ValueError: an example cannot be read, a mask has another size than its image, or a region is empty.
+        ValueError: an example cannot be read, a mask and its image differ in size, a point is outside of its image, or
+            a region is empty.
     """
     if not isinstance(vocabulary, ExampleVocabulary):
         return ClassVectors(*text(vocabulary))
@@ -94,12 +96,12 @@ def cluster_means(cells: torch.Tensor, clusters: int) -> torch.Tensor:
 
     Args:
         cells: (n, D) vectors of unit length.
-        clusters: number of clusters; fewer are returned if there are fewer different vectors.
+        clusters: number of clusters; fewer are returned if there are fewer distinct vectors.
 
     Returns:
-        (k, D), k <= clusters.
+        (k, D) means of unit length, k <= clusters.
     """
-    # Start from the vector nearest to the mean, and then the vectors farthest from all others: deterministic.
+    # Deterministic start: the vector closest to the mean, then always the vector farthest from those already chosen.
     chosen = [int((cells @ cells.mean(0)).argmax())]
     nearest = cells @ cells[chosen[0]]
     while len(chosen) < min(clusters, len(cells)) and nearest.min() < 1 - 1e-6:
@@ -117,7 +119,7 @@ def cluster_means(cells: torch.Tensor, clusters: int) -> torch.Tensor:
 
 
 def _encoded(file: str, encode: Encode) -> tuple[torch.Tensor, tuple[float, float], tuple[int, int]]:
-    """Return features (D, h, w) of an image file, the size that they cover, and the size of the image."""
+    """Return the features (D, h, w) of an image file, the size of the area that they cover, and the image size."""
     pixels = read_rgb(file)
     features, covered = encode(pixels)
     return features.float(), covered, (pixels.shape[0], pixels.shape[1])
@@ -130,7 +132,7 @@ def _cells(
     size: tuple[int, int],
     center: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the unit vectors (n, D) of the grid cells inside an example."""
+    """Return the unit vectors (n, D) of the grid cells in the region of an example."""
     coverage = _coverage(example, features.shape[-2:], covered, size).to(features.device)
     chosen = coverage >= min(_COVERED, float(coverage.max()))
     features = F.normalize(features, dim=0) if center is None else _centered(features, center)
@@ -161,7 +163,7 @@ def _coverage(example: Example, grid: torch.Size, covered: tuple[float, float], 
 
 
 def _cell_means(region: torch.Tensor, grid: torch.Size, cell: tuple[float, float]) -> torch.Tensor:
-    """Average a map (H, W) over grid cells whose sides in pixels need not be whole; outside of the map, it is 0."""
+    """Average a map (H, W) over grid cells, whose sides need not be whole pixels. Outside, the map counts as 0."""
     for axis, (cells, side) in enumerate(zip(grid, cell)):
         # Integral along the axis, sampled at the borders of the cells by linear interpolation.
         integral = F.pad(region.transpose(0, axis).cumsum(0, dtype=torch.float64), (0, 0, 1, 0))

@@ -1,4 +1,4 @@
-"""Encodes windows of several images in common batches, and sums their features at their positions."""
+"""Encodes windows of several images in shared batches, and adds their features at the positions of the windows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from spar_d2.encoders.precision import full_float32
 from spar_d2.teacher.windows import WindowPlan
 from spar_d2.utils.transfer import send
 
-# Tokens per batch: enough to utilize a GPU, or few enough for the cache of a CPU.
+# Tokens per batch: enough to utilize a GPU; on a CPU, few enough to stay in its cache.
 _TOKENS = {"cpu": 1 << 11, "other": 1 << 15}
-# With a fixed shape, the batch size is a multiple of this number of windows.
+# If the encoder is compiled for a fixed shape, and the batch size exceeds the number of windows, the batch size is
+# reduced to the next multiple of this number.
 _STEP = 16
 
 
@@ -32,18 +33,18 @@ def stitch(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Encode selected windows of each image and compute the weighted sum of their features.
 
-    Each grid cell is divided by the window count of the full plan, regardless of the selected windows. Windows are
-    summed with matrix products in a fixed order, so results are reproducible on a device.
+    Each fine grid cell is divided by the number of windows of the full plan that cover it, whichever windows are
+    selected. Matrix products add the windows in a fixed order, so results on the same device are reproducible.
 
     Args:
         encoder: encoder; it runs without gradients.
         images: images (3, H, W) of any sizes, on one device.
-        parts: selected windows of each image, of one window size.
-        batch_size: number of windows per batch; 0 chooses it automatically.
+        parts: selected windows of each image; all windows have the same size.
+        batch_size: number of windows per batch; 0 means :func:`windows_at_once`.
 
     Returns:
-        For each image, the sum (1, D, rows, columns) float32 on the patch grid of its plan, and the same sum for a
-        feature of ones (1, 1, rows, columns).
+        For each image, the sum (1, D, Y, X) float32 on the patch grid of its plan, and the total weight (1, 1, Y, X) of
+        the windows at each patch, which is the sum for features of 1.
     """
     device, window = images[0].device, parts[0].plan.window
     batch_size = batch_size or windows_at_once(encoder, window, device)
@@ -52,12 +53,12 @@ def stitch(
         batch_size = min(batch_size, -(-len(positions) // _STEP) * _STEP)
         # Pad the last batch with copies of a window; their features are ignored.
         positions = torch.cat([positions, positions[-1:].expand(-len(positions) % batch_size, -1)])
-    # Copy all plans to the device at once.
+    # Copy the tensors of all selections to the device at once.
     positions, *tensors = _send_all([positions, *(tensor for part in parts for tensor in part.tensors)], device)
     shares, weights = [tensors[i : i + 3] for i in range(0, len(tensors), 4)], tensors[3::4]
     positions = positions.long()
     views = _window_views(images, [part.plan for part in parts], next(encoder.parameters()).dtype)
-    # (X, Y, D) for each image, so that a range of rows is a range of columns of a matrix.
+    # (X, Y, D) for each image: a range of image rows is then a range of columns in the matrix (X, Y * D).
     sums = [torch.zeros(*part.grid[::-1], encoder.embed_dim, device=device) for part in parts]
     for begin in range(0, len(positions), batch_size):
         image_index, top, left = positions[begin : begin + batch_size].unbind(1)
@@ -78,9 +79,9 @@ class WindowSelection:
     """Selected windows of one image.
 
     Attributes:
-        plan: window plan, at least as large as the image.
-        picks: (k,) int64 window indices in the plan, on the CPU.
-        factors: (k,) window weights, on the CPU.
+        plan: window plan of the padded image.
+        picks: (k,) int64 indices of the windows in the plan, on the CPU.
+        factors: (k,) factors by which the features of each window are multiplied, on the CPU.
     """
 
     plan: WindowPlan
@@ -89,7 +90,7 @@ class WindowSelection:
 
     @classmethod
     def of_all(cls, plan: WindowPlan) -> WindowSelection:
-        """Select all windows of a plan, with a weight of 1 each."""
+        """Select all windows of a plan, each with a factor of 1."""
         return cls(plan, torch.arange(len(plan)), torch.ones(len(plan), dtype=torch.float64))
 
     def __len__(self) -> int:
@@ -97,23 +98,23 @@ class WindowSelection:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Size of the plan in patches, (Y, X)."""
+        """Number of patches along each side of the padded image, (Y, X)."""
         return self.plan.height // self.plan.patch, self.plan.width // self.plan.patch
 
     def positions(self, number: int) -> torch.Tensor:
-        """Return the image index, top and left (in pixels) of each window, (k, 3) int64."""
+        """Return the image index ``number``, and the top and left in pixels, of each window, (k, 3) int64."""
         return torch.nn.functional.pad(self.plan.origins[self.picks], (1, 0), value=number)
 
     @property
     def _lines(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and column of each window among all windows of the plan, (k,) each."""
+        """Row and column of each selected window in the plan's array of windows, (k,) each."""
         across = len(self.plan.starts[1])
         return self.picks // across, self.picks % across
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Shares of the plan along rows and columns; row, column and factor of each window (k, 3); and the total weight
-        of the windows at each patch (Y, X)."""
+        """Four tensors: the row and column matrices of :attr:`WindowPlan.shares`; the row, column and factor of each
+        window, (k, 3); and the total weight of the windows at each patch, (Y, X)."""
         rows, columns = self.plan.shares
         down, across = self._lines
         heights, widths = rows.double().sum(2)[down], columns.double().sum(2)[across]
@@ -123,13 +124,13 @@ class WindowSelection:
     def add(
         self, features: torch.Tensor, first: int, last: int, shares: Sequence[torch.Tensor], total: torch.Tensor
     ) -> None:
-        """Add windows ``first`` to ``last`` to the sum of the image.
+        """Add the features of a range of windows to the sum of their image.
 
         Args:
             features: (n, x, y, D) float32 features of these windows.
-            first, last: range of windows, excluding ``last``.
+            first, last: range of the selected windows, excluding ``last``.
             shares: the first three tensors of :attr:`tensors`, on the device.
-            total: sum of the image (X, Y, D), modified in place.
+            total: (X, Y, D) sum of the image, modified in place.
         """
         rows, columns, lines = shares
         down, across = lines[first:last, :2].long().unbind(1)
@@ -149,9 +150,9 @@ class WindowSelection:
 
 
 def _window_views(images: Sequence[torch.Tensor], plans: Sequence[WindowPlan], dtype: torch.dtype) -> torch.Tensor:
-    """Return a view of the windows at all pixel positions, (B, 3, rows, columns, window, window).
+    """Return a view with a window at every pixel position, (B, 3, tops, lefts, window, window).
 
-    Indexing the view copies only the windows of one batch.
+    Indexing the view copies only the chosen windows.
     """
     window = plans[0].window
     # Images of different sizes share the top left corner of a canvas.

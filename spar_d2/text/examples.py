@@ -1,4 +1,4 @@
-"""Vocabularies whose classes are defined by examples: regions of images, optionally together with class names."""
+"""Vocabularies with classes that are defined by examples (regions of images), by words, or by both."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Example:
     Attributes:
         image: image file.
         mask: label map of the size of the image (PNG, TIFF or BMP), or "".
-        value: value of the region in ``mask``; None for all values except 0.
-        boxes: boxes (x0, y0, x1, y1) in pixels, with exclusive right and bottom sides.
-        points: points (x, y) in pixels.
+        value: value in ``mask`` that marks the region; None for all values except 0.
+        boxes: boxes (x0, y0, x1, y1) in pixels; x1 and y1 are exclusive.
+        points: points (x, y) in pixels; each adds the grid cell that contains it.
     """
 
     image: str
@@ -37,18 +37,19 @@ class Example:
 
     @property
     def files(self) -> list[str]:
-        """Files of the example."""
+        """Image file, and mask file if there is one."""
         return [self.image, *filter(None, [self.mask])]
 
 
 class ExampleVocabulary(Vocabulary):
-    """A vocabulary with examples, made by :meth:`Vocabulary.from_examples`.
+    """A vocabulary with examples; use :meth:`Vocabulary.from_examples` to create one.
 
     Attributes:
-        examples: examples of each class; empty for classes that are defined by words.
-        words: class names and synonyms of each class for the text tower; empty for classes that have examples only.
-        clusters: number of vectors of each class.
-        center: whether the mean feature of all example images is subtracted.
+        examples: examples of each class; empty for classes that are defined only by words.
+        words: class names and synonyms of each class for the text tower; empty for classes that are defined only by
+            examples.
+        clusters: maximum number of vectors that are computed from the examples of each class.
+        center: whether the mean feature of all example images is subtracted from class vectors and dense features.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class ExampleVocabulary(Vocabulary):
 
     @property
     def files(self) -> list[str]:
-        """Image files of all examples."""
+        """Image files of all examples, each once, without masks."""
         return list(dict.fromkeys(example.image for examples in self.examples for example in examples))
 
     def _state(self) -> tuple:
@@ -82,10 +83,10 @@ class ExampleVocabulary(Vocabulary):
 
 
 def load_examples(path: str | os.PathLike) -> ExampleVocabulary:
-    """Load an examples file (YAML); see :meth:`Vocabulary.from_examples`. Paths are relative to the file.
+    """Load an examples file (YAML); see :meth:`Vocabulary.from_examples`. Its paths are relative to its folder.
 
     Raises:
-        FileNotFoundError: the file, or an image or mask in it, does not exist.
+        FileNotFoundError: the file does not exist, or an image or mask that it names does not.
         ValueError: the file is not valid; the message names the entry.
     """
     path = Path(path)
@@ -104,7 +105,10 @@ def load_examples(path: str | os.PathLike) -> ExampleVocabulary:
 def parse_examples(
     classes: object, clusters: object = 1, center: object = False, folder: str | os.PathLike = "."
 ) -> ExampleVocabulary:
-    """Validate classes with examples; see :meth:`Vocabulary.from_examples`."""
+    """Create a vocabulary from classes with examples, after validation; see :meth:`Vocabulary.from_examples`.
+
+    Paths are relative to ``folder``.
+    """
     if isinstance(classes, Mapping):
         classes = [{"name": name, "examples": examples} for name, examples in classes.items()]
     if not isinstance(classes, Sequence) or isinstance(classes, str) or not classes:

@@ -140,7 +140,7 @@ class Vocabulary:
     def from_examples(
         classes: str | os.PathLike | Mapping | Sequence, clusters: int = 1, center: bool = False
     ) -> ExampleVocabulary:
-        """Define classes by examples: regions of images, for encoders without text tower or classes without a word.
+        """Define classes by examples (image regions), for encoders without a text tower or classes without a word.
 
         The vector of a class is the mean of the encoder's dense features inside the regions of its examples.
 

@@ -1,4 +1,4 @@
-"""Files of computed results, which are named by hashes of their inputs and validated when they are read."""
+"""Cache files of computed results. Files are named by hashes of the inputs, and validated when they are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Content = TypeVar("_Content")
 
 
 def digest(*parts: str | torch.Tensor) -> str:
-    """Return the SHA-256 checksum (64 hex digits) of texts and of the values of tensors."""
+    """Return the SHA-256 hash (64 hex digits) of strings and of the values of tensors."""
     checksum = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
@@ -35,13 +35,22 @@ def digest(*parts: str | torch.Tensor) -> str:
 
 
 def read_tensors(path: str | os.PathLike, **metadata: str) -> dict[str, torch.Tensor]:
-    """Read tensors with the given metadata. Raises ``OSError``, or ``ValueError`` if the file is corrupt."""
+    """Read the tensors of a file, and check its checksum and metadata.
+
+    Args:
+        path: safetensors file.
+        **metadata: metadata that the file must have.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is corrupt, or its metadata differ.
+    """
     try:
         with safe_open(path, "pt") as file:
             tensors, found = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(error) from error
-    # Text embeddings and results of earlier versions have no checksum.
+    # Files that were written by earlier versions of this project may have no checksum.
     if found.get("checksum") not in (None, _checksum(tensors)) or not metadata.items() <= found.items():
         raise ValueError("its checksum or metadata does not match")
     return tensors
@@ -55,13 +64,13 @@ class ContentCache:
     """A folder of tensors (safetensors) and JSON files. Corrupt files count as missing.
 
     Args:
-        folder: folder, which is created when it is written to.
+        folder: path of the folder, which is created by the first write.
         key: config key of the folder, for messages.
-        reserve: disk space in bytes that stays free.
-        metadata: metadata of all tensor files; files with other metadata count as corrupt.
+        reserve: disk space in bytes that writes leave free.
+        **metadata: metadata of all tensor files; files with other metadata count as corrupt.
 
     Attributes:
-        writable: whether no write has failed in :meth:`try_save`.
+        writable: whether :meth:`try_save` writes; False after a failed write or :meth:`stop_writing`.
     """
 
     def __init__(self, folder: str | os.PathLike, key: str = "", reserve: int = 0, **metadata: str) -> None:
@@ -69,7 +78,10 @@ class ContentCache:
         self.writable = True
 
     def load(self, name: str, parse: Callable[[Any], _Content]) -> _Content | None:
-        """Read a file and convert its content. Returns None if it is missing or, with a warning, corrupt."""
+        """Read a file and convert its content with ``parse``. Returns None if the file is missing or corrupt.
+
+        If the file is corrupt, or ``parse`` fails, a warning is logged.
+        """
         path = self.folder / name
         try:
             is_json = path.suffix == ".json"
@@ -81,7 +93,7 @@ class ContentCache:
             return None
 
     def save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Write tensors on the CPU atomically. Raises ``OSError`` if that fails or the disk is full."""
+        """Write CPU tensors atomically. Raises ``OSError`` if that fails or would leave less than ``reserve`` free."""
         free = shutil.disk_usage(self.folder).free if self.reserve else 0
         if free - sum(tensor.nbytes for tensor in tensors.values()) < self.reserve > 0:
             left, reserve = free / 2**30, self.reserve / 2**30
@@ -93,7 +105,7 @@ class ContentCache:
                 raise OSError(error) from error
 
     def try_save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Write tensors as :meth:`save`. If that fails, log a warning, and do not write again."""
+        """Write tensors with :meth:`save`. If that fails, log a warning, and make the cache read-only."""
         if self.writable:
             try:
                 self.save(name, tensors)
