@@ -26,13 +26,14 @@ from spar_d2.encoders import DenseEncoder, build_encoder
 from spar_d2.evaluation.feature_evaluator import FeatureEvaluator
 from spar_d2.modeling.example_embeddings import encoder_pixels
 from spar_d2.teacher import SlidingWindowTeacher
-from spar_d2.utils.io import as_json, write_text
+from spar_d2.utils.io import write_text
 from spar_d2.utils.tables import format_table
 from spar_d2.visualization import draw_panels, fit_pca_colors
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs/distill/dinov2_vit_s_14_small.yaml"
-CLASSES = "sky, building, pole, road, pavement, tree, sign symbol, fence, car, pedestrian, bicyclist".split(", ")
+CLASSES = ["sky", "building", "pole", "road", "pavement", "tree"]
+CLASSES += ["sign symbol", "fence", "car", "pedestrian", "bicyclist"]
 ENCODER = "vit_small_patch14_dinov2"
 WINDOW, STRIDE = 518, 224
 # Short sides of the frames: near the pre-training size, 1.5, 2 and 3 times the original frames.
@@ -128,7 +129,7 @@ def run_distance(args: argparse.Namespace) -> None:
     for title, folder in folders.items():
         for side in args.sides:
             files = some(sorted(folder.iterdir()), args.frames)
-            evaluators = {name: FeatureEvaluator(lambda: lambda target: target, False) for name in encoders}
+            evaluators = {name: FeatureEvaluator(lambda: torch.nn.Identity(), False) for name in encoders}
             for file in files:
                 x = frame(encoders["pre-trained"], file, side)
                 with torch.inference_mode():
