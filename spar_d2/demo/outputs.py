@@ -130,7 +130,7 @@ def _check_paths(target: Target, inputs: Collection[str]) -> None:
         if not os.access(above, os.W_OK):
             raise ValueError(f"{FLAG}: {above} is not writable")
         if path == target.record and path.is_file() and not _is_record(path):
-            raise ValueError(f"{FLAG}: {path} is not of an earlier demo and would be replaced; name another folder")
+            raise ValueError(f"{FLAG}: {path} is not from an earlier run and would be replaced; name another folder")
         is_folder = path == target.masks and path.suffix != ".png"
         if path.exists() and path.is_dir() != is_folder:
             raise ValueError(f"{FLAG}: {path} is a {'file' if is_folder else 'folder'} and cannot be replaced")
@@ -145,7 +145,7 @@ def _check_masks(folder: Path, video: str) -> None:
     others = [path for path in frame_masks(folder).values() if not is_mask_of(path, video)]
     if others:
         raise ValueError(
-            f"{FLAG}: {min(others)} is not of an earlier demo of {video} and would be replaced or deleted; name "
+            f"{FLAG}: {min(others)} is not from an earlier run on {video} and would be replaced or deleted; name "
             f"another folder, or delete {folder}"
         )
 

@@ -137,7 +137,7 @@ class Demo:
             seen = self._run(x, (height, width))
         except torch.cuda.OutOfMemoryError as error:
             size = f"{x.shape[2]}x{x.shape[1]}"
-            remedy = "use smaller images: --opts INPUT.MIN_SIZE_TEST 672"
+            remedy = f"use smaller images: --opts INPUT.MIN_SIZE_TEST {min(x.shape[1:]) // 2}"
             raise ValueError(f"the GPU has too little memory for an image of {size} pixels; {remedy}") from error
         return dataclasses.replace(seen, seconds=time.perf_counter() - started)
 

@@ -50,7 +50,7 @@ def boundary_confusion_matrix(
         ValueError: the shapes differ, or there are 255 classes or more, which Detectron2 does not support either.
     """
     if classes >= 255:
-        raise ValueError(f"boundary IoU supports less than 255 classes, got {classes}")
+        raise ValueError(f"boundary IoU supports fewer than 255 classes, got {classes}")
     maps = (_scaled(labels, classes, ignored, 1) for labels, ignored in ((prediction, None), (truth, ignore_label)))
     predicted, actual = map(_boundary, maps)
     return confusion_matrix(predicted, actual, classes, ignore_label=classes)

@@ -66,7 +66,7 @@ class SemanticEvaluator(DatasetEvaluator):
         if dump_predictions and not output_dir:
             raise ValueError("dump_predictions needs an output_dir to write to")
         if boundary_iou and len(self.names) >= 255:
-            raise ValueError(f"boundary_iou supports less than 255 classes, {dataset_name!r} has {len(self.names)}")
+            raise ValueError(f"boundary_iou supports fewer than 255 classes, {dataset_name!r} has {len(self.names)}")
         self.dataset_name = dataset_name
         self.distributed = distributed
         self.output_dir = Path(output_dir) if output_dir else None

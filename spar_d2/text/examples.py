@@ -123,7 +123,7 @@ def parse_examples(
         _check_keys(entry, _CLASS_KEYS, where)
         name = entry.get("name")
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{where}: name must be a text, got {name!r}")
+            raise ValueError(f"{where}: name must be a string, got {name!r}")
         where = f"class {name!r}"
         names.append(name.strip())
         listed = entry.get("examples", [])
@@ -133,7 +133,7 @@ def parse_examples(
         synonyms = entry.get("words", [])
         synonyms = [synonyms] if isinstance(synonyms, str) else synonyms
         if not isinstance(synonyms, Sequence) or not all(isinstance(word, str) and word.strip() for word in synonyms):
-            raise ValueError(f"{where}: words must be a list of texts, got {synonyms!r}")
+            raise ValueError(f"{where}: words must be a list of strings, got {synonyms!r}")
         words.append(list(synonyms))
         if not listed and not synonyms:
             raise ValueError(f"{where} must have examples or words")

@@ -274,7 +274,7 @@ def test_existing_masks_are_never_removed_or_replaced(demo, video, tmp_path, cap
     write_mask(np.zeros((2, 2), int), [(0, 0, 0)], path, "other.avi")
     before = path.read_bytes()
     assert demo("--input", video, "--vocabulary", WORDS, "--output", "out", "--masks") == 1
-    assert f"{name} is not of an earlier demo of" in capsys.readouterr().err
+    assert f"{name} is not from an earlier run on" in capsys.readouterr().err
     assert path.read_bytes() == before and files_in(tmp_path / "out") == [f"clip_masks/{name}"]
 
 

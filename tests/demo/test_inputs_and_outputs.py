@@ -58,7 +58,7 @@ def test_other_files_that_match_a_pattern_are_skipped(photos, caplog):
 
 def test_annotations_of_a_photo_are_not_replaced(photos):
     (photos / "a.json").write_text('{"shapes": []}')
-    with pytest.raises(ValueError, match=r"--output: .*a\.json is not of an earlier demo"):
+    with pytest.raises(ValueError, match=r"--output: .*a\.json is not from an earlier run"):
         plan_outputs(find_inputs(["photos/a.jpg"], "photos"), "photos", "_segmented", records=True)
     (photos / "a.json").write_text('{"width": 8, "height": 8, "classes": []}')
     plan_outputs(find_inputs(["photos/a.jpg"], "photos"), "photos", "_segmented", records=True)

@@ -179,7 +179,7 @@ def test_test_images_that_are_examples_are_reported(file, caplog):
 WRONG = [
     ({"classes": []}, "classes must be a list"),
     ({"classes": [3]}, "class 0 must have the keys"),
-    ({"classes": [{"examples": []}]}, "class 0: name must be a text"),
+    ({"classes": [{"examples": []}]}, "class 0: name must be a string"),
     ({"classes": [{"name": "a"}]}, "class 'a' must have examples or words"),
     ({"classes": [{"name": "a", "words": "a"}, {"name": "A", "words": "b"}]}, "names must be unique"),
     ({"classes": [{"name": "a", "words": "a", "color": 1}]}, "unknown key 'color'"),

@@ -273,7 +273,7 @@ def _mapping(key: str, value: Any) -> dict:
 def _text(key: str, value: object) -> str:
     if not isinstance(value, str):
         quoting = "; quote it" if isinstance(value, bool | int | float) else ""
-        raise _Mistake(key, f"must be a text, got {_kind(value)}{quoting}")
+        raise _Mistake(key, f"must be a string, got {_kind(value)}{quoting}")
     if not value.strip() or "\0" in value:
         raise _Mistake(key, "must not be empty")
     return value.strip()
