@@ -186,7 +186,7 @@ class _Loaded:
     def class_vectors(self, vocabulary: Vocabulary) -> ClassVectors:
         """Return the vectors of all classes, on the device."""
         if vocabulary != self._vocabulary:
-            self._classes = class_vectors(vocabulary, self._embeddings, self._encode).to(self._device)
+            self._classes = class_vectors(vocabulary, self._embeddings, self._encode, self.encoder).to(self._device)
             self._vocabulary = vocabulary
         return self._classes
 

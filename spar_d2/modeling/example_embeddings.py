@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,15 +11,20 @@ import torch.nn.functional as F
 
 from spar_d2.data.images import read_rgb
 from spar_d2.encoders import DenseEncoder
+from spar_d2.encoders.weights import source_checksum
 from spar_d2.modeling.pixels import PixelConversion
+from spar_d2.teacher.keys import encoder_key
 from spar_d2.text import TextEmbeddings, Vocabulary
 from spar_d2.text.examples import Example, ExampleVocabulary
+from spar_d2.utils.content_cache import digest
 from spar_d2.utils.images import read_labels
 
 # A cell of the feature grid belongs to an example if the region covers at least this fraction of it. If the region
 # covers no cell that far, the cells that it covers most are used.
 _COVERED = 0.5
 _ITERATIONS = 50
+# Tensors in a cache file.
+_STORED = ("vectors", "classes", "center")
 
 Encode = Callable[[np.ndarray], tuple[torch.Tensor, tuple[float, float]]]
 
@@ -45,37 +51,56 @@ class ClassVectors:
         return features if self.center is None else _centered(features, self.center)
 
 
-def class_vectors(vocabulary: Vocabulary, text: TextEmbeddings, encode: Encode) -> ClassVectors:
-    """Compute the vectors of all classes of a vocabulary.
+def class_vectors(
+    vocabulary: Vocabulary, text: TextEmbeddings, encode: Encode, encoder: DenseEncoder, settings: Sequence = ()
+) -> ClassVectors:
+    """Compute the vectors of all classes of a vocabulary. Vectors of examples are cached on disk beside those of words.
 
     Args:
         vocabulary: classes, defined by words or by examples.
         text: text embeddings; not used if all classes are defined only by examples.
         encode: function that encodes an RGB image (H, W, 3) uint8. It returns features (D, h, w), and the size (H', W')
             in image pixels of the area that the feature grid covers.
+        encoder: encoder that ``encode`` uses.
+        settings: other settings that the features depend on, which become part of the cache key.
 
     Raises:
         ValueError: an example cannot be read, a mask and its image differ in size, a point is outside of its image, or
             a region is empty.
     """
-    if not isinstance(vocabulary, ExampleVocabulary):
+    if not isinstance(vocabulary, ExampleVocabulary) or not vocabulary.files:
         return ClassVectors(*text(vocabulary))
+    found = name = None
+    if text.cache:
+        files = [source_checksum(file) for examples in vocabulary.examples for e in examples for file in e.files]
+        regions = [[(e.value, e.boxes, e.points) for e in examples] for examples in vocabulary.examples]
+        content = [files, regions, vocabulary.clusters, vocabulary.center, encoder_key(encoder, *settings)]
+        name = f"examples_{digest(json.dumps(content))[:32]}.safetensors"
+        found = text.cache.load(name, lambda tensors: [tensors[key] for key in _STORED])
+    if found is None:
+        found = _from_examples(vocabulary, encode)
+        if text.cache and name:
+            text.cache.try_save(name, dict(zip(_STORED, found)))
+    vectors, classes, center = found
+    if any(vocabulary.words):
+        text_vectors, text_classes = text(Vocabulary(vocabulary.words, names=vocabulary.names))
+        # Both are sorted by class. Within a class, words come first.
+        classes, order = torch.cat([text_classes, classes]).sort(stable=True)
+        vectors = torch.cat([text_vectors, vectors])[order]
+    return ClassVectors(vectors, classes, center if vocabulary.center else None)
+
+
+def _from_examples(vocabulary: ExampleVocabulary, encode: Encode) -> list[torch.Tensor]:
+    """Return vectors (Q, D) and class indices (Q,) of all examples, and the mean feature (D,), on the CPU."""
     maps = {file: _encoded(file, encode) for file in vocabulary.files}
-    center = None
-    if vocabulary.center:
-        cells = torch.cat([features.flatten(1) for features, *_ in maps.values()], dim=1)
-        center = F.normalize(cells, dim=0).mean(1)
+    center = torch.cat([F.normalize(features.flatten(1), dim=0) for features, *_ in maps.values()], dim=1).mean(1)
     vectors, classes = [], []
     for number, examples in enumerate(vocabulary.examples):
-        rows = []
-        if vocabulary.words[number]:
-            rows.append(text(Vocabulary([vocabulary.words[number]]))[0])
         if examples:
-            cells = torch.cat([_cells(example, *maps[example.image], center) for example in examples])
-            rows.append(cluster_means(cells, vocabulary.clusters[number]).cpu())
-        vectors.append(torch.cat(rows))
-        classes += [number] * len(vectors[-1])
-    return ClassVectors(torch.cat(vectors), torch.tensor(classes), None if center is None else center.cpu())
+            cells = [_cells(e, *maps[e.image], center if vocabulary.center else None) for e in examples]
+            vectors.append(cluster_means(torch.cat(cells), vocabulary.clusters[number]).cpu())
+            classes += [number] * len(vectors[-1])
+    return [torch.cat(vectors), torch.tensor(classes), center.cpu()]
 
 
 def needs_text(vocabulary: Vocabulary | None) -> bool:

@@ -246,10 +246,14 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
             # Keep the last few vocabularies: the images of a batch may alternate between them.
             while len(self._text) >= _VOCABULARIES_KEPT:
                 self._text.pop(next(iter(self._text)))
-            self._text[key] = class_vectors(vocabulary, self.embeddings, self._encode_example).to(
-                self.pixel_mean.device
-            )
+            self._text[key] = class_vectors(
+                vocabulary, self.embeddings, self._encode_example, self.backbone.encoder, self._example_settings()
+            ).to(self.pixel_mean.device)
         return self._text[key]
+
+    def _example_settings(self) -> list:
+        sliding = self.windows if self.inference == "sliding_window" else ()
+        return [self.inference, *sliding, *self.example_size]
 
     @torch.no_grad()
     def _encode_example(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[float, float]]:

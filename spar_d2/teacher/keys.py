@@ -35,12 +35,17 @@ class Teacher(Protocol):
 
 def teacher_key(teacher: Teacher) -> str:
     """Return a hash (32 hex digits) of the teacher's window, stride, precision, architecture and weights."""
-    settings = [str(getattr(teacher.encoder, name)) for name in _ENCODER_SETTINGS]
+    return encoder_key(teacher.encoder, teacher.window, teacher.stride)
+
+
+def encoder_key(encoder: DenseEncoder, *settings: object) -> str:
+    """Return a hash (32 hex digits) of an encoder's precision, architecture and weights, and of other settings."""
+    own_settings = [str(getattr(encoder, name)) for name in _ENCODER_SETTINGS]
     parts: list[str | torch.Tensor] = [
-        json.dumps([_ALGORITHM, teacher.window, teacher.stride, *settings]),
-        json.dumps([_settings(name, part) for name, part in teacher.encoder.named_modules()]),
+        json.dumps([_ALGORITHM, *settings, *own_settings]),
+        json.dumps([_settings(name, part) for name, part in encoder.named_modules()]),
     ]
-    for name, tensor in teacher.encoder.state_dict().items():
+    for name, tensor in encoder.state_dict().items():
         parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor]
     return digest(*parts)[:32]
 

@@ -44,6 +44,9 @@ class TextEmbeddings:
             the templates and queries.
         templates: prompt templates with one "{}" each.
         cache_dir: cache folder; None caches in memory only, "auto" is :func:`default_cache_dir`.
+
+    Attributes:
+        cache: cache on disk; None without one.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class TextEmbeddings:
         self.identity = identity
         self.templates = tuple(templates)
         folder = _check_cache_dir(cache_dir)
-        self._disk = ContentCache(folder, "cache_dir (MODEL.SPAR.TEXT_CACHE)") if folder else None
+        self.cache = ContentCache(folder, "cache_dir (MODEL.SPAR.TEXT_CACHE)") if folder else None
         self._memory: dict[str, torch.Tensor] = {}
 
     def __call__(self, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,16 +76,16 @@ class TextEmbeddings:
         return torch.stack([self._memory[query] for query in queries]), torch.tensor(vocabulary.query_class)
 
     def _load(self, queries: list[str]) -> torch.Tensor:
-        if self._disk is None:
+        if self.cache is None:
             return self._compute(queries)
         if callable(self.identity):
             self.identity = self.identity()
         name = digest(json.dumps([self.identity, self.templates, queries], ensure_ascii=False)) + ".safetensors"
         # reshape() raises an error for another number of embeddings.
-        embeddings = self._disk.load(name, lambda tensors: tensors["text"].reshape(len(queries), -1))
+        embeddings = self.cache.load(name, lambda tensors: tensors["text"].reshape(len(queries), -1))
         if embeddings is None:
             embeddings = self._compute(queries)
-            self._disk.try_save(name, {"text": embeddings})
+            self.cache.try_save(name, {"text": embeddings})
         return embeddings
 
     def _compute(self, queries: list[str]) -> torch.Tensor:

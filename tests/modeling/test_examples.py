@@ -139,6 +139,28 @@ def test_classes_may_have_examples_and_words(tiny_model, file):
         segment(file.parent / "a.png", mixed, NANO, "")
 
 
+def test_vectors_of_examples_are_cached_by_content(tiny_model, file, tmp_path, monkeypatch):
+    keys = ["MODEL.SPAR.ENCODER", tiny_model[0], "MODEL.SPAR.PRETRAINED", tiny_model[1]]
+    keys += ["MODEL.SPAR.TEXT_CACHE", str(tmp_path / "text")]
+    model = build_model(config(file, *keys)).eval()
+    first = model.class_vectors(model.vocabulary)
+    assert len(list((tmp_path / "text").glob("examples_*.safetensors"))) == 1
+    again = build_model(config(file, *keys)).eval()
+    with monkeypatch.context() as patch:
+        patch.setattr(again, "_encode_example", None)
+        cached = again.class_vectors(again.vocabulary)
+    for name in ("vectors", "query_class", "center"):
+        assert torch.equal(getattr(cached, name), getattr(first, name))
+    # Another mask and another inference mode give other vectors.
+    mask = np.asarray(Image.open(file.parent / "a_labels.png"))
+    Image.fromarray(mask[:, ::-1].copy()).save(file.parent / "a_labels.png")
+    model.set_vocabulary(str(file))
+    assert not torch.equal(model.class_vectors(model.vocabulary).vectors, first.vectors)
+    sliding = build_model(config(file, *keys, "MODEL.SPAR.INFERENCE", "sliding_window")).eval()
+    sliding.class_vectors(sliding.vocabulary)
+    assert len(list((tmp_path / "text").glob("examples_*.safetensors"))) == 3
+
+
 def test_clusters_describe_classes_of_several_looks():
     torch.manual_seed(0)
     centers = F.normalize(torch.randn(3, 16), dim=1)
