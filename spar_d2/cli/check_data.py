@@ -106,8 +106,11 @@ def build_checks(
             _check_readable(file, name)
             categories = match_categories(file, split, content)
             first = first or categories
-            if [category["id"] for category in categories] != [category["id"] for category in first]:
-                raise file.error(f"splits.{name}.labels", f"{split.labels} has other categories than the other splits")
+            if any([c[key] for c in categories] != [c[key] for c in first] for key in ("id", "isthing")):
+                raise file.error(
+                    f"splits.{name}.labels",
+                    f"{split.labels} has other categories, or other things (isthing), than the other splits",
+                )
             numbers = {category["id"]: index for index, category in enumerate(categories)}
         checks[name] = SplitCheck(file, split, numbers, content)
     classes = first or []

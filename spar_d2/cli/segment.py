@@ -120,7 +120,7 @@ def config(args: argparse.Namespace) -> CfgNode:
     if args.examples:
         if args.vocabulary:
             raise ValueError("--examples and --vocabulary must not be used together: both define the classes")
-        if not args.examples.endswith((".yaml", ".yml")):
+        if not args.examples.lower().endswith((".yaml", ".yml")):
             raise ValueError(f"--examples must be an examples file (*.yaml), got {args.examples}")
         args.vocabulary = args.examples
     if args.vocabulary:

@@ -109,7 +109,10 @@ class TimmFamily(EncoderFamily):
         return {f"{PREFIX}{name}": tensor for name, tensor in tensors.items() if not name.startswith(_HEADS)}
 
     def _encoder(self, trunk: Any, spec: EncoderSpec) -> TimmViTEncoder:
-        return self.encoder_class(trunk, spec.reference_compat, spec.readout or "tokens")
+        try:
+            return self.encoder_class(trunk, spec.reference_compat, spec.readout or "tokens")
+        except ValueError as error:
+            raise ValueError(f"MODEL.SPAR.ENCODER: {spec.name!r} is not supported: {error}") from error
 
     def _full_name(self, spec: EncoderSpec) -> str:
         return f"{spec.name}.{spec.pretrained}" if spec.pretrained in self.tags(spec.name) else spec.name

@@ -82,6 +82,11 @@ def settle_classes(cfg: CfgNode, given: GivenKeys) -> None:
     first: dict[str, str] = {}
     for name, file, counts in head_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
         if file.panoptic:
+            if not counts["things"]:
+                raise ValueError(
+                    f"{name!r} ({file.path}) has no thing classes (isthing 1), but {cfg.MODEL.META_ARCHITECTURE} needs "
+                    "at least one; use label maps and a linear probe for stuff"
+                )
             needed = {
                 "MODEL.ROI_HEADS.NUM_CLASSES": (counts["things"], "thing classes"),
                 "MODEL.SEM_SEG_HEAD.NUM_CLASSES": (counts["stuff"] + 1, "stuff classes, plus one for all things,"),

@@ -182,7 +182,8 @@ def _coverage(example: Example, grid: torch.Size, covered: tuple[float, float], 
             raise ValueError(f"examples: the point ({x:g}, {y:g}) is outside of {example.image}, {size[1]}x{size[0]}")
         coverage[min(int(y / cell[0]), grid[0] - 1), min(int(x / cell[1]), grid[1] - 1)] = 1
     if not coverage.any():
-        region_name = f"value {example.value} in {example.mask}" if example.mask else "boxes"
+        value = "all values except 0" if example.value is None else f"value {example.value}"
+        region_name = f"{value} in {example.mask}" if example.mask else "boxes"
         raise ValueError(f"examples: the region of {example.image} is empty ({region_name})")
     return coverage
 

@@ -112,7 +112,7 @@ class Vocabulary:
             classes = _read(_BUILT_IN / f"{source}.txt")
             names = ["background", *(synonyms[0] for synonyms in classes[1:])] if source in _WITH_BACKGROUND else None
             return cls(classes, names=names)
-        if source.endswith((".yaml", ".yml")):
+        if source.lower().endswith((".yaml", ".yml")):
             return cls.from_examples(source)
         is_path = source.endswith(".txt") or source.startswith(("/", "./", "../"))
         if is_path or (not re.search("[;,\n]", source) and os.path.isfile(source)):
@@ -127,14 +127,14 @@ class Vocabulary:
             raise ValueError(f"{error}; got {source!r}") from error
 
     @classmethod
-    def of(cls, words: Vocabulary | str | Iterable[str | Sequence[str]]) -> Vocabulary:
+    def of(cls, words: Vocabulary | str | os.PathLike | Iterable[str | Sequence[str]]) -> Vocabulary:
         """Convert to a vocabulary: strings as in :meth:`load`, classes as in the constructor, others unchanged.
 
         Raises the same errors as :meth:`load` and the constructor.
         """
         if isinstance(words, Vocabulary):
             return words
-        return cls.load(words) if isinstance(words, str) else cls(words)
+        return cls.load(os.fspath(words)) if isinstance(words, (str, os.PathLike)) else cls(words)
 
     @staticmethod
     def from_examples(

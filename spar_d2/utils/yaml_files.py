@@ -9,6 +9,7 @@ import yaml
 
 # Maximum number of values in a file; Detectron2's largest config has a few hundred.
 _MAX_VALUES = 100_000
+_MAX_BYTES = 2**22
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -22,6 +23,8 @@ def read_yaml(path: str | os.PathLike) -> dict:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}")
+    if os.path.getsize(path) > _MAX_BYTES:
+        raise ValueError(f"{path} has more than {_MAX_BYTES >> 20} MiB, which is too much for a YAML file of settings")
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()

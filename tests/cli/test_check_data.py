@@ -97,3 +97,23 @@ def test_images_in_two_splits_and_labels_without_image_are_noted(check, tmp_path
     assert code == 0
     assert any(line.startswith("note: train and val share 3 images") for line in lines)
     assert any(line.startswith("note: train: 1 label maps have no image, such as") for line in lines)
+
+
+def test_labels_that_are_all_ignored_are_a_problem(check, tmp_path):
+    file = semantic_set(tmp_path)
+    for path in (tmp_path / "labels/train").iterdir():
+        Image.fromarray(np.zeros((48, 64), dtype=np.uint8)).save(path)
+    code, lines = check(file)
+    assert code == 1 and any("train: all pixels of the labels are ignored" in line for line in lines)
+
+
+def test_things_that_are_stuff_in_another_split_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = panoptic_set(tmp_path)
+    text = (tmp_path / "panoptic_train.json").read_text()
+    (tmp_path / "panoptic_train.json").write_text(
+        text.replace('"name": "sea", "isthing": 0', '"name": "sea", "isthing": 1')
+    )
+    with pytest.raises(SystemExit):
+        main(["check-data", str(file)])
+    assert "(isthing)" in capsys.readouterr().err

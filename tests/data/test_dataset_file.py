@@ -256,5 +256,23 @@ def test_splits_must_have_the_same_categories(tmp_path):
     content["categories"].append({"id": 40, "name": "bird", "isthing": 1})
     path.write_text(json.dumps(content) + " " * 10_000)
     register_dataset_file(file)
-    with pytest.raises(ValueError, match=r"splits\.val\.labels: .* has other categories than the other splits"):
+    with pytest.raises(ValueError, match=r"splits\.val\.labels: .* has other categories"):
         DatasetCatalog.get("boats_val")
+
+
+def test_things_must_be_things_in_all_splits(tmp_path):
+    file = panoptic_set(tmp_path)
+    path = tmp_path / "panoptic_val.json"
+    content = json.loads(path.read_text())
+    content["categories"][1]["isthing"] = 1
+    path.write_text(json.dumps(content) + " " * 10_000)
+    register_dataset_file(file)
+    with pytest.raises(ValueError, match=r"splits\.val\.labels: .* other things \(isthing\)"):
+        DatasetCatalog.get("boats_val")
+
+
+def test_files_of_many_megabytes_are_refused(tmp_path):
+    file = semantic_set(tmp_path)
+    file.write_text(f"# {'x' * 2**23}\n{file.read_text()}")
+    with pytest.raises(ValueError, match=r"beach\.yaml has more than 4 MiB"):
+        register_dataset_file(file)

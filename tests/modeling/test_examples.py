@@ -229,19 +229,28 @@ def test_mistakes_in_the_file_are_named(file, content, message):
         ({"mask": "small.png"}, "mask .* is 5x4, but its image is 96x96"),
         ({"mask": "a.png"}, "a.png"),
         ({"mask": "a_labels.png", "value": 9}, "empty .*value 9"),
+        ({"mask": "zeros.png"}, "empty .*all values except 0"),
         ({"boxes": [[200, 200, 300, 300]]}, "empty"),
         ({"points": [[500, 1]]}, "outside"),
     ],
 )
 def test_regions_that_cannot_be_used_are_named(file, example, message):
     Image.fromarray(np.ones((4, 5), np.uint8)).save(file.parent / "small.png")
+    Image.fromarray(np.zeros((96, 96), np.uint8)).save(file.parent / "zeros.png")
     content = {"classes": [{"name": "a", "examples": [{"image": "a.png", **example}]}]}
     file.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=message):
         segment(file.parent / "a.png", str(file), NANO, "")
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "!!python/object:os.system x"])
+def test_the_file_may_be_a_path_with_any_suffix(file):
+    upper = file.rename(file.with_name("EXAMPLES.YAML"))
+    assert Vocabulary.of(upper).names == Vocabulary.load(str(upper)).names == ["red", "blue", "green"]
+
+
+@pytest.mark.parametrize(
+    "text", ["center: true\ncenter: false\nclasses: []", "[1, 2]", "a: [", "!!python/object:os.system x"]
+)
 def test_files_that_are_no_examples_are_refused(file, text):
     file.write_text(text)
     with pytest.raises(ValueError, match=r"examples.*examples\.yaml"):

@@ -148,7 +148,10 @@ class SplitCheck:
             more = ", ..." if len(values) > 8 else ""
             what = "segments that the JSON file does not list" if self.file.panoptic else "neither a class nor ignored"
             self.report.problems.append(f"{self.split.name}: pixel values that are {what}: {listed}{more} pixels")
-        if self.split.labels and self.report.labeled and len(self.report.in_images.keys() - {-1}) < 2:
+        classes = self.report.in_images.keys() - {-1}
+        if self.report.in_images.keys() == {-1} and not self.report.unknown:
+            self.report.problems.append(f"{self.split.name}: all pixels of the labels are ignored")
+        elif self.split.labels and self.report.labeled and len(classes) < 2:
             self.report.notes.append(f"{self.split.name}: the labels have at most one class")
 
     def _read(self, record: dict, labels: Labels | None) -> tuple[tuple[int, int] | None, dict[int, int], str]:

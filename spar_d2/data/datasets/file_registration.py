@@ -168,9 +168,16 @@ def _load_panoptic(file: DatasetFile, name: str) -> list[dict]:
     content = read_panoptic_json(file, split)
     metadata = MetadataCatalog.get(file.registered_name(name)).as_dict()
     numbers = category_numbers(metadata)
-    categories = {category["id"] for category in match_categories(file, split, content)}
-    if categories != set(numbers):
-        raise file.error(key, f"{split.labels} has other categories than the other splits: all must have the same")
+    categories = match_categories(file, split, content)
+    things = {category["id"] for category in categories if category["isthing"]}
+    if {category["id"] for category in categories} != set(numbers) or things != set(
+        metadata["thing_dataset_id_to_contiguous_id"]
+    ):
+        raise file.error(
+            key,
+            f"{split.labels} has other categories, or other things (isthing), than the other splits: all must have the "
+            "same",
+        )
     images = find_images(file, split)
     check_no_tar(file, split, images)
     matched, missing = annotated_images(file, split, content, images)
