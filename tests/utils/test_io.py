@@ -47,7 +47,7 @@ def kill_while_writing(path):
     """A process that is killed in the middle of a file."""
     process = multiprocessing.get_context("fork").Process(target=_write_and_wait, args=(path,))
     process.start()
-    while not list(path.parent.glob(".*.tmp*")):
+    while not any(temporary.stat().st_size for temporary in path.parent.glob(".*.tmp*")):
         time.sleep(0.01)
     return process
 
