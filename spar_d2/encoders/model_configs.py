@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,6 +59,14 @@ def timm_sizes(name: str) -> tuple[int, int]:
     return embed.grid_size[0] * patch, patch
 
 
+def timm_statistics(name: str, mean: Sequence[float], std: Sequence[float]) -> tuple[Triple, Triple]:
+    """Return the pixel mean and standard deviation of a timm model or tag; the given ones if timm has none."""
+    cfg = timm.get_pretrained_cfg(name)
+    given = (mean, std) if cfg is None else (cfg.mean, cfg.std)
+    return check_triple(given[0], "mean"), check_triple(given[1], "std", above=0)
+
+
+@functools.cache
 def model_names(wanted: Callable[[dict | None], bool]) -> list[str]:
     """Return the open_clip models whose config satisfies ``wanted``, names that start with "ViT" first."""
     names = [name for name in open_clip.list_models() if wanted(open_clip.get_model_config(name))]

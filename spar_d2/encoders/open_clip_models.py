@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import open_clip
 import torch
 from torch import nn
 
+from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.messages import KEY, first_line
-from spar_d2.encoders.model_configs import known_name, tags_of
+from spar_d2.encoders.model_configs import known_name, model_config, model_names, tags_of
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec
 from spar_d2.encoders.text_tower import TextTower
 from spar_d2.encoders.weights import (
@@ -29,6 +31,36 @@ from spar_d2.encoders.weights import (
 
 # Replaces the text tower if only the image tower is needed: SigLIP text towers have 280 million parameters.
 _SMALL_TEXT = {"context_length": 2, "vocab_size": 2, "width": 64, "heads": 1, "layers": 1}
+
+
+class OpenCLIPModelFamily(EncoderFamily):
+    """A family of open_clip models.
+
+    Attributes:
+        encoder_class: class of the encoders, built from the image tower and ``reference_compat``.
+    """
+
+    encoder_class: Callable[[nn.Module, bool], DenseEncoder]
+
+    @staticmethod
+    @abstractmethod
+    def accepts(config: dict | None) -> bool:
+        """Return whether an open_clip config describes a model of the family; None stands for an unknown name."""
+
+    def claims(self, name: str) -> bool:
+        return self.accepts(model_config(name))
+
+    def names(self) -> list[str]:
+        return model_names(self.accepts)
+
+    def tags(self, name: str) -> list[str]:
+        return tags_of(name)
+
+    def build(self, spec: EncoderSpec) -> DenseEncoder:
+        return self.encoder_class(build_image_tower(spec, self), spec.reference_compat)
+
+    def build_text(self, spec: EncoderSpec) -> TextTower:
+        return build_text(spec, self)
 
 
 def build_image_tower(spec: EncoderSpec, family: EncoderFamily) -> nn.Module:

@@ -10,11 +10,9 @@ Each patch token is read out as if the pooling of the tower saw only this token:
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
-import timm
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from timm.layers.attention_pool import AttentionPoolLatent
@@ -22,12 +20,11 @@ from timm.models.eva import Eva
 from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder
-from spar_d2.encoders.model_configs import conventions, known_config, model_config, model_names, tags_of, timm_sizes
-from spar_d2.encoders.open_clip_models import build_image_tower, build_text
-from spar_d2.encoders.origin import Conventions, check_triple
-from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
+from spar_d2.encoders.model_configs import conventions, known_config, timm_sizes, timm_statistics
+from spar_d2.encoders.open_clip_models import OpenCLIPModelFamily
+from spar_d2.encoders.origin import Conventions
+from spar_d2.encoders.registry import EncoderSpec, register_family
 from spar_d2.encoders.siglip import is_siglip, pool_each
-from spar_d2.encoders.text_tower import TextTower
 from spar_d2.encoders.timm_family import is_timm_vit
 from spar_d2.encoders.timm_vit import TimmViTEncoder
 
@@ -85,43 +82,24 @@ def _is_timm_clip(config: dict | None) -> bool:
     return plain and not is_siglip(config) and is_timm_vit(name)
 
 
-@functools.cache
-def _names() -> list[str]:
-    return model_names(_is_timm_clip)
-
-
-class OpenCLIPTimmFamily(EncoderFamily):
+class OpenCLIPTimmFamily(OpenCLIPModelFamily):
     """open_clip models whose image tower is a timm ViT, other than SigLIP."""
 
     name = "open_clip timm ViT"
     marks = ("visual.trunk.patch_embed.proj.weight", "visual.trunk.blocks.0.norm1.weight", "visual.trunk.cls_token")
     toy = "toy/tiny_eva02.json"
+    encoder_class = OpenCLIPTimmEncoder
+    accepts = staticmethod(_is_timm_clip)
     timm_prefix = _TRUNK
-
-    def claims(self, name: str) -> bool:
-        return _is_timm_clip(model_config(name))
-
-    def names(self) -> list[str]:
-        return _names()
 
     def sizes(self, spec: EncoderSpec) -> tuple[int, int]:
         return timm_sizes(known_config(spec.name)["vision_cfg"]["timm_model_name"])
 
     def conventions(self, spec: EncoderSpec) -> Conventions:
-        cfg = timm.get_pretrained_cfg(known_config(spec.name)["vision_cfg"]["timm_model_name"])
-        mean, std = (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD) if cfg is None else (cfg.mean, cfg.std)
-        found = conventions(spec.name, spec.pretrained, check_triple(mean, "mean"), check_triple(std, "std", above=0))
+        trunk = known_config(spec.name)["vision_cfg"]["timm_model_name"]
+        statistics = timm_statistics(trunk, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
         # The timm trunk has a fixed activation.
-        return dataclasses.replace(found, quick_gelu=None)
-
-    def tags(self, name: str) -> list[str]:
-        return tags_of(name)
-
-    def build(self, spec: EncoderSpec) -> DenseEncoder:
-        return OpenCLIPTimmEncoder(build_image_tower(spec, self), spec.reference_compat)
-
-    def build_text(self, spec: EncoderSpec) -> TextTower:
-        return build_text(spec, self)
+        return dataclasses.replace(conventions(spec.name, spec.pretrained, *statistics), quick_gelu=None)
 
     def example(self) -> DenseEncoder:
         visual = nn.Module()

@@ -19,12 +19,11 @@ from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
 from spar_d2.encoders.image_sizes import Crop, Pad
-from spar_d2.encoders.model_configs import conventions, known_config, model_config, model_names, side_of, tags_of
-from spar_d2.encoders.open_clip_models import build_image_tower, build_text
+from spar_d2.encoders.model_configs import conventions, known_config, side_of
+from spar_d2.encoders.open_clip_models import OpenCLIPModelFamily
 from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.positions import resample_positions, sampling_weights
-from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
-from spar_d2.encoders.text_tower import TextTower
+from spar_d2.encoders.registry import EncoderSpec, register_family
 
 # The reference code enlarges the target grid by 0.1 patches to avoid rounding down. This also shifts the sampling
 # positions slightly; it is kept because existing students were trained with it.
@@ -142,23 +141,14 @@ def _is_plain_vit(config: dict | None) -> bool:
     return not is_external and isinstance(vision.get("layers", 12), int) and not vision.get("attentional_pool")
 
 
-@functools.cache
-def _names() -> list[str]:
-    return model_names(_is_plain_vit)
-
-
-class OpenCLIPFamily(EncoderFamily):
+class OpenCLIPFamily(OpenCLIPModelFamily):
     """open_clip models whose image tower is open_clip's own ViT."""
 
     name = "open_clip ViT"
     marks = ("visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding")
     toy = "toy/tiny_clip.json"
-
-    def claims(self, name: str) -> bool:
-        return _is_plain_vit(model_config(name))
-
-    def names(self) -> list[str]:
-        return _names()
+    encoder_class = OpenCLIPEncoder
+    accepts = staticmethod(_is_plain_vit)
 
     def sizes(self, spec: EncoderSpec) -> tuple[int, int]:
         vision = known_config(spec.name)["vision_cfg"]
@@ -167,15 +157,6 @@ class OpenCLIPFamily(EncoderFamily):
 
     def conventions(self, spec: EncoderSpec) -> Conventions:
         return conventions(spec.name, spec.pretrained, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
-
-    def tags(self, name: str) -> list[str]:
-        return tags_of(name)
-
-    def build(self, spec: EncoderSpec) -> DenseEncoder:
-        return OpenCLIPEncoder(build_image_tower(spec, self), spec.reference_compat)
-
-    def build_text(self, spec: EncoderSpec) -> TextTower:
-        return build_text(spec, self)
 
     def example(self) -> DenseEncoder:
         vision = open_clip.CLIPVisionCfg(image_size=64, layers=3, width=96, patch_size=16, head_width=32)

@@ -18,12 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
-from spar_d2.encoders.model_configs import conventions, known_config, model_config, model_names, tags_of, timm_sizes
-from spar_d2.encoders.open_clip_models import build_image_tower, build_text
+from spar_d2.encoders.model_configs import conventions, known_config, timm_sizes
+from spar_d2.encoders.open_clip_models import OpenCLIPModelFamily
 from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.positions import resample_positions, sampling_weights
-from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
-from spar_d2.encoders.text_tower import TextTower
+from spar_d2.encoders.registry import EncoderSpec, register_family
 
 _MEAN = _STD = (0.5, 0.5, 0.5)
 _TRUNK = "visual.trunk."
@@ -134,25 +133,16 @@ def is_siglip(config: dict | None) -> bool:
     return "siglip" in timm_name and vision.get("timm_pool") == "map" and vision.get("timm_proj") == "none"
 
 
-@functools.cache
-def _names() -> list[str]:
-    return model_names(is_siglip)
-
-
-class SigLIPFamily(EncoderFamily):
+class SigLIPFamily(OpenCLIPModelFamily):
     """SigLIP and SigLIP2 models of open_clip."""
 
     name = "SigLIP"
     marks = ("visual.trunk.attn_pool.kv.weight", "visual.trunk.pos_embed")
     toy = "toy/tiny_pooled.json"
+    encoder_class = SigLIPEncoder
+    accepts = staticmethod(is_siglip)
     absent = ("visual.trunk.cls_token",)
     timm_prefix = _TRUNK
-
-    def claims(self, name: str) -> bool:
-        return is_siglip(model_config(name))
-
-    def names(self) -> list[str]:
-        return _names()
 
     def sizes(self, spec: EncoderSpec) -> tuple[int, int]:
         name = known_config(spec.name)["vision_cfg"]["timm_model_name"]
@@ -164,15 +154,6 @@ class SigLIPFamily(EncoderFamily):
     def conventions(self, spec: EncoderSpec) -> Conventions:
         # The timm trunk has a fixed activation.
         return dataclasses.replace(conventions(spec.name, spec.pretrained, _MEAN, _STD), quick_gelu=None)
-
-    def tags(self, name: str) -> list[str]:
-        return tags_of(name)
-
-    def build(self, spec: EncoderSpec) -> DenseEncoder:
-        return SigLIPEncoder(build_image_tower(spec, self), spec.reference_compat)
-
-    def build_text(self, spec: EncoderSpec) -> TextTower:
-        return build_text(spec, self)
 
     def example(self) -> DenseEncoder:
         sizes: dict[str, Any] = {"img_size": 64, "patch_size": 16, "embed_dim": 96, "depth": 3, "num_heads": 3}

@@ -16,8 +16,8 @@ from timm.models import model_entrypoint
 
 from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.fit import check_fit
-from spar_d2.encoders.model_configs import timm_sizes
-from spar_d2.encoders.origin import Conventions, check_triple
+from spar_d2.encoders.model_configs import timm_sizes, timm_statistics
+from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec, register_family
 from spar_d2.encoders.timm_vit import READOUTS, TimmViTEncoder
 from spar_d2.encoders.weights import failed_download, fixed_random_weights, no_such_weights, read_state_dict
@@ -77,9 +77,7 @@ class TimmFamily(EncoderFamily):
         return timm_sizes(self._full_name(spec))
 
     def conventions(self, spec: EncoderSpec) -> Conventions:
-        cfg = timm.get_pretrained_cfg(self._full_name(spec)) or timm.get_pretrained_cfg(spec.name)
-        mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if cfg is None else (cfg.mean, cfg.std)
-        return Conventions(check_triple(mean, "mean"), check_triple(std, "std", above=0))
+        return Conventions(*timm_statistics(self._full_name(spec), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
     def tags(self, name: str) -> list[str]:
         return tags_of_timm(name)

@@ -124,14 +124,11 @@ class TimmViTEncoder(DenseEncoder):
             positions = resample_positions(table[count:], native, grid, weights=weights)
             patches = patches + positions.to(patches.dtype)
         tokens = torch.cat([*(part.to(patches.dtype).expand(len(x), -1, -1) for part in tokens), patches], dim=1)
-        context = () if self._rope[0] is None else self._of_rotations(grid)
+        context = () if self._rope[0] is None else self._of_grid(grid, lambda: self._rotations(grid), "rotations")
         return trunk.norm_pre(tokens), grid, context
 
-    def _of_rotations(self, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        """Return the rotary position embeddings of a grid, which are inputs of the blocks; cached."""
-        return self._of_grid(grid, lambda: self._rotations(grid), "rotations")
-
     def _rotations(self, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        """Return the rotary position embeddings of a grid, which are additional inputs of the blocks."""
         weight = next(self.parameters())
         return (send(self._rotation_table(grid).to(self._precision or weight.dtype), weight.device),)
 
