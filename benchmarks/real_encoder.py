@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from spar_d2.evaluation.feature_evaluator import FeatureEvaluator
 from spar_d2.modeling.example_embeddings import encoder_pixels
 from spar_d2.teacher import SlidingWindowTeacher
 from spar_d2.utils.io import write_text
+from spar_d2.utils.selection import evenly_spread
 from spar_d2.utils.tables import format_table
 from spar_d2.visualization import draw_panels, fit_pca_colors
 
@@ -128,7 +128,7 @@ def run_distance(args: argparse.Namespace) -> None:
     folders = {"CamVid test": args.camvid / "images/test", "photographs": args.photos}
     for title, folder in folders.items():
         for side in args.sides:
-            files = some(sorted(folder.iterdir()), args.frames)
+            files = evenly_spread(sorted(folder.iterdir()), args.frames)
             evaluators = {name: FeatureEvaluator(lambda: torch.nn.Identity(), False) for name in encoders}
             for file in files:
                 x = frame(encoders["pre-trained"], file, side)
@@ -184,7 +184,8 @@ def run_pictures(args: argparse.Namespace) -> None:
         singles["student, single pass"] = encoder(student_file(args))
     teacher = SlidingWindowTeacher(pretrained, WINDOW, STRIDE)
     rows = []
-    for file in [*some(sorted((args.camvid / "images/test").iterdir()), 2), *some(sorted(args.photos.iterdir()), 2)]:
+    folders = (args.camvid / "images/test", args.photos)
+    for file in (file for folder in folders for file in evenly_spread(sorted(folder.iterdir()), 2)):
         x = frame(pretrained, file, max(args.sides[:3]))
         with torch.inference_mode():
             maps = [teacher.targets([x[0]])[0][0], *(single(x)[0] for single in singles.values())]
@@ -206,11 +207,6 @@ def frame(like: DenseEncoder, file: Path, side: int) -> torch.Tensor:
     scale = side / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     return encoder_pixels(like, np.asarray(image.resize(size, Image.Resampling.BICUBIC)), "cpu")
-
-
-def some(items: Sequence[Path], count: int) -> list[Path]:
-    """Return evenly distributed items."""
-    return [items[index] for index in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
 if __name__ == "__main__":

@@ -121,22 +121,17 @@ def segment(
         raise ValueError(f"precision must be one of {', '.join((*PRECISIONS, AUTO))}; got {precision!r}")
     device = _device(device)
     precision = resolve_precision(precision, device)
-    pixels = torch.tensor(_read(image)).to(device).permute(2, 0, 1)
+    pixels = _read(image)
     # The file signatures are part of the cache key, so that the model is reloaded after a file changes.
     files = filter(os.path.isfile, (spec.name, spec.pretrained, spec.dinov3_backbone, templates))
     stats = [part.stat() for name in files for part in files_of(name) if part.is_file()]
     signatures = tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
     loaded = _load(spec, templates, device, precision, signatures)
-    model = loaded.encoder
     classes = loaded.class_vectors(vocabulary)
-    # An autocast context of the caller must not change the precision.
-    with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-        features = classes.centered(model(loaded.pixels(pixels[None].float()))[0])
-    padded = (features.shape[1] * model.patch_size, features.shape[2] * model.patch_size)
-    scale = model.logit_scale if logit_scale is None else logit_scale
-    size = (pixels.shape[1], pixels.shape[2])
-    arguments = (features, classes.vectors, classes.query_class, size, padded, scale, prob_threshold, area_threshold)
-    labels = segment_features(*arguments).cpu().numpy()
+    features, padded = loaded.encode(pixels)
+    scale = loaded.encoder.logit_scale if logit_scale is None else logit_scale
+    arguments = (classes.centered(features), classes.vectors, classes.query_class, pixels.shape[:2], padded, scale)
+    labels = segment_features(*arguments, prob_threshold, area_threshold).cpu().numpy()
     areas = np.bincount(labels.ravel(), minlength=len(vocabulary)) / labels.size
     class_areas = {name: float(area) for name, area in zip(vocabulary.names, areas) if area > 0}
     return Segmentation(labels, vocabulary.names, class_areas)
@@ -186,14 +181,16 @@ class _Loaded:
     def class_vectors(self, vocabulary: Vocabulary) -> ClassVectors:
         """Return the vectors of all classes, on the device."""
         if vocabulary != self._vocabulary:
-            self._classes = class_vectors(vocabulary, self._embeddings, self._encode, self.encoder).to(self._device)
+            self._classes = class_vectors(vocabulary, self._embeddings, self.encode, self.encoder).to(self._device)
             self._vocabulary = vocabulary
         return self._classes
 
     @torch.no_grad()
-    def _encode(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[float, float]]:
+    def encode(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[float, float]]:
+        """Encode an RGB image (H, W, 3) uint8 to features (D, h, w), and return them with the size that they cover."""
         patch = self.encoder.patch_size
         x = torch.tensor(pixels).to(self._device).permute(2, 0, 1)[None].float()
+        # An autocast context of the caller must not change the precision.
         with torch.autocast(x.device.type, enabled=False):
             features = self.encoder(self.pixels(x))[0]
         return features, (features.shape[1] * patch, features.shape[2] * patch)

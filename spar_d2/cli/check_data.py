@@ -25,10 +25,10 @@ from spar_d2.evaluation.panoptic.coco_json import read_ground_truth
 from spar_d2.utils.errors import printable, readable_errors
 from spar_d2.utils.images import read_ids
 from spar_d2.utils.io import atomic_write
+from spar_d2.utils.selection import evenly_spread
 from spar_d2.visualization.overlay import draw_overlay
+from spar_d2.visualization.palette import IGNORED, IGNORED_COLOR
 
-_IGNORED = "(ignored)"
-_IGNORED_COLOR = (225, 225, 225)
 # Maximum number of printed problems of a split.
 _LISTED = 10
 
@@ -150,7 +150,7 @@ def class_table(names: list[str], reports: dict[str, SplitReport], panoptic: boo
         headers += [f"{name}: pixels", "images", *(["segments"] if panoptic else [])]
     rows = []
     for index in [*range(len(names)), -1]:
-        row = [names[index] if index >= 0 else ("(no segment)" if panoptic else _IGNORED)]
+        row = [names[index] if index >= 0 else ("(no segment)" if panoptic else IGNORED)]
         for report in labeled.values():
             share = report.pixels[index] / max(1, sum(report.pixels.values()))
             row += [f"{share:.2%}", str(report.in_images[index])]
@@ -168,7 +168,7 @@ def draw(
 ) -> int:
     """Draw images with their labels, spread over all splits, and return their number."""
     pairs = [(name, *pair) for name, check in checks.items() for pair in check.report.pairs]
-    chosen = [pairs[index] for index in np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(int)]
+    chosen = evenly_spread(pairs, count)
     uses: Counter[str] = Counter()
     for name, record, labels in tqdm(chosen, desc="drawing", unit="picture", leave=False, disable=not chosen):
         uses[name] += 1
@@ -186,4 +186,4 @@ def overlay(
     classes[classes < 0] = len(names)
     segments = None if labels.segments is None else read_ids(labels.file).astype(np.int64)
     image = read_photo(record)
-    return draw_overlay(image, classes, [*names, _IGNORED], [*colors, _IGNORED_COLOR], segments=segments)
+    return draw_overlay(image, classes, [*names, IGNORED], [*colors, IGNORED_COLOR], segments=segments)

@@ -9,6 +9,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 import spar_d2  # noqa: F401  registers
+from spar_d2.cli.flags import add_opts, output_override
 from spar_d2.comparison.evaluate import evaluate_methods
 from spar_d2.comparison.methods import Method
 from spar_d2.comparison.tables import paper_table, summary
@@ -47,13 +48,7 @@ def parse_args() -> argparse.Namespace:
         default=Path("output/evaluate"),
         help="folder for table.md, table.json and intermediate results (default: %(default)s)",
     )
-    add(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config keys to override; must be the last flag",
-    )
+    add_opts(parser)
     return parser.parse_args()
 
 
@@ -86,8 +81,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
     """Convert the flags to config overrides, a flat list of keys and values."""
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {args.limit}")
-    # Quoted, because yacs would parse a folder named "2024" as a number.
-    pairs = [*args.opts, "OUTPUT_DIR", repr(str(args.output))]
+    pairs = [*args.opts, *output_override(args.output)]
     if args.stride is not None:
         pairs += ["SPAR.TEACHER.STRIDE", str(args.stride)]
     if args.datasets:

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import spar_d2  # noqa: F401  registers
+from spar_d2.cli.flags import output_override
 from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.model_zoo import get_config_file
 from spar_d2.probing.runs import (
@@ -52,8 +53,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # Quoted, because yacs would parse a folder named "2024" as a number.
-    output = ["OUTPUT_DIR", repr(str(args.output))] if args.output else []
+    output = output_override(args.output) if args.output else []
     cfg = load_config(args.config_file, [*args.opts, *output], trains=True)
     folder = Path(cfg.OUTPUT_DIR)
     check_rows(cfg)

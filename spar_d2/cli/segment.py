@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 import spar_d2  # noqa: F401  registers
+from spar_d2.cli.flags import add_opts, output_override
 from spar_d2.data.build import PANOPTIC_FPN
 from spar_d2.demo.inputs import find_inputs
 from spar_d2.demo.outputs import is_file_name, plan_outputs
@@ -77,13 +78,7 @@ def parse_args() -> argparse.Namespace:
     add("--alpha", type=float, default=0.55, help="opacity of the class colors, 0..1 (default: %(default)s)")
     add("--masks", action="store_true", help="also write label maps as NAME_mask.png or NAME_masks/000001.png ...")
     add("--json", action="store_true", help="also write the classes found and their areas as NAME.json")
-    add(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config keys to override, such as INPUT.MIN_SIZE_TEST 1024; must be the last flag",
-    )
+    add_opts(parser, "such as INPUT.MIN_SIZE_TEST 1024")
     return parser.parse_args()
 
 
@@ -115,8 +110,7 @@ def config(args: argparse.Namespace) -> CfgNode:
     if args.weights and not Path(args.weights).is_file():
         raise FileNotFoundError(f"--weights: there is no file {args.weights}")
     folder = Path(args.output).parent if is_file_name(args.output) else args.output
-    # Quoted, because yacs would parse names such as "2024" as numbers.
-    overrides = [*args.opts, "OUTPUT_DIR", repr(str(folder))]
+    overrides = [*args.opts, *output_override(folder)]
     if args.examples:
         if args.vocabulary:
             raise ValueError("--examples and --vocabulary must not be used together: both define the classes")
@@ -124,6 +118,7 @@ def config(args: argparse.Namespace) -> CfgNode:
             raise ValueError(f"--examples must be an examples file (*.yaml), got {args.examples}")
         args.vocabulary = args.examples
     if args.vocabulary:
+        # Quoted as the output folder.
         overrides += ["MODEL.SPAR.VOCABULARY", repr(args.vocabulary)]
     cfg = load_config(args.config_file, overrides)
     kind = cfg.MODEL.META_ARCHITECTURE

@@ -14,13 +14,16 @@ from PIL import Image
 from tqdm import tqdm
 
 import spar_d2  # noqa: F401  registers
+from spar_d2.cli.flags import add_opts, output_override
 from spar_d2.cli.segment import show_warnings
-from spar_d2.demo.ground_truth import IGNORED, IGNORED_COLOR, chosen_records, draw_beside_truth, truth_reader
+from spar_d2.demo.ground_truth import draw_beside_truth, truth_reader
 from spar_d2.demo.panoptic import build_demo
 from spar_d2.engine.setup import load_config
 from spar_d2.utils.errors import printable, readable_errors
 from spar_d2.utils.io import atomic_write
+from spar_d2.utils.selection import evenly_spread
 from spar_d2.visualization import draw_panels
+from spar_d2.visualization.palette import IGNORED, IGNORED_COLOR
 
 # Classes in the legend of the overview; more would not be readable.
 _LONGEST_LEGEND = 28
@@ -43,13 +46,7 @@ def parse_args() -> argparse.Namespace:
         metavar="DIR",
         help="output folder (default: %(default)s)",
     )
-    add(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config keys to override; must be the last flag",
-    )
+    add_opts(parser)
     return parser.parse_args()
 
 
@@ -65,8 +62,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # Quoted, because yacs would parse a folder named "2024" as a number.
-    overrides = [*args.opts, "OUTPUT_DIR", repr(str(args.output))]
+    overrides = [*args.opts, *output_override(args.output)]
     overrides += ["DATASETS.TEST", str((args.dataset,))] if args.dataset else []
     cfg = load_config(args.config_file, overrides)
     if not cfg.DATASETS.TEST:
@@ -74,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     name = cfg.DATASETS.TEST[0]
     assert name in DatasetCatalog  # load_config checks it
     demo = build_demo(cfg, ["overlay"], args.weights, labels=True, alpha=args.alpha)
-    read, records = truth_reader(demo, name), chosen_records(name, args.count)
+    read, records = truth_reader(demo, name), evenly_spread(DatasetCatalog.get(name), args.count)
     rows, present = [], set()
     for index, record in enumerate(tqdm(records, desc="drawing", unit="image", leave=False), start=1):
         row, both, classes = draw_beside_truth(demo, record, read)

@@ -1,4 +1,4 @@
-"""Multi-scale augmentation for distillation (SPAR, training details)."""
+"""Multi-scale augmentation for distillation (SPAR, training details), and resizing of test images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ from collections.abc import Sequence
 
 import numpy as np
 from detectron2.data import transforms as T
+
+
+def resize_shortest_edge(image: np.ndarray, shortest: int, longest: int) -> np.ndarray:
+    """Resize an image (H, W, C) as Detectron2's tests do; a ``shortest`` of 0 returns it unchanged.
+
+    Args:
+        image: image of any size.
+        shortest, longest: shortest side and maximum longest side of the result in pixels.
+    """
+    if not shortest:
+        return image
+    height, width = image.shape[:2]
+    size = T.ResizeShortestEdge.get_output_shape(height, width, shortest, longest)
+    # The short side of a very long image may be rounded to 0.
+    return T.ResizeTransform(height, width, *(max(side, 1) for side in size)).apply_image(image)
 
 
 class ScaleAndCrop(T.Augmentation):

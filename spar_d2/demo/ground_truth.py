@@ -14,18 +14,9 @@ from spar_d2.evaluation.panoptic.coco_json import read_ground_truth
 from spar_d2.utils.images import read_ids
 from spar_d2.utils.label_values import read_label_map
 from spar_d2.visualization.overlay import draw_overlay
-
-IGNORED = "(ignored)"
-IGNORED_COLOR = (225, 225, 225)
+from spar_d2.visualization.palette import IGNORED, IGNORED_COLOR
 
 Reader = Callable[[dict], Prediction]
-
-
-def chosen_records(dataset: str, count: int) -> list[dict]:
-    """Return up to ``count`` dataset dicts, evenly distributed over a data set."""
-    records = DatasetCatalog.get(dataset)
-    chosen = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
-    return [records[index] for index in chosen]
 
 
 def truth_reader(demo: Demo, dataset: str) -> Reader:

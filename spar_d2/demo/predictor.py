@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data import transforms as T
 
 from spar_d2.checkpoint.segmentor import build_segmentor
+from spar_d2.data.transforms import resize_shortest_edge
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
 from spar_d2.text import Vocabulary
@@ -152,12 +152,7 @@ class Demo:
 
     def _input(self, image: np.ndarray) -> torch.Tensor:
         """Resize an image as in Detectron2's tests, and convert it to (3, H, W) uint8 in the config's channel order."""
-        height, width = image.shape[:2]
-        shortest, longest = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
-        if shortest:
-            size = T.ResizeShortestEdge.get_output_shape(height, width, shortest, longest)
-            # The short side of a very long image may be rounded to 0.
-            image = T.ResizeTransform(height, width, *(max(side, 1) for side in size)).apply_image(image)
+        image = resize_shortest_edge(image, self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST)
         if self.cfg.INPUT.FORMAT == "BGR":
             image = image[:, :, ::-1]
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

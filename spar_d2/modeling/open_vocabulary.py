@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
-from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
+from spar_d2.data.transforms import resize_shortest_edge
 from spar_d2.encoders.registry import check_has_text
 from spar_d2.modeling.backbone import DENSE, SPARViT
 from spar_d2.modeling.banded_upsampling import ScoreMap, covered_size
@@ -258,15 +258,10 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
     @torch.no_grad()
     def _encode_example(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[float, float]]:
         """Encode an RGB image (H, W, 3) uint8 at the size of test images, see :func:`class_vectors`."""
-        height, width = pixels.shape[:2]
-        if self.example_size[0]:
-            size = T.ResizeShortestEdge.get_output_shape(height, width, *self.example_size)
-            pixels = T.ResizeTransform(height, width, *(max(side, 1) for side in size)).apply_image(pixels)
         encoder = self.backbone.encoder
-        x = encoder_pixels(encoder, pixels, self.pixel_mean.device)
+        x = encoder_pixels(encoder, resize_shortest_edge(pixels, *self.example_size), self.pixel_mean.device)
         features = self.dense_maps(x)[0]
-        size = (x.shape[-2], x.shape[-1])
-        return features, covered_size(features.shape[1:], encoder.patch_size, size, (height, width))
+        return features, covered_size(features.shape[1:], encoder.patch_size, x.shape[-2:], pixels.shape[:2])
 
     def _vocabulary_of(self, inputs: dict) -> Vocabulary:
         vocabulary = inputs.get("vocabulary") or self.vocabulary

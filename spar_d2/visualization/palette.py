@@ -13,6 +13,10 @@ _STEP = 15
 # Colors to stay distinct from: the background, and the white of margins and outlines.
 _RESERVED = ((0, 0, 0), (255, 255, 255))
 
+# Name and color of ignored pixels in legends and pictures.
+IGNORED = "(ignored)"
+IGNORED_COLOR = (225, 225, 225)
+
 
 def class_colors(classes: int | Sequence[str]) -> list[tuple[int, int, int]]:
     """Return distinct colors, which depend only on the class index.
