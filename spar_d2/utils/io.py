@@ -25,7 +25,6 @@ except ImportError:  # not available on Windows
 
 # Temporary file names contain host and process, for example ".student.HOST-PID-RANDOM.tmp.safetensors".
 _TEMPORARY = re.compile(r"\..*\.(?P<host>[^.]*)-\d+-[0-9a-f]{8}\.tmp(\.|$)")
-_START_SECONDS = 60
 _STALE_SECONDS = 24 * 3600
 # Maximum lengths of a file name and of its suffix, in bytes.
 _LONGEST_NAME, _LONGEST_SUFFIX = 255, 32
@@ -263,10 +262,7 @@ def _remove_if_left(path: str, host: str) -> bool:
             return False
         with open(path, "rb+") as file:
             certain = _is_free(file.fileno()) and host == _host()
-            found = os.fstat(file.fileno())
-            # A writer locks its file just after it has created it.
-            age, starting = time.time() - found.st_mtime, found.st_size == 0
-            if age < (_STALE_SECONDS if not certain else _START_SECONDS if starting else 0):
+            if not certain and time.time() - os.fstat(file.fileno()).st_mtime < _STALE_SECONDS:
                 return False
             os.unlink(path)
     except OSError:  # locked, already removed, or not removable

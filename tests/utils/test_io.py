@@ -1,3 +1,4 @@
+import fcntl
 import json
 import math
 import multiprocessing
@@ -80,9 +81,26 @@ def test_temporary_files_of_a_killed_process_with_the_same_id_are_removed(tmp_pa
     with atomic_write(tmp_path / "file.txt") as own:
         assert remove_leftovers(tmp_path) == []
     left = tmp_path / re.sub(r"-[0-9a-f]{8}\.tmp", "-00000000.tmp", own.name)
-    left.touch()
-    os.utime(left, (time.time() - 3600,) * 2)
+    left.touch()  # killed before its first byte
     assert remove_leftovers(tmp_path) == [str(left)]
+
+
+def test_a_file_removed_before_its_writer_locks_it_is_created_again(tmp_path, monkeypatch):
+    lock, removed = fcntl.flock, []
+
+    def lock_late(descriptor, operation):
+        if not removed:
+            removed.append(None)  # removing locks, too
+            removed[:] = remove_leftovers(tmp_path)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with atomic_write(tmp_path / "file.txt") as temporary:
+        temporary.write_text("whole")
+        assert remove_leftovers(tmp_path) == []
+    (gone,) = removed
+    assert gone != str(temporary)
+    assert (tmp_path / "file.txt").read_text() == "whole"
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
