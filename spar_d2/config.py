@@ -125,6 +125,9 @@ def add_spar_config(cfg: CfgNode) -> None:
     # step have the same weight; "cell" averages over all grid cells of the step, so that larger images have more
     # weight.
     cfg.SPAR.DISTILL.AVERAGE = "image"
+    # Memory in GiB for the outputs of the frozen blocks at the start of the encoder, which are then computed only once
+    # per image. Useful for a few hundred images with SPAR.DATA.FROZEN; 0 computes them in every step.
+    cfg.SPAR.DISTILL.FROZEN_OUTPUTS_GIB = 0.0
 
     cfg.SPAR.DATA = CN()
     # Data-set files (docs/own_data.md) to register, relative to the current folder, or to the folder of the config or

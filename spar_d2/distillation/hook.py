@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from spar_d2.distillation.frozen_outputs import FrozenOutputs
 from spar_d2.distillation.loss import distillation_loss, mean_cosine, sampled_distillation_loss
 from spar_d2.distillation.match_inputs import EncodedImage, match
 from spar_d2.distillation.readings import Readings
@@ -50,9 +51,11 @@ class DistillationHook(HookBase):
         average: "image" averages the loss over the cells of the feature grid of each image, then over the images.
             "cell" averages it over all cells of the images in a step, across all processes.
         cache: cache of full targets. With ``windows_per_image``, it is read but not written.
+        frozen_outputs_gib: memory in GiB for the outputs of the frozen blocks at the start of the encoder; 0 computes
+            them in every step.
 
     Raises:
-        ValueError: ``weight``, ``windows_per_image`` or ``average`` is invalid.
+        ValueError: ``weight``, ``windows_per_image``, ``average`` or ``frozen_outputs_gib`` is invalid.
     """
 
     # Any object with the attributes model, iter and max_iter.
@@ -67,6 +70,7 @@ class DistillationHook(HookBase):
         seed: int = 0,
         average: str = "image",
         cache: TargetCache | None = None,
+        frozen_outputs_gib: float = 0.0,
     ) -> None:
         if not 0 < weight < math.inf:
             raise ValueError(
@@ -86,6 +90,7 @@ class DistillationHook(HookBase):
         self.seed = seed
         self.average = average
         self.cache = cache
+        self.frozen_outputs = FrozenOutputs(frozen_outputs_gib) if frozen_outputs_gib else None
         self.windows_encoded = 0
         self._generator = torch.Generator()
         self._inputs: object = None
@@ -107,6 +112,7 @@ class DistillationHook(HookBase):
             "seed": max(cfg.SEED, 0),
             "average": cfg.SPAR.DISTILL.AVERAGE,
             "cache": TargetCache(folder, teacher) if folder else None,
+            "frozen_outputs_gib": cfg.SPAR.DISTILL.FROZEN_OUTPUTS_GIB,
         }
 
     def state_dict(self) -> dict:
@@ -127,6 +133,7 @@ class DistillationHook(HookBase):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             # Hook the wrapped model, so that DistributedDataParallel finds the loss in its output.
             model = model.module
+        encoder.frozen_outputs = self.frozen_outputs
         self._handles = [
             model.register_forward_pre_hook(self._remember_inputs),
             encoder.register_forward_hook(self._remember),
@@ -178,6 +185,8 @@ class DistillationHook(HookBase):
             self._write_readings()
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            find_encoder(self.trainer.model).frozen_outputs = None
         self._handles = []
         self._encoded, self._inputs = [], None
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from spar_d2.encoders.block_calls import BlockCall, apply_blocks, bind_blocks
 from spar_d2.encoders.compilation import FIXED_SHAPE, compiled
 from spar_d2.encoders.grids import RecentGrids
-from spar_d2.encoders.image_sizes import Pad
+from spar_d2.encoders.image_sizes import Pad, check_images
 from spar_d2.encoders.origin import Origin
 from spar_d2.encoders.precision import PRECISIONS, cast_parameters
 
@@ -42,6 +42,8 @@ class DenseEncoder(nn.Module, ABC):
             parameters are never trained.
         prefix_tokens: number of tokens before the patch tokens.
         origin: metadata on the origin of the weights, as stored in weight files; None if unknown.
+        frozen_outputs: cache of the tokens after the frozen blocks at the start, used in training; None for no cache.
+            It is called with the images (B, 3, H, W) and a function that computes the tokens (B, N, C).
     """
 
     patch_size: int
@@ -56,6 +58,7 @@ class DenseEncoder(nn.Module, ABC):
     unused: str = r"(?!)"
     prefix_tokens: int = 0
     origin: Origin | None = None
+    frozen_outputs: Callable[[torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor] | None = None
 
     _precision: torch.dtype | None = None
     _compile: bool = False
@@ -76,10 +79,6 @@ class DenseEncoder(nn.Module, ABC):
         """The transformer blocks, in order."""
 
     @abstractmethod
-    def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute dense features (B, D, h, w) of images (B, 3, h * p, w * p)."""
-
-    @abstractmethod
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         """Embed images (B, 3, h * p, w * p).
 
@@ -91,6 +90,15 @@ class DenseEncoder(nn.Module, ABC):
     @abstractmethod
     def _step(block: nn.Module, tokens: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
         """Apply one block to the tokens."""
+
+    @property
+    def _last_step(self) -> Callable:
+        """Function that is applied to the last block for dense features, with the arguments of :meth:`_step`."""
+        return self._step
+
+    @abstractmethod
+    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute features (B, h * w, D) from the tokens (B, prefix + h * w, C) after the last block."""
 
     def accelerate(
         self, precision: str = "float32", compile: bool = False, checkpointing: bool = False
@@ -196,13 +204,24 @@ class DenseEncoder(nn.Module, ABC):
         images = self._prepare(x)
         with self._autocast(images):
             tokens, grid, context = self._embed(images)
-            after = self._run_blocks(self.blocks[: max(chosen) + 1], tokens, *context)
-            maps = {
-                index: to_map(tokens[:, self.prefix_tokens :], grid).to(x.dtype)
-                for index, tokens in enumerate(after)
-                if index in chosen
-            }
+            maps = {}
+            for index, call in enumerate(self._bind([self._step] * (max(chosen) + 1), tokens, context)):
+                tokens = call(tokens)
+                if index in chosen:
+                    maps[index] = to_map(tokens[:, self.prefix_tokens :], grid).to(x.dtype)
         return [maps[index] for index in chosen]
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute dense features (B, D, h, w) of images (B, 3, h * p, w * p)."""
+        tokens, grid, context = self._embed(x)
+        calls = self._bind([*[self._step] * (len(self.blocks) - 1), self._last_step], tokens, context)
+        if self.frozen_outputs is not None and torch.is_grad_enabled():
+            first = next((index for index, call in enumerate(calls) if call.trained), len(calls))
+            frozen, calls = calls[:first], calls[first:]
+            if frozen:
+                embedded = tokens
+                tokens = self.frozen_outputs(x, lambda: apply_blocks(frozen, embedded))
+        return to_map(self._read(apply_blocks(calls, tokens)), grid)
 
     def _prepare(self, x: torch.Tensor) -> torch.Tensor:
         """Validate the images, pad or crop them to whole patches, and convert them to the dtype of the weights."""
@@ -224,33 +243,16 @@ class DenseEncoder(nn.Module, ABC):
         self.training = mode and any(p.requires_grad for p in self.parameters())
         return self
 
-    def _run_blocks(
-        self, blocks: Iterable[nn.Module], tokens: torch.Tensor, *context: torch.Tensor, step: Callable | None = None
-    ) -> Iterator[torch.Tensor]:
-        """Apply ``step`` (default: :meth:`_step`) to the blocks in turn, and yield the tokens after each block."""
-        step = step or self._step
-        was_cast = False
-        for block in blocks:
-            trained = torch.is_grad_enabled() and _needs_gradient(block, tokens)
-            run = compiled(step, self._use(trained)) if self._compile else step
-            if not trained and block in self._cast_blocks:
-                tokens, was_cast = self._run_cast(run, self._cast_blocks[block], tokens, context), True
-                yield tokens
-                continue
-            if was_cast:
-                tokens, was_cast = tokens.to(next(block.parameters()).dtype), False
-            if trained and self._checkpointing:
-                tokens = checkpoint(run, block, tokens, *context, use_reentrant=False)
-            else:
-                with contextlib.nullcontext() if trained else torch.no_grad():
-                    tokens = run(block, tokens, *context)
-            yield tokens
+    def _bind(
+        self, steps: Sequence[Callable], tokens: torch.Tensor, context: Sequence[torch.Tensor]
+    ) -> list[BlockCall]:
+        """Bind the first blocks to their steps and to additional inputs."""
+        wrap = self._wrap if self._compile else None
+        cast, checkpointing = self._cast_blocks, self._checkpointing
+        return bind_blocks(zip(self.blocks, steps), context, tokens.requires_grad, wrap, cast, checkpointing)
 
-    @staticmethod
-    def _run_cast(run: Callable, block: nn.Module, tokens: torch.Tensor, context: Sequence) -> torch.Tensor:
-        dtype = next(block.parameters()).dtype
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            return run(block, tokens.to(dtype), *(part.to(dtype) for part in context))
+    def _wrap(self, step: Callable, trained: bool) -> Callable:
+        return compiled(step, self._use(trained))
 
     def _use(self, trained: bool) -> str:
         """Return the use case of compiled code; each use case is compiled separately."""
@@ -277,35 +279,9 @@ class DenseEncoder(nn.Module, ABC):
         return torch.autocast(x.device.type, self._precision, enabled=x.dtype != self._precision)
 
 
-def _needs_gradient(block: nn.Module, tokens: torch.Tensor) -> bool:
-    return tokens.requires_grad or any(p.requires_grad for p in block.parameters())
-
-
-def last(items: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Return the last tensor without keeping references to the earlier ones."""
-    result = None
-    for item in items:
-        result = item
-    if result is None:
-        raise ValueError("items must contain at least one tensor, got none")
-    return result
-
-
 def to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Reshape tokens (B, h * w, C) to a feature map (B, C, h, w)."""
     return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
-
-
-def refuse_parts(encoder: str, reasons: Mapping[str, bool]) -> None:
-    """Raise ``ValueError`` if a ViT has unsupported parts.
-
-    Args:
-        encoder: name of the encoder class.
-        reasons: maps descriptions of unsupported parts to whether the ViT has them.
-    """
-    unsupported = [reason for reason, present in reasons.items() if present]
-    if unsupported:
-        raise ValueError(f"{encoder} does not support a ViT with {' and '.join(unsupported)}")
 
 
 def find_encoder(model: nn.Module) -> DenseEncoder:
@@ -321,12 +297,3 @@ def find_encoder(model: nn.Module) -> DenseEncoder:
             "set MODEL.BACKBONE.NAME to SPARViT or SPARPyramid"
         )
     return encoders[0]
-
-
-def check_images(x: torch.Tensor) -> None:
-    """Raise ``ValueError`` unless ``x`` is a floating-point tensor (B, 3, H, W) with B, H, W >= 1."""
-    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"images must be a floating-point RGB tensor (B, 3, H, W), got {got}")
-    if 0 in x.shape:
-        raise ValueError(f"images must have at least one pixel, got {tuple(x.shape)}")

@@ -15,7 +15,7 @@ from open_clip.tokenizer import default_bpe
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, last, to_map
+from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.image_sizes import Pad, Stretch
 from spar_d2.encoders.messages import KEY, first_line
@@ -79,12 +79,11 @@ class DINOtxtEncoder(DenseEncoder):
     def size_policy(self) -> Pad:
         return (Stretch if self.reference_compat else Pad)(self.patch_size)
 
-    def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        tokens, grid, context = self._embed(x)
-        tokens = self.visual_model.backbone.norm(last(self._run_blocks(self.blocks, tokens, *context)))
+    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = self.visual_model.backbone.norm(tokens)
         if self.tokens == "head":
             tokens = self.visual_model.head(tokens)
-        return to_map(tokens[:, self.prefix_tokens :], grid)
+        return tokens[:, self.prefix_tokens :]
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         backbone = self.visual_model.backbone

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, refuse_parts
+from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.messages import KEY
+from spar_d2.encoders.refusals import refuse_parts
 from spar_d2.encoders.registry import EncoderSpec, register_family
 from spar_d2.encoders.timm_family import PREFIX, TimmFamily
 from spar_d2.encoders.timm_vit import TimmViTEncoder

@@ -55,3 +55,12 @@ class Crop(Pad):
 
     def _resize(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return x[..., : size[0], : size[1]]
+
+
+def check_images(x: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless ``x`` is a floating-point tensor (B, 3, H, W) with B, H, W >= 1."""
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"images must be a floating-point RGB tensor (B, 3, H, W), got {got}")
+    if 0 in x.shape:
+        raise ValueError(f"images must have at least one pixel, got {tuple(x.shape)}")

@@ -60,7 +60,7 @@ class OpenCLIPTimmEncoder(TimmViTEncoder):
         super().__init__(visual, reference_compat, _READOUTS[pool])
         if pool == "map":
             self.parts = {**self.parts, "attn_pool_kv": r"visual\.trunk\.attn_pool\.kv\."}
-        self.embed_dim = self._read(torch.zeros(1, 1, self.width)).shape[-1]
+        self.embed_dim = self._read(torch.zeros(1, self.prefix_tokens + 1, self.width)).shape[-1]
 
     @property
     def trunk(self) -> Any:
@@ -68,7 +68,7 @@ class OpenCLIPTimmEncoder(TimmViTEncoder):
 
     def _read(self, tokens: torch.Tensor) -> torch.Tensor:
         trunk = self.trunk
-        tokens = trunk.norm(tokens)
+        tokens = trunk.norm(tokens[:, self.prefix_tokens :])
         if isinstance(trunk.attn_pool, AttentionPoolLatent):
             tokens = pool_each(trunk.attn_pool, tokens)
         return cast(nn.Module, self.visual.head)(trunk.head(trunk.fc_norm(tokens)))

@@ -7,7 +7,7 @@ residuals and the MLP (MaskCLIP, arXiv:2112.01071, as used by SPAR). All earlier
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import open_clip
@@ -17,12 +17,13 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
+from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.image_sizes import Crop, Pad
 from spar_d2.encoders.model_configs import conventions, known_config, side_of
 from spar_d2.encoders.open_clip_models import OpenCLIPModelFamily
 from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.positions import resample_positions, sampling_weights
+from spar_d2.encoders.refusals import refuse_parts
 from spar_d2.encoders.registry import EncoderSpec, register_family
 
 # The reference code enlarges the target grid by 0.1 patches to avoid rounding down. This also shifts the sampling
@@ -72,15 +73,13 @@ class OpenCLIPEncoder(DenseEncoder):
     def size_policy(self) -> Pad:
         return (Crop if self.reference_compat else Pad)(self.patch_size)
 
-    def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        tokens, grid, _ = self._embed(x)
-        if len(self.blocks) > 1:
-            tokens = last(self._run_blocks(self.blocks[:-1], tokens))
-        tokens = last(self._run_blocks(self.blocks[-1:], tokens[:, 1:], step=_run_value_path))
-        tokens = self.visual.ln_post(tokens)
-        if self.visual.proj is not None:
-            tokens = tokens @ self.visual.proj
-        return to_map(tokens, grid)
+    @property
+    def _last_step(self) -> Callable:
+        return _run_value_path
+
+    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = self.visual.ln_post(tokens[:, 1:])
+        return tokens if self.visual.proj is None else tokens @ self.visual.proj
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         visual = self.visual

@@ -1,6 +1,8 @@
-"""Explains why a model of timm or open_clip is not supported."""
+"""Explains why a model is not supported."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import timm
 from timm.models import model_entrypoint
@@ -33,3 +35,15 @@ def refusal(name: str) -> str:
     if not tower:
         tower = "a ViT with attentional pooling" if vision.get("attentional_pool") else "a ResNet"
     return f"its image tower in open_clip is {tower}, and not a plain ViT with one feature per patch"
+
+
+def refuse_parts(encoder: str, reasons: Mapping[str, bool]) -> None:
+    """Raise ``ValueError`` if a ViT has unsupported parts.
+
+    Args:
+        encoder: name of the encoder class.
+        reasons: maps descriptions of unsupported parts to whether the ViT has them.
+    """
+    unsupported = [reason for reason, present in reasons.items() if present]
+    if unsupported:
+        raise ValueError(f"{encoder} does not support a ViT with {' and '.join(unsupported)}")

@@ -17,11 +17,12 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
+from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.model_configs import conventions, known_config, timm_sizes
 from spar_d2.encoders.open_clip_models import OpenCLIPModelFamily
 from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.positions import resample_positions, sampling_weights
+from spar_d2.encoders.refusals import refuse_parts
 from spar_d2.encoders.registry import EncoderSpec, register_family
 
 _MEAN = _STD = (0.5, 0.5, 0.5)
@@ -80,10 +81,8 @@ class SigLIPEncoder(DenseEncoder):
     def blocks(self) -> nn.Sequential:
         return self.trunk.blocks
 
-    def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        tokens, grid, _ = self._embed(x)
-        tokens = last(self._run_blocks(self.blocks, tokens))
-        return to_map(pool_each(self.pool, self.trunk.norm(tokens)), grid)
+    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
+        return pool_each(self.pool, self.trunk.norm(tokens))
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         trunk = self.trunk

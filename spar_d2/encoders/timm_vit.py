@@ -19,8 +19,9 @@ from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder, last, refuse_parts, to_map
+from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.positions import resample_positions, sampling_weights
+from spar_d2.encoders.refusals import refuse_parts
 from spar_d2.utils.transfer import send
 
 READOUTS = ("tokens", "value")
@@ -90,19 +91,12 @@ class TimmViTEncoder(DenseEncoder):
     def blocks(self) -> nn.ModuleList | nn.Sequential:
         return self.trunk.blocks
 
-    def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        tokens, grid, context = self._embed(x)
-        if self.readout == "value":
-            if len(self.blocks) > 1:
-                tokens = last(self._run_blocks(self.blocks[:-1], tokens, *context))
-            tokens = last(self._run_blocks(self.blocks[-1:], tokens[:, self.prefix_tokens :], step=run_value_path))
-        else:
-            tokens = last(self._run_blocks(self.blocks, tokens, *context))[:, self.prefix_tokens :]
-        return to_map(self._read(tokens), grid)
+    @property
+    def _last_step(self) -> Callable:
+        return run_value_path if self.readout == "value" else self._step
 
     def _read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Compute features (B, N, D) from the patch tokens (B, N, C) of the last block."""
-        return self.trunk.norm(tokens)
+        return self.trunk.norm(tokens[:, self.prefix_tokens :])
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         trunk = self.trunk
@@ -179,10 +173,10 @@ def check_value_path(block: nn.Module) -> None:
         )
 
 
-def run_value_path(block: Any, x: torch.Tensor) -> torch.Tensor:
+def run_value_path(block: Any, x: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
     """Apply a block with each token attending only to itself: (B, N, C) to (B, N, C).
 
-    Queries and keys are not computed, and position embeddings have no effect.
+    Queries and keys are not computed, and rotary position embeddings (``context``) have no effect.
     """
     if isinstance(block, EvaBlockPostNorm):
         x = x + block.norm1(_attend_to_self(block.attn, x))

@@ -218,6 +218,8 @@ def report(cfg: CfgNode, costs: Estimate) -> str:
     if costs.epochs > _MANY_EPOCHS:
         advice = "SPAR.DATA.EPOCHS computes the steps from the number of images (docs/distillation.md)"
         text += f"\nnote: every image is used {costs.epochs:.0f} times; {advice}"
+    if cfg.SPAR.DISTILL.FROZEN_OUTPUTS_GIB:
+        text += "\nnote: with SPAR.DISTILL.FROZEN_OUTPUTS_GIB, steps after the first epoch are faster"
     return f"{text}\nNothing was written."
 
 

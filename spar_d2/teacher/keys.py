@@ -15,7 +15,7 @@ from spar_d2.utils.content_cache import digest
 # Version of the target computation; increase it when targets change.
 _ALGORITHM = 1
 # Attributes that change the features only by rounding, or not at all.
-_IGNORED = {"training", "_compile", "_checkpointing", "_fixed_shape", "_is_cast"}
+_IGNORED = {"training", "frozen_outputs", "_compile", "_checkpointing", "_fixed_shape", "_is_cast"}
 # Attributes of the encoder, which may be class or instance attributes.
 _ENCODER_SETTINGS = ("reference_compat", "_precision", "patch_size", "native_size", "pixel_mean", "pixel_std")
 _PIXEL_STEPS = 64

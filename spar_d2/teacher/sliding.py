@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from spar_d2.encoders import DenseEncoder
-from spar_d2.encoders.base import check_images
-from spar_d2.encoders.image_sizes import Crop
+from spar_d2.encoders.image_sizes import Crop, check_images
 from spar_d2.teacher.stitch import WindowSelection, stitch
 from spar_d2.teacher.windows import WindowPlan
 
