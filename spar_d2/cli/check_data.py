@@ -19,7 +19,7 @@ import spar_d2  # noqa: F401  registers
 from spar_d2.data.datasets.dataset_file import DatasetFile, read_dataset_file
 from spar_d2.data.datasets.file_check import Labels, SplitCheck, SplitReport, shared_images
 from spar_d2.data.datasets.file_records import read_panoptic_json
-from spar_d2.data.datasets.file_registration import match_categories
+from spar_d2.data.datasets.file_registration import check_names_are_free, match_categories
 from spar_d2.data.images import read_photo
 from spar_d2.evaluation.panoptic.coco_json import read_ground_truth
 from spar_d2.utils.errors import printable, readable_errors
@@ -52,6 +52,7 @@ def main() -> int:
         if args.pictures < 0:
             raise ValueError(f"--pictures must be 0 or more, got {args.pictures}")
         file = read_dataset_file(args.file)
+        check_names_are_free(file)
         unknown = [name for name in args.splits or () if name not in file.splits]
         if unknown:
             raise ValueError(f"--splits must be of {', '.join(file.splits)}, got {unknown[0]}")
@@ -106,16 +107,20 @@ def build_checks(
             _check_readable(file, name)
             categories = match_categories(file, split, content)
             first = first or categories
-            if any([c[key] for c in categories] != [c[key] for c in first] for key in ("id", "isthing")):
+            if _kinds(categories) != _kinds(first):
                 raise file.error(
                     f"splits.{name}.labels",
                     f"{split.labels} has other categories, or other things (isthing), than the other splits",
                 )
-            numbers = {category["id"]: index for index, category in enumerate(categories)}
+            numbers = {category["id"]: index for index, category in enumerate(first)}
         checks[name] = SplitCheck(file, split, numbers, content)
     classes = first or []
     names = [f"{category['name']}{'' if category['isthing'] else ' (stuff)'}" for category in classes]
     return checks, names, [category["color"] for category in classes]
+
+
+def _kinds(categories: list[dict]) -> set[tuple[int, int]]:
+    return {(category["id"], category["isthing"]) for category in categories}
 
 
 def _check_readable(file: DatasetFile, name: str) -> None:

@@ -111,6 +111,9 @@ class SPARViT(TextHooks, Backbone):
     def padding_constraints(self) -> dict[str, int]:
         return {"size_divisibility": self.size_divisibility}
 
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return FeatureShapes(super().output_shape())
+
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute {"dense": (B, D, ceil(H / p), ceil(W / p))} of framework-normalized images (B, 3, H, W)."""
         return dict.fromkeys(self._out_features, self.encode(x))
@@ -129,6 +132,17 @@ class SPARViT(TextHooks, Backbone):
         """
         x = self.convert(x)
         return self.encoder(F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple)))
+
+
+class FeatureShapes(dict):
+    """Shapes of feature maps by name. Heads that ask for a map that is not there get an error that names the keys."""
+
+    def __missing__(self, name: str) -> ShapeSpec:
+        raise ValueError(
+            f"the backbone has no feature map {name!r}, only {', '.join(self)}: add it to MODEL.SPAR.OUT_FEATURES, or "
+            f"change IN_FEATURES of the heads (and of MODEL.FPN); maps other than {DENSE!r} need MODEL.BACKBONE.NAME "
+            "SPARPyramid"
+        )
 
 
 def _check_outputs(names: Sequence[str]) -> list[str]:

@@ -71,7 +71,8 @@ def class_vectors(
     if not isinstance(vocabulary, ExampleVocabulary) or not vocabulary.files:
         return ClassVectors(*text(vocabulary))
     found = name = None
-    if text.cache:
+    # In training, the vectors change with the weights, and every evaluation would add a file.
+    if text.cache and not any(parameter.requires_grad for parameter in encoder.parameters()):
         files = [source_checksum(file) for examples in vocabulary.examples for e in examples for file in e.files]
         regions = [[(e.value, e.boxes, e.points) for e in examples] for examples in vocabulary.examples]
         content = [files, regions, vocabulary.clusters, vocabulary.center, encoder_key(encoder, *settings)]
@@ -79,7 +80,7 @@ def class_vectors(
         found = text.cache.load(name, lambda tensors: [tensors[key] for key in _STORED])
     if found is None:
         found = _from_examples(vocabulary, encode)
-        if text.cache and name:
+        if name and text.cache:
             text.cache.try_save(name, dict(zip(_STORED, found)))
     vectors, classes, center = found
     if any(vocabulary.words):

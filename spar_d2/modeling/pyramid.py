@@ -15,7 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, SimpleFeaturePyrami
 from timm.layers.norm import LayerNorm2d
 from torch import nn
 
-from spar_d2.modeling.backbone import CLIP_DENSE, DENSE, SPARViT
+from spar_d2.modeling.backbone import CLIP_DENSE, DENSE, FeatureShapes, SPARViT
 from spar_d2.modeling.fcclip_interface import TextHooks
 from spar_d2.utils.registering import registered
 
@@ -111,6 +111,9 @@ class SPARPyramid(TextHooks, Backbone):
         kind = cast("str", LayerNorm2d) if norm == "LN" else norm
         stage = SimpleFeaturePyramid(_Shape(shape), DENSE, channels, (scale * 2**halvings,), norm=kind).stages[0]
         return nn.Sequential(nn.MaxPool2d(2**halvings), stage) if halvings else stage
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return FeatureShapes(super().output_shape())
 
     @property
     def size_divisibility(self) -> int:

@@ -129,9 +129,15 @@ def parse_examples(
         listed = entry.get("examples", [])
         if not isinstance(listed, Sequence) or isinstance(listed, str):
             raise ValueError(f"{where}: examples must be a list, got {listed!r}")
-        examples.append([_example(one, f"{where}, example {index}", Path(folder)) for index, one in enumerate(listed)])
+        found = [_example(one, f"{where}, example {index}", Path(folder)) for index, one in enumerate(listed)]
+        for other, earlier in zip(names, examples):
+            if both := set(found) & set(earlier):
+                image = next(iter(both)).image
+                raise ValueError(f"{where}: examples has a region of {image} that is also an example of {other!r}")
+        examples.append(found)
         synonyms = entry.get("words", [])
-        synonyms = [synonyms] if isinstance(synonyms, str) else synonyms
+        # As in inline vocabularies, "cat, kitten" is two words.
+        synonyms = [word.strip() for word in synonyms.split(",")] if isinstance(synonyms, str) else synonyms
         if not isinstance(synonyms, Sequence) or not all(isinstance(word, str) and word.strip() for word in synonyms):
             raise ValueError(f"{where}: words must be a list of strings, got {synonyms!r}")
         words.append(list(synonyms))

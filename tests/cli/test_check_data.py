@@ -1,5 +1,6 @@
 """`spar-d2 check-data`: counts, and what would stop a training."""
 
+import json
 import re
 
 import numpy as np
@@ -117,3 +118,39 @@ def test_things_that_are_stuff_in_another_split_are_refused(tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         main(["check-data", str(file)])
     assert "(isthing)" in capsys.readouterr().err
+
+
+def change_json(folder, change, split="train"):
+    path = folder / f"panoptic_{split}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_segments_listed_twice_and_wrong_areas_are_told(check, tmp_path):
+    def change(content):
+        first, second = (annotation["segments_info"] for annotation in content["annotations"][:2])
+        first.append(first[0])
+        second[0]["area"] = 7
+
+    file = panoptic_set(tmp_path)
+    change_json(tmp_path, change)
+    code, lines = check(file)
+    assert code == 1 and "1 problems would stop a training." in lines
+    assert any("lists a segment id more than once for" in line and "0.jpg" in line for line in lines)
+    note = next(line for line in lines if line.startswith("note: train: 1 segments have an area"))
+    assert "(area 7, " in note
+
+
+def test_categories_in_another_order_are_the_same(check, tmp_path):
+    file = panoptic_set(tmp_path)
+    change_json(tmp_path, lambda content: content["categories"].reverse(), "val")
+    code, lines = check(file)
+    assert code == 0 and "boat 10.42% 4 4 10.42% 2 2" in lines
+
+
+def test_a_taken_name_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["check-data", str(semantic_set(tmp_path, name="coco_2017"))])
+    assert "name: the data set 'coco_2017_train' is already registered" in capsys.readouterr().err

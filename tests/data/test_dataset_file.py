@@ -40,6 +40,12 @@ def test_a_semantic_set_has_classes_in_the_order_of_the_file(tmp_path):
     assert np.array_equal(read_label_map(records[1]), expected)
 
 
+def test_synonyms_in_one_string_are_split_at_commas(tmp_path):
+    classes = [{"name": "sea", "synonyms": "water, ocean"}, "sand", "boat"]
+    parsed = read_dataset_file(semantic_set(tmp_path, classes=classes, ignore=255))
+    assert parsed.classes[0].synonyms == ("water", "ocean")
+
+
 def test_values_that_are_labels_are_not_converted(tmp_path):
     file = semantic_set(tmp_path, classes=["a", "b", "c", "d"], ignore=[255])
     records, _ = registered(file)

@@ -124,6 +124,15 @@ def test_class_vectors_follow_the_weights_in_training(file):
     assert not torch.allclose(model.class_vectors(model.vocabulary).vectors, before)
 
 
+def test_class_vectors_of_a_model_in_training_are_not_cached_on_disk(tiny_model, file, tmp_path):
+    keys = ["MODEL.SPAR.ENCODER", tiny_model[0], "MODEL.SPAR.PRETRAINED", tiny_model[1]]
+    for trainable, files in (("last_blocks:1", 0), ("none", 1)):
+        options = [*keys, "MODEL.SPAR.TEXT_CACHE", str(tmp_path / "cache"), "MODEL.SPAR.TRAINABLE", trainable]
+        model = build_model(config(file, *options)).eval()
+        model.class_vectors(model.vocabulary)
+        assert len(list((tmp_path / "cache").rglob("examples_*"))) == files
+
+
 def test_classes_may_have_examples_and_words(tiny_model, file):
     image = {"image": file.parent / "a.png", "boxes": [[0, 0, 40, 96]]}
     mixed = Vocabulary.from_examples(
@@ -141,7 +150,7 @@ def test_classes_may_have_examples_and_words(tiny_model, file):
 
 def test_vectors_of_examples_are_cached_by_content(tiny_model, file, tmp_path, monkeypatch):
     keys = ["MODEL.SPAR.ENCODER", tiny_model[0], "MODEL.SPAR.PRETRAINED", tiny_model[1]]
-    keys += ["MODEL.SPAR.TEXT_CACHE", str(tmp_path / "text")]
+    keys += ["MODEL.SPAR.TEXT_CACHE", str(tmp_path / "text"), "MODEL.SPAR.TRAINABLE", "none"]
     model = build_model(config(file, *keys)).eval()
     first = model.class_vectors(model.vocabulary)
     assert len(list((tmp_path / "text").glob("examples_*.safetensors"))) == 1
@@ -211,6 +220,8 @@ WRONG = [
     ({"classes": [{"name": "a", "examples": [{"image": "a.png", "points": [[1]]}]}]}, "points must be a list"),
     ({"classes": [{"name": "a", "examples": [{"image": "a.png", "boxes": [[5, 0, 5, 9]]}]}]}, "boxes must be"),
     ({"classes": [{"name": "a", "examples": [{"image": "a.png", "points": [[1, 1]], "value": 2}]}]}, "value must be"),
+    ({"classes": [{"name": n, "examples": [{"image": "a.png", "points": [[1, 1]]}]} for n in "ab"]}, "also an example"),
+    ({"classes": [{"name": "a", "words": "a,,b"}]}, "words must be"),
     ({"classes": [{"name": "a", "words": "a"}], "center": True}, "center must be false"),
     ({"classes": [{"name": "a", "words": "a"}], "clusters": 0}, "clusters must be an integer in 1"),
 ]

@@ -95,6 +95,14 @@ def test_panoptic_fpn(panoptic_cfg):
     check_training_step(model, record, "loss_sem_seg")
 
 
+@pytest.mark.parametrize("backbone", ["SPARViT", "SPARPyramid"])
+def test_a_head_that_asks_for_a_missing_level_is_told_the_keys(panoptic_cfg, backbone):
+    panoptic_cfg.MODEL.BACKBONE.NAME = backbone
+    panoptic_cfg.MODEL.SPAR.OUT_FEATURES = ("dense",)
+    with pytest.raises(ValueError, match=r"no feature map 'p\d'.*MODEL\.SPAR\.OUT_FEATURES"):
+        build_model(panoptic_cfg)
+
+
 @pytest.mark.slow
 def test_mask_rcnn(tiny_model):
     torch.manual_seed(0)

@@ -191,6 +191,8 @@ def _class(key: str, entry: object, following: int | None, largest: int) -> Data
     _check_keys(key, entry, _CLASS_KEYS)
     name = _text(f"{key}.name", entry.get("name"))
     synonyms = entry.get("synonyms", [])
+    # As in inline vocabularies, "cat, kitten" is two words.
+    synonyms = synonyms.split(",") if isinstance(synonyms, str) else synonyms
     synonyms = synonyms if isinstance(synonyms, list) else [synonyms]
     thing, color, value = (entry.get(part) for part in ("thing", "color", "value"))
     if thing is not None and not isinstance(thing, bool):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -26,11 +26,13 @@ class Labels:
         file: label map, or panoptic mask.
         size: (H, W) in the JSON file, for panoptic labels.
         segments: category of each segment id, for panoptic labels.
+        areas: number of pixels of each segment id in the JSON file, for panoptic labels; None if it is not given.
     """
 
     file: str
     size: tuple[int, int] | None = None
     segments: dict[int, int] | None = None
+    areas: Mapping[int, float | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,6 +82,7 @@ class SplitCheck:
     ) -> None:
         self.file, self.split, self.report = file, split, SplitReport()
         self._categories = categories or {}
+        self._wrong_areas: list[str] = []
         images = find_images(file, split)
         self.report.images = len(images)
         self._jobs: list[tuple[dict, Labels | None]] = [(record, None) for record in images]
@@ -115,6 +118,7 @@ class SplitCheck:
                         mask,
                         (int(entry["height"]), int(entry["width"])),
                         {int(segment["id"]): segment["category_id"] for segment in annotation["segments_info"]},
+                        {int(segment["id"]): segment.get("area") for segment in annotation["segments_info"]},
                     ),
                 )
                 for entry, annotation, image, mask in matched
@@ -122,6 +126,10 @@ class SplitCheck:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             problem = f"{self.split.labels} is not in COCO's panoptic format ({type(error).__name__}: {error})"
             raise self.file.error(key, problem) from error
+        for _, annotation, image, _ in matched:
+            if len({segment["id"] for segment in annotation["segments_info"]}) < len(annotation["segments_info"]):
+                line = f"{self.split.labels} lists a segment id more than once for {image}"
+                self.report.problems.append(f"{self.split.name}: {line}")
         if missing:
             count = f"{len(missing)} of {len(content['annotations'])} annotations are incomplete"
             self.report.problems.append(f"{self.split.name}: {count}: {missing[0]}")
@@ -148,6 +156,10 @@ class SplitCheck:
             more = ", ..." if len(values) > 8 else ""
             what = "segments that the JSON file does not list" if self.file.panoptic else "neither a class nor ignored"
             self.report.problems.append(f"{self.split.name}: pixel values that are {what}: {listed}{more} pixels")
+        if self._wrong_areas:
+            count = f"{len(self._wrong_areas)} segments have an area in {self.split.labels} that is not their pixels"
+            note = f"{count}, such as {self._wrong_areas[0]}; the evaluation uses the area"
+            self.report.notes.append(f"{self.split.name}: {note}")
         classes = self.report.in_images.keys() - {-1}
         if self.report.in_images.keys() == {-1} and not self.report.unknown:
             self.report.problems.append(f"{self.split.name}: all pixels of the labels are ignored")
@@ -188,6 +200,7 @@ class SplitCheck:
         if not counts or labels is None:
             return
         self.report.labeled += 1
+        self._wrong_areas += _wrong_areas(labels, counts)
         self.report.pairs.append((record, labels))
         found = {}
         for value, count in counts.items():
@@ -220,6 +233,15 @@ class SplitCheck:
         indices = [self.index_of(value, labels) for value in unique.tolist()]
         table = np.array([-1 if index is None else index for index in indices])
         return table[inverse].reshape(values.shape)
+
+
+def _wrong_areas(labels: Labels, counts: Mapping[int, int]) -> list[str]:
+    """Return a line for each segment whose area in the JSON file is not its number of pixels."""
+    return [
+        f"segment {number} of {labels.file} (area {area:g}, {counts.get(number, 0)} pixels)"
+        for number, area in labels.areas.items()
+        if isinstance(area, (int, float)) and area != counts.get(number, 0)
+    ]
 
 
 def shared_images(reports: dict[str, SplitReport]) -> list[str]:

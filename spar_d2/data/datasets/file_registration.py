@@ -40,16 +40,21 @@ def register_dataset_file(path: str | os.PathLike) -> DatasetFile:
         ValueError: the content is invalid, or a name is already registered by something else.
     """
     file = read_dataset_file(path)
+    check_names_are_free(file)
+    categories = _categories(file) if file.panoptic else []
+    for split in file.splits.values():
+        _register(file, split, categories)
+    return file
+
+
+def check_names_are_free(file: DatasetFile) -> None:
+    """Raise ``ValueError`` if the name of a split is already registered by something else."""
     for split in file.splits.values():
         name = file.registered_name(split.name)
         known = _REGISTERED.get(name)
         if name in DatasetCatalog and (known is None or known[0].path != file.path):
             by = known[0].path if known else "this package or another module"
             raise file.error("name", f"the data set {name!r} is already registered by {by}; choose another name")
-    categories = _categories(file) if file.panoptic else []
-    for split in file.splits.values():
-        _register(file, split, categories)
-    return file
 
 
 def registered_split(name: str) -> tuple[DatasetFile, Split] | None:
