@@ -225,7 +225,11 @@ class DenseEncoder(nn.Module, ABC):
         return self
 
     def _run_blocks(
-        self, blocks: Iterable[nn.Module], tokens: torch.Tensor, *context: torch.Tensor, step: Callable | None = None
+        self,
+        blocks: Iterable[nn.Module],
+        tokens: torch.Tensor,
+        *context: torch.Tensor | int,
+        step: Callable | None = None,
     ) -> Iterator[torch.Tensor]:
         """Apply ``step`` (default: :meth:`_step`) to the blocks in turn, and yield the tokens after each block."""
         step = step or self._step
@@ -250,7 +254,8 @@ class DenseEncoder(nn.Module, ABC):
     def _run_cast(run: Callable, block: nn.Module, tokens: torch.Tensor, context: Sequence) -> torch.Tensor:
         dtype = next(block.parameters()).dtype
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            return run(block, tokens.to(dtype), *(part.to(dtype) for part in context))
+            cast = [part.to(dtype) if isinstance(part, torch.Tensor) else part for part in context]
+            return run(block, tokens.to(dtype), *cast)
 
     def _use(self, trained: bool) -> str:
         """Return the use case of compiled code; each use case is compiled separately."""

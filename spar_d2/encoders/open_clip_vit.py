@@ -24,6 +24,7 @@ from spar_d2.encoders.open_clip_models import OpenCLIPModelFamily
 from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.positions import resample_positions, sampling_weights
 from spar_d2.encoders.registry import EncoderSpec, register_family
+from spar_d2.encoders.self_correlation import SELF_CORRELATION, attend_to_similar, check_readout
 
 # The reference code enlarges the target grid by 0.1 patches to avoid rounding down. This also shifts the sampling
 # positions slightly; it is kept because existing students were trained with it.
@@ -39,8 +40,11 @@ class OpenCLIPEncoder(DenseEncoder):
         reference_compat: crop images to whole patches instead of padding them, and do not resample position embeddings
             if the grid has the pre-training number of patches in another shape, as the reference code does.
 
+        readout: "" for the value path; "self_correlation" for
+            :func:`~spar_d2.encoders.self_correlation.attend_to_similar` in the last block.
+
     Raises:
-        ValueError: ``visual`` is not a ViT, or a ViT with unsupported parts.
+        ValueError: ``visual`` is not a ViT, or a ViT with unsupported parts, or ``readout`` is unknown.
     """
 
     parts = {
@@ -50,9 +54,13 @@ class OpenCLIPEncoder(DenseEncoder):
         "patchembed": r"visual\.conv1\.",
     }
     prefix_tokens = 1
+    readout = ""
 
-    def __init__(self, visual: nn.Module, reference_compat: bool = False) -> None:
+    def __init__(self, visual: nn.Module, reference_compat: bool = False, readout: str = "") -> None:
         super().__init__()
+        check_readout(readout, "", SELF_CORRELATION)
+        if readout:  # cache keys cover attributes of the instance
+            self.readout = readout
         self.visual = tower = _checked(visual)
         self.reference_compat = reference_compat
         self.patch_size = cast(tuple[int, int], tower.patch_size)[0]
@@ -76,7 +84,10 @@ class OpenCLIPEncoder(DenseEncoder):
         tokens, grid, _ = self._embed(x)
         if len(self.blocks) > 1:
             tokens = last(self._run_blocks(self.blocks[:-1], tokens))
-        tokens = last(self._run_blocks(self.blocks[-1:], tokens[:, 1:], step=_run_value_path))
+        if self.readout:
+            tokens = last(self._run_blocks(self.blocks[-1:], tokens, step=_run_self_correlation))
+        else:
+            tokens = last(self._run_blocks(self.blocks[-1:], tokens[:, 1:], step=_run_value_path))
         tokens = self.visual.ln_post(tokens)
         if self.visual.proj is not None:
             tokens = tokens @ self.visual.proj
@@ -101,12 +112,25 @@ class OpenCLIPEncoder(DenseEncoder):
 
 def _attend(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
     """Memory-efficient self-attention with the weights of ``attn``: (B, N, C) to (B, N, C)."""
-    batch, tokens, width = x.shape
+    return _project(attn, F.scaled_dot_product_attention(*_query_key_value(attn, x)))
+
+
+def _query_key_value(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
     # (B, N, 3C) -> (3, B, heads, N, C / heads)
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-    query, key, value = qkv.reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(query, key, value)
-    return attn.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+    return qkv.reshape(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+
+def _project(attn: nn.MultiheadAttention, heads: torch.Tensor) -> torch.Tensor:
+    # (B, heads, N, C / heads) -> (B, N, C)
+    return attn.out_proj(heads.transpose(1, 2).flatten(2))
+
+
+def _run_self_correlation(block: ResidualAttentionBlock, tokens: torch.Tensor) -> torch.Tensor:
+    """Apply a block with :func:`attend_to_similar`, and drop the class token."""
+    query, key, value = _query_key_value(block.attn, block.ln_1(tokens))
+    x = tokens[:, 1:] + block.ls_1(_project(block.attn, attend_to_similar(query, key, value, prefix=1)))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def _run_value_path(block: ResidualAttentionBlock, x: torch.Tensor) -> torch.Tensor:
