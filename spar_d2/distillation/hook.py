@@ -249,15 +249,16 @@ class DistillationHook(HookBase):
                 check_grid(image, target.shape)
             self.projection.add(targets, [image.features for image in encoded])
             # The features keep their gradient, which DistributedDataParallel expects.
-            return sum(image.features.float().sum() for image in encoded) * 0
+            return torch.stack([image.features.float().sum() for image in encoded]).sum() * 0
         losses = []
-        for image, target in zip(encoded, self._targets(encoded)):
-            target = self.projection(target) if self.projection else target
+        targets = self._targets(encoded)
+        for image, target in zip(encoded, map(self.projection, targets) if self.projection else targets):
             student = image.features[None]
             check_shape(image, target)
-            sampled = isinstance(target, SampledTarget)
-            loss = sampled_distillation_loss(student, target) if sampled else distillation_loss(student, target)
-            losses.append(loss)
+            if isinstance(target, SampledTarget):
+                losses.append(sampled_distillation_loss(student, target))
+            else:
+                losses.append(distillation_loss(student, target))
             self._cosines.append(mean_cosine(student, target))
         self._images += len(encoded)
         if self.average == "image":

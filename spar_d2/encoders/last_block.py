@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionRope, apply_rot_embed_cat
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
 from torch import nn

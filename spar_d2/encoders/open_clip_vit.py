@@ -112,7 +112,8 @@ class OpenCLIPEncoder(DenseEncoder):
 
 def _attend(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
     """Memory-efficient self-attention with the weights of ``attn``: (B, N, C) to (B, N, C)."""
-    return _project(attn, F.scaled_dot_product_attention(*_query_key_value(attn, x)))
+    query, key, value = _query_key_value(attn, x)
+    return _project(attn, F.scaled_dot_product_attention(query, key, value))
 
 
 def _query_key_value(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:

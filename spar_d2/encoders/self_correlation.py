@@ -36,7 +36,7 @@ def attend_to_similar(
 
 
 # The number of steps depends on the image size, and compiled code would unroll them.
-@torch.compiler.disable
+@torch.compiler.disable()
 def _average_similar(units: torch.Tensor, value: torch.Tensor, rows: int | None) -> torch.Tensor:
     if rows is None:
         rows = _LOGITS.get(units.device.type, _LOGITS["other"]) // units[..., 0].numel()

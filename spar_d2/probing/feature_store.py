@@ -70,6 +70,7 @@ class FeatureStore(TargetCache):
 
     def __init__(self, folder: str | os.PathLike, source: FeatureSource, reading: str) -> None:
         super().__init__(folder, source)
+        self.source = source
         self._index_name = f"index_{digest(reading)[:16]}.json"
         self._index = self.load(self._index_name, lambda index: {str(k): str(v) for k, v in index.items()}) or {}
 

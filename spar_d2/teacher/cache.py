@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -50,9 +50,9 @@ class TargetCache(ContentCache):
         self.teacher = teacher
         identity = teacher_key(teacher)
         encoder = getattr(teacher, "encoder", None)
-        self.normalization = normalization or encoder
-        if self.normalization is None:
+        if normalization is None and encoder is None:
             raise ValueError(f"normalization must be given for {type(teacher).__name__}, which has no encoder")
+        self.normalization: Normalization = normalization or cast(Any, encoder)
         statistics = _statistics(self.normalization)
         if encoder is None or _statistics(encoder) != statistics:
             identity = digest(identity, str(statistics))[:32]

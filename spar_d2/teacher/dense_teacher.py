@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from fvcore.common.registry import Registry
@@ -103,7 +103,7 @@ def as_teacher(teacher: Any) -> DenseTeacher:
     if not missing:
         return teacher
     if "targets" in missing and callable(teacher):
-        return FunctionTeacher(teacher)
+        return FunctionTeacher(cast(Any, teacher))
     raise ValueError(
         "teacher must be a function from an image (3, H, W) to features (D, h, w), or a DenseTeacher; "
         f"got {type(teacher).__name__} without {', '.join(missing)}"
