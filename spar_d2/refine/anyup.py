@@ -139,8 +139,8 @@ def _check(image: torch.Tensor, features: torch.Tensor, size: tuple[int, int]) -
         )
     if min(features.shape[2:]) < 2:
         raise ValueError(
-            f"features must have a grid of at least 2x2, got {features.shape[2]}x{features.shape[3]}; upsample features "
-            "of a single row or column bilinearly"
+            f"features must have a grid of at least 2x2, got {features.shape[2]}x{features.shape[3]}; upsample a "
+            "single row or column bilinearly"
         )
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be a height and a width of at least 1, got {tuple(size)}")

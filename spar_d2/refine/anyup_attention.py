@@ -87,6 +87,7 @@ class LocalAttention:
             bands = [self._attend(number, value.float(), rows) for number, value in enumerate(values)]
         return torch.stack(bands).to(values.dtype)
 
+    @torch.no_grad()
     def project(self, text: torch.Tensor) -> torch.Tensor:
         """Compute the products (B, Q, h, w) float32 of the features, of their own length, and text (Q, C)."""
         channels = self._features.shape[1]
@@ -103,7 +104,7 @@ class LocalAttention:
 
         The attention is linear, so it is applied to the products on the grid, and the upsampled features are never
         computed. The length of an upsampled feature is a common factor of the scores of a pixel: the best class is that
-        of :meth:`cosines`. For several bands, it is faster to call :meth:`project` once, and :meth:`rows` for each band.
+        of :meth:`cosines`. For several bands, it is faster to call :meth:`project` once, then :meth:`rows`.
 
         Args:
             text: (Q, C) unit vectors.

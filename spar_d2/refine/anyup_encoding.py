@@ -58,7 +58,7 @@ class BandedEncoder:
     ) -> None:
         self._encoder, self._read, self._width = encoder, read, width
         kept_rows = min(height, kept_bytes // (width * _PIXEL_BYTES))
-        # Inputs (kept_rows * width, 128) of block number `_done`.
+        # Inputs (kept_rows * width, 128) of block number `_done`; the output, if all rows are kept.
         self._kept = torch.empty(kept_rows * width, WIDTH, device=device)
         self._done: int | None = None
         self._affines: list[Affine] = []
@@ -73,9 +73,15 @@ class BandedEncoder:
                     moments.add(x, None if weights is None else weights[self._pixels(part)])
             self._affines.append(moments.affine(norm))
             self._done = step // 2
+        self.finished = kept_rows == height
+        if self.finished:
+            for part in chunks(slice(0, height), width, device):
+                self._kept[self._pixels(part)] = self._partial(part)
 
     def __call__(self, rows: slice) -> torch.Tensor:
-        """Compute the output (rows * width, 128)."""
+        """Compute the output (rows * width, 128); the caller must not change it."""
+        if self.finished:
+            return self._kept[self._pixels(rows)]
         parts = [self._partial(part) for part in self._split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -132,7 +138,11 @@ def pool(
 def encode_image(
     model: AnyUp, image: torch.Tensor, grid: tuple[int, int], kept_bytes: int
 ) -> tuple[BandedEncoder, torch.Tensor]:
-    """Encode an image (3, H, W) float32 into queries at its resolution, and the image's part (h * w, 128) of the keys."""
+    """Encode an image (3, H, W) float32.
+
+    Returns:
+        The encoder of the queries at the image's resolution, and the image's part (h * w, 128) of the keys.
+    """
     device, (height, width) = image.device, image.shape[1:]
     pixels = image.flatten(1).T.contiguous()
     read_features, kept_bytes = _image_features(model.image_encoder, pixels, height, width, kept_bytes)
@@ -163,15 +173,16 @@ def _image_features(
     def rows_of(tensor: torch.Tensor, width: int) -> ReadRows:
         return lambda rows: tensor[rows.start * width : rows.stop * width]
 
-    colors = _unique_colors(pixels, kept_bytes // 2 // _PIXEL_BYTES)
+    colors = _unique_colors(pixels, kept_bytes // 4 * 3 // _PIXEL_BYTES)
     if colors is None:
-        half = kept_bytes // 2
-        return BandedEncoder(encoder, rows_of(pixels, width), height, width, half, device), kept_bytes - half
+        # A row that the other encoders keep is never read again, which saves more than keeping this encoder's output.
+        size = height * width * _PIXEL_BYTES
+        size = size if 2 * size <= kept_bytes else 0
+        return BandedEncoder(encoder, rows_of(pixels, width), height, width, size, device), kept_bytes - size
     values, index, counts = colors
     size = len(values) * _PIXEL_BYTES
-    encoded = BandedEncoder(encoder, rows_of(values, 1), len(values), 1, 0, device, counts)
-    table = torch.cat([encoded(part) for part in chunks(slice(0, len(values)), 1, device)])
-    read_index = rows_of(index, width)
+    encoded = BandedEncoder(encoder, rows_of(values, 1), len(values), 1, size, device, counts)
+    table, read_index = encoded(slice(0, len(values))), rows_of(index, width)
     return lambda rows: table.index_select(0, read_index(rows)), kept_bytes - size
 
 

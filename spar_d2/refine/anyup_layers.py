@@ -17,7 +17,7 @@ HEADS = 4
 _GROUPS = 8
 _FILTER = 5
 # Elements of a chunk of filter responses.
-_RESPONSES = 1 << 22
+_RESPONSES = 1 << 19
 _SHORTEST = 1e-12
 # Machine epsilon of float32.
 _RMS_EPS = torch.finfo(torch.float32).eps
@@ -149,7 +149,7 @@ class FeatureFilters(nn.Module):
             # (1, C * 25, w) -> (w, C, 25)
             patches = F.unfold(padded[:, :, row : row + _FILTER], _FILTER)[0].unflatten(0, (channels, -1)).movedim(2, 0)
             for part, taps in zip(patches.split(cells_at_once), inside[row].split(cells_at_once)):
-                responses = part @ filters / taps[:, None, None]
+                responses = (part / taps[:, None, None]) @ filters
                 # The published weights were trained with this order: the C x 128 responses of a cell are read as 128
                 # rows of C numbers, without a transposition.
                 output.append(responses.view(-1, WIDTH, channels).softmax(1).mean(2))
