@@ -6,6 +6,8 @@ inference with bounded memory: the output is computed in bands of rows, exactly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -22,7 +24,9 @@ from spar_d2.refine.anyup_layers import (
     RotaryPositions,
     convolve,
 )
+from spar_d2.utils.transfer import send
 
+# Limit of the memory of maps that are kept for later passes.
 KEPT_BYTES = 600 << 20
 
 
@@ -33,7 +37,7 @@ def imagenet_normalized(image: torch.Tensor) -> torch.Tensor:
             f"image must be floating-point RGB (..., 3, H, W) in 0..1, got {tuple(image.shape)} {image.dtype}"
         )
     mean, std = (
-        torch.tensor(values, dtype=image.dtype).view(3, 1, 1).to(image.device)
+        send(torch.tensor(values, dtype=image.dtype), image.device).view(3, 1, 1)
         for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
     return (image - mean) / std
@@ -82,7 +86,7 @@ class AnyUp(nn.Module):
             ValueError: an argument has the wrong shape or dtype, or values that are NaN or infinite.
         """
         _check(image, features, size)
-        output = features.new_empty(*features.shape[:2], *size)
+        output = features.new_empty(*features.shape[:2], int(size[0]), int(size[1]))
         for number in range(len(features)):
             one = slice(number, number + 1)
             attention = self._prepare(image[one], features[one], size, KEPT_BYTES)
@@ -142,8 +146,8 @@ def _check(image: torch.Tensor, features: torch.Tensor, size: tuple[int, int]) -
             f"features must have a grid of at least 2x2, got {features.shape[2]}x{features.shape[3]}; upsample a "
             "single row or column bilinearly"
         )
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be a height and a width of at least 1, got {tuple(size)}")
+    if not isinstance(size, Sequence) or len(size) != 2 or any(side != int(side) or side < 1 for side in size):
+        raise ValueError(f"size must be a height and a width of at least 1, got {size}")
     # Read together, so that the host waits once.
     finite = torch.stack([image.isfinite().all(), features.isfinite().all()]).tolist()
     for name, is_finite in zip(("image", "features"), finite):

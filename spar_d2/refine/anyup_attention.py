@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from spar_d2.encoders.precision import full_float32
 from spar_d2.refine.anyup_encoding import BandedEncoder, pool
-from spar_d2.refine.anyup_layers import HEADS, WIDTH, convolve
+from spar_d2.refine.anyup_layers import HEADS, SHORTEST, WIDTH, convolve
+from spar_d2.utils.transfer import send
 
 if TYPE_CHECKING:
     from spar_d2.refine.anyup import AnyUp
@@ -51,7 +52,9 @@ class LocalAttention:
         self._queries = [encoder for encoder, _ in images]
         self._windows = [window_borders(pixels, cells) for pixels, cells in zip(size, self.grid)]
         # 0 inside a window and -inf outside, (oh, h) and (ow, w).
-        self._biases = [_bias(*windows, cells).to(features.device) for windows, cells in zip(self._windows, self.grid)]
+        self._biases = [
+            send(_bias(*windows, cells), features.device) for windows, cells in zip(self._windows, self.grid)
+        ]
         self._tile = _tile_side(size, self.grid, features.device)
 
     def bands(self) -> Iterator[slice]:
@@ -87,17 +90,9 @@ class LocalAttention:
             bands = [self._attend(number, value.float(), rows) for number, value in enumerate(values)]
         return torch.stack(bands).to(values.dtype)
 
-    @torch.no_grad()
     def project(self, text: torch.Tensor) -> torch.Tensor:
         """Compute the products (B, Q, h, w) float32 of the features, of their own length, and text (Q, C)."""
-        channels = self._features.shape[1]
-        if text.ndim != 2 or text.shape[1] != channels or not text.is_floating_point():
-            raise ValueError(
-                f"text must be floating-point (Q, C) with C = {channels} channels of the features, "
-                f"got {tuple(text.shape)} {text.dtype}"
-            )
-        with full_float32(text.device):
-            return torch.einsum("qc,bchw->bqhw", text.float(), self._features.float())
+        return self._products(self._features, text)
 
     def scores(self, text: torch.Tensor, rows: slice) -> torch.Tensor:
         """Compute the products of upsampled features and text embeddings, for some rows.
@@ -115,7 +110,6 @@ class LocalAttention:
         """
         return self.rows(self.project(text), rows)
 
-    @torch.no_grad()
     def cosines(self, text: torch.Tensor, rows: slice) -> torch.Tensor:
         """Compute the cosine similarity of upsampled features and text embeddings, for some rows.
 
@@ -128,9 +122,19 @@ class LocalAttention:
         Returns:
             (B, Q, rows, ow) float32 in -1..1.
         """
-        features = F.normalize(self.rows(self._features.float(), rows), dim=1, eps=1e-12)
+        upsampled = self.rows(self._features.float(), rows)
+        return self._products(F.normalize(upsampled, dim=1, eps=SHORTEST), text)
+
+    @torch.no_grad()
+    def _products(self, features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        channels = features.shape[1]
+        if text.ndim != 2 or text.shape[1] != channels or not text.is_floating_point():
+            raise ValueError(
+                f"text must be floating-point (Q, C) with C = {channels} channels of the features, "
+                f"got {tuple(text.shape)} {text.dtype}"
+            )
         with full_float32(text.device):
-            return torch.einsum("qc,bchw->bqhw", text.float(), features)
+            return torch.einsum("qc,bchw->bqhw", text.float(), features.float())
 
     def _check_rows(self, rows: slice) -> slice:
         start, stop = rows.start or 0, self.size[0] if rows.stop is None else rows.stop

@@ -14,11 +14,12 @@ from torch import nn
 
 WIDTH = 128
 HEADS = 4
+# Smallest norm to divide by, as in torch.nn.functional.normalize.
+SHORTEST = 1e-12
 _GROUPS = 8
 _FILTER = 5
 # Elements of a chunk of filter responses.
 _RESPONSES = 1 << 19
-_SHORTEST = 1e-12
 # Machine epsilon of float32.
 _RMS_EPS = torch.finfo(torch.float32).eps
 
@@ -139,7 +140,7 @@ class FeatureFilters(nn.Module):
         """Summarize the features (C, h, w) of each grid cell as (h * w, 128) numbers that sum to 1."""
         channels, height, width = features.shape
         border = _FILTER // 2
-        unit = F.normalize(features, dim=0, eps=_SHORTEST)[None]
+        unit = F.normalize(features, dim=0, eps=SHORTEST)[None]
         inside = F.conv2d(F.pad(torch.ones_like(unit[:, :1]), [border] * 4), torch.ones_like(self.basis[:1]))[0, 0]
         padded = F.pad(unit, [border] * 4)
         filters = self.basis.float().flatten(1).T
