@@ -1,7 +1,8 @@
 """AnyUp: learned upsampling of the features of any encoder, guided by the image.
 
 The method and its weights are by T. Wimmer et al. (arXiv:2510.12764); see NOTICE. This is an implementation for
-inference with bounded memory: the output is computed in bands of rows, exactly.
+inference with bounded memory: the output is computed in bands of rows, exactly. Windows are those of the paper, not of
+the authors' variant with NATTEN.
 """
 
 from __future__ import annotations

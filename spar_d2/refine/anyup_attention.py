@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Windows reach this share of the image in each direction.
 _REACH = 0.1
-_BAND_PIXELS = 1 << 15
+_BAND_PIXELS = 1 << 16
 # Largest side of a tile, and elements of its attention matrix. They should fit into the cache of a CPU.
 _LONGEST_TILE = 64
 _TILE_ELEMENTS = {"cpu": 600_000, "other": 1 << 24}

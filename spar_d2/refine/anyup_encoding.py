@@ -64,34 +64,37 @@ class BandedEncoder:
         self._affines: list[Affine] = []
         for step, norm in enumerate(encoder.norms):
             moments = Moments()
-            for rows in self._split(slice(0, height)):
-                for part in chunks(rows, width, device):
-                    x = self._partial(part)
-                    # Before a block, and not within.
-                    if step % 2 == 0 and rows.stop <= kept_rows:
-                        self._kept[self._pixels(part)] = x
-                    moments.add(x, None if weights is None else weights[self._pixels(part)])
+            for rows in self._chunks(slice(0, height)):
+                x, pixels = self._partial(rows), self._pixels(rows)
+                # Before a block, and not within.
+                if step % 2 == 0 and rows.stop <= kept_rows:
+                    self._kept[pixels] = x
+                moments.add(x, None if weights is None else weights[pixels])
             self._affines.append(moments.affine(norm))
             self._done = step // 2
         self.finished = kept_rows == height
         if self.finished:
-            for part in chunks(slice(0, height), width, device):
-                self._kept[self._pixels(part)] = self._partial(part)
+            for rows in self._chunks(slice(0, height)):
+                self._kept[self._pixels(rows)] = self._partial(rows)
 
     def __call__(self, rows: slice) -> torch.Tensor:
         """Compute the output (rows * width, 128); the caller must not change it."""
         if self.finished:
             return self._kept[self._pixels(rows)]
-        parts = [self._partial(part) for part in self._split(rows)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        output = self._kept.new_empty(rows.stop - rows.start, self._width, WIDTH)
+        for part in self._chunks(rows):
+            inside = slice(part.start - rows.start, part.stop - rows.start)
+            output[inside] = self._partial(part).view_as(output[inside])
+        return output.flatten(0, 1)
 
     def _pixels(self, rows: slice) -> slice:
         return slice(rows.start * self._width, rows.stop * self._width)
 
-    def _split(self, rows: slice) -> list[slice]:
-        """Split a slice of rows into kept rows and others."""
+    def _chunks(self, rows: slice) -> Iterator[slice]:
+        """Split a slice of rows into chunks, in each of which all rows are kept, or none."""
         border = min(max(len(self._kept) // self._width, rows.start), rows.stop)
-        return [part for part in (slice(rows.start, border), slice(border, rows.stop)) if part.start < part.stop]
+        for part in (slice(rows.start, border), slice(border, rows.stop)):
+            yield from chunks(part, self._width, self._kept.device)
 
     def _partial(self, rows: slice) -> torch.Tensor:
         """Compute the input of the next normalization, or the output; all rows are kept, or none."""

@@ -9,15 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import peak_bytes
+from live_memory import LiveMemory
 from plain_anyup import anyup_weight, reference_anyup
 from pretended_cuda import PretendedCuda
 from reference import ROOT, reference_image
-from spar_d2.refine import AnyUp, imagenet_normalized
+from spar_d2.refine import AnyUp, anyup_attention, anyup_encoding, imagenet_normalized
 
 GOLDEN = ROOT / "tests" / "data" / "golden_refine"
 CASES = sorted(path.stem for path in GOLDEN.glob("U_*.npz"))
-MIB = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -99,23 +98,26 @@ def test_cosines_are_those_of_upsampled_features(model):
     torch.testing.assert_close(attention.cosines(text, slice(10, 31)), expected / lengths, rtol=0, atol=1e-5)
 
 
-def test_memory_is_that_of_kept_maps_and_a_band(model):
-    height, width, map_bytes = 160, 256, 160 * 256 * 128 * 4
-    image, features = guidance(height, width), random_features(1, 16, 32, 48)
-    # A matrix of all pairs of pixels and cells has 250 MB for each head.
-    scores, size = random_features(1, 20, 32, 48), (height, width)
-    model.prepare(image[..., :16, :16], features, size).rows(scores, slice(0, 16))
+def test_memory_is_that_of_kept_rows_and_a_band(model, monkeypatch):
+    monkeypatch.setitem(anyup_encoding._CHUNK_PIXELS, "cpu", 512)
+    monkeypatch.setitem(anyup_attention._TILE_ELEMENTS, "cpu", 100_000)
+    image, features, size = guidance(64, 128), random_features(1, 16, 16, 24), (64, 128)
+    scores = random_features(1, 20, 16, 24)
+    map_bytes = 64 * 128 * 128 * 4
 
-    def label(kept_bytes: int) -> None:
-        attention = model.prepare(image, features, size, kept_bytes)
-        for rows in (slice(0, 16), slice(80, 96)):
-            attention.rows(scores, rows).argmax(1)
+    def peak(kept_bytes: int) -> float:
+        """In maps. One head's attention of all pixels to all cells would be three."""
+        with LiveMemory() as memory:
+            attention = model.prepare(image, features, size, kept_bytes)
+            for rows in (slice(0, 8), slice(40, 48)):
+                attention.rows(scores, rows)
+        return memory.peak / map_bytes
 
-    peaks = [peak_bytes(lambda kept=kept: label(kept), torch.device("cpu")) for kept in (0, 4 * map_bytes)]
-    if peaks[0] is None:
-        pytest.skip("the system does not tell the peak of memory")
-    # Everything fits into the second, so that two maps are kept at least.
-    assert peaks[0] < 1.5 * map_bytes and peaks[1] > 2 * map_bytes, [peak / MIB for peak in peaks]
+    least = peak(0)
+    assert least < 0.9
+    assert peak(map_bytes // 2) <= least + 0.5
+    # The encoder's output and another map.
+    assert 2 < peak(2 * map_bytes) < least + 2
 
 
 def test_the_host_waits_once_on_a_gpu(model):
