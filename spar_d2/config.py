@@ -101,8 +101,8 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.SPAR = CN()
     cfg.SPAR.TEACHER = CN()
     # Teacher: "sliding" (sliding window), "self_correlation" (the same with this read-out, see MODEL.SPAR.READOUT),
-    # "ensemble" (mean of the teachers in ENSEMBLE), or a function that a module of --import registers with
-    # spar_d2.teacher.TEACHER_REGISTRY.
+    # "ensemble" (mean of the teachers in ENSEMBLE), "smoothed" or "upsampled" (refined targets of the teacher in BASE),
+    # or a function that a module of --import registers with spar_d2.teacher.TEACHER_REGISTRY.
     cfg.SPAR.TEACHER.KIND = "sliding"
     # Encode each image in a single pass instead of in windows ("sliding" and "self_correlation").
     cfg.SPAR.TEACHER.SINGLE_PASS = False
@@ -110,6 +110,14 @@ def add_spar_config(cfg: CfgNode) -> None:
     # (mirror images) and "single_pass", or several of these joined by "+", the kind first
     # ("self_correlation+scale:1.5"). The kind is "sliding" if it is not given.
     cfg.SPAR.TEACHER.ENSEMBLE = ("sliding", "mirror")
+    # Kind of the teacher whose targets are "smoothed" or "upsampled".
+    cfg.SPAR.TEACHER.BASE = "sliding"
+    # "smoothed": number of neighbors of a patch in the graph along which features are propagated.
+    cfg.SPAR.TEACHER.NEIGHBOURS = 400
+    # "upsampled": weights of AnyUp (anyup_multi_backbone.pth), and features along each side of a patch, which are then
+    # averaged.
+    cfg.SPAR.TEACHER.ANYUP = ""
+    cfg.SPAR.TEACHER.UPSAMPLING = 4
     # Projection of the targets to the features of the student: "" for none, or "least_squares" for an affine map that
     # is fitted to the features of the student before training. It is required if the numbers of channels differ.
     cfg.SPAR.TEACHER.PROJECTION = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 from detectron2.config import CfgNode
 
@@ -11,6 +12,7 @@ from spar_d2.encoders.precision import AUTO, PRECISIONS, resolve_precision
 from spar_d2.encoders.registry import build, find_family
 from spar_d2.encoders.self_correlation import SELF_CORRELATION
 from spar_d2.encoders.settling import pixel_statistics, settled
+from spar_d2.refine import load_anyup
 from spar_d2.teacher import (
     TEACHER_REGISTRY,
     DenseTeacher,
@@ -19,10 +21,15 @@ from spar_d2.teacher import (
     RescaledTeacher,
     SinglePassTeacher,
     SlidingWindowTeacher,
+    SmoothedTeacher,
     TargetCache,
+    UpsampledTeacher,
     as_teacher,
 )
 from spar_d2.teacher.keys import PixelStatistics, encoder_key
+
+# Kinds that refine the targets of the kind in SPAR.TEACHER.BASE.
+_REFINED = ("smoothed", "upsampled")
 
 
 def encoder_spec(cfg: CfgNode) -> EncoderSpec:
@@ -100,6 +107,33 @@ def ensemble(cfg: CfgNode) -> DenseTeacher:
     return EnsembleTeacher(members)
 
 
+@TEACHER_REGISTRY.register()
+def smoothed(cfg: CfgNode) -> DenseTeacher:
+    """Targets of the kind ``SPAR.TEACHER.BASE``, smoothed by label propagation."""
+    return SmoothedTeacher(_base(cfg), cfg.SPAR.TEACHER.NEIGHBOURS)
+
+
+@TEACHER_REGISTRY.register()
+def upsampled(cfg: CfgNode) -> DenseTeacher:
+    """Targets of the kind ``SPAR.TEACHER.BASE``, upsampled with AnyUp and averaged in each patch."""
+    if not cfg.SPAR.TEACHER.ANYUP:
+        raise ValueError(
+            'SPAR.TEACHER.ANYUP must be the weights of AnyUp (anyup_multi_backbone.pth of wimmerth/anyup), got ""'
+        )
+    anyup = load_anyup(cfg.SPAR.TEACHER.ANYUP, "SPAR.TEACHER.ANYUP").to(cfg.MODEL.DEVICE)
+    return UpsampledTeacher(_base(cfg), anyup, cfg.SPAR.TEACHER.UPSAMPLING)
+
+
+def _base(cfg: CfgNode) -> DenseTeacher:
+    base = cfg.SPAR.TEACHER.BASE
+    teacher = None if base in _REFINED else as_teacher(_builder(base, "SPAR.TEACHER.BASE")(cfg))
+    if not hasattr(teacher, "encoder"):
+        raise ValueError(
+            f"SPAR.TEACHER.BASE must be sliding, self_correlation, ensemble or a kind with an encoder; got {base!r}"
+        )
+    return cast(DenseTeacher, teacher)
+
+
 def _member(cfg: CfgNode, entry: str, encoders: dict[tuple, DenseEncoder]) -> DenseTeacher:
     """Build a member of an ensemble.
 
@@ -123,6 +157,8 @@ def _member(cfg: CfgNode, entry: str, encoders: dict[tuple, DenseEncoder]) -> De
             scale = float(value)
         elif number == 0 and name in TEACHER_REGISTRY and name != "ensemble" and not value:
             kind = name
+            if kind in _REFINED and cfg.SPAR.TEACHER.BASE == "ensemble":
+                raise ValueError(f"SPAR.TEACHER.BASE must not be ensemble if a member of the ensemble is {kind}")
         else:
             kinds = ", ".join(sorted(kind for kind, _ in TEACHER_REGISTRY if kind != "ensemble"))
             raise ValueError(

@@ -16,6 +16,7 @@ from spar_d2.encoders.origin import read_origin
 from spar_d2.engine.dry_run import estimate
 from spar_d2.engine.trainer import Trainer
 from spar_d2.modeling.build import teacher_from_config
+from spar_d2.refine import AnyUp, save_anyup
 from spar_d2.teacher import (
     TEACHER_REGISTRY,
     EnsembleTeacher,
@@ -106,6 +107,30 @@ def test_members_of_an_ensemble_share_one_encoder_for_each_read_out(tiny_cfg):
     ]
 
 
+def test_refined_kinds_distill_and_cannot_be_sampled(tiny_cfg, tmp_path):
+    teacher = tiny_cfg.SPAR.TEACHER
+    torch.manual_seed(0)
+    save_anyup(AnyUp(), tmp_path / "anyup.safetensors")
+    teacher.ANYUP, teacher.NEIGHBOURS, teacher.UPSAMPLING = str(tmp_path / "anyup.safetensors"), 9, 2
+    x = torch.randn(3, 64, 80)
+    for kind, base in (("smoothed", "self_correlation"), ("upsampled", "sliding")):
+        teacher.KIND, teacher.BASE, teacher.WINDOWS_PER_IMAGE = kind, base, 0
+        hook = DistillationHook(tiny_cfg)
+        trainer = trainer_for(tiny_cfg, IMAGES[:1], hook, lr=1e-3)
+        trainer.train(0, 2)
+        assert 0 < trainer.losses[-1] < trainer.losses[0]
+        teacher.KIND = base
+        refined, plain = hook.teacher.targets([x])[0], DistillationHook(tiny_cfg).teacher.targets([x])[0]
+        assert F.cosine_similarity(refined, plain, dim=1).mean() > 0.3 and not torch.allclose(refined, plain)
+        teacher.KIND, teacher.WINDOWS_PER_IMAGE = kind, 4
+        with pytest.raises(ValueError, match=rf"WINDOWS_PER_IMAGE.*{kind.capitalize()}Teacher"):
+            DistillationHook(tiny_cfg)
+    for base in ("smoothed", "nothing"):
+        teacher.BASE = base
+        with pytest.raises(ValueError, match=r"SPAR\.TEACHER\.BASE"):
+            DistillationHook(tiny_cfg)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -126,12 +151,16 @@ def test_members_of_an_ensemble_share_one_encoder_for_each_read_out(tiny_cfg):
             )
         ),
         ("ENSEMBLE", ()),
+        ("KIND", "upsampled"),
+        ("BASE", "ensemble"),
     ],
 )
 def test_wrong_keys_are_named(key, value, tiny_cfg):
     tiny_cfg.SPAR.TEACHER.KIND = "ensemble"
+    if key == "BASE":
+        tiny_cfg.SPAR.TEACHER.ENSEMBLE = ("sliding", "smoothed")
     setattr(tiny_cfg.SPAR.TEACHER, key, value)
-    with pytest.raises(ValueError, match=rf"SPAR\.TEACHER\.{key}"):
+    with pytest.raises(ValueError, match=rf"SPAR\.TEACHER\.({'ANYUP' if value == 'upsampled' else key})"):
         DistillationHook(tiny_cfg)
 
 

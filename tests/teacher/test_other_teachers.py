@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from reference import example_encoder
 from spar_d2.encoders import FAMILIES
+from spar_d2.refine import AnyUp, imagenet_normalized
 from spar_d2.teacher import (
     EnsembleTeacher,
     FunctionTeacher,
@@ -13,7 +14,9 @@ from spar_d2.teacher import (
     RescaledTeacher,
     SinglePassTeacher,
     SlidingWindowTeacher,
+    SmoothedTeacher,
     TargetCache,
+    UpsampledTeacher,
     as_teacher,
     sliding_window_features,
 )
@@ -196,3 +199,80 @@ def test_wrong_teachers_are_named(images):
             RescaledTeacher(base, scale)
     with pytest.raises(ValueError, match=r"same shape.*\(1, 2, 4, 4\)"):
         EnsembleTeacher([base, FunctionTeacher(lambda image: torch.zeros(2, 4, 4))]).targets(images[:1])
+
+
+def propagated(guide, columns, patch, neighbours):
+    """LPOSS with a dense matrix in float64: at most 10 steps of conjugate gradients for each column."""
+    height, width = guide.shape[1:]
+    unit = F.normalize(guide.double().flatten(1).T, dim=1)
+    cosine = unit @ unit.T
+    place = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double()
+    affinity = cosine.clamp(min=0) ** 3 * (-0.01 * patch * torch.cdist(place, place)).exp()
+    chosen = torch.zeros_like(cosine).scatter(1, cosine.topk(min(neighbours, len(cosine)), dim=1).indices, 1.0)
+    weights = (affinity * chosen).fill_diagonal_(0)
+    weights = weights + weights.T
+    scale = weights.sum(1).rsqrt()
+    system = torch.eye(len(weights)).double() - 0.95 * scale[:, None] * weights * scale
+    result = []
+    for target in columns.double().T:
+        solution, residual = torch.zeros_like(target), target.clone()
+        direction, square = residual.clone(), residual.square().sum()
+        for _ in range(10):
+            image = system @ direction
+            step = square / (direction @ image)
+            solution, residual = solution + step * direction, residual - step * image
+            before, square = square, residual.square().sum()
+            if square.sqrt() <= 1e-6 * target.norm():
+                break
+            direction = residual + square / before * direction
+        result.append(solution)
+    return torch.stack(result, dim=1)
+
+
+@pytest.mark.parametrize("neighbours", [5, 400])
+def test_smoothed_targets_are_means_of_similar_patches(neighbours, images):
+    base = example()
+    teacher = SmoothedTeacher(base, neighbours)
+    for smoothed, target in zip(teacher.targets(images), base.targets(images)):
+        columns = target[0].flatten(1).T
+        spread = propagated(target[0], torch.cat([columns, torch.ones(len(columns), 1)], dim=1), 16, neighbours)
+        expected = (spread[:, :-1] / spread[:, -1:]).T.reshape(target.shape).float()
+        torch.testing.assert_close(smoothed, expected, rtol=1e-3, atol=1e-4)
+        # Smoother, at the same scale.
+        assert 0.2 * target.norm() < smoothed.norm() < target.norm()
+        assert smoothed.var((2, 3)).mean() < target.var((2, 3)).mean()
+
+
+@pytest.fixture
+def anyup():
+    torch.manual_seed(0)
+    return AnyUp().requires_grad_(False).eval()
+
+
+def test_upsampled_targets_are_means_of_upsampled_features(images, anyup):
+    base = example()
+    teacher = UpsampledTeacher(base, anyup, 2)
+    images = [images[0], torch.randn(3, 150, 30)]
+    for found, target, image in zip(teacher.targets(images), base.targets(images), images):
+        # The encoder's statistics are 0.5 and 0.5, and padding is gray.
+        pixels = F.pad(image, (0, -image.shape[2] % 16, 0, -image.shape[1] % 16))[None] * 0.5 + 0.5
+        grid = target.shape[2:]
+        finer = anyup(imagenet_normalized(pixels), target, (2 * grid[0], 2 * grid[1]))
+        torch.testing.assert_close(found, F.avg_pool2d(finer, 2), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, target, atol=1e-3)
+    row = torch.randn(3, 16, 96)
+    assert torch.equal(teacher.targets([row])[0], base.targets([row])[0])
+
+
+def test_refined_targets_have_identities_and_cannot_be_sampled(anyup):
+    base, other = example(), example(stride=40)
+    changed = AnyUp()
+    teachers = [SmoothedTeacher(base), SmoothedTeacher(base, 10), SmoothedTeacher(other)]
+    teachers += [UpsampledTeacher(base, anyup), UpsampledTeacher(base, anyup, 2), UpsampledTeacher(base, changed)]
+    assert len({teacher_key(teacher) for teacher in teachers}) == 6
+    assert not any(teacher.linear for teacher in [*teachers, EnsembleTeacher([base, teachers[0]])])
+    assert teachers[0].cost(96, 128) == base.cost(96, 128)
+    with pytest.raises(ValueError, match=r"SPAR\.TEACHER\.NEIGHBOURS"):
+        SmoothedTeacher(base, 0)
+    with pytest.raises(ValueError, match=r"SPAR\.TEACHER\.UPSAMPLING"):
+        UpsampledTeacher(base, anyup, 1)
