@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference import ROOT
 from spar_d2.encoders import FAMILIES, build_encoder
@@ -140,6 +141,35 @@ def test_the_read_out_learns_and_runs_in_bfloat16(family):
         cast = encoder(x)
     for features in (rough, cast, encoder.freeze()(x)):
         assert torch.nn.functional.cosine_similarity(exact, features, dim=1).min() > 0.97
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        parts = result if isinstance(result, tuple) else (result,)
+        self.size = max([self.size, *(part.numel() for part in parts if isinstance(part, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_matrix_of_all_patches_is_in_memory(training):
+    side = 48
+    query, key, value = torch.randn(3, 1, 2, side**2, 8).requires_grad_(training)
+    saved = []
+    with (
+        Largest() as largest,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t),
+    ):
+        result = attend_to_similar(query, key, value, 0)
+        if training:
+            result.sum().backward()
+    assert largest.size < side**4 / 2
+    # Rows are computed again in the backward pass, and not kept for it.
+    assert max(saved, default=0) < side**4 / 2 and bool(saved) == training
 
 
 def test_encoders_without_the_read_out_are_named():

@@ -20,7 +20,7 @@ from spar_d2.teacher import (
     as_teacher,
     sliding_window_features,
 )
-from spar_d2.teacher.keys import PixelStatistics, teacher_key
+from spar_d2.teacher.keys import PixelStatistics, encoder_key, teacher_key
 
 SIZES = [(70, 100), (64, 96)]
 
@@ -150,6 +150,13 @@ def test_every_setting_changes_the_identity_and_the_cost_counts_passes():
     }
     members = [base, MirroredTeacher(base)]
     assert teacher_key(EnsembleTeacher(members)) == teacher_key(EnsembleTeacher(members[::-1]))
+
+
+def test_the_key_of_the_sliding_window_is_that_of_existing_caches(encoder):
+    teacher = SlidingWindowTeacher(encoder, stride=40)
+    assert teacher_key(teacher) == encoder_key(teacher.encoder, teacher.window, 40)
+    if encoder.__class__.__name__ in ("OpenCLIPEncoder", "SigLIPEncoder"):
+        assert "readout" not in vars(encoder), "attributes of the instance are part of the key"
 
 
 def test_targets_of_a_function_are_cached_under_its_identity(tmp_path, images):
