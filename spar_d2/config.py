@@ -43,8 +43,10 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.MODEL.SPAR.DINOV3_BACKBONE = ""
     # For DINOv3.txt: use the patch tokens of the "backbone", as the SPAR authors do, or those of the vision "head".
     cfg.MODEL.SPAR.DINOV3_TOKENS = "backbone"
-    # For timm's ViTs (DINOv2, DINOv3, ...): "tokens" for the patch tokens after the final norm, or "value" to reduce
-    # the attention of the last block to the value path, as for OpenCLIP's ViTs; "" means "tokens".
+    # Read-out of the last block. "" is the default of the encoder: the value path for OpenCLIP's ViTs, the patch tokens
+    # for others. "self_correlation": patches attend to patches with similar attention outputs (not for DINOv3.txt). For
+    # timm's ViTs (DINOv2, DINOv3, ...), also "tokens" for the patch tokens after the final norm (default), or "value"
+    # to reduce the attention to the value path.
     cfg.MODEL.SPAR.READOUT = ""
     # Reproduce the reference code of the SPAR authors at image sizes that are not a multiple of the patch size (crop,
     # resize or pad, depending on the encoder family). OpenCLIP position embeddings are then not resampled if the patch
@@ -98,6 +100,29 @@ def add_spar_config(cfg: CfgNode) -> None:
 
     cfg.SPAR = CN()
     cfg.SPAR.TEACHER = CN()
+    # Teacher: "sliding" (sliding window), "self_correlation" (the same with this read-out, see MODEL.SPAR.READOUT),
+    # "ensemble" (mean of the teachers in ENSEMBLE), "smoothed" or "upsampled" (refined targets of the teacher in BASE),
+    # or a function that a module of --import registers with spar_d2.teacher.TEACHER_REGISTRY.
+    cfg.SPAR.TEACHER.KIND = "sliding"
+    # Encode each image in a single pass instead of in windows ("sliding" and "self_correlation").
+    cfg.SPAR.TEACHER.SINGLE_PASS = False
+    # Members of an "ensemble": a kind, "stride:48" (another stride), "scale:1.5" (images are enlarged), "mirror"
+    # (mirror images) and "single_pass", or several of these joined by "+", the kind first
+    # ("self_correlation+scale:1.5"). The kind is "sliding" if it is not given.
+    cfg.SPAR.TEACHER.ENSEMBLE = ("sliding", "mirror")
+    # Kind of the teacher whose targets are "smoothed" or "upsampled".
+    cfg.SPAR.TEACHER.BASE = "sliding"
+    # "smoothed": number of neighbors of a patch in the graph along which features are propagated.
+    cfg.SPAR.TEACHER.NEIGHBOURS = 400
+    # "upsampled": weights of AnyUp (anyup_multi_backbone.pth), and features along each side of a patch, which are then
+    # averaged.
+    cfg.SPAR.TEACHER.ANYUP = ""
+    cfg.SPAR.TEACHER.UPSAMPLING = 4
+    # Projection of the targets to the features of the student: "" for none, or "least_squares" for an affine map that
+    # is fitted to the features of the student before training. It is required if the numbers of channels differ.
+    cfg.SPAR.TEACHER.PROJECTION = ""
+    # Number of images that the projection is fitted on. They are the first of the training, in which the loss is 0.
+    cfg.SPAR.TEACHER.PROJECTION_IMAGES = 32
     # Side of the sliding window in pixels, a multiple of the patch size; 0 means the pre-training image size of the
     # encoder.
     cfg.SPAR.TEACHER.WINDOW = 0
@@ -109,7 +134,7 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.SPAR.TEACHER.BATCH_SIZE = 0
     # Precision of matrix products in the teacher, as in MODEL.SPAR.PRECISION; "" uses the precision of the student.
     cfg.SPAR.TEACHER.PRECISION = ""
-    # Number of randomly sampled windows per training image; 0 encodes all windows.
+    # Number of randomly sampled windows per training image (of each member of an ensemble); 0 encodes all windows.
     cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE = 0
     # Cache folder for teacher targets, so that each image is encoded only once; "" disables the cache. It requires
     # SPAR.DATA.FROZEN, because cached targets are valid only for identical pixels. With WINDOWS_PER_IMAGE, the cache is

@@ -77,3 +77,51 @@ def panoptic_counts(
             if 2 * forgiven <= found_area[guess]:
                 counts[category][2] += 1
     return counts
+
+
+def patch_propagation(scores: torch.Tensor, guide: torch.Tensor, patch: float, neighbors: int) -> torch.Tensor:
+    """``lposs`` with dense float64 matrices."""
+    height, width, _ = scores.shape
+    features = guide.double().flatten(1).T
+    features = features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    cells = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2).double()
+    similarity = features @ features.T
+    weights = similarity.clamp(min=0) ** 3 * torch.exp(-0.01 * patch * torch.cdist(cells, cells))
+    nearest = similarity.argsort(1, descending=True)[:, :neighbors]
+    weights = weights * torch.zeros_like(weights).scatter_(1, nearest, 1)
+    return _ten_steps(weights + weights.T, scores.double().flatten(0, 1)).view(scores.shape)
+
+
+def pixel_propagation(scores: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """``lposs_plus`` with dense float64 matrices."""
+    _, height, width = image.shape
+    rgb = image.double().flatten(1)
+    rgb = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    to_xyz = [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
+    xyz = torch.tensor(to_xyz, dtype=torch.float64) @ rgb / torch.tensor([[0.95047], [1.0], [1.08883]])
+    x, y, z = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 4 / 29)
+    lab = torch.stack([(116 * y - 16) / 100, 500 * (x - y) / 128, 200 * (y - z) / 128], dim=1)
+    rows, columns = torch.arange(height * width) // width, torch.arange(height * width) % width
+    close = ((rows[:, None] - rows).abs() <= 6) & ((columns[:, None] - columns).abs() <= 6)
+    distance = (lab[:, None] - lab).norm(dim=2)
+    return _ten_steps(torch.exp(-distance / 0.01) * close, scores.double().flatten(1).T).T.reshape(scores.shape)
+
+
+def _ten_steps(weights: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Conjugate gradients on the normalized graph (N, N), one column of (N, Q) after the other."""
+    weights = weights.clone().fill_diagonal_(0)
+    degree = weights.sum(1)
+    degree[degree == 0] = 1
+    matrix = torch.eye(len(weights)) - 0.95 * weights / (degree[:, None] * degree).sqrt()
+    solutions = []
+    for y in targets.T:
+        z, r, p = torch.zeros_like(y), y, y
+        for _ in range(10):
+            if r.norm() <= 1e-6 * y.norm():
+                break
+            q = matrix @ p
+            step = r.dot(r) / p.dot(q)
+            z, rest = z + step * p, r - step * q
+            r, p = rest, rest + rest.dot(rest) / r.dot(r) * p
+        solutions.append(z)
+    return torch.stack(solutions, dim=1)

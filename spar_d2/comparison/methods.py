@@ -16,6 +16,7 @@ from spar_d2.checkpoint.segmentor import build_segmentor
 from spar_d2.comparison.progress import Progress
 from spar_d2.data.build import test_loader
 from spar_d2.evaluation import SemanticEvaluator
+from spar_d2.modeling.build import teacher_from_config
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
 from spar_d2.utils.tables import format_table
@@ -66,7 +67,11 @@ def build_teacher_encode(cfg: CfgNode) -> Callable[[torch.Tensor], torch.Tensor]
         "MODEL.SPAR.TRAINABLE",
         "none",
     ]
-    return build_segmentor(cfg, overrides=teacher).encode
+    model = build_segmentor(cfg, overrides=teacher)
+    if cfg.SPAR.TEACHER.KIND == "sliding" and not cfg.SPAR.TEACHER.SINGLE_PASS:
+        return model.encode
+    other = teacher_from_config(cfg)
+    return lambda image: other.targets([model.encoder_input(image)[0]])[0][0]
 
 
 @torch.no_grad()

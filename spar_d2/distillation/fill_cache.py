@@ -18,8 +18,8 @@ from spar_d2.data.build import build_photos
 from spar_d2.data.loaders import CorruptImages
 from spar_d2.data.photos import PhotoDataset
 from spar_d2.data.samplers import SampleIndex
-from spar_d2.encoders import DenseEncoder
-from spar_d2.modeling.build import teacher_from_config
+from spar_d2.encoders import DenseEncoder, find_encoder
+from spar_d2.modeling.build import target_cache, teacher_from_config
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.teacher import TargetCache
 from spar_d2.teacher.cache import RESERVE, TargetLookUp
@@ -78,9 +78,9 @@ def fill_cache(cfg: CfgNode, share: int = 0, shares: int = 1, show: bool = True)
     check_caching(cfg)
     photos = build_photos(cfg, seed=0)
     model = build_model(cfg).eval()
-    cache = TargetCache(cfg.SPAR.TEACHER.CACHE_DIR, teacher_from_config(cfg))
+    cache = target_cache(cfg, teacher_from_config(cfg))
     _check_writable(cache)
-    check_room(photos, cache, stop=True)
+    check_room(photos, cache, find_encoder(model), stop=True)
     photos.look_up = cache.look_up()
     filled, corrupt = Filled(), CorruptImages(cfg.SPAR.DATA.MAX_DAMAGED)
     samples = [SampleIndex(index, 0, index) for index in range(share, len(photos), shares)]
@@ -117,19 +117,21 @@ def _check_writable(cache: TargetCache) -> None:
         raise RuntimeError(f"SPAR.TEACHER.CACHE_DIR: {cache.folder} is not writable, see the warning above")
 
 
-def check_room(photos: PhotoDataset, cache: TargetCache, stop: bool = False) -> None:
+def check_room(photos: PhotoDataset, cache: TargetCache, student: DenseEncoder, stop: bool = False) -> None:
     """Log the estimated disk space for caching the targets of all images, and compare it with the free space.
 
     Args:
         photos: training images; the space is estimated from a subset.
         cache: cache to fill; its existing targets are subtracted.
+        student: encoder of the student, which gives the size of the targets of teachers without an ``encoder``.
         stop: whether to raise ``RuntimeError`` instead of logging a warning if the space is insufficient.
     """
     if not cache.writable:
         return
     step = max(1, len(photos) // _SAMPLED)
     numbers = range(0, len(photos), step)
-    sizes = [_entry_bytes(photos[SampleIndex(n, 0, n)]["image"].shape[-2:], cache.teacher.encoder) for n in numbers]
+    encoder = getattr(cache.teacher, "encoder", student)
+    sizes = [_entry_bytes(photos[SampleIndex(n, 0, n)]["image"].shape[-2:], encoder) for n in numbers]
     present = sum(path.stat().st_size for path in cache.folder.rglob("*.safetensors"))
     needed = max(0, math.ceil(sum(sizes) / len(sizes) * len(photos)) - present)
     free = shutil.disk_usage(cache.folder).free

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -17,15 +18,18 @@ from torch import nn
 from spar_d2.distillation.frozen_outputs import FrozenOutputs
 from spar_d2.distillation.loss import distillation_loss, mean_cosine, sampled_distillation_loss
 from spar_d2.distillation.match_inputs import EncodedImage, match
+from spar_d2.distillation.projection import LeastSquaresProjection
 from spar_d2.distillation.readings import Readings
+from spar_d2.distillation.shapes import check_grid, check_shape
 from spar_d2.encoders import DenseEncoder, find_encoder
-from spar_d2.modeling.build import teacher_from_config
-from spar_d2.teacher import SampledTarget, SlidingWindowTeacher, TargetCache
+from spar_d2.modeling.build import target_cache, teacher_from_config
+from spar_d2.teacher import DenseTeacher, SampledTarget, TargetCache, as_teacher
 from spar_d2.teacher.cache import LookedUp, TargetLookUp
 from spar_d2.teacher.keys import image_key
 
 LOSS_NAME = "loss_distill"
 AVERAGES = ("image", "cell")
+PROJECTIONS = ("", "least_squares")
 
 
 class DistillationHook(HookBase):
@@ -44,18 +48,23 @@ class DistillationHook(HookBase):
     ``DistillationHook(cfg)`` builds the teacher from ``MODEL.SPAR`` and ``SPAR.TEACHER``.
 
     Args:
-        teacher: teacher that computes the targets.
+        teacher: teacher that computes the targets, or a function from an image (3, H, W), normalized for the encoder,
+            to its target (D, h, w), see :class:`~spar_d2.teacher.FunctionTeacher`.
         weight: weight of the loss, greater than 0.
         windows_per_image: number of randomly sampled windows per image; 0 uses all windows.
         seed: random seed of the sampled windows. A resumed run samples the same windows as an uninterrupted one.
         average: "image" averages the loss over the cells of the feature grid of each image, then over the images.
             "cell" averages it over all cells of the images in a step, across all processes.
         cache: cache of full targets. With ``windows_per_image``, it is read but not written.
+        projection: "least_squares" maps the targets to the features of the student before training, see
+            :class:`~spar_d2.distillation.projection.LeastSquaresProjection`; "" uses the targets as they are.
+        projection_images: number of images that the projection is fitted on. In these steps, the loss is 0.
         frozen_outputs_gib: memory in GiB for the outputs of the frozen blocks at the start of the encoder; 0 computes
             them in every step.
 
     Raises:
-        ValueError: ``weight``, ``windows_per_image``, ``average`` or ``frozen_outputs_gib`` is invalid.
+        ValueError: an argument is invalid, or ``windows_per_image`` is set and the teacher cannot be sampled. In
+            training: the targets do not have the shape of the student's features.
     """
 
     # Any object with the attributes model, iter and max_iter.
@@ -64,12 +73,14 @@ class DistillationHook(HookBase):
     @configurable
     def __init__(
         self,
-        teacher: SlidingWindowTeacher,
+        teacher: DenseTeacher | Callable[[torch.Tensor], torch.Tensor],
         weight: float = 1.0,
         windows_per_image: int = 0,
         seed: int = 0,
         average: str = "image",
         cache: TargetCache | None = None,
+        projection: str = "",
+        projection_images: int = 32,
         frozen_outputs_gib: float = 0.0,
     ) -> None:
         if not 0 < weight < math.inf:
@@ -84,7 +95,16 @@ class DistillationHook(HookBase):
             )
         if average not in AVERAGES:
             raise ValueError(f"average (SPAR.DISTILL.AVERAGE) must be one of {', '.join(AVERAGES)}; got {average!r}")
-        self.teacher = teacher
+        if projection not in PROJECTIONS:
+            raise ValueError(f'projection (SPAR.TEACHER.PROJECTION) must be "" or least_squares; got {projection!r}')
+        self.teacher = as_teacher(teacher)
+        if windows_per_image and not self.teacher.linear:
+            raise ValueError(
+                f"windows_per_image (SPAR.TEACHER.WINDOWS_PER_IMAGE) must be 0 with {type(self.teacher).__name__}: its "
+                "targets are not linear in windows, so a sample of windows would give a biased gradient; "
+                f"got {windows_per_image}"
+            )
+        self.projection = LeastSquaresProjection(projection_images) if projection else None
         self.weight = weight
         self.windows_per_image = windows_per_image
         self.seed = seed
@@ -104,26 +124,37 @@ class DistillationHook(HookBase):
     def from_config(cls, cfg: CfgNode) -> dict:
         # Do not copy the model's encoder instead: in a resumed run, it already has the weights of the student.
         teacher = teacher_from_config(cfg)
-        folder = cfg.SPAR.TEACHER.CACHE_DIR
         return {
             "teacher": teacher,
             "weight": cfg.SPAR.DISTILL.WEIGHT,
             "windows_per_image": cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE,
             "seed": max(cfg.SEED, 0),
             "average": cfg.SPAR.DISTILL.AVERAGE,
-            "cache": TargetCache(folder, teacher) if folder else None,
+            "cache": target_cache(cfg, teacher) if cfg.SPAR.TEACHER.CACHE_DIR else None,
+            "projection": cfg.SPAR.TEACHER.PROJECTION,
+            "projection_images": cfg.SPAR.TEACHER.PROJECTION_IMAGES,
             "frozen_outputs_gib": cfg.SPAR.DISTILL.FROZEN_OUTPUTS_GIB,
         }
 
     def state_dict(self) -> dict:
-        return {"windows_encoded": self.windows_encoded}
+        projection = {"projection": self.projection.state_dict()} if self.projection else {}
+        return {"windows_encoded": self.windows_encoded, **projection}
 
     def load_state_dict(self, state: dict) -> None:
         self.windows_encoded = state["windows_encoded"]
+        if self.projection and "projection" in state:
+            self.projection.load_state_dict(state["projection"])
+
+    def target(self, image: torch.Tensor) -> torch.Tensor | None:
+        """Return the full target (1, D, h, w) of an image (3, H, W); None until the projection is fitted."""
+        if self.projection is None:
+            return self.teacher.targets([image])[0]
+        return cast(torch.Tensor, self.projection(self.teacher.targets([image])[0])) if self.projection.fitted else None
 
     def before_train(self) -> None:
         model = self.trainer.model
         encoder = find_encoder(model)
+        self._device = next(encoder.parameters()).device
         trained = (name for name, parameter in encoder.named_parameters() if parameter.requires_grad)
         if all(re.match(encoder.unused, name) for name in trained):
             raise ValueError(
@@ -150,9 +181,9 @@ class DistillationHook(HookBase):
         self._raise_if_not_finite()
 
     def after_step(self) -> None:
+        self._raise_if_not_finite()  # in case the trainer does not call after_backward()
         if not self._images:
             return
-        self._raise_if_not_finite()  # in case the trainer does not call after_backward()
         counts = {"images": self._images, "windows": self._windows, "encoded": self.windows_encoded}
         known = {**counts, "seconds": time.perf_counter() - self._since}
         iteration = self.trainer.iter
@@ -166,7 +197,7 @@ class DistillationHook(HookBase):
         names = ("cosine", "images", "windows", "encoded")
         sums = torch.tensor([[numbers[name] for name in names] for _, numbers in steps], dtype=torch.float64)
         if comm.get_world_size() > 1:
-            sums = sums.to(next(self.teacher.parameters()).device)
+            sums = sums.to(self._device)
             torch.distributed.all_reduce(sums)
         storage = get_event_storage()
         for (iteration, numbers), (cosine, images, windows, encoded) in zip(steps, sums.tolist()):
@@ -221,13 +252,22 @@ class DistillationHook(HookBase):
 
     def _loss(self, encoded: list[EncodedImage]) -> torch.Tensor:
         self._note_norms("the student's features", [image.features for image in encoded], encoded)
-        targets = self._targets(encoded)
+        if self.projection and not self.projection.fitted:
+            targets = [self._full_target(image) for image in encoded]
+            for image, target in zip(encoded, targets):
+                check_grid(image, target.shape)
+            self.projection.add(targets, [image.features for image in encoded])
+            # The features keep their gradient, which DistributedDataParallel expects.
+            return torch.stack([image.features.float().sum() for image in encoded]).sum() * 0
         losses = []
-        for image, target in zip(encoded, targets):
+        targets = self._targets(encoded)
+        for image, target in zip(encoded, map(self.projection, targets) if self.projection else targets):
             student = image.features[None]
-            sampled = isinstance(target, SampledTarget)
-            loss = sampled_distillation_loss(student, target) if sampled else distillation_loss(student, target)
-            losses.append(loss)
+            check_shape(image, target)
+            if isinstance(target, SampledTarget):
+                losses.append(sampled_distillation_loss(student, target))
+            else:
+                losses.append(distillation_loss(student, target))
             self._cosines.append(mean_cosine(student, target))
         self._images += len(encoded)
         if self.average == "image":
@@ -253,7 +293,7 @@ class DistillationHook(HookBase):
             return cached
         missing = [image for image, target in zip(encoded, lookups) if target is None]
         shifts = torch.stack([self._shift(image) for image in missing])
-        samples = self.teacher.samples([image.image for image in missing], self.windows_per_image, shifts)
+        samples = cast(Any, self.teacher).samples([image.image for image in missing], self.windows_per_image, shifts)
         self._note_norms("the teacher's features", [sample.weighted_sum for sample in samples], missing)
         self._count_windows(sum(sample.windows for sample in samples))
         remaining = iter(samples)
@@ -281,12 +321,13 @@ class DistillationHook(HookBase):
             return None
         if self._looks_up is None:
             # Check once whether the model modifies images beyond normalization, which invalidates lookups.
-            self._looks_up = image_key(image.image, self.teacher.encoder) == looked_up.key
+            assert self.cache is not None  # only a cache looks up targets
+            self._looks_up = image_key(image.image, self.cache.normalization) == looked_up.key
         return looked_up if self._looks_up else None
 
     def _planned(self, image: EncodedImage) -> int:
-        """Return the number of windows in the plan of an image."""
-        return len(self.teacher.plan(*image.image.shape[-2:]))
+        """Return the number of encoder passes for the full target of an image."""
+        return self.teacher.cost(*image.image.shape[-2:])
 
     def _count_windows(self, windows: int) -> None:
         self._windows += windows

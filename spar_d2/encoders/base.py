@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from spar_d2.encoders.block_calls import BlockCall, apply_blocks, bind_blocks
+from spar_d2.encoders.block_calls import BlockCall, Context, apply_blocks, bind_blocks
 from spar_d2.encoders.compilation import FIXED_SHAPE, compiled
 from spar_d2.encoders.grids import RecentGrids
 from spar_d2.encoders.image_sizes import Pad, check_images
@@ -91,14 +91,17 @@ class DenseEncoder(nn.Module, ABC):
     def _step(block: nn.Module, tokens: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
         """Apply one block to the tokens."""
 
-    @property
-    def _last_step(self) -> Callable:
-        """Function that is applied to the last block for dense features, with the arguments of :meth:`_step`."""
-        return self._step
+    def _last_call(self, context: Context) -> tuple[Callable, Context]:
+        """Return a function that applies the last block for dense features, and its additional inputs.
+
+        Args:
+            context: additional inputs of :meth:`_step`, which is the default.
+        """
+        return self._step, context
 
     @abstractmethod
-    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Compute features (B, h * w, D) from the tokens (B, prefix + h * w, C) after the last block."""
+    def _read(self, tokens: torch.Tensor, patches: int) -> torch.Tensor:
+        """Compute features (B, h * w, D) from the output of the last block, whose last ``patches`` tokens are used."""
 
     def accelerate(
         self, precision: str = "float32", compile: bool = False, checkpointing: bool = False
@@ -205,7 +208,7 @@ class DenseEncoder(nn.Module, ABC):
         with self._autocast(images):
             tokens, grid, context = self._embed(images)
             maps = {}
-            for index, call in enumerate(self._bind([self._step] * (max(chosen) + 1), tokens, context)):
+            for index, call in enumerate(self._bind([(self._step, context)] * (max(chosen) + 1), tokens)):
                 tokens = call(tokens)
                 if index in chosen:
                     maps[index] = to_map(tokens[:, self.prefix_tokens :], grid).to(x.dtype)
@@ -214,14 +217,15 @@ class DenseEncoder(nn.Module, ABC):
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """Compute dense features (B, D, h, w) of images (B, 3, h * p, w * p)."""
         tokens, grid, context = self._embed(x)
-        calls = self._bind([*[self._step] * (len(self.blocks) - 1), self._last_step], tokens, context)
+        plain = [(self._step, context)] * (len(self.blocks) - 1)
+        calls = self._bind([*plain, self._last_call(context)], tokens)
         if self.frozen_outputs is not None and torch.is_grad_enabled():
             first = next((index for index, call in enumerate(calls) if call.trained), len(calls))
             frozen, calls = calls[:first], calls[first:]
             if frozen:
                 embedded = tokens
                 tokens = self.frozen_outputs(x, lambda: apply_blocks(frozen, embedded))
-        return to_map(self._read(apply_blocks(calls, tokens)), grid)
+        return to_map(self._read(apply_blocks(calls, tokens), grid[0] * grid[1]), grid)
 
     def _prepare(self, x: torch.Tensor) -> torch.Tensor:
         """Validate the images, pad or crop them to whole patches, and convert them to the dtype of the weights."""
@@ -243,13 +247,10 @@ class DenseEncoder(nn.Module, ABC):
         self.training = mode and any(p.requires_grad for p in self.parameters())
         return self
 
-    def _bind(
-        self, steps: Sequence[Callable], tokens: torch.Tensor, context: Sequence[torch.Tensor]
-    ) -> list[BlockCall]:
-        """Bind the first blocks to their steps and to additional inputs."""
+    def _bind(self, steps: Sequence[tuple[Callable, Context]], tokens: torch.Tensor) -> list[BlockCall]:
+        """Bind the first blocks to the functions that apply them and to additional inputs."""
         wrap = self._wrap if self._compile else None
-        cast, checkpointing = self._cast_blocks, self._checkpointing
-        return bind_blocks(zip(self.blocks, steps), context, tokens.requires_grad, wrap, cast, checkpointing)
+        return bind_blocks(self.blocks, steps, tokens.requires_grad, wrap, self._cast_blocks, self._checkpointing)
 
     def _wrap(self, step: Callable, trained: bool) -> Callable:
         return compiled(step, self._use(trained))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+# Additional inputs of a block.
+Context = Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class BlockCall:
 
     run: Callable
     block: nn.Module
-    context: Sequence[torch.Tensor]
+    context: Context
     trained: bool
     checkpointed: bool
     is_cast: bool
@@ -37,7 +41,8 @@ class BlockCall:
         tokens = tokens if self.dtype is None else tokens.to(self.dtype)
         if self.is_cast:
             with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-                return self.run(self.block, tokens, *(part.to(self.dtype) for part in self.context))
+                context = [part.to(self.dtype) if isinstance(part, torch.Tensor) else part for part in self.context]
+                return self.run(self.block, tokens, *context)
         if self.checkpointed:
             return checkpoint(self.run, self.block, tokens, *self.context, use_reentrant=False)
         with contextlib.nullcontext() if self.trained else torch.no_grad():
@@ -45,25 +50,25 @@ class BlockCall:
 
 
 def bind_blocks(
-    blocks: Iterable[tuple[nn.Module, Callable]],
-    context: Sequence[torch.Tensor],
+    blocks: Iterable[nn.Module],
+    steps: Iterable[tuple[Callable, Context]],
     requires_grad: bool,
     wrap: Callable[[Callable, bool], Callable] | None,
     cast: Mapping[nn.Module, nn.Module],
     checkpointing: bool,
 ) -> list[BlockCall]:
-    """Bind blocks to their additional inputs.
+    """Bind blocks to the functions that apply them.
 
     Args:
-        blocks: blocks in order, each with a function of block, tokens and context that applies it.
-        context: additional inputs of all blocks.
+        blocks: blocks in order; those without a step are left out.
+        steps: for each block, a function of block, tokens and additional inputs that applies it, and these inputs.
         requires_grad: whether the tokens before the first block require gradients.
         wrap: wraps a function, given whether its block is trained, for example to compile it; None to use it unchanged.
         cast: maps frozen blocks to copies in another precision, which are used instead.
         checkpointing: whether trained blocks use activation checkpointing.
     """
     calls, trained, was_cast = [], requires_grad, False
-    for block, step in blocks:
+    for block, (step, context) in zip(blocks, steps):
         trained = torch.is_grad_enabled() and (trained or any(p.requires_grad for p in block.parameters()))
         run = wrap(step, trained) if wrap else step
         copy = None if trained else cast.get(block)

@@ -79,11 +79,11 @@ class DINOtxtEncoder(DenseEncoder):
     def size_policy(self) -> Pad:
         return (Stretch if self.reference_compat else Pad)(self.patch_size)
 
-    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _read(self, tokens: torch.Tensor, patches: int) -> torch.Tensor:
         tokens = self.visual_model.backbone.norm(tokens)
         if self.tokens == "head":
             tokens = self.visual_model.head(tokens)
-        return tokens[:, self.prefix_tokens :]
+        return tokens[:, -patches:]
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         backbone = self.visual_model.backbone

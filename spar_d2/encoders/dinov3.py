@@ -12,12 +12,32 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder
+from spar_d2.encoders.last_block import Heads, run_correlated
 from spar_d2.encoders.messages import KEY
 from spar_d2.encoders.refusals import refuse_parts
 from spar_d2.encoders.registry import EncoderSpec, register_family
 from spar_d2.encoders.timm_family import PREFIX, TimmFamily
 from spar_d2.encoders.timm_vit import TimmViTEncoder
 from spar_d2.utils.transfer import send
+
+
+def _query_key_value(attn: EvaAttention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
+    """Compute rotated queries and keys, and values (B, heads, N, d) of tokens (B, N, C)."""
+    bias = None
+    if attn.q_bias is not None and attn.v_bias is not None:
+        bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+    # (B, N, 3C) -> (B, N, 3, heads, d)
+    qkv = F.linear(x, cast(nn.Linear, attn.qkv).weight, bias).unflatten(-1, (3, attn.num_heads, -1))
+    rotated = _rotate(qkv[:, :, :2], cos.to(qkv.dtype), sin.to(qkv.dtype))
+    # (B, N, heads, d) -> (B, heads, N, d)
+    query, key, value = (part.transpose(1, 2) for part in (*rotated.unbind(2), qkv[:, :, 2]))
+    return query, key, value
+
+
+def _run_self_correlation(
+    block: EvaBlock, tokens: torch.Tensor, prefix: int, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    return run_correlated(block, tokens, prefix, lambda attn, x: _query_key_value(attn, x, cos, sin))
 
 
 class DINOv3Encoder(TimmViTEncoder):
@@ -33,6 +53,8 @@ class DINOv3Encoder(TimmViTEncoder):
     Raises:
         ValueError: ``visual`` is not a supported model, or ``readout`` is unknown.
     """
+
+    _self_correlation = staticmethod(_run_self_correlation)
 
     def __init__(self, visual: nn.Module, reference_compat: bool = False, readout: str = "tokens") -> None:
         _check(visual)
@@ -57,17 +79,8 @@ class DINOv3Encoder(TimmViTEncoder):
 
 def _attend(attn: EvaAttention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Self-attention with the weights of ``attn`` and rotated queries and keys: (B, N, C) to (B, N, C)."""
-    batch, tokens, _ = x.shape
-    bias = None
-    if attn.q_bias is not None and attn.v_bias is not None:
-        bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
-    # (B, N, 3C) -> (B, N, 3, heads, d)
-    qkv = F.linear(x, cast(nn.Linear, attn.qkv).weight, bias).unflatten(-1, (3, attn.num_heads, -1))
-    rotated = _rotate(qkv[:, :, :2], cos.to(qkv.dtype), sin.to(qkv.dtype))
-    # (B, N, heads, d) -> (B, heads, N, d)
-    query, key, value = (part.transpose(1, 2) for part in (*rotated.unbind(2), qkv[:, :, 2]))
-    mixed = F.scaled_dot_product_attention(query, key, value)
-    return attn.proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+    mixed = F.scaled_dot_product_attention(*_query_key_value(attn, x, cos, sin))
+    return attn.proj(mixed.transpose(1, 2).flatten(2))
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

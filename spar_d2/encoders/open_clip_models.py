@@ -20,6 +20,7 @@ from spar_d2.encoders.fit import check_fit
 from spar_d2.encoders.messages import KEY, first_line
 from spar_d2.encoders.model_configs import known_name, model_config, model_names, tags_of
 from spar_d2.encoders.registry import EncoderFamily, EncoderSpec
+from spar_d2.encoders.self_correlation import SELF_CORRELATION
 from spar_d2.encoders.text_tower import TextTower
 from spar_d2.encoders.weights import (
     OPTIONAL_KEYS,
@@ -37,10 +38,11 @@ class OpenCLIPModelFamily(EncoderFamily):
     """A family of open_clip models.
 
     Attributes:
-        encoder_class: class of the encoders, built from the image tower and ``reference_compat``.
+        encoder_class: class of the encoders, built from the image tower, ``reference_compat`` and ``readout``.
     """
 
-    encoder_class: Callable[[nn.Module, bool], DenseEncoder]
+    encoder_class: Callable[[nn.Module, bool, str], DenseEncoder]
+    readouts = (SELF_CORRELATION,)
 
     @staticmethod
     @abstractmethod
@@ -57,7 +59,7 @@ class OpenCLIPModelFamily(EncoderFamily):
         return tags_of(name)
 
     def build(self, spec: EncoderSpec) -> DenseEncoder:
-        return self.encoder_class(build_image_tower(spec, self), spec.reference_compat)
+        return self.encoder_class(build_image_tower(spec, self), spec.reference_compat, spec.readout)
 
     def build_text(self, spec: EncoderSpec) -> TextTower:
         return build_text(spec, self)

@@ -24,6 +24,7 @@ from spar_d2.encoders.model_configs import conventions, known_config, timm_sizes
 from spar_d2.encoders.open_clip_models import OpenCLIPModelFamily
 from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.registry import EncoderSpec, register_family
+from spar_d2.encoders.self_correlation import SELF_CORRELATION, check_readout
 from spar_d2.encoders.siglip import is_siglip, pool_each
 from spar_d2.encoders.timm_family import is_timm_vit
 from spar_d2.encoders.timm_vit import TimmViTEncoder
@@ -41,15 +42,17 @@ class OpenCLIPTimmEncoder(TimmViTEncoder):
             ``state_dict()`` are those of open_clip ("visual.trunk.blocks.0...").
         reference_compat: the sliding window crops partial patches at the right and bottom, as the reference code does.
             A single pass always pads images.
+        readout: "" for the read-out of the pooling; "self_correlation" to replace the attention of the last block by
+            :func:`~spar_d2.encoders.self_correlation.attend_to_similar`.
 
     Raises:
-        ValueError: ``visual`` is not a supported image tower.
+        ValueError: ``visual`` is not a supported image tower, or ``readout`` is unknown.
     """
 
     # Parameters of the pooling layer that depend on other tokens.
     unused = r"visual\.trunk\.attn_pool\.(latent$|q\.|[qk]_norm\.|pos_embed)"
 
-    def __init__(self, visual: nn.Module, reference_compat: bool = False) -> None:
+    def __init__(self, visual: nn.Module, reference_compat: bool = False, readout: str = "") -> None:
         trunk = getattr(visual, "trunk", None)
         pool = getattr(trunk, "global_pool", None)
         if pool not in _READOUTS:
@@ -57,18 +60,19 @@ class OpenCLIPTimmEncoder(TimmViTEncoder):
                 "visual must be the image tower of an open_clip model whose .trunk is a timm ViT with global_pool "
                 f"{', '.join(_READOUTS)}; got {type(visual).__name__} with {pool!r}"
             )
-        super().__init__(visual, reference_compat, _READOUTS[pool])
+        check_readout(readout, "", SELF_CORRELATION)
+        super().__init__(visual, reference_compat, readout or _READOUTS[pool])
         if pool == "map":
             self.parts = {**self.parts, "attn_pool_kv": r"visual\.trunk\.attn_pool\.kv\."}
-        self.embed_dim = self._read(torch.zeros(1, self.prefix_tokens + 1, self.width)).shape[-1]
+        self.embed_dim = self._read(torch.zeros(1, 1, self.width), 1).shape[-1]
 
     @property
     def trunk(self) -> Any:
         return self.visual.trunk
 
-    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _read(self, tokens: torch.Tensor, patches: int) -> torch.Tensor:
         trunk = self.trunk
-        tokens = trunk.norm(tokens[:, self.prefix_tokens :])
+        tokens = trunk.norm(tokens[:, -patches:])
         if isinstance(trunk.attn_pool, AttentionPoolLatent):
             tokens = pool_each(trunk.attn_pool, tokens)
         return cast(nn.Module, self.visual.head)(trunk.head(trunk.fc_norm(tokens)))

@@ -17,7 +17,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder
+from spar_d2.encoders.base import Context, DenseEncoder
 from spar_d2.encoders.image_sizes import Crop, Pad
 from spar_d2.encoders.model_configs import conventions, known_config, side_of
 from spar_d2.encoders.open_clip_models import OpenCLIPModelFamily
@@ -25,6 +25,7 @@ from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.positions import resample_positions, sampling_weights
 from spar_d2.encoders.refusals import refuse_parts
 from spar_d2.encoders.registry import EncoderSpec, register_family
+from spar_d2.encoders.self_correlation import SELF_CORRELATION, attend_to_similar, check_readout
 
 # The reference code enlarges the target grid by 0.1 patches to avoid rounding down. This also shifts the sampling
 # positions slightly; it is kept because existing students were trained with it.
@@ -40,8 +41,11 @@ class OpenCLIPEncoder(DenseEncoder):
         reference_compat: crop images to whole patches instead of padding them, and do not resample position embeddings
             if the grid has the pre-training number of patches in another shape, as the reference code does.
 
+        readout: "" for the value path; "self_correlation" for
+            :func:`~spar_d2.encoders.self_correlation.attend_to_similar` in the last block.
+
     Raises:
-        ValueError: ``visual`` is not a ViT, or a ViT with unsupported parts.
+        ValueError: ``visual`` is not a ViT, or a ViT with unsupported parts, or ``readout`` is unknown.
     """
 
     parts = {
@@ -51,9 +55,13 @@ class OpenCLIPEncoder(DenseEncoder):
         "patchembed": r"visual\.conv1\.",
     }
     prefix_tokens = 1
+    readout = ""
 
-    def __init__(self, visual: nn.Module, reference_compat: bool = False) -> None:
+    def __init__(self, visual: nn.Module, reference_compat: bool = False, readout: str = "") -> None:
         super().__init__()
+        check_readout(readout, "", SELF_CORRELATION)
+        if readout:  # cache keys cover attributes of the instance
+            self.readout = readout
         self.visual = tower = _checked(visual)
         self.reference_compat = reference_compat
         self.patch_size = cast(tuple[int, int], tower.patch_size)[0]
@@ -73,12 +81,11 @@ class OpenCLIPEncoder(DenseEncoder):
     def size_policy(self) -> Pad:
         return (Crop if self.reference_compat else Pad)(self.patch_size)
 
-    @property
-    def _last_step(self) -> Callable:
-        return _run_value_path
+    def _last_call(self, context: Context) -> tuple[Callable, Context]:
+        return (_run_self_correlation if self.readout else _run_value_path), ()
 
-    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
-        tokens = self.visual.ln_post(tokens[:, 1:])
+    def _read(self, tokens: torch.Tensor, patches: int) -> torch.Tensor:
+        tokens = self.visual.ln_post(tokens[:, -patches:])
         return tokens if self.visual.proj is None else tokens @ self.visual.proj
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
@@ -100,16 +107,34 @@ class OpenCLIPEncoder(DenseEncoder):
 
 def _attend(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
     """Memory-efficient self-attention with the weights of ``attn``: (B, N, C) to (B, N, C)."""
-    batch, tokens, width = x.shape
+    query, key, value = _query_key_value(attn, x)
+    return _project(attn, F.scaled_dot_product_attention(query, key, value))
+
+
+def _query_key_value(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
     # (B, N, 3C) -> (3, B, heads, N, C / heads)
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-    query, key, value = qkv.reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(query, key, value)
-    return attn.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+    return qkv.reshape(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
 
 
-def _run_value_path(block: ResidualAttentionBlock, x: torch.Tensor) -> torch.Tensor:
-    """Apply a block with each token attending only to itself; queries and keys are not computed."""
+def _project(attn: nn.MultiheadAttention, heads: torch.Tensor) -> torch.Tensor:
+    # (B, heads, N, C / heads) -> (B, N, C)
+    return attn.out_proj(heads.transpose(1, 2).flatten(2))
+
+
+def _run_self_correlation(block: ResidualAttentionBlock, tokens: torch.Tensor) -> torch.Tensor:
+    """Apply a block with :func:`attend_to_similar`, and drop the class token."""
+    query, key, value = _query_key_value(block.attn, block.ln_1(tokens))
+    x = tokens[:, 1:] + block.ls_1(_project(block.attn, attend_to_similar(query, key, value, prefix=1)))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def _run_value_path(block: ResidualAttentionBlock, tokens: torch.Tensor) -> torch.Tensor:
+    """Apply a block with each patch attending only to itself, and drop the class token.
+
+    Queries and keys are not computed.
+    """
+    x = tokens[:, 1:]
     attn, width = block.attn, x.shape[-1]
     value = F.linear(block.ln_1(x), attn.in_proj_weight[2 * width :], attn.in_proj_bias[2 * width :])
     x = x + block.ls_1(attn.out_proj(value))

@@ -54,6 +54,7 @@ class Origin:
         pretrained: tag or file name of the initial weights.
         pixel_mean, pixel_std, quick_gelu: see :class:`Conventions`.
         window, stride: sliding window and stride of the teacher in pixels.
+        teacher: kind of the teacher; "" for the sliding window.
         version: version of spar_d2 that wrote the file.
         date: date of the file in ISO format ("2026-11-28").
     """
@@ -65,6 +66,7 @@ class Origin:
     quick_gelu: bool | None = None
     window: int | None = None
     stride: int | None = None
+    teacher: str = ""
     version: str = ""
     date: str = ""
 
@@ -117,7 +119,7 @@ def parse_origin(text: Any, path: str | os.PathLike) -> Origin | None:
             "pixel_std": functools.partial(check_triple, above=0),
             "quick_gelu": check_flag,
             **dict.fromkeys(("window", "stride"), _check_pixels),
-            **dict.fromkeys(("encoder", "pretrained", "version", "date"), _check_name),
+            **dict.fromkeys(("encoder", "pretrained", "teacher", "version", "date"), _check_name),
         }
         return Origin(**{name: check(fields[name], name) for name, check in checks.items() if name in fields})
     except (ValueError, TypeError, OverflowError, RecursionError) as error:

@@ -206,8 +206,9 @@ def build_encoder(
             with, three floats each; None uses the metadata of the weight file, or else the defaults of tag or model.
         quick_gelu: whether the activation is QuickGELU (open_clip ViTs only); None as for ``pixel_mean``.
         pretrained_part: which weights to load from a file that holds several sets ("ema", "teacher", ...).
-        readout: for timm's encoders without a text tower: "tokens" (default) for the patch tokens after the final norm,
-            or "value" for the value path of the last block.
+        readout: "" for the default of the family; "self_correlation" lets patches attend to patches with similar
+            outputs in the last block (not for DINOv3.txt). For timm's encoders without a text tower, also "tokens"
+            (default) for the patch tokens after the final norm, or "value" for the value path of the last block.
 
     Returns:
         The encoder on the CPU, in eval mode, with all parameters trainable.

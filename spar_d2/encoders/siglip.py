@@ -17,13 +17,15 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder
+from spar_d2.encoders.base import Context, DenseEncoder
+from spar_d2.encoders.last_block import check_last_block, run_self_correlation
 from spar_d2.encoders.model_configs import conventions, known_config, timm_sizes
 from spar_d2.encoders.open_clip_models import OpenCLIPModelFamily
 from spar_d2.encoders.origin import Conventions
 from spar_d2.encoders.positions import resample_positions, sampling_weights
 from spar_d2.encoders.refusals import refuse_parts
 from spar_d2.encoders.registry import EncoderSpec, register_family
+from spar_d2.encoders.self_correlation import SELF_CORRELATION, check_readout
 
 _MEAN = _STD = (0.5, 0.5, 0.5)
 _TRUNK = "visual.trunk."
@@ -38,9 +40,11 @@ class SigLIPEncoder(DenseEncoder):
             open_clip ("visual.trunk.blocks.0...").
         reference_compat: the sliding window crops partial patches at the right and bottom, as the reference code does.
             A single pass always pads images.
+        readout: "" for the tokens of the last block; "self_correlation" to replace its attention by
+            :func:`~spar_d2.encoders.self_correlation.attend_to_similar`. Both pass through the pooling layer.
 
     Raises:
-        ValueError: ``visual`` is not a supported image tower.
+        ValueError: ``visual`` is not a supported image tower, or ``readout`` is unknown.
     """
 
     parts = {
@@ -52,10 +56,15 @@ class SigLIPEncoder(DenseEncoder):
     }
     unused = r"visual\.(trunk\.)?(head|fc_norm)\.|visual\.trunk\.attn_pool\.(latent$|q\.|[qk]_norm\.)"
     pixel_mean, pixel_std = _MEAN, _STD
+    readout = ""
 
-    def __init__(self, visual: nn.Module, reference_compat: bool = False) -> None:
+    def __init__(self, visual: nn.Module, reference_compat: bool = False, readout: str = "") -> None:
         super().__init__()
         trunk = _checked_trunk(visual)
+        check_readout(readout, "", SELF_CORRELATION)
+        if readout:  # cache keys cover attributes of the instance
+            check_last_block(trunk.blocks[-1], readout)
+            self.readout = readout
         self.visual = visual
         self.reference_compat = reference_compat
         self.patch_size = trunk.patch_embed.patch_size[0]
@@ -81,7 +90,10 @@ class SigLIPEncoder(DenseEncoder):
     def blocks(self) -> nn.Sequential:
         return self.trunk.blocks
 
-    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _last_call(self, context: Context) -> tuple[Callable, Context]:
+        return (run_self_correlation, (0,)) if self.readout else (self._step, context)
+
+    def _read(self, tokens: torch.Tensor, patches: int) -> torch.Tensor:
         return pool_each(self.pool, self.trunk.norm(tokens))
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:

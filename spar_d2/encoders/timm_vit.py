@@ -12,19 +12,20 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.patch_embed import PatchEmbed
-from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from spar_d2.encoders.base import DenseEncoder
+from spar_d2.encoders.base import Context, DenseEncoder
+from spar_d2.encoders.last_block import check_last_block, run_self_correlation, run_value_path
 from spar_d2.encoders.positions import resample_positions, sampling_weights
 from spar_d2.encoders.refusals import refuse_parts
+from spar_d2.encoders.self_correlation import SELF_CORRELATION, check_readout
 from spar_d2.utils.transfer import send
 
-READOUTS = ("tokens", "value")
+READOUTS = ("tokens", "value", SELF_CORRELATION)
 Trunk = VisionTransformer | Eva
 
 
@@ -38,7 +39,8 @@ class TimmViTEncoder(DenseEncoder):
             A single pass always pads images.
         readout: "tokens" for the patch tokens after the final norm, as returned by timm's ``forward_features``; "value"
             to reduce the attention of the last block to its value path, where each token attends only to itself
-            (MaskCLIP, arXiv:2112.01071).
+            (MaskCLIP, arXiv:2112.01071); "self_correlation" to replace it by
+            :func:`~spar_d2.encoders.self_correlation.attend_to_similar`.
 
     Raises:
         ValueError: ``visual`` is not a supported model, or ``readout`` is unknown.
@@ -51,17 +53,19 @@ class TimmViTEncoder(DenseEncoder):
         "patchembed": r"visual\.(trunk\.)?patch_embed\.",
     }
     unused = r"visual\.(head|head_dist|fc_norm|attn_pool)\."
+    # Step of the last block with the readout "self_correlation".
+    _self_correlation: Callable = staticmethod(run_self_correlation)
 
     def __init__(self, visual: nn.Module, reference_compat: bool = False, readout: str = "tokens") -> None:
         super().__init__()
-        if readout not in READOUTS:
-            raise ValueError(f"readout (MODEL.SPAR.READOUT) must be one of {', '.join(READOUTS)}; got {readout!r}")
+        check_readout(readout, *READOUTS)
         self.visual = visual
         self.readout = readout
         self.reference_compat = reference_compat
         trunk = check_trunk(self.trunk, type(self).__name__)
+        if readout != "tokens":
+            check_last_block(trunk.blocks[-1], readout)
         if readout == "value":
-            check_value_path(trunk.blocks[-1])
             last_block = rf"visual\.(trunk\.)?blocks\.{len(trunk.blocks) - 1}\."
             self.unused = rf"{self.unused}|{last_block}attn\.([qk]_proj\.|[qk]_norm\.|q_bias$)"
         if trunk.pos_embed is None:
@@ -91,12 +95,15 @@ class TimmViTEncoder(DenseEncoder):
     def blocks(self) -> nn.ModuleList | nn.Sequential:
         return self.trunk.blocks
 
-    @property
-    def _last_step(self) -> Callable:
-        return run_value_path if self.readout == "value" else self._step
+    def _last_call(self, context: Context) -> tuple[Callable, Context]:
+        if self.readout == "value":
+            return run_value_path, (self.prefix_tokens,)
+        if self.readout == SELF_CORRELATION:
+            return self._self_correlation, (self.prefix_tokens, *context)
+        return self._step, context
 
-    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.trunk.norm(tokens[:, self.prefix_tokens :])
+    def _read(self, tokens: torch.Tensor, patches: int) -> torch.Tensor:
+        return self.trunk.norm(tokens[:, -patches:])
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         trunk = self.trunk
@@ -159,46 +166,3 @@ def check_trunk(trunk: nn.Module, encoder: str) -> Any:
         },
     )
     return trunk
-
-
-def check_value_path(block: nn.Module) -> None:
-    """Raise ``ValueError`` if :func:`run_value_path` does not support the block."""
-    attn = cast(Any, getattr(block, "attn", None))
-    known = type(block) in (Block, EvaBlock, EvaBlockPostNorm) and getattr(attn, "gate", None) is None
-    qkv = getattr(attn, "qkv", None)
-    fused = qkv is not None and qkv.out_features == 3 * cast(Any, attn).proj.in_features
-    if not known or not (fused or getattr(attn, "v_proj", None) is not None):
-        raise ValueError(
-            'readout (MODEL.SPAR.READOUT) "value" does not support the last block of this model; use "tokens"'
-        )
-
-
-def run_value_path(block: Any, x: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
-    """Apply a block with each token attending only to itself: (B, N, C) to (B, N, C).
-
-    Queries and keys are not computed, and rotary position embeddings (``context``) have no effect.
-    """
-    if isinstance(block, EvaBlockPostNorm):
-        x = x + block.norm1(_attend_to_self(block.attn, x))
-        return x + block.norm2(block.mlp(x))
-    first, second = _layer_scales(block)
-    x = x + first(_attend_to_self(block.attn, block.norm1(x)))
-    return x + second(block.mlp(block.norm2(x)))
-
-
-def _layer_scales(block: Any) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    if isinstance(block, Block):
-        return [block.ls1, block.ls2]
-    gammas = (block.gamma_1, block.gamma_2)
-    return [nn.Identity() if gamma is None else functools.partial(torch.mul, gamma) for gamma in gammas]
-
-
-def _attend_to_self(attn: Any, x: torch.Tensor) -> torch.Tensor:
-    if attn.qkv is None:
-        value = attn.v_proj(x)
-    else:
-        width = attn.proj.in_features
-        bias = attn.v_bias if getattr(attn, "v_bias", None) is not None else attn.qkv.bias
-        value = F.linear(x, attn.qkv.weight[-width:], None if bias is None else bias[-width:])
-    norm = getattr(attn, "norm", None)
-    return attn.proj(value if norm is None else norm(value))

@@ -28,7 +28,7 @@ from spar_d2.engine.derived_keys import count_images
 from spar_d2.engine.solver import build_optimizer
 from spar_d2.engine.train_step import TrainStep
 from spar_d2.engine.trainer import Trainer
-from spar_d2.teacher import SlidingWindowTeacher
+from spar_d2.teacher import DenseTeacher
 
 # Timed steps, after one step to warm up.
 _TIMED = 4
@@ -74,12 +74,12 @@ class Estimate:
 class _Timer(HookBase):
     """Times steps, the data loader and the teacher, in seconds; the first step is omitted."""
 
-    def __init__(self, teacher: SlidingWindowTeacher, bar: tqdm) -> None:
+    def __init__(self, teacher: DenseTeacher, bar: tqdm) -> None:
         self.steps: list[float] = []
         self.loading: list[float] = []
         self.teaching: list[float] = []
         self._bar = bar
-        for name in ("targets", "samples"):
+        for name in ("targets", "samples") if teacher.linear else ("targets",):
             setattr(teacher, name, self._timed(getattr(teacher, name), self.teaching))
 
     def _timed(self, function: Callable, seconds: list[float]) -> Callable:
@@ -137,6 +137,7 @@ def estimate(cfg: CfgNode) -> Estimate:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SPAR.TEACHER.CACHE_DIR, cfg.MODEL.SPAR.TEXT_CACHE, cfg.DATALOADER.NUM_WORKERS = "", "", 0
+    cfg.SPAR.TEACHER.PROJECTION_IMAGES = 1  # fitted in the first step, which is not timed
     cfg.freeze()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -164,9 +165,11 @@ def estimate(cfg: CfgNode) -> Estimate:
     if caches:
         student = max(step_seconds - teacher_seconds * batch, loading / max(1, workers))
         seconds = student * steps + teacher_seconds * min(images, steps * batch)
-    planned, cells = _sampled(loader, hook.teacher, trainer)
-    windows = min(planned, cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE or math.inf)
-    target_bytes = round(2 * encoder.embed_dim * cells * images)
+    sizes = _sizes(loader, trainer)
+    sampled = cfg.SPAR.TEACHER.WINDOWS_PER_IMAGE
+    planned, windows = (statistics.mean(hook.teacher.cost(*size, w) for size in sizes) for w in (0, sampled))
+    cells = statistics.mean(math.prod(encoder.grid(*size)) for size in sizes)
+    target_bytes = round(2 * getattr(hook.teacher, "encoder", encoder).embed_dim * cells * images)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     moments = sum(8 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Estimate(
@@ -175,17 +178,14 @@ def estimate(cfg: CfgNode) -> Estimate:
     )  # fmt: skip
 
 
-def _sampled(loader: TrainLoader, teacher: SlidingWindowTeacher, trainer: TrainStep) -> tuple[float, float]:
-    """Return the mean number of windows and of grid cells of an image."""
+def _sizes(loader: TrainLoader, trainer: TrainStep) -> list[tuple[int, int]]:
+    """Return the sizes of some images in pixels."""
     photos = loader.photos
     if photos is None:
         batch = next(iter(trainer.data_loader))
-        sizes = [tuple(record["image"].shape[-2:]) for record in batch]
-    else:
-        chosen = range(0, len(photos), max(1, len(photos) // _SAMPLED))
-        sizes = [tuple(photos[SampleIndex(index, 0, index)]["image"].shape[-2:]) for index in chosen]
-    windows = statistics.mean(len(teacher.plan(*size)) for size in sizes)
-    return windows, statistics.mean(math.prod(teacher.encoder.grid(*size)) for size in sizes)
+        return [tuple(record["image"].shape[-2:]) for record in batch]
+    chosen = range(0, len(photos), max(1, len(photos) // _SAMPLED))
+    return [tuple(photos[SampleIndex(index, 0, index)]["image"].shape[-2:]) for index in chosen]
 
 
 def _peak_memory() -> int:

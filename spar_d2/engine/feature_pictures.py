@@ -12,7 +12,6 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
-from spar_d2.teacher import SlidingWindowTeacher
 from spar_d2.visualization import draw_panels, shared_pca_colors
 
 logger = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ class FeaturePictures(HookBase):
 
     Args:
         model: student, without a DistributedDataParallel wrapper.
-        teacher: teacher.
+        target: function from an encoder input (3, H, W) to its target (1, D, h, w), or None if it is not known yet.
         load: function that returns the image as a dataset dict with "image" (3, H, W) uint8 and "file_name".
         period: number of iterations between visualizations; one is also drawn after the last iteration.
         folder: output folder; files are named "iter_0000999.png".
@@ -36,13 +35,13 @@ class FeaturePictures(HookBase):
     def __init__(
         self,
         model: OpenVocabularySegmentor,
-        teacher: SlidingWindowTeacher,
+        target: Callable[[torch.Tensor], torch.Tensor | None],
         load: Callable[[], dict],
         period: int,
         folder: str | os.PathLike,
         channels: str,
     ) -> None:
-        self.model, self.teacher, self.load = model, teacher, load
+        self.model, self.target, self.load = model, target, load
         self.period, self.folder, self.channels = period, folder, channels
         self._image: torch.Tensor | None = None
         self._target: torch.Tensor | None = None
@@ -59,9 +58,11 @@ class FeaturePictures(HookBase):
     def _draw(self) -> None:
         loaded = self._image = self.load()["image"] if self._image is None else self._image
         x = self.model.encoder_input(loaded)
-        target = self._target = self.teacher(x)[0].cpu() if self._target is None else self._target
+        target = self._target = self.target(x[0]) if self._target is None else self._target
+        if target is None:
+            return
         features = self.model.backbone.encoder(x)[0]
-        colors = [part.numpy() for part in shared_pca_colors([target, features.cpu()])]
+        colors = [part.numpy() for part in shared_pca_colors([target[0].cpu(), features.cpu()])]
         image = loaded.numpy().transpose(1, 2, 0)
         row = [image[..., ::-1] if self.channels == "BGR" else image, *colors]
         path = os.path.join(self.folder, f"iter_{self.trainer.iter:07d}.png")

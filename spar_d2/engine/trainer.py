@@ -118,7 +118,9 @@ class Trainer(DefaultTrainer):
         if self._distillation:
             encoder, teacher = find_encoder(self._module), self._distillation.teacher
             origin = encoder.origin or Origin()
-            encoder.origin = dataclasses.replace(origin, window=teacher.window, stride=teacher.stride)
+            sliding = {name: getattr(teacher, name, None) for name in ("window", "stride")}
+            kind = cfg.SPAR.TEACHER.KIND
+            encoder.origin = dataclasses.replace(origin, **sliding, teacher="" if kind == "sliding" else kind)
         ema = ModelEma(self._module, cfg.SPAR.EMA_DECAY) if cfg.SPAR.EMA_DECAY else None
         applied = ema.applied if ema else contextlib.nullcontext
 
@@ -148,7 +150,7 @@ class Trainer(DefaultTrainer):
         folder = os.path.join(self.cfg.OUTPUT_DIR, "pictures")
         return FeaturePictures(
             cast(OpenVocabularySegmentor, self._module),
-            self._distillation.teacher,
+            self._distillation.target,
             lambda: photos[SampleIndex(0, 0, 0)],
             period,
             folder,
@@ -173,7 +175,7 @@ class Trainer(DefaultTrainer):
         cache, photos = self._distillation.cache if self._distillation else None, self.data_loader.photos
         if cache and photos is not None:
             if comm.is_main_process():
-                check_room(photos, cache)
+                check_room(photos, cache, find_encoder(self._module))
             if isinstance(self._module, OpenVocabularySegmentor):  # it does not modify images before encoding
                 photos.look_up = cache.look_up()
 

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import cast
+
 from detectron2.config import CfgNode
 
-from spar_d2.encoders import EncoderSpec
+from spar_d2.encoders import FAMILIES, DenseEncoder, EncoderSpec
 from spar_d2.encoders.precision import AUTO, PRECISIONS, resolve_precision
-from spar_d2.encoders.registry import build
-from spar_d2.teacher import SlidingWindowTeacher
+from spar_d2.encoders.registry import build, find_family
+from spar_d2.encoders.self_correlation import SELF_CORRELATION
+from spar_d2.encoders.settling import pixel_statistics, settled
+from spar_d2.refine import load_anyup
+from spar_d2.teacher import (
+    TEACHER_REGISTRY,
+    DenseTeacher,
+    EnsembleTeacher,
+    MirroredTeacher,
+    RescaledTeacher,
+    SinglePassTeacher,
+    SlidingWindowTeacher,
+    SmoothedTeacher,
+    TargetCache,
+    UpsampledTeacher,
+    as_teacher,
+)
+from spar_d2.teacher.keys import PixelStatistics, encoder_key
+
+# Kinds that refine the targets of the kind in SPAR.TEACHER.BASE.
+_REFINED = ("smoothed", "upsampled")
 
 
 def encoder_spec(cfg: CfgNode) -> EncoderSpec:
@@ -39,18 +61,148 @@ def precision_from_config(cfg: CfgNode) -> str:
     return precision
 
 
-def teacher_from_config(cfg: CfgNode) -> SlidingWindowTeacher:
-    """Build the teacher of ``SPAR.TEACHER`` with the pre-trained encoder of ``MODEL.SPAR``, on ``MODEL.DEVICE``.
+def teacher_from_config(cfg: CfgNode) -> DenseTeacher:
+    """Build the teacher of ``SPAR.TEACHER``; built-in ones use the pre-trained encoder of ``MODEL.SPAR``.
 
     Raises:
-        ValueError: the precision, window or stride is invalid; or as ``build_encoder``.
+        ValueError: the kind is unknown, or the precision, window or stride is invalid; or as ``build_encoder``.
     """
+    return as_teacher(_builder(cfg.SPAR.TEACHER.KIND, "SPAR.TEACHER.KIND")(cfg))
+
+
+def target_cache(cfg: CfgNode, teacher: DenseTeacher) -> TargetCache:
+    """Return the cache in ``SPAR.TEACHER.CACHE_DIR`` for the targets of a teacher.
+
+    Raises:
+        ValueError: the folder cannot be created, or the teacher has no identity.
+    """
+    spec = encoder_spec(cfg)
+    statistics = PixelStatistics(*pixel_statistics(settled(spec, find_family(spec.name))))
+    return TargetCache(cfg.SPAR.TEACHER.CACHE_DIR, teacher, statistics)
+
+
+@TEACHER_REGISTRY.register()
+def sliding(cfg: CfgNode) -> DenseTeacher:
+    """Sliding window."""
+    return _window_teacher(cfg, encoder_spec(cfg))
+
+
+@TEACHER_REGISTRY.register()
+def self_correlation(cfg: CfgNode) -> DenseTeacher:
+    """Sliding window with the read-out "self_correlation"."""
+    spec = encoder_spec(cfg)
+    if SELF_CORRELATION not in find_family(spec.name).readouts:
+        supported = ", ".join(name for name, family in FAMILIES.items() if SELF_CORRELATION in family.readouts)
+        raise ValueError(
+            f"SPAR.TEACHER.KIND: {SELF_CORRELATION} supports encoders of {supported}; got {spec.name}. Use sliding"
+        )
+    return _window_teacher(cfg, dataclasses.replace(spec, readout=SELF_CORRELATION))
+
+
+@TEACHER_REGISTRY.register()
+def ensemble(cfg: CfgNode) -> DenseTeacher:
+    """Mean of the teachers in ``SPAR.TEACHER.ENSEMBLE``."""
+    encoders: dict[tuple, DenseEncoder] = {}
+    members = [_member(cfg, entry, encoders) for entry in cfg.SPAR.TEACHER.ENSEMBLE]
+    return EnsembleTeacher(members)
+
+
+@TEACHER_REGISTRY.register()
+def smoothed(cfg: CfgNode) -> DenseTeacher:
+    """Targets of the kind ``SPAR.TEACHER.BASE``, smoothed by label propagation."""
+    return SmoothedTeacher(_base(cfg), cfg.SPAR.TEACHER.NEIGHBOURS)
+
+
+@TEACHER_REGISTRY.register()
+def upsampled(cfg: CfgNode) -> DenseTeacher:
+    """Targets of the kind ``SPAR.TEACHER.BASE``, upsampled with AnyUp and averaged in each patch."""
+    if not cfg.SPAR.TEACHER.ANYUP:
+        raise ValueError(
+            'SPAR.TEACHER.ANYUP must be the weights of AnyUp (anyup_multi_backbone.pth of wimmerth/anyup), got ""'
+        )
+    anyup = load_anyup(cfg.SPAR.TEACHER.ANYUP, "SPAR.TEACHER.ANYUP").to(cfg.MODEL.DEVICE)
+    return UpsampledTeacher(_base(cfg), anyup, cfg.SPAR.TEACHER.UPSAMPLING)
+
+
+def _base(cfg: CfgNode) -> DenseTeacher:
+    base = cfg.SPAR.TEACHER.BASE
+    teacher = None if base in _REFINED else as_teacher(_builder(base, "SPAR.TEACHER.BASE")(cfg))
+    if not hasattr(teacher, "encoder"):
+        raise ValueError(
+            f"SPAR.TEACHER.BASE must be sliding, self_correlation, ensemble or a kind with an encoder; got {base!r}"
+        )
+    return cast(DenseTeacher, teacher)
+
+
+def _member(cfg: CfgNode, entry: str, encoders: dict[tuple, DenseEncoder]) -> DenseTeacher:
+    """Build a member of an ensemble.
+
+    Args:
+        cfg: config of the ensemble.
+        entry: entry of ``SPAR.TEACHER.ENSEMBLE``.
+        encoders: encoders of the other members, which the member shares.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    kind, mirror, scale = "sliding", False, 1.0
+    for number, word in enumerate(str(entry).split("+")):
+        name, _, value = word.strip().partition(":")
+        if word.strip() == "single_pass":
+            cfg.SPAR.TEACHER.SINGLE_PASS = True
+        elif word.strip() == "mirror":
+            mirror = True
+        elif name == "stride" and value.isdecimal():
+            cfg.SPAR.TEACHER.STRIDE = int(value)
+        elif name == "scale" and _is_number(value):
+            scale = float(value)
+        elif number == 0 and name in TEACHER_REGISTRY and name != "ensemble" and not value:
+            kind = name
+            if kind in _REFINED and cfg.SPAR.TEACHER.BASE == "ensemble":
+                raise ValueError(f"SPAR.TEACHER.BASE must not be ensemble if a member of the ensemble is {kind}")
+        else:
+            kinds = ", ".join(sorted(kind for kind, _ in TEACHER_REGISTRY if kind != "ensemble"))
+            raise ValueError(
+                f"SPAR.TEACHER.ENSEMBLE: members are a kind ({kinds}), stride:PIXELS, scale:FACTOR, mirror, "
+                f'single_pass, or several of these joined by "+", the kind first; got {entry!r}'
+            )
+    teacher = as_teacher(_builder(kind, "SPAR.TEACHER.ENSEMBLE")(cfg))
+    if isinstance(teacher, (SlidingWindowTeacher, SinglePassTeacher)):
+        key = (type(teacher), encoder_key(teacher.encoder))
+        teacher.encoder = encoders.setdefault(key, teacher.encoder)
+    if (mirror or scale != 1) and not hasattr(teacher, "encoder"):
+        raise ValueError(
+            f"SPAR.TEACHER.ENSEMBLE: {kind} has no encoder, so mirror and scale do not apply; got {entry!r}"
+        )
+    teacher = RescaledTeacher(teacher, scale) if scale != 1 else teacher
+    return MirroredTeacher(teacher) if mirror else teacher
+
+
+def _builder(kind: str, key: str):
+    if kind not in TEACHER_REGISTRY:
+        kinds = ", ".join(sorted(kind for kind, _ in TEACHER_REGISTRY))
+        raise ValueError(
+            f"{key} must be one of {kinds}, or a function that a module of --import registers with "
+            f"TEACHER_REGISTRY.register(); got {kind!r}"
+        )
+    return TEACHER_REGISTRY.get(kind)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(float(text))
+    except ValueError:
+        return False
+
+
+def _window_teacher(cfg: CfgNode, spec: EncoderSpec) -> SlidingWindowTeacher | SinglePassTeacher:
     spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
     precision = resolve_precision(teacher.PRECISION or spar.PRECISION, cfg.MODEL.DEVICE)
     if not teacher.PRECISION and cfg.SOLVER.AMP.ENABLED and precision == "float32":
         precision = "float16"  # same as Detectron2's mixed precision for the student
     _check_precision('SPAR.TEACHER.PRECISION must be "" or one of', precision)
-    encoder = build(encoder_spec(cfg)).accelerate(precision, spar.COMPILE).to(cfg.MODEL.DEVICE)
+    encoder = build(spec).accelerate(precision, spar.COMPILE).to(cfg.MODEL.DEVICE)
+    if teacher.SINGLE_PASS:
+        return SinglePassTeacher(encoder)
     return SlidingWindowTeacher(encoder, teacher.WINDOW, teacher.STRIDE, teacher.BATCH_SIZE)
 
 

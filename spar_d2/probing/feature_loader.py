@@ -195,4 +195,5 @@ def _bytes(record: dict, resize: Augmentation, store: FeatureStore) -> int:
         width, height = header.size
     transform = resize.get_transform(np.broadcast_to(np.uint8(0), (height, width)))
     size = (getattr(transform, "new_h", height), getattr(transform, "new_w", width))
-    return 2 * store.teacher.encoder.embed_dim * math.prod(store.teacher.encoder.grid(*size))
+    encoder = store.source.encoder
+    return 2 * encoder.embed_dim * math.prod(encoder.grid(*size))

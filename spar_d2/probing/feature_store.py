@@ -16,8 +16,9 @@ from detectron2.data.transforms import ResizeShortestEdge
 
 from spar_d2.data.semantic_mapper import transformed_labels
 from spar_d2.modeling.probe_segmentor import ProbeSegmentor
-from spar_d2.teacher import TargetCache
+from spar_d2.teacher import DenseTeacher, TargetCache
 from spar_d2.teacher.cache import target_file
+from spar_d2.teacher.keys import encoder_key
 from spar_d2.utils.content_cache import digest, read_tensors
 from spar_d2.utils.io import signature, write_text
 from spar_d2.utils.label_values import read_label_map
@@ -29,8 +30,8 @@ KEY = "SPAR.PROBE.CACHE_DIR"
 FILE = "features_file_name"
 
 
-class FeatureSource:
-    """The feature extractor of a probe, with the interface that the target cache expects of a teacher.
+class FeatureSource(DenseTeacher):
+    """The feature extractor of a probe, with the interface of a teacher, so that the target cache stores its features.
 
     Args:
         model: model with a frozen encoder.
@@ -42,6 +43,9 @@ class FeatureSource:
         # A window of 0 distinguishes single-pass features from those of any teacher.
         self.window, self.stride = model.windows[:2] if sliding else (0, 0)
         self._encode = model.dense_maps
+
+    def identity(self) -> str:
+        return encoder_key(self.encoder, self.window, self.stride)
 
     @torch.no_grad()
     def targets(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -66,6 +70,7 @@ class FeatureStore(TargetCache):
 
     def __init__(self, folder: str | os.PathLike, source: FeatureSource, reading: str) -> None:
         super().__init__(folder, source)
+        self.source = source
         self._index_name = f"index_{digest(reading)[:16]}.json"
         self._index = self.load(self._index_name, lambda index: {str(k): str(v) for k, v in index.items()}) or {}
 

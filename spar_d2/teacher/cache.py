@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from spar_d2.teacher.keys import Teacher, image_key, pixel_checksum, teacher_key
-from spar_d2.utils.content_cache import ContentCache
+from spar_d2.teacher.dense_teacher import DenseTeacher
+from spar_d2.teacher.keys import Normalization, image_key, pixel_checksum, teacher_key
+from spar_d2.utils.content_cache import ContentCache, digest
 from spar_d2.utils.io import remove_leftovers
 
 # Disk space in bytes that the cache leaves free, so that training can still write checkpoints.
@@ -29,20 +30,32 @@ class TargetCache(ContentCache):
     Args:
         folder: cache folder; created if it does not exist.
         teacher: teacher whose targets are cached.
+        normalization: pixel statistics of the images; None for those of ``teacher.encoder``.
 
     Attributes:
         folder: subfolder of this teacher.
+        normalization: pixel statistics of the images.
         hits, misses: numbers of cache hits and misses.
 
     Raises:
-        ValueError: ``folder`` is a file or cannot be created.
+        ValueError: ``folder`` is a file or cannot be created, the teacher has no identity, or the normalization is
+            unknown.
     """
 
     KEY = "SPAR.TEACHER.CACHE_DIR"
 
-    def __init__(self, folder: str | os.PathLike, teacher: Teacher) -> None:
+    def __init__(
+        self, folder: str | os.PathLike, teacher: DenseTeacher, normalization: Normalization | None = None
+    ) -> None:
         self.teacher = teacher
         identity = teacher_key(teacher)
+        encoder = getattr(teacher, "encoder", None)
+        if normalization is None and encoder is None:
+            raise ValueError(f"normalization must be given for {type(teacher).__name__}, which has no encoder")
+        self.normalization: Normalization = normalization or cast(Any, encoder)
+        statistics = _statistics(self.normalization)
+        if encoder is None or _statistics(encoder) != statistics:
+            identity = digest(identity, str(statistics))[:32]
         super().__init__(Path(folder) / identity, self.KEY, RESERVE, teacher=identity)
         self.hits = self.misses = 0
         try:
@@ -75,11 +88,11 @@ class TargetCache(ContentCache):
 
     def entry(self, image: torch.Tensor) -> LookedUp:
         """Look up the target of an image (3, H, W), normalized for the encoder."""
-        return _look_up(self, image_key(image, self.teacher.encoder))
+        return _look_up(self, image_key(image, self.normalization))
 
     def path(self, image: torch.Tensor) -> Path:
         """Return the cache file of an image (3, H, W), normalized for the encoder."""
-        return self.folder / target_file(image_key(image, self.teacher.encoder))
+        return self.folder / target_file(image_key(image, self.normalization))
 
     def look_up(self) -> TargetLookUp:
         """Return a function for data loader workers that reads cached targets ahead of training."""
@@ -106,7 +119,7 @@ class TargetCache(ContentCache):
         # Targets that exceed the range of float16 are stored in float32.
         stored = half if half.isfinite().all() else target
         if self.writable:
-            key = looked_up.key if looked_up else image_key(image, self.teacher.encoder)
+            key = looked_up.key if looked_up else image_key(image, self.normalization)
             self.try_save(target_file(key), {_NAME: stored.cpu().contiguous()})
         return stored.float()
 
@@ -136,6 +149,10 @@ class TargetLookUp(ContentCache):
 
 def _look_up(files: ContentCache, key: str) -> LookedUp:
     return LookedUp(key, files.load(target_file(key), lambda tensors: tensors[_NAME]))
+
+
+def _statistics(normalization: Normalization) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(normalization.pixel_mean), tuple(normalization.pixel_std)
 
 
 def target_file(key: str) -> str:

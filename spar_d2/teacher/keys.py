@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Protocol
+import re
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from spar_d2.encoders import DenseEncoder
+from spar_d2.teacher.dense_teacher import DenseTeacher
 from spar_d2.utils.content_cache import digest
 
 # Version of the target computation; increase it when targets change.
@@ -21,21 +22,37 @@ _ENCODER_SETTINGS = ("reference_compat", "_precision", "patch_size", "native_siz
 _PIXEL_STEPS = 64
 
 
-class Teacher(Protocol):
-    """Interface of teachers whose targets can be cached."""
+class Normalization(Protocol):
+    """Pixel statistics of images, for example of an encoder: mean and standard deviation (RGB, pixels in 0..1)."""
 
-    encoder: DenseEncoder
-    window: int
-    stride: int
+    @property
+    def pixel_mean(self) -> tuple[float, float, float]: ...
 
-    def targets(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Compute the targets (1, D, h, w) of images (3, H, W) that are normalized for the encoder."""
-        ...
+    @property
+    def pixel_std(self) -> tuple[float, float, float]: ...
 
 
-def teacher_key(teacher: Teacher) -> str:
-    """Return a hash (32 hex digits) of the teacher's window, stride, precision, architecture and weights."""
-    return encoder_key(teacher.encoder, teacher.window, teacher.stride)
+class PixelStatistics(NamedTuple):
+    """Pixel mean and standard deviation (RGB, pixels in 0..1)."""
+
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+
+
+def teacher_key(teacher: DenseTeacher) -> str:
+    """Return a hash (32 hex digits) of everything that affects the targets of a teacher.
+
+    Raises:
+        ValueError: the teacher has no identity.
+    """
+    identity = teacher.identity()
+    if not identity:
+        raise ValueError(
+            f"SPAR.TEACHER.CACHE_DIR: the targets of {type(teacher).__name__} cannot be cached, because its identity "
+            'is empty; for a function, use FunctionTeacher(function, identity="name and version of the model"), or set '
+            'SPAR.TEACHER.CACHE_DIR to ""'
+        )
+    return identity if re.fullmatch("[0-9a-f]{32}", identity) else digest(identity)[:32]
 
 
 def encoder_key(encoder: DenseEncoder, *settings: object) -> str:
@@ -50,7 +67,7 @@ def encoder_key(encoder: DenseEncoder, *settings: object) -> str:
     return digest(*parts)[:32]
 
 
-def image_key(image: torch.Tensor, encoder: DenseEncoder) -> str:
+def image_key(image: torch.Tensor, encoder: Normalization) -> str:
     """Return a hash (32 hex digits) of the pixels of an image.
 
     Pixels are rounded to 1/64 of a gray level, so that rounding differences of the normalization between machines do
@@ -58,7 +75,7 @@ def image_key(image: torch.Tensor, encoder: DenseEncoder) -> str:
 
     Args:
         image: (3, H, W), normalized for the encoder.
-        encoder: encoder whose normalization is undone.
+        encoder: encoder, or other pixel statistics, whose normalization is undone.
     """
     mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
     steps = ((image.float() * std + mean) * (255 * _PIXEL_STEPS)).round()

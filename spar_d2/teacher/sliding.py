@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from spar_d2.encoders import DenseEncoder
-from spar_d2.encoders.image_sizes import Crop, check_images
+from spar_d2.encoders.image_sizes import Crop, Pad, check_images
+from spar_d2.teacher.keys import encoder_key
 from spar_d2.teacher.stitch import WindowSelection, stitch
 from spar_d2.teacher.windows import WindowPlan
 
@@ -49,6 +50,8 @@ class SlidingWindowTeacher(nn.Module):
         ValueError: ``window``, ``stride`` or ``batch_size`` is invalid.
     """
 
+    linear = True
+
     def __init__(self, encoder: DenseEncoder, window: int | None = None, stride: int = 24, batch_size: int = 0) -> None:
         super().__init__()
         self.window, self.stride, self.batch_size = check_window(encoder, window, stride, batch_size)
@@ -62,6 +65,15 @@ class SlidingWindowTeacher(nn.Module):
     def plan(self, height: int, width: int) -> WindowPlan:
         """Return the window plan for an image size in pixels."""
         return plan_windows(self.encoder, height, width, self.window, self.stride)
+
+    def identity(self) -> str:
+        """Return a hash of window, stride, precision, architecture and weights."""
+        return encoder_key(self.encoder, self.window, self.stride)
+
+    def cost(self, height: int, width: int, windows: int = 0) -> int:
+        """Return the number of windows that are encoded for an image; see :class:`~spar_d2.teacher.DenseTeacher`."""
+        planned = len(self.plan(height, width))
+        return min(planned, windows or planned)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the full target, see :func:`sliding_window_features`."""
@@ -186,8 +198,12 @@ def check_window(encoder: DenseEncoder, window: int | None, stride: int, batch_s
 
 def target_grid(encoder: DenseEncoder, height: int, width: int) -> tuple[int, int]:
     """Return the size of the stitched feature map for an image size in pixels."""
-    policy = Crop(encoder.patch_size) if encoder.reference_compat else encoder.size_policy
-    return policy.grid(height, width)
+    return target_policy(encoder).grid(height, width)
+
+
+def target_policy(encoder: DenseEncoder) -> Pad:
+    """Return the policy that pads or crops images to the patches of the stitched feature map."""
+    return Crop(encoder.patch_size) if encoder.reference_compat else encoder.size_policy
 
 
 def plan_windows(encoder: DenseEncoder, height: int, width: int, window: int, stride: int) -> WindowPlan:
