@@ -140,9 +140,9 @@ def test_memory_of_pixels_is_bounded_whatever_the_classes(monkeypatch):
     image, area = photo(height, width), 4 * (height + 7) * (width + 7)
     monkeypatch.setattr(pixels, "_WEIGHT_BYTES", 20 * area)
     monkeypatch.setattr(pixels, "_CLASS_BYTES", 2 * pixels._COPIES * area)
-    # Ranges of 256 pixels.
-    monkeypatch.setitem(solver._VALUES, "cpu", 256 * pixels._FEWEST)
-    monkeypatch.setattr(solver, "STEPS", 2)
+    # Ranges of 1024 pixels.
+    monkeypatch.setitem(solver._VALUES, "cpu", 1024 * pixels._FEWEST)
+    monkeypatch.setattr(solver, "STEPS", 1)
 
     def peak(classes):
         scores = draw(classes, height, width)
@@ -150,7 +150,7 @@ def test_memory_of_pixels_is_bounded_whatever_the_classes(monkeypatch):
 
     few, many = peak(2), peak(6)
     # All weights would be 84 maps; colors and scales are 4. Weights of 13 neighbors are computed at a time.
-    assert few <= (20 + 2 * pixels._COPIES + 4 + 1) * area + 4 * 5 * 13 * 256
+    assert few <= (20 + 2 * pixels._COPIES + 4 + 1) * area + 4 * 5 * 13 * 1024
     assert many <= few + area
     assert few >= 20 * area, "tensors are counted"
 
