@@ -64,7 +64,7 @@ class _Running:
     def __init__(self, scores: torch.Tensor, logit_scale: float) -> None:
         self.classes, self.scale = 0, logit_scale
         self.best = torch.zeros(scores.shape[1:], dtype=torch.int64, device=scores.device)
-        self.top = torch.full_like(scores[0], -math.inf, dtype=torch.float32)
+        self.top = scores.new_full(scores.shape[1:], -math.inf, dtype=torch.float32)
         # Maximum over all classes, allowed or not, to which exponentials are relative.
         self.highest, self.total = self.top.clone(), torch.zeros_like(self.top)
 

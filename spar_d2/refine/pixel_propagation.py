@@ -184,9 +184,12 @@ class PixelGraph:
         result = torch.empty(columns.shape, device=self.device)
         with full_float32(self.device):
             for part, output in zip(columns.split(self.classes_at_once), result.split(self.classes_at_once)):
-                solution = solve(self._apply, self._padded(part, 0))[:, : self._pixels]
-                output.copy_(solution.view(-1, self.size[0], self._stride)[..., : self.size[1]])
+                output.copy_(self._solve(part))
         return result
+
+    def _solve(self, columns: torch.Tensor) -> torch.Tensor:
+        solution = solve(self._apply, self._padded(columns, 0))[:, : self._pixels]
+        return solution.view(-1, self.size[0], self._stride)[..., : self.size[1]]
 
 
 def lposs_plus(scores: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,12 @@ def photo(height, width):
     return 0.3 + 0.4 * torch.rand(3, height, width, generator=torch.Generator().manual_seed(height))
 
 
+def assert_same(result, expected):
+    """Equal up to rounding in another order."""
+    assert result.shape == expected.shape
+    assert (result - expected).abs().max() <= 5e-6 * max(1, expected.abs().max())
+
+
 def peak_of_tensors(function):
     """Largest number of bytes that a call allocates at a time."""
     function()
@@ -38,9 +44,9 @@ def test_a_graph_of_patches_serves_any_columns():
     graph = PatchGraph(guide, 16, neighbours=9)
     expected = lposs(scores, guide, 16, neighbours=9).flatten(0, 1)
     columns = scores.flatten(0, 1)
-    torch.testing.assert_close(graph.propagate(columns), expected)
+    assert_same(graph.propagate(columns), expected)
     parts = [graph.propagate(part) for part in columns.split(5, 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-6)
+    assert_same(torch.cat(parts, 1), expected)
     assert torch.equal(columns, scores.flatten(0, 1)), "the input is not modified"
 
 
@@ -48,7 +54,7 @@ def test_a_graph_of_pixels_serves_any_classes():
     image, scores = photo(9, 13), draw(7, 9, 13)
     graph, expected = PixelGraph(image), lposs_plus(scores, image)
     parts = [graph.propagate(part) for part in scores.split(3)]
-    torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-6)
+    assert_same(torch.cat(parts), expected)
 
 
 def test_chunks_of_columns_give_the_same(monkeypatch):
@@ -57,11 +63,11 @@ def test_chunks_of_columns_give_the_same(monkeypatch):
     monkeypatch.setattr(patches, "_COLUMN_BYTES", 4 * 30 * 4)
     monkeypatch.setitem(patches._BLOCK_BYTES, "cpu", 4 * 30 * 7)
     monkeypatch.setitem(solver._VALUES, "cpu", 17)
-    torch.testing.assert_close(lposs(scores, guide, 16, neighbours=10), expected, rtol=0, atol=2e-6)
+    assert_same(lposs(scores, guide, 16, neighbours=10), expected)
 
 
 @pytest.mark.parametrize("kept_offsets", [0, 30, 84])
-@pytest.mark.parametrize("values", [50, 1 << 19])
+@pytest.mark.parametrize("values", [900, 1 << 19])
 def test_chunks_of_pixels_and_classes_and_computed_weights_give_the_same(monkeypatch, kept_offsets, values):
     image, scores = photo(14, 19), draw(5, 14, 19)
     expected = lposs_plus(scores, image)
@@ -71,7 +77,7 @@ def test_chunks_of_pixels_and_classes_and_computed_weights_give_the_same(monkeyp
     graph = PixelGraph(image)
     assert sum(map(len, graph._kept)) == {0: 0, 30: 19, 84: 84}[kept_offsets]
     assert graph.classes_at_once == 2
-    torch.testing.assert_close(graph.propagate(scores), expected, rtol=0, atol=1e-5)
+    assert_same(graph.propagate(scores), expected)
 
 
 def test_classes_of_zeros_stay_zero_and_do_not_disturb_others():
@@ -96,8 +102,9 @@ def test_patches_without_neighbors_keep_their_scores():
     guide, scores = draw(4, 3, 4), draw(3, 4, 2)
     guide[:, 1, 2] = 0
     result = lposs(scores, guide, 16)
-    torch.testing.assert_close(result[1, 2], scores[1, 2], rtol=0, atol=1e-6)
-    assert not torch.allclose(result[0, 0], scores[0, 0], atol=0.01)
+    # Ten steps nearly solve the system.
+    torch.testing.assert_close(result[1, 2], scores[1, 2], rtol=0, atol=0.02)
+    assert not torch.allclose(result[0, 0], scores[0, 0], rtol=0, atol=0.1)
     torch.testing.assert_close(lposs(scores, guide, 16, neighbours=1), scores)
 
 
@@ -129,22 +136,23 @@ def test_no_classes_give_no_scores():
 
 
 def test_memory_of_pixels_is_bounded_whatever_the_classes(monkeypatch):
-    height, width = 150, 170
+    height, width = 60, 70
     image, area = photo(height, width), 4 * (height + 7) * (width + 7)
     monkeypatch.setattr(pixels, "_WEIGHT_BYTES", 20 * area)
     monkeypatch.setattr(pixels, "_CLASS_BYTES", 2 * pixels._COPIES * area)
-    monkeypatch.setattr(pixels, "_FEWEST", 64)
-    monkeypatch.setitem(solver._VALUES, "cpu", 1 << 14)
+    # Ranges of 1024 pixels.
+    monkeypatch.setitem(solver._VALUES, "cpu", 1024 * pixels._FEWEST)
+    monkeypatch.setattr(solver, "STEPS", 1)
 
     def peak(classes):
         scores = draw(classes, height, width)
         return peak_of_tensors(lambda: lposs_plus(scores, image)) - 4 * scores.numel()
 
-    few, many = peak(2), peak(12)
-    # All weights would be 84 maps; colors and scales are 4, and 5 more exist while colors are converted.
-    assert few <= (20 + 2 * pixels._COPIES + 9) * area
+    few, many = peak(2), peak(6)
+    # All weights would be 84 maps; colors and scales are 4. Weights of 13 neighbors are computed at a time.
+    assert few <= (20 + 2 * pixels._COPIES + 4 + 1) * area + 4 * 5 * 13 * 1024
     assert many <= few + area
-    assert few >= 20 * area / 2, "tensors are counted"
+    assert few >= 20 * area, "tensors are counted"
 
 
 def test_memory_of_patches_never_holds_all_pairs():
