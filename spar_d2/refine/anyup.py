@@ -28,7 +28,7 @@ from spar_d2.refine.anyup_layers import (
 from spar_d2.utils.transfer import send
 
 # Limit of the memory of maps that are kept for later passes.
-KEPT_BYTES = 600 << 20
+KEPT_BYTES = 512 << 20
 
 
 def imagenet_normalized(image: torch.Tensor) -> torch.Tensor:

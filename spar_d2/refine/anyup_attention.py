@@ -88,7 +88,8 @@ class LocalAttention:
             )
         with full_float32(values.device):
             bands = [self._attend(number, value.float(), rows) for number, value in enumerate(values)]
-        return torch.stack(bands).to(values.dtype)
+        output = bands[0][None] if len(bands) == 1 else torch.stack(bands)
+        return output.to(values.dtype)
 
     def project(self, text: torch.Tensor) -> torch.Tensor:
         """Compute the products (B, Q, h, w) float32 of the features, of their own length, and text (Q, C)."""

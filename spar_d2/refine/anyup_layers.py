@@ -19,7 +19,7 @@ SHORTEST = 1e-12
 _GROUPS = 8
 _FILTER = 5
 # Elements of a chunk of filter responses.
-_RESPONSES = 1 << 19
+_RESPONSES = {"cpu": 1 << 19, "other": 1 << 24}
 # Machine epsilon of float32.
 _RMS_EPS = torch.finfo(torch.float32).eps
 
@@ -144,7 +144,8 @@ class FeatureFilters(nn.Module):
         inside = F.conv2d(F.pad(torch.ones_like(unit[:, :1]), [border] * 4), torch.ones_like(self.basis[:1]))[0, 0]
         padded = F.pad(unit, [border] * 4)
         filters = self.basis.float().flatten(1).T
-        cells_at_once = max(1, _RESPONSES // (channels * WIDTH))
+        responses = _RESPONSES.get(features.device.type, _RESPONSES["other"])
+        cells_at_once = max(1, responses // (channels * WIDTH))
         output = []
         for row in range(height):
             # (1, C * 25, w) -> (w, C, 25)
