@@ -12,20 +12,19 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from spar_d2.distillation.finite import FiniteCheck
 from spar_d2.distillation.frozen_outputs import FrozenOutputs
 from spar_d2.distillation.loss import distillation_loss, mean_cosine, sampled_distillation_loss
 from spar_d2.distillation.match_inputs import EncodedImage, match
 from spar_d2.distillation.projection import LeastSquaresProjection
 from spar_d2.distillation.readings import Readings
 from spar_d2.distillation.shapes import check_grid, check_shape
+from spar_d2.distillation.targets import StepTargets
 from spar_d2.encoders import DenseEncoder, find_encoder
 from spar_d2.modeling.build import target_cache, teacher_from_config
 from spar_d2.teacher import DenseTeacher, SampledTarget, TargetCache, as_teacher
-from spar_d2.teacher.cache import LookedUp, TargetLookUp
-from spar_d2.teacher.keys import image_key
 
 LOSS_NAME = "loss_distill"
 AVERAGES = ("image", "cell")
@@ -106,18 +105,15 @@ class DistillationHook(HookBase):
             )
         self.projection = LeastSquaresProjection(projection_images) if projection else None
         self.weight = weight
-        self.windows_per_image = windows_per_image
-        self.seed = seed
         self.average = average
         self.cache = cache
+        self._finite = FiniteCheck()
+        self.targets = StepTargets(self.teacher, cache, windows_per_image, seed, self._finite)
         self.frozen_outputs = FrozenOutputs(frozen_outputs_gib) if frozen_outputs_gib else None
-        self.windows_encoded = 0
-        self._generator = torch.Generator()
         self._inputs: object = None
         self._encoded: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._readings = Readings()
-        self._looks_up: bool | None = None
+        self._readings, self._device = Readings(), torch.device("cpu")
         self._start_counting()
 
     @classmethod
@@ -136,12 +132,17 @@ class DistillationHook(HookBase):
             "frozen_outputs_gib": cfg.SPAR.DISTILL.FROZEN_OUTPUTS_GIB,
         }
 
+    @property
+    def windows_encoded(self) -> int:
+        """Number of windows, or other encoder passes of the teacher, since the start of the run."""
+        return self.targets.total_passes
+
     def state_dict(self) -> dict:
         projection = {"projection": self.projection.state_dict()} if self.projection else {}
         return {"windows_encoded": self.windows_encoded, **projection}
 
     def load_state_dict(self, state: dict) -> None:
-        self.windows_encoded = state["windows_encoded"]
+        self.targets.total_passes = state["windows_encoded"]
         if self.projection and "projection" in state:
             self.projection.load_state_dict(state["projection"])
 
@@ -173,47 +174,28 @@ class DistillationHook(HookBase):
 
     def before_step(self) -> None:
         self._start_counting()
-        # The seed depends on iteration and process, so that sampled windows are reproducible.
-        self._generator.manual_seed((self.seed * 1_000_003 + self.trainer.iter) * 1_009 + comm.get_rank())
+        self._finite.start(self.trainer.iter)
+        self.targets.start(self.trainer.iter, comm.get_rank())
 
     def after_backward(self) -> None:
         # Check before the optimizer step, while the device is still busy with the backward pass.
-        self._raise_if_not_finite()
+        self._finite.check()
 
     def after_step(self) -> None:
-        self._raise_if_not_finite()  # in case the trainer does not call after_backward()
+        self._finite.check()  # in case the trainer does not call after_backward()
         if not self._images:
             return
-        counts = {"images": self._images, "windows": self._windows, "encoded": self.windows_encoded}
+        counts = {"images": self._images, "windows": self.targets.passes, "encoded": self.windows_encoded}
         known = {**counts, "seconds": time.perf_counter() - self._since}
         iteration = self.trainer.iter
         self._readings.add(iteration, known, {"cosine": torch.stack(self._cosines).sum()})
         if self._readings.are_due(iteration, self.trainer.max_iter):
-            self._write_readings()
-
-    def _write_readings(self) -> None:
-        steps = self._readings.take()
-        # float64, because float32 represents integers exactly only up to 16 million windows.
-        names = ("cosine", "images", "windows", "encoded")
-        sums = torch.tensor([[numbers[name] for name in names] for _, numbers in steps], dtype=torch.float64)
-        if comm.get_world_size() > 1:
-            sums = sums.to(self._device)
-            torch.distributed.all_reduce(sums)
-        storage = get_event_storage()
-        for (iteration, numbers), (cosine, images, windows, encoded) in zip(steps, sums.tolist()):
-            seconds = numbers["seconds"]
-            values = {
-                "distill/cosine": cosine / images,
-                "distill/images_per_second": images / seconds,
-                "distill/windows_per_second": windows / seconds,
-            }
-            storage.put_scalars(cur_iter=iteration, **values)
-            storage.put_scalar("distill/windows_encoded", encoded, smoothing_hint=False, cur_iter=iteration)
+            self._readings.write(self._device)
 
     def after_train(self) -> None:
         # If there are several processes, one of them may have failed, and a collective operation would hang.
         if comm.get_world_size() == 1:
-            self._write_readings()
+            self._readings.write(self._device)
         for handle in self._handles:
             handle.remove()
         if self._handles:
@@ -223,9 +205,8 @@ class DistillationHook(HookBase):
 
     def _start_counting(self) -> None:
         self._encoded = []
-        self._images = self._windows = 0
+        self._images = 0
         self._cosines: list[torch.Tensor] = []
-        self._norms: list[tuple[str, EncodedImage, torch.Tensor]] = []
         self._since = time.perf_counter()
 
     def _remember_inputs(self, model: nn.Module, inputs: tuple) -> None:
@@ -251,16 +232,16 @@ class DistillationHook(HookBase):
         return {**losses, LOSS_NAME: self.weight * self._loss(match(encoded, model_inputs))}
 
     def _loss(self, encoded: list[EncodedImage]) -> torch.Tensor:
-        self._note_norms("the student's features", [image.features for image in encoded], encoded)
+        self._finite.note("the student's features", [image.features for image in encoded], encoded)
         if self.projection and not self.projection.fitted:
-            targets = [self._full_target(image) for image in encoded]
+            targets = [self.targets.full(image) for image in encoded]
             for image, target in zip(encoded, targets):
                 check_grid(image, target.shape)
             self.projection.add(targets, [image.features for image in encoded])
             # The features keep their gradient, which DistributedDataParallel expects.
             return torch.stack([image.features.float().sum() for image in encoded]).sum() * 0
         losses = []
-        targets = self._targets(encoded)
+        targets = self.targets.of(encoded)
         for image, target in zip(encoded, map(self.projection, targets) if self.projection else targets):
             student = image.features[None]
             check_shape(image, target)
@@ -279,88 +260,3 @@ class DistillationHook(HookBase):
             # DistributedDataParallel averages gradients over processes.
             total = total / processes
         return sum(loss * number for loss, number in zip(losses, cells)) / total
-
-    def _targets(self, encoded: list[EncodedImage]) -> list[torch.Tensor | SampledTarget]:
-        """Return the target of each image: a full target (1, D, h, w), or a sampled target."""
-        if self.windows_per_image:
-            return self._sampled_targets(encoded)
-        return [self._full_target(image) for image in encoded]
-
-    def _sampled_targets(self, encoded: list[EncodedImage]) -> list[torch.Tensor | SampledTarget]:
-        lookups = [self.cache.read(image.image, self._looked_up(image)) if self.cache else None for image in encoded]
-        cached: list[torch.Tensor | SampledTarget] = [target for target in lookups if target is not None]
-        if len(cached) == len(lookups):
-            return cached
-        missing = [image for image, target in zip(encoded, lookups) if target is None]
-        shifts = torch.stack([self._shift(image) for image in missing])
-        samples = cast(Any, self.teacher).samples([image.image for image in missing], self.windows_per_image, shifts)
-        self._note_norms("the teacher's features", [sample.weighted_sum for sample in samples], missing)
-        self._count_windows(sum(sample.windows for sample in samples))
-        remaining = iter(samples)
-        return [next(remaining) if target is None else target for target in lookups]
-
-    def _full_target(self, image: EncodedImage) -> torch.Tensor:
-        if self.cache is None:
-            target = self.teacher.targets([image.image])[0]
-            self._note_norms("the teacher's features", [target], [image])
-            self._count_windows(self._planned(image))
-            return target
-        misses = self.cache.misses
-        try:
-            target = self.cache.target(image.image, self._looked_up(image))
-        except FloatingPointError as error:
-            raise self._not_finite(str(error), image) from error
-        if self.cache.misses > misses:
-            self._count_windows(self._planned(image))
-        return target
-
-    def _looked_up(self, image: EncodedImage) -> LookedUp | None:
-        """Return the cache lookup of the data loader, or None if it is not of exactly the encoded pixels."""
-        looked_up = image.records[0].get(TargetLookUp.NAME) if len(image.records) == 1 else None
-        if looked_up is None or image.records[0]["image"].shape != image.image.shape:
-            return None
-        if self._looks_up is None:
-            # Check once whether the model modifies images beyond normalization, which invalidates lookups.
-            assert self.cache is not None  # only a cache looks up targets
-            self._looks_up = image_key(image.image, self.cache.normalization) == looked_up.key
-        return looked_up if self._looks_up else None
-
-    def _planned(self, image: EncodedImage) -> int:
-        """Return the number of encoder passes for the full target of an image."""
-        return self.teacher.cost(*image.image.shape[-2:])
-
-    def _count_windows(self, windows: int) -> None:
-        self._windows += windows
-        self.windows_encoded += windows
-
-    def _shift(self, image: EncodedImage) -> torch.Tensor:
-        """Return two random numbers that determine the sampled windows of an image.
-
-        If the image's position in the run is known, it seeds them, so that they do not depend on the number of
-        processes or on the other images of the step.
-        """
-        generator = self._generator
-        if image.position is not None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_000_007 + image.position)
-        return torch.rand(2, generator=generator)
-
-    def _note_norms(self, what: str, tensors: list[torch.Tensor], encoded: list[EncodedImage]) -> None:
-        """Store the norms of tensors to detect NaN and infinity. On a GPU, they are checked after the backward pass."""
-        detached = [tensor.detach() for tensor in tensors]
-        norms = torch._foreach_norm(detached)  # pyright: ignore[reportPrivateImportUsage]
-        self._norms += [(what, image, norm) for image, norm in zip(encoded, norms)]
-        if not norms[0].is_cuda:
-            self._raise_if_not_finite()
-
-    def _raise_if_not_finite(self) -> None:
-        entries, self._norms = self._norms, []
-        if entries and not torch.stack([norm for _, _, norm in entries]).isfinite().all():
-            what, image, _ = next(entry for entry in entries if not entry[2].isfinite())
-            raise self._not_finite(f"{what} are NaN or infinite", image)
-
-    def _not_finite(self, what: str, image: EncodedImage) -> FloatingPointError:
-        return FloatingPointError(
-            f"{what} for {image.name} at iteration {self.trainer.iter}; this step was not saved. If the training "
-            "diverged, reduce SOLVER.BASE_LR; for an overflow, set MODEL.SPAR.PRECISION to bfloat16 or float32; if the "
-            "initial weights have NaN values, choose another MODEL.SPAR.PRETRAINED"
-        )

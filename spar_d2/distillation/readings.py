@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 
 # Number of steps between copies from a GPU, equal to Detectron2's logging period.
 PERIOD = 20
@@ -44,3 +46,27 @@ class Readings:
         return [
             (iteration, {**known, **{name: next(values) for name in computed}}) for iteration, known, computed in steps
         ]
+
+    def write(self, device: torch.device) -> None:
+        """Write the metrics of all steps since the last call to the event storage, summed over all processes.
+
+        Args:
+            device: device on which processes communicate.
+        """
+        steps = self.take()
+        # float64, because float32 represents integers exactly only up to 16 million windows.
+        names = ("cosine", "images", "windows", "encoded")
+        sums = torch.tensor([[numbers[name] for name in names] for _, numbers in steps], dtype=torch.float64)
+        if comm.get_world_size() > 1:
+            sums = sums.to(device)
+            torch.distributed.all_reduce(sums)
+        storage = get_event_storage()
+        for (iteration, numbers), (cosine, images, windows, encoded) in zip(steps, sums.tolist()):
+            seconds = numbers["seconds"]
+            values = {
+                "distill/cosine": cosine / images,
+                "distill/images_per_second": images / seconds,
+                "distill/windows_per_second": windows / seconds,
+            }
+            storage.put_scalars(cur_iter=iteration, **values)
+            storage.put_scalar("distill/windows_encoded", encoded, smoothing_hint=False, cur_iter=iteration)

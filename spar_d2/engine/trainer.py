@@ -182,7 +182,7 @@ class Trainer(DefaultTrainer):
     def _set_seed(self, seed: int) -> None:
         self.seed = seed
         if self._distillation:
-            self._distillation.seed = seed
+            self._distillation.targets.seed = seed
         self.data_loader.set_seed(seed)
 
     def state_dict(self) -> dict:
