@@ -23,10 +23,10 @@ def scaled_lab(image: torch.Tensor) -> torch.Tensor:
         (3, H, W) float32: L / 100, a / 128, b / 128.
     """
     # Numbers rather than tensors: nothing is copied to a GPU.
-    linear = [_linear(channel) for channel in image]
+    red, green, blue = (_linear(channel) for channel in image)
     x, y, z = (
-        _compressed(sum(factor / white * channel for factor, channel in zip(row, linear)))
-        for row, white in zip(_TO_XYZ, _WHITE)
+        _compressed((r / white) * red + (g / white) * green + (b / white) * blue)
+        for (r, g, b), white in zip(_TO_XYZ, _WHITE)
     )
     return torch.stack([(116 * y - 16) / 100, (x - y) * (500 / 128), (y - z) * (200 / 128)])
 
