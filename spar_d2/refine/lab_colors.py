@@ -25,8 +25,8 @@ def scaled_lab(image: torch.Tensor) -> torch.Tensor:
     # Numbers rather than tensors: nothing is copied to a GPU.
     red, green, blue = (_linear(channel) for channel in image)
     x, y, z = (
-        _compressed((factors[0] * red + factors[1] * green + factors[2] * blue) / white)
-        for factors, white in zip(_TO_XYZ, _WHITE)
+        _compressed((r / white) * red + (g / white) * green + (b / white) * blue)
+        for (r, g, b), white in zip(_TO_XYZ, _WHITE)
     )
     return torch.stack([(116 * y - 16) / 100, (x - y) * (500 / 128), (y - z) * (200 / 128)])
 

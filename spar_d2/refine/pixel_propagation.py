@@ -15,8 +15,9 @@ from spar_d2.refine.inputs import check_device, check_tensor, finite_ranges
 from spar_d2.refine.lab_colors import scaled_lab
 from spar_d2.refine.patch_propagation import ALPHA
 
-# Largest distance of neighbors in rows and columns.
+# Largest distance of neighbors in rows and columns, and width of their window.
 _REACH = 6
+_WIDTH = 2 * _REACH + 1
 # Weights are exp(-color distance / 0.01), computed as powers of two: exp is many times slower where it underflows.
 _EXPONENT = -100 / math.log(2)
 # Colors may leave 0..1 by this much.
@@ -93,13 +94,14 @@ class PixelGraph:
         self._kept: list[torch.Tensor] = []
         degree = self._colors.new_zeros(self._length)
         budget = _WEIGHT_BYTES // (4 * self._pixels)
+        parts = list(chunks(_AT_ONCE * _WIDTH, self._pixels, self.device))
+        buffers = self._buffers(parts)
         for first, count in self._rows:
             kept = torch.empty(count, self._pixels, device=self.device) if count <= budget else None
             budget = 0 if kept is None else budget - count
             self._kept += [] if kept is None else [kept]
-            for part in chunks(_AT_ONCE * count, self._pixels, self.device):
-                buffers = self._buffers(part, count)
-                weights = self._affinity(part, first, buffers, buffers[0] if kept is None else kept[:, part])
+            for part in parts:
+                weights = self._affinity(part, first, count, buffers, None if kept is None else kept[:, part])
                 degree[part] += weights.sum(0)
                 for number, row in enumerate(weights, first):
                     degree[part.start + number : part.stop + number] += row
@@ -108,28 +110,32 @@ class PixelGraph:
             for part in chunks(count, self._pixels, self.device):
                 self._normalize(weights[:, part], part, first)
 
-    def _buffers(self, part: slice, count: int) -> torch.Tensor:
-        return torch.empty(5, count, part.stop - part.start, device=self.device)
+    def _buffers(self, parts: list[slice]) -> torch.Tensor:
+        """Memory for the weights of a range of pixels, allocated once: the first use of memory is slow on a CPU."""
+        return torch.empty(_AT_ONCE, _WIDTH, parts[0].stop, device=self.device)
 
     def _neighbors(self, maps: torch.Tensor, part: slice, first: int, count: int) -> torch.Tensor:
         """View of maps (C, length) at consecutive neighbors of a range of n pixels, (C, count, n)."""
         n = part.stop - part.start
         return maps.as_strided((len(maps), count, n), (self._length, 1, 1), part.start + first)
 
-    def _affinity(self, part: slice, first: int, buffers: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Compute the weights between a range of n pixels and consecutive neighbors, from ``first`` positions later.
+    def _affinity(
+        self, part: slice, first: int, count: int, buffers: torch.Tensor, output: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Compute the weights between a range of n pixels and consecutive neighbors.
 
         Args:
             part: range of pixels.
-            first: position of the first neighbor relative to each pixel.
-            buffers: (5, count, n), overwritten.
-            output: (count, n), may be the first buffer.
+            first, count: position of the first neighbor relative to each pixel, and number of neighbors.
+            buffers: memory for at least these weights, overwritten.
+            output: (count, n), or None for one of the buffers.
 
         Returns:
             The output.
         """
-        root, difference = buffers[1], buffers[2:]
-        there = self._neighbors(self._colors, part, first, len(output))
+        buffers = buffers[:, :count, : part.stop - part.start]
+        output, root, difference = buffers[0] if output is None else output, buffers[1], buffers[2:]
+        there = self._neighbors(self._colors, part, first, count)
         torch.sub(there, self._colors[:, None, part], out=difference)
         red, green, blue = difference
         torch.mul(red, red, out=output).add_(_TINY)
@@ -145,14 +151,15 @@ class PixelGraph:
     def _apply(self, values: torch.Tensor, output: torch.Tensor) -> None:
         """Write (1 - 0.95 S) values to the output, both (C, length)."""
         output.copy_(values)
-        for part in chunks(max(len(values), _FEWEST), self._pixels, self.device):
+        parts = list(chunks(max(len(values), _FEWEST), self._pixels, self.device))
+        buffers = self._buffers(parts) if len(self._kept) < len(self._rows) else output.new_empty(0)
+        for part in parts:
             here, result = values[:, part], output[:, part]
             for number, (first, count) in enumerate(self._rows):
                 if number < len(self._kept):
                     weights = self._kept[number][:, part]
                 else:
-                    buffers = self._buffers(part, count)
-                    weights = self._normalize(self._affinity(part, first, buffers, buffers[0]), part, first)
+                    weights = self._normalize(self._affinity(part, first, count, buffers, None), part, first)
                 for offset, row in enumerate(weights, first):
                     there = slice(part.start + offset, part.stop + offset)
                     result.addcmul_(row, values[:, there], value=-1)

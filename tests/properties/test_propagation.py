@@ -28,7 +28,7 @@ def grids(draw):
     height, width, classes = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(CLASSES)
     generator = generator_of(draw)
     scores = 0.15 + 0.1 * torch.randn(height, width, classes, generator=generator)
-    guide = torch.randn(draw(st.integers(6, 12)), 1, 1, generator=generator) * draw(st.floats(0, 2))
+    guide = torch.randn(draw(st.integers(6, 12)), 1, 1, generator=generator) * draw(st.sampled_from([0.0, 0.3, 2.0]))
     neighbors = draw(st.sampled_from([1, 2, 5, 20, 49, 400]))
     # Which of equally similar patches are the nearest is left open.
     if neighbors < height * width or draw(st.booleans()):
@@ -52,7 +52,7 @@ def images(draw):
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(case=grids())
 def test_patches_are_those_of_dense_matrices(chunked, case):
     with pytest.MonkeyPatch.context() as patch:
@@ -66,13 +66,13 @@ def test_patches_are_those_of_dense_matrices(chunked, case):
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(case=images())
 def test_pixels_are_those_of_dense_matrices(chunked, case):
     with pytest.MonkeyPatch.context() as patch:
         if chunked:
             patch.setattr(pixels, "_WEIGHT_BYTES", 4000)
-            patch.setattr(pixels, "_CLASS_BYTES", 20000)
+            patch.setattr(pixels, "_CLASS_BYTES", 100_000)
             patch.setitem(solver._VALUES, "cpu", 3000)
         result = lposs_plus(*case)
     assert_close(result, plain.pixel_propagation(*case), 5e-5)
