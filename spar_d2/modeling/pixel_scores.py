@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from spar_d2.encoders.precision import full_float32
 from spar_d2.modeling.banded_upsampling import Resampling
-from spar_d2.modeling.postprocessing import SHORTEST, large_enough, query_areas
+from spar_d2.modeling.postprocessing import SHORTEST, check_thresholds, large_enough, query_areas
 from spar_d2.refine import PixelGraph, best_classes
 from spar_d2.refine.anyup_attention import LocalAttention
 
@@ -164,6 +164,7 @@ class PixelScores:
 
         On a GPU, the host waits for areas. If a class is removed by its area, scores are computed a second time.
         """
+        check_thresholds(logit_scale, prob_threshold, area_threshold)
         query_class = self._query_class
         with full_float32(self._device):
             best, weak = self._best(logit_scale, prob_threshold)

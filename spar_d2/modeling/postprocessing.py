@@ -98,11 +98,7 @@ def segment_scores(
     Takes one pass over the pixels, and a second one over pixels of classes that ``area_threshold`` removes. On a CUDA
     device, the host does not wait, see :func:`spar_d2.modeling.best_query.best_query`.
     """
-    for name, value in (("prob_threshold", prob_threshold), ("area_threshold", area_threshold or 0)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in 0..1, got {value}")
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale must be above 0, got {logit_scale}")
+    check_thresholds(logit_scale, prob_threshold, area_threshold)
     upsampled = UpsampledScores(maps, size)
     query_class = query_class.to(upsampled.device, torch.int64)
     with full_float32(upsampled.device):
@@ -116,6 +112,15 @@ def segment_scores(
         # Several times faster than query_class[best] on a CPU.
         labels = query_class.index_select(0, best.flatten()).view_as(best)
         return labels.masked_fill_(weak, 0) if prob_threshold > 0 else labels
+
+
+def check_thresholds(logit_scale: float, prob_threshold: float, area_threshold: float | None) -> None:
+    """Raise ``ValueError`` if a threshold is outside 0..1, or the scale is not positive."""
+    for name, value in (("prob_threshold", prob_threshold), ("area_threshold", area_threshold or 0)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in 0..1, got {value}")
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be above 0, got {logit_scale}")
 
 
 def query_areas(best: torch.Tensor, queries: int) -> torch.Tensor:
