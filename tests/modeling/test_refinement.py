@@ -42,7 +42,7 @@ def built(cfg, *more_words):
     images = [record(size, index)["image"] for index in range(3) for size in (SIZE, (64, 48), (80, 48), (64, 96))]
     cells = [F.normalize(model.encode(image).flatten(1).T, dim=1) for image in images]
     # Without the means of the images, no class is the best everywhere.
-    means = torch.linalg.qr(torch.stack([of_image.mean(0) for of_image in cells]).T).Q
+    means, _ = torch.linalg.qr(torch.stack([of_image.mean(0) for of_image in cells]).T)
     cells = torch.cat(cells)
     cells = cells - cells @ means @ means.T
     for number, words in enumerate([WORDS, *more_words]):
@@ -80,7 +80,7 @@ def plain_scores(model, inputs, refine, anyup=None, vocabulary=None, normalized=
 
         scores = propagate(scores) / (propagate(torch.ones_like(scores)) if normalized else 1)
         values = scores
-    if "anyup" in steps:
+    if anyup is not None and "anyup" in steps:
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.pixel_mean, encoder.pixel_std))
         padded = encoder.size_policy.apply(model.encoder_input(pixels))
         guidance = imagenet_normalized(padded * std + mean)
