@@ -97,6 +97,19 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.MODEL.SPAR.OUTPUT = "labels"
     # Inference mode: "single_pass", or "sliding_window" with the window and stride of SPAR.TEACHER.
     cfg.MODEL.SPAR.INFERENCE = "single_pass"
+    # Refinement of the class scores (docs/refinement.md): "" for none, or a comma-separated list, in this order, of
+    # "lposs" (label propagation over patches), "anyup" (learned upsampling instead of bilinear) and "lposs+" (label
+    # propagation over pixels; slow on a CPU). With test-time augmentation or REFERENCE_COMPAT, only "lposs".
+    cfg.MODEL.SPAR.REFINE = ""
+    # "anyup": weights of AnyUp (anyup_multi_backbone.pth).
+    cfg.MODEL.SPAR.ANYUP = ""
+    # "lposs": number of neighbors of a patch.
+    cfg.MODEL.SPAR.REFINE_NEIGHBOURS = 400
+    # "lposs": encoder, weights and read-out (as ENCODER, PRETRAINED and READOUT) of the features that tell which
+    # patches are alike. "" uses the dense features themselves.
+    cfg.MODEL.SPAR.REFINE_ENCODER = ""
+    cfg.MODEL.SPAR.REFINE_PRETRAINED = ""
+    cfg.MODEL.SPAR.REFINE_READOUT = ""
 
     cfg.SPAR = CN()
     cfg.SPAR.TEACHER = CN()

@@ -18,10 +18,13 @@ from spar_d2.encoders import DenseEncoder, EncoderSpec
 from spar_d2.encoders.precision import AUTO, PRECISIONS, resolve_precision
 from spar_d2.encoders.registry import build, check_has_text
 from spar_d2.encoders.weight_files import files_of
+from spar_d2.modeling.banded_upsampling import ScoreMap
 from spar_d2.modeling.example_embeddings import ClassVectors, class_vectors, needs_text
 from spar_d2.modeling.pixels import PixelConversion
-from spar_d2.modeling.postprocessing import segment_features
+from spar_d2.modeling.postprocessing import segment_scores
+from spar_d2.modeling.refinement import EncodedImage, Refinement, parse_refine
 from spar_d2.modeling.words import text_embeddings
+from spar_d2.refine import AnyUp, load_anyup
 from spar_d2.text import TextEmbeddings, Vocabulary
 
 if TYPE_CHECKING:
@@ -78,6 +81,8 @@ def segment(
     pixel_std: Sequence[float] | None = None,
     quick_gelu: bool | None = None,
     pretrained_part: str = "",
+    refine: str = "",
+    anyup: str | os.PathLike = "",
 ) -> Segmentation:
     """Segment an image into the classes of a vocabulary, in a single pass at its original size.
 
@@ -96,6 +101,8 @@ def segment(
         logit_scale: see :func:`spar_d2.modeling.segment_features`; None uses the encoder's logit scale.
         prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`.
         precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on GPUs that support it, else float32).
+        refine: refinement of the class scores, such as "lposs,lposs+"; see ``MODEL.SPAR.REFINE``.
+        anyup: weights of AnyUp, if it is part of ``refine``; see :func:`spar_d2.refine.load_anyup`.
 
     Raises:
         ValueError: an argument is invalid, or the image cannot be read or has an unsupported shape or dtype.
@@ -103,7 +110,8 @@ def segment(
     """
     vocabulary = Vocabulary.of(vocabulary)
     _check_numbers(logit_scale=logit_scale or 0, prob_threshold=prob_threshold, area_threshold=area_threshold or 0)
-    templates = _as_text("templates", templates)
+    templates, anyup, steps = _as_text("templates", templates), _as_text("anyup", anyup), parse_refine(refine)
+    anyup = anyup if "anyup" in steps else ""
     spec = EncoderSpec(
         _as_text("encoder", encoder),
         _as_text("pretrained", pretrained),
@@ -123,15 +131,14 @@ def segment(
     precision = resolve_precision(precision, device)
     pixels = _read(image)
     # The file signatures are part of the cache key, so that the model is reloaded after a file changes.
-    files = filter(os.path.isfile, (spec.name, spec.pretrained, spec.dinov3_backbone, templates))
+    files = filter(os.path.isfile, (spec.name, spec.pretrained, spec.dinov3_backbone, templates, anyup))
     stats = [part.stat() for name in files for part in files_of(name) if part.is_file()]
     signatures = tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
-    loaded = _load(spec, templates, device, precision, signatures)
-    classes = loaded.class_vectors(vocabulary)
-    features, padded = loaded.encode(pixels)
+    loaded = _load(spec, templates, device, precision, anyup, signatures)
+    refinement = Refinement(steps, anyup=loaded.anyup)
     scale = loaded.encoder.logit_scale if logit_scale is None else logit_scale
-    arguments = (classes.centered(features), classes.vectors, classes.query_class, pixels.shape[:2], padded, scale)
-    labels = segment_features(*arguments, prob_threshold, area_threshold).cpu().numpy()
+    thresholds = (scale, prob_threshold, area_threshold)
+    labels = loaded.labels(pixels, vocabulary, refinement, *thresholds).cpu().numpy()
     areas = np.bincount(labels.ravel(), minlength=len(vocabulary)) / labels.size
     class_areas = {name: float(area) for name, area in zip(vocabulary.names, areas) if area > 0}
     return Segmentation(labels, vocabulary.names, class_areas)
@@ -171,8 +178,8 @@ def _read(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
 class _Loaded:
     """A model on its device, with the class vectors of the last vocabulary."""
 
-    def __init__(self, encoder: DenseEncoder, embeddings: TextEmbeddings, device: str) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: DenseEncoder, embeddings: TextEmbeddings, device: str, anyup: AnyUp | None) -> None:
+        self.encoder, self.anyup = encoder, anyup
         encoder_stats = (encoder.pixel_mean, encoder.pixel_std)
         self.pixels = PixelConversion((0, 0, 0), (1, 1, 1), "RGB", *encoder_stats).to(device)
         self._embeddings, self._device = embeddings, device
@@ -185,20 +192,45 @@ class _Loaded:
             self._vocabulary = vocabulary
         return self._classes
 
-    @torch.no_grad()
+    def labels(
+        self,
+        pixels: np.ndarray,
+        vocabulary: Vocabulary,
+        refinement: Refinement,
+        logit_scale: float,
+        prob_threshold: float,
+        area_threshold: float | None,
+    ) -> torch.Tensor:
+        """Label the pixels of an RGB image (H, W, 3) uint8, (H, W) int64 on the device."""
+        thresholds = (logit_scale, prob_threshold, area_threshold)
+        classes, image, normalized = self.class_vectors(vocabulary), self._encoded(pixels), prob_threshold > 0
+        size = pixels.shape[0], pixels.shape[1]
+        if refinement.at_pixels:
+            return refinement.pixel_scores(image, classes, size, normalized).labels(*thresholds)
+        grid = ScoreMap(refinement.patch_scores(image, classes, normalized), self._covered(image.features))
+        return segment_scores([grid], classes.query_class, size, *thresholds)
+
     def encode(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[float, float]]:
         """Encode an RGB image (H, W, 3) uint8 to features (D, h, w), and return them with the size that they cover."""
-        patch = self.encoder.patch_size
+        features = self._encoded(pixels).features
+        return features, self._covered(features)
+
+    def _covered(self, features: torch.Tensor) -> tuple[float, float]:
+        return features.shape[1] * self.encoder.patch_size, features.shape[2] * self.encoder.patch_size
+
+    @torch.no_grad()
+    def _encoded(self, pixels: np.ndarray) -> EncodedImage:
         x = torch.tensor(pixels).to(self._device).permute(2, 0, 1)[None].float()
         # An autocast context of the caller must not change the precision.
         with torch.autocast(x.device.type, enabled=False):
-            features = self.encoder(self.pixels(x))[0]
-        return features, (features.shape[1] * patch, features.shape[2] * patch)
+            x = self.pixels(x)
+            return EncodedImage(self.encoder, lambda: x, self.encoder(x)[0])
 
 
 @functools.lru_cache(maxsize=1)
 def _load(
-    spec: EncoderSpec, templates: str, device: str, precision: str, signatures: tuple[tuple[int, ...], ...]
+    spec: EncoderSpec, templates: str, device: str, precision: str, anyup: str, signatures: tuple[tuple[int, ...], ...]
 ) -> _Loaded:
+    upsampling = load_anyup(anyup, "anyup") if anyup else None
     encoder = build(spec).to(device).accelerate(precision).freeze()
-    return _Loaded(encoder, text_embeddings(spec, templates, "auto", device), device)
+    return _Loaded(encoder, text_embeddings(spec, templates, "auto", device), device, upsampling)

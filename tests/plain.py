@@ -23,10 +23,22 @@ def segmentation(
     """``segment_features`` with full maps, one operation after the other."""
     low = torch.einsum("dhw,qd->qhw", F.normalize(features, dim=0), text)
     full = F.interpolate(low[None], size=padded_size, mode="bilinear", align_corners=False)[0]
-    probabilities = (logit_scale * full[:, : size[0], : size[1]]).softmax(0)
+    scores = full[:, : size[0], : size[1]]
+    return labels_of_scores(scores, query_class, logit_scale, prob_threshold, area_threshold)
+
+
+def labels_of_scores(
+    scores: torch.Tensor,
+    query_class: torch.Tensor,
+    logit_scale: float,
+    prob_threshold: float,
+    area_threshold: float | None,
+) -> torch.Tensor:
+    """The labels of ``segment_features`` from the scores (Q, H, W) of all pixels."""
+    probabilities = (logit_scale * scores).softmax(0)
     classes = int(query_class.max()) + 1
     # A class without a query has no probability.
-    best = features.new_zeros(classes, *size)
+    best = scores.new_zeros(classes, *scores.shape[1:])
     for k in query_class.unique():
         best[k] = probabilities[query_class == k].amax(0)
     if area_threshold is not None:

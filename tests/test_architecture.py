@@ -79,8 +79,10 @@ WITHOUT_DETECTRON2 = [
     "modeling/banded_upsampling.py",
     "modeling/best_query.py",
     "modeling/best_query_triton.py",
+    "modeling/pixel_scores.py",
     "modeling/pixels.py",
     "modeling/postprocessing.py",
+    "modeling/refinement.py",
     "modeling/words.py",
     "predict.py",
 ]

@@ -17,6 +17,7 @@ from spar_d2.data.datasets.catalog import BENCHMARKS
 from spar_d2.data.datasets.semantic import found, missing
 from spar_d2.engine.setup import load_config, prepare
 from spar_d2.model_zoo import get_config_file
+from spar_d2.modeling.refinement import parse_refine
 from spar_d2.utils.errors import printable, readable_errors
 from spar_d2.utils.io import as_json, file_lock, write_text
 
@@ -39,6 +40,14 @@ def parse_args() -> argparse.Namespace:
         help="weights of a distilled student, evaluated in a separate row (default: MODEL.WEIGHTS)",
     )
     add("--rows", nargs="+", choices=ROWS, help="rows of the table (default: all; the student's only if it is given)")
+    add(
+        "--refine",
+        nargs="+",
+        default=[],
+        metavar="STEPS",
+        help='values of MODEL.SPAR.REFINE ("lposs", "lposs,lposs+", ...); each refines the student, or the single pass '
+        "if there is no student, in a separate row",
+    )
     add("--datasets", nargs="+", metavar="NAME", help="names of registered data sets (default: all benchmarks on disk)")
     add("--stride", type=int, help="stride of the sliding window in pixels (default: SPAR.TEACHER.STRIDE)")
     add("--limit", type=int, metavar="N", help="evaluate only the first N images of each data set")
@@ -113,7 +122,27 @@ def rows(cfg: CfgNode, args: argparse.Namespace) -> list[Method]:
         "sliding_window": Method(f"pre-trained, sliding window, stride {cfg.SPAR.TEACHER.STRIDE}", sliding),
         "student": Method("SPAR student, single pass", weights=student),
     }
-    return [methods[row] for row in args.rows or ROWS if row != "student" or student]
+    chosen = [row for row in args.rows or ROWS if row != "student" or student]
+    return [*(methods[row] for row in chosen), *refined_rows(cfg, args, methods, chosen)]
+
+
+def refined_rows(cfg: CfgNode, args: argparse.Namespace, methods: dict[str, Method], chosen: list[str]) -> list[Method]:
+    """Return a row for each value of --refine."""
+    if not args.refine:
+        return []
+    base = next((methods[row] for row in ("student", "single_pass") if row in chosen), None)
+    if base is None:
+        raise ValueError("--refine requires the row student or single_pass: add one of them to --rows")
+    for value in args.refine:
+        steps = parse_refine(value)
+        if not steps:
+            raise ValueError('--refine: the rows without refinement are those of --rows; remove ""')
+        if "anyup" in steps and not cfg.MODEL.SPAR.ANYUP:
+            raise ValueError(f"--refine {value} requires the weights of AnyUp: --opts MODEL.SPAR.ANYUP FILE")
+    return [
+        Method(f"{base.name} + {value}", [*base.overrides, "MODEL.SPAR.REFINE", value], base.weights)
+        for value in args.refine
+    ]
 
 
 def find_datasets(names: list[str] | None) -> tuple[list[str], list[str]]:

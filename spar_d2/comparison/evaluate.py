@@ -83,7 +83,9 @@ def _identity(cfg: CfgNode, method: Method, content: str, read: Callable[[str], 
     nodes = [config.MODEL, config.INPUT, config.DATASETS.TEST, config.TEST.AUG]
     if spar.INFERENCE == "sliding_window":
         nodes.append(config.SPAR.TEACHER)
-    files = (spar.ENCODER, spar.PRETRAINED, spar.DINOV3_BACKBONE, spar.VOCABULARY, spar.TEMPLATES, method.weights)
+    files = [spar.ENCODER, spar.PRETRAINED, spar.DINOV3_BACKBONE, spar.VOCABULARY, spar.TEMPLATES, method.weights]
+    if spar.REFINE:
+        files += [spar.ANYUP, spar.REFINE_ENCODER, spar.REFINE_PRETRAINED]
     return digest("\n".join([*map(str, nodes), *map(read, files), content]))[:16]
 
 

@@ -12,6 +12,7 @@ from spar_d2.encoders.precision import AUTO, PRECISIONS, resolve_precision
 from spar_d2.encoders.registry import build, find_family
 from spar_d2.encoders.self_correlation import SELF_CORRELATION
 from spar_d2.encoders.settling import pixel_statistics, settled
+from spar_d2.modeling.refinement import Refinement, parse_refine
 from spar_d2.refine import load_anyup
 from spar_d2.teacher import (
     TEACHER_REGISTRY,
@@ -30,6 +31,8 @@ from spar_d2.teacher.keys import PixelStatistics, encoder_key
 
 # Kinds that refine the targets of the kind in SPAR.TEACHER.BASE.
 _REFINED = ("smoothed", "upsampled")
+# Errors of building an encoder.
+_ERRORS = (ValueError, FileNotFoundError, RuntimeError)
 
 
 def encoder_spec(cfg: CfgNode) -> EncoderSpec:
@@ -79,6 +82,44 @@ def target_cache(cfg: CfgNode, teacher: DenseTeacher) -> TargetCache:
     spec = encoder_spec(cfg)
     statistics = PixelStatistics(*pixel_statistics(settled(spec, find_family(spec.name))))
     return TargetCache(cfg.SPAR.TEACHER.CACHE_DIR, teacher, statistics)
+
+
+def refinement_from_config(cfg: CfgNode) -> Refinement | None:
+    """Build the refinement of ``MODEL.SPAR.REFINE``; None if there is none, or if the output is "features".
+
+    Raises:
+        ValueError: a value is invalid, or does not go with another one; or as ``build_encoder`` and ``load_anyup``.
+        FileNotFoundError, RuntimeError: as ``build_encoder`` and ``load_anyup``.
+    """
+    spar, steps = cfg.MODEL.SPAR, parse_refine(cfg.MODEL.SPAR.REFINE)
+    if not steps or spar.OUTPUT == "features":
+        return None
+    with_anyup = "anyup" in steps and spar.ANYUP
+    anyup = load_anyup(spar.ANYUP, "MODEL.SPAR.ANYUP") if with_anyup else None
+    guide = _guide_encoder(cfg) if "lposs" in steps else None
+    return Refinement(steps, spar.REFINE_NEIGHBOURS, anyup, guide)
+
+
+def _guide_encoder(cfg: CfgNode) -> DenseEncoder | None:
+    """Build the encoder whose features guide LPOSS, frozen; None for the encoder of the segmentor."""
+    spar = cfg.MODEL.SPAR
+    if not spar.REFINE_ENCODER:
+        for key in ("REFINE_PRETRAINED", "REFINE_READOUT"):
+            if spar[key]:
+                raise ValueError(f'MODEL.SPAR.{key} is of the encoder MODEL.SPAR.REFINE_ENCODER, which is ""; set both')
+        return None
+    spec = EncoderSpec(spar.REFINE_ENCODER, spar.REFINE_PRETRAINED, readout=spar.REFINE_READOUT)
+    spec = dataclasses.replace(spec, dinov3_repo=spar.DINOV3_REPO)
+    try:
+        readouts = find_family(spec.name).readouts
+        if spec.readout in ("", *readouts):
+            precision = precision_from_config(cfg)
+            return build(spec).to(cfg.MODEL.DEVICE).accelerate(precision, spar.COMPILE).freeze()
+    except _ERRORS as error:
+        kind = next(kind for kind in _ERRORS if isinstance(error, kind))
+        raise kind(f"MODEL.SPAR.REFINE_ENCODER, REFINE_PRETRAINED: {error}") from error
+    allowed = ", ".join(f'"{readout}"' for readout in ("", *readouts))
+    raise ValueError(f"MODEL.SPAR.REFINE_READOUT must be one of {allowed} for {spec.name}; got {spec.readout!r}")
 
 
 @TEACHER_REGISTRY.register()

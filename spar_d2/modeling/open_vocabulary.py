@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,10 +17,11 @@ from spar_d2.data.transforms import resize_shortest_edge
 from spar_d2.encoders.registry import check_has_text
 from spar_d2.modeling.backbone import DENSE, SPARViT
 from spar_d2.modeling.banded_upsampling import ScoreMap, covered_size
-from spar_d2.modeling.build import encoder_spec
+from spar_d2.modeling.build import encoder_spec, refinement_from_config
 from spar_d2.modeling.dense_inference import DenseInference, check_choice
 from spar_d2.modeling.example_embeddings import ClassVectors, class_vectors, encoder_pixels, needs_text
-from spar_d2.modeling.postprocessing import cosine_scores, score_probabilities, segment_scores
+from spar_d2.modeling.postprocessing import score_probabilities, segment_scores
+from spar_d2.modeling.refinement import EncodedImage, Refinement
 from spar_d2.modeling.words import text_embeddings
 from spar_d2.text import TextEmbeddings, Vocabulary
 from spar_d2.text.examples import ExampleVocabulary
@@ -49,6 +51,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
             the encoder; a window_batch of 0 is chosen from the window size.
         example_size: shortest side and maximum longest side, in pixels, that the images of classes by example are
             resized to; a shortest side of 0 means their original size.
+        refinement: refinement of the class scores; None for none. It has no effect on the output "features".
 
     Raises:
         ValueError: an argument has an invalid value.
@@ -72,6 +75,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         stride: int = 24,
         window_batch: int = 0,
         example_size: Sequence[int] = (0, 0),
+        refinement: Refinement | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, SPARViT):
@@ -87,6 +91,12 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         self._set_inference_mode(inference, window, stride, window_batch)
         self._text: dict[tuple[Vocabulary, int], ClassVectors] = {}
         self.example_size = tuple(example_size)
+        self.refinement = refinement or Refinement(())
+        if self.refinement.at_pixels and backbone.encoder.reference_compat:
+            raise ValueError(
+                "MODEL.SPAR.REFINE: anyup and lposs+ need to know which pixels a patch covers: set "
+                "MODEL.SPAR.REFERENCE_COMPAT False, or use lposs alone"
+            )
         self._set_inference_settings(vocabulary, logit_scale, prob_threshold, area_threshold)
 
     @classmethod
@@ -107,6 +117,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
             "stride": teacher.STRIDE,
             "window_batch": teacher.BATCH_SIZE,
             "example_size": (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
+            "refinement": refinement_from_config(cfg),
         }
 
     def set_vocabulary(self, vocabulary: Vocabulary | str | list | None) -> None:
@@ -158,7 +169,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
 
         Raises:
             RuntimeError: there is no distillation hook in training, or no vocabulary in inference.
-            ValueError: an image has another shape.
+            ValueError: an image has another shape, or is too small for the refinement.
         """
         images = [self._normalize(inputs["image"]) for inputs in batched_inputs]
         if not self.training:
@@ -167,7 +178,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
                 # Fail before encoding if there is no vocabulary.
                 for inputs in batched_inputs:
                     self._text_vectors(inputs)
-            return [self._output(inputs, dense) for inputs, dense in zip(batched_inputs, self._encode(images))]
+            return [self._output(*pair) for pair in zip(batched_inputs, self._encoded(images))]
         if not self._forward_hooks:
             raise RuntimeError(
                 "OpenVocabularySegmentor has no loss of its own: train it with a spar_d2.distillation.DistillationHook"
@@ -177,11 +188,16 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         return {}
 
     @torch.no_grad()
-    def _output(self, inputs: dict, features: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _output(self, inputs: dict, image: EncodedImage) -> dict[str, torch.Tensor]:
         if self.output == "features":
-            return {"features": features}
-        size = result_size(inputs)
-        return self.read([self._score_map(inputs, features, size, mirrored=False)], inputs, size)
+            return {"features": image.features}
+        size, normalized = result_size(inputs), self.output == "scores" or self.prob_threshold > 0
+        if not self.refinement.at_pixels:
+            return self.read([self._score_map(inputs, image, size, False, normalized)], inputs, size)
+        scores = self.refinement.pixel_scores(image, self._text_vectors(inputs), size, normalized)
+        if self.output == "scores":
+            return {"sem_seg": scores.probabilities(self.logit_scale, len(self._vocabulary_of(inputs)))}
+        return {"sem_seg_labels": scores.labels(self.logit_scale, self.prob_threshold, self.area_threshold)}
 
     @torch.no_grad()
     def score_maps(self, views: list[dict], mirrored: list[bool], size: tuple[int, int]) -> list[ScoreMap]:
@@ -192,8 +208,9 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
             mirrored: whether each copy is horizontally flipped.
             size: (H, W) of the result.
         """
-        dense = self._encode([self._normalize(view["image"]) for view in views])
-        return [self._score_map(*arguments) for arguments in zip(views, dense, [size] * len(views), mirrored)]
+        encoded = self._encoded([self._normalize(view["image"]) for view in views])
+        grids = zip(views, encoded, [size] * len(views), mirrored)
+        return [self._score_map(*arguments, normalized=True) for arguments in grids]
 
     @torch.no_grad()
     def read(self, maps: list[ScoreMap], inputs: dict, size: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -205,8 +222,9 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         arguments = (maps, query_class, size, self.logit_scale, self.prob_threshold, self.area_threshold)
         return {"sem_seg_labels": segment_scores(*arguments)}
 
-    def _score_map(self, inputs: dict, features: torch.Tensor, size: tuple[int, int], mirrored: bool) -> ScoreMap:
-        classes = self._text_vectors(inputs)
+    def _score_map(
+        self, inputs: dict, image: EncodedImage, size: tuple[int, int], mirrored: bool, normalized: bool
+    ) -> ScoreMap:
         height, width = inputs["image"].shape[-2:]
         # Result pixels that the feature grid covers: those of the padded image. As in the reference code,
         # REFERENCE_COMPAT stretches the grid over the result instead.
@@ -214,11 +232,17 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         covered = size
         if not encoder.reference_compat:
             covered = covered_size(encoder.grid(height, width), encoder.patch_size, (height, width), size)
-        return ScoreMap(cosine_scores(classes.centered(features), classes.vectors), covered, mirrored)
+        scores = self.refinement.patch_scores(image, self._text_vectors(inputs), normalized)
+        return ScoreMap(scores, covered, mirrored)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Compute the features (D, h, w) that inference uses for an image (3, H, W) in ``INPUT.FORMAT``, 0..255."""
         return self._encode([self._normalize(image)])[0]
+
+    def _encoded(self, images: list[torch.Tensor]) -> list[EncodedImage]:
+        """Encode normalized images (3, H, W), and keep them for refinement."""
+        reads = (functools.partial(self.backbone.convert, image[None]) for image in images)
+        return [EncodedImage(self.backbone.encoder, *pair) for pair in zip(reads, self._encode(images))]
 
     @torch.no_grad()
     def _encode(self, images: list[torch.Tensor]) -> list[torch.Tensor]:

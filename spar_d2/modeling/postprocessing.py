@@ -17,7 +17,7 @@ from spar_d2.modeling.banded_upsampling import ScoreMap, UpsampledScores
 from spar_d2.modeling.best_query import best_allowed_query, best_query
 
 # Smallest norm to divide by, as in torch.nn.functional.normalize.
-_SHORTEST = 1e-12
+SHORTEST = 1e-12
 # Partial histograms per query, on a GPU.
 _COUNTS = 256
 
@@ -40,7 +40,7 @@ def cosine_scores(features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     # (D, h, w) -> (h * w, D) without a copy. Norms are divided out last: dividing the scores is cheaper.
     with full_float32(features.device):
         patches = features.float().flatten(1).T
-        lengths = patches.norm(dim=1, keepdim=True).clamp_(min=_SHORTEST)
+        lengths = patches.norm(dim=1, keepdim=True).clamp_(min=SHORTEST)
         return (patches @ text.to(patches).T).div_(lengths).unflatten(0, features.shape[1:])
 
 
@@ -98,18 +98,14 @@ def segment_scores(
     Takes one pass over the pixels, and a second one over pixels of classes that ``area_threshold`` removes. On a CUDA
     device, the host does not wait, see :func:`spar_d2.modeling.best_query.best_query`.
     """
-    for name, value in (("prob_threshold", prob_threshold), ("area_threshold", area_threshold or 0)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in 0..1, got {value}")
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale must be above 0, got {logit_scale}")
+    check_thresholds(logit_scale, prob_threshold, area_threshold)
     upsampled = UpsampledScores(maps, size)
     query_class = query_class.to(upsampled.device, torch.int64)
     with full_float32(upsampled.device):
         best, weak = best_query(upsampled, logit_scale, prob_threshold)
         if area_threshold is not None:
-            areas = _areas(best, len(query_class))
-            kept = _large_enough(areas, query_class, area_threshold)
+            areas = query_areas(best, len(query_class))
+            kept = large_enough(areas, query_class, area_threshold)
             best, weak = best_allowed_query(upsampled, logit_scale, prob_threshold, kept, best, weak, areas)
             # Pixels without an allowed query keep their old one. Map those queries to class 0, which may have no query.
             query_class = query_class.masked_fill(~kept, 0)
@@ -118,7 +114,16 @@ def segment_scores(
         return labels.masked_fill_(weak, 0) if prob_threshold > 0 else labels
 
 
-def _areas(best: torch.Tensor, queries: int) -> torch.Tensor:
+def check_thresholds(logit_scale: float, prob_threshold: float, area_threshold: float | None) -> None:
+    """Raise ``ValueError`` if a threshold is outside 0..1, or the scale is not positive."""
+    for name, value in (("prob_threshold", prob_threshold), ("area_threshold", area_threshold or 0)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in 0..1, got {value}")
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be above 0, got {logit_scale}")
+
+
+def query_areas(best: torch.Tensor, queries: int) -> torch.Tensor:
     """Count the pixels (Q,) int64 of each query."""
     if best.device.type == "cpu":
         return torch.bincount(best.flatten(), minlength=queries)
@@ -130,7 +135,7 @@ def _areas(best: torch.Tensor, queries: int) -> torch.Tensor:
     return counts.scatter_add_(0, bins, torch.ones_like(counts[:1]).expand_as(bins)).view(_COUNTS, -1).sum(0)
 
 
-def _large_enough(areas: torch.Tensor, query_class: torch.Tensor, threshold: float) -> torch.Tensor:
+def large_enough(areas: torch.Tensor, query_class: torch.Tensor, threshold: float) -> torch.Tensor:
     """Return (Q,) bool: queries of class 0, and of classes with a large enough share of the pixels of classes >= 1."""
     rest = query_class == 0
     areas = areas.masked_fill(rest, 0)

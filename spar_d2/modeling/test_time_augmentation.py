@@ -26,8 +26,8 @@ class SegmentorWithTTA(nn.Module):
         tta_mapper: creates the augmented copies of an input; default: Detectron2's mapper.
 
     Raises:
-        ValueError: the model is not an :class:`OpenVocabularySegmentor` or returns features, or the sizes are missing
-            or out of range.
+        ValueError: the model is not an :class:`OpenVocabularySegmentor`, returns features or refines scores at pixels,
+            or the sizes are missing or out of range.
     """
 
     model: OpenVocabularySegmentor
@@ -42,6 +42,9 @@ class SegmentorWithTTA(nn.Module):
             )
         if segmentor.output == "features":
             raise ValueError('TEST.AUG.ENABLED: features cannot be averaged, MODEL.SPAR.OUTPUT must not be "features"')
+        if segmentor.refinement.at_pixels:
+            steps = ",".join(segmentor.refinement.steps)
+            raise ValueError(f'TEST.AUG.ENABLED: MODEL.SPAR.REFINE must be "" or "lposs", got "{steps}"')
         sizes = cfg.TEST.AUG.MIN_SIZES
         if tta_mapper is None and (not sizes or not all(isinstance(size, int) and size > 1 for size in sizes)):
             raise ValueError(

@@ -74,6 +74,21 @@ def test_weights_of_the_config_are_the_students_and_replaced_keys_are_reported(
 
 
 @pytest.mark.slow
+def test_each_refinement_is_a_row_on_top_of_the_student_or_the_single_pass(evaluate, voc, tiny_model, tmp_path):
+    evaluate("--rows", "single_pass", "--refine", "lposs", "--limit", "1")
+    evaluate("--rows", "student", "--student", tiny_model[1], "--refine", "lposs", "lposs,lposs+", "--limit", "1")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == [
+        "SPAR student, single pass",
+        "SPAR student, single pass + lposs",
+        "SPAR student, single pass + lposs,lposs+",
+    ]
+    finished = json.loads((tmp_path / "out" / "finished.json").read_text())
+    names = [score["method"] for score in finished]
+    assert "pre-trained, single pass + lposs" in names and len({score["identity"] for score in finished}) == len(names)
+
+
+@pytest.mark.slow
 def test_the_message_after_ctrl_c_explains_how_to_continue(evaluate, voc, monkeypatch, tmp_path):
     def stop(*arguments, **keys):
         raise KeyboardInterrupt
@@ -90,6 +105,9 @@ def test_the_message_after_ctrl_c_explains_how_to_continue(evaluate, voc, monkey
         (["--rows", "student"], "--student FILE"),
         (["--student", "nowhere.safetensors"], "--student: "),
         (["--limit", "0"], "--limit "),
+        (["--rows", "sliding_window", "--refine", "lposs"], "--refine "),
+        (["--refine", "crf"], "MODEL.SPAR.REFINE"),
+        (["--refine", "anyup"], "MODEL.SPAR.ANYUP"),
         (["--datasets", "voc22"], "DATASETS.TEST: 'voc22' is not registered; did you mean voc2"),
         (["--datasets", "ade20k"], "ade20k"),
         (["--config-file", "none.yaml"], "--config-file: "),
