@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
@@ -20,6 +19,7 @@ from spar_d2.modeling.banded_upsampling import ScoreMap, covered_size
 from spar_d2.modeling.build import encoder_spec, refinement_from_config
 from spar_d2.modeling.dense_inference import DenseInference, check_choice
 from spar_d2.modeling.example_embeddings import ClassVectors, class_vectors, encoder_pixels, needs_text
+from spar_d2.modeling.inference_inputs import inference_settings, of_one_size, result_size, with_vocabulary
 from spar_d2.modeling.postprocessing import score_probabilities, segment_scores
 from spar_d2.modeling.refinement import EncodedImage, Refinement
 from spar_d2.modeling.words import text_embeddings
@@ -102,7 +102,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         spar, teacher = cfg.MODEL.SPAR, cfg.SPAR.TEACHER
-        settings = _inference_settings(cfg)
+        settings = inference_settings(cfg)
         if needs_text(settings["vocabulary"]):
             check_has_text(spar.ENCODER)
         return {
@@ -133,7 +133,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
     def configured(self, cfg: CfgNode) -> Iterator[None]:
         """Temporarily use the vocabulary, logit scale and thresholds of another config; raises as the class does."""
         before = (self.vocabulary, self.logit_scale, self.prob_threshold, self.area_threshold)
-        self._set_inference_settings(**_inference_settings(cfg))
+        self._set_inference_settings(**inference_settings(cfg))
         try:
             yield
         finally:
@@ -183,7 +183,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
             raise RuntimeError(
                 "OpenVocabularySegmentor has no loss of its own: train it with a spar_d2.distillation.DistillationHook"
             )
-        for same in _of_one_size(images):
+        for same in of_one_size(images):
             self.backbone(torch.stack([images[index] for index in same]))
         return {}
 
@@ -248,7 +248,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
     def _encode(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
         """Encode normalized images (3, H, W) to feature maps (D, h, w)."""
         dense: dict[int, torch.Tensor] = {}
-        for same in _of_one_size(images):
+        for same in of_one_size(images):
             x = torch.stack([images[index] for index in same])
             # Call the backbone itself where possible, so that its hooks see every image.
             single_pass = self.inference == "single_pass"
@@ -292,49 +292,3 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         if vocabulary is None:
             raise RuntimeError("no classes to segment: set MODEL.SPAR.VOCABULARY or call set_vocabulary()")
         return vocabulary
-
-
-def with_vocabulary(inputs: dict) -> dict:
-    """Return an input whose "vocabulary", if present, is a :class:`Vocabulary`, so that it is parsed only once."""
-    vocabulary = inputs.get("vocabulary")
-    return inputs if vocabulary is None else {**inputs, "vocabulary": Vocabulary.of(vocabulary)}
-
-
-def result_size(inputs: dict) -> tuple[int, int]:
-    """Return (H, W) of the result: "height" and "width" of an input, or the size of its image."""
-    height, width = inputs["image"].shape[-2:]
-    return inputs.get("height", height), inputs.get("width", width)
-
-
-def _of_one_size(images: list[torch.Tensor]) -> list[list[int]]:
-    """Group image indices by image size. Images of different sizes are never padded to a common size."""
-    groups: dict[torch.Size, list[int]] = {}
-    for index, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(index)
-    return list(groups.values())
-
-
-def _inference_settings(cfg: CfgNode) -> dict:
-    """Inference settings of a config, as arguments of the segmentor."""
-    spar = cfg.MODEL.SPAR
-    return {
-        "vocabulary": _vocabulary(cfg),
-        "logit_scale": spar.LOGIT_SCALE,
-        "prob_threshold": spar.PROB_THRESHOLD,
-        "area_threshold": spar.AREA_THRESHOLD,
-    }
-
-
-def _vocabulary(cfg: CfgNode) -> Vocabulary | None:
-    """Return the configured classes, or those of the first test data set; None if not needed or not available."""
-    if cfg.MODEL.SPAR.OUTPUT == "features":
-        return None
-    if cfg.MODEL.SPAR.VOCABULARY:
-        return Vocabulary.load(cfg.MODEL.SPAR.VOCABULARY)
-    for name in cfg.DATASETS.TEST:
-        metadata = MetadataCatalog.get(name)
-        classes = metadata.get("stuff_classes")
-        if vocabulary := metadata.get("vocabulary"):
-            return Vocabulary.of(vocabulary)
-        return Vocabulary(classes) if classes else None
-    return None

@@ -12,8 +12,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor
 from spar_d2.modeling.backbone import SPARViT
 from spar_d2.modeling.banded_upsampling import ScoreMap, covered_size
 from spar_d2.modeling.dense_inference import DenseInference, check_choice
+from spar_d2.modeling.inference_inputs import result_size
 from spar_d2.modeling.linear_probe import LinearProbe
-from spar_d2.modeling.open_vocabulary import result_size
 from spar_d2.modeling.postprocessing import score_probabilities, segment_scores
 from spar_d2.utils.registering import registered
 

@@ -10,7 +10,8 @@ from detectron2.modeling import DatasetMapperTTA
 from fvcore.transforms import HFlipTransform
 from torch import nn
 
-from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor, result_size, with_vocabulary
+from spar_d2.modeling.inference_inputs import result_size, with_vocabulary
+from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.utils.images import check_sides
 
 
