@@ -227,6 +227,17 @@ def test_test_time_augmentation_by_the_config(demo, photo, tmp_path):
     assert (masks("plain") == twice).mean() < 0.98
 
 
+def test_labels_are_refined_by_the_config(demo, photo, tmp_path, capfd):
+    def masks(output, *keys):
+        keys = ("MODEL.SPAR.PROB_THRESHOLD", "0.28", "INPUT.MIN_SIZE_TEST", "71", *keys)
+        assert demo("--input", photo, "--vocabulary", WORDS, "--output", output, "--masks", "--opts", *keys) == 0
+        return np.asarray(Image.open(tmp_path / output / "photo_mask.png"))
+
+    assert (masks("plain") != masks("refined", "MODEL.SPAR.REFINE", "lposs,lposs+")).any()
+    assert demo("--input", photo, "--vocabulary", WORDS, "--opts", "MODEL.SPAR.REFINE", "anyup") == 1
+    assert "MODEL.SPAR.ANYUP" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_features_need_no_vocabulary(demo, photo, tmp_path, capsys):
     arguments = ("--input", photo, "--output", "out")
