@@ -267,7 +267,7 @@ def test_memory_does_not_grow_with_the_classes(model, anyup, refine):
     features = torch.randn(16, 3, 4, generator=torch.Generator().manual_seed(0))
     image = EncodedImage(model.backbone.encoder, lambda: torch.zeros(1, 3, 48, 64), features)
     peaks = []
-    for queries in (26, 65):
+    for queries in (26, 104):
         vectors = F.normalize(torch.randn(queries, 16, generator=torch.Generator().manual_seed(1)), dim=1)
         classes = ClassVectors(vectors, torch.arange(queries))
         with LiveMemory() as memory, pytest.MonkeyPatch.context() as patch:
@@ -277,8 +277,8 @@ def test_memory_does_not_grow_with_the_classes(model, anyup, refine):
                 40, 0.1, 0
             )
         peaks.append(memory.peak)
-    # All scores of 39 more classes are 480 kB.
-    assert peaks[1] < peaks[0] + 100_000
+    # All scores of 78 more classes are 958 kB; the chunk before may still be alive, depending on garbage collection.
+    assert peaks[1] < peaks[0] + 250_000, peaks
 
 
 @pytest.mark.parametrize("refine", ["lposs", "anyup", "lposs,lposs+", "lposs,anyup,lposs+"])
