@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from functools import cached_property
@@ -34,9 +35,15 @@ def photographs(folder: Path, count: int) -> list[Path]:
     return evenly_spread(sorted(folder.iterdir()), count)
 
 
+@functools.cache
 def encoder(weights: Path) -> DenseEncoder:
     """Build DINOv2 with the read-out of the recipe."""
     return build_encoder(ENCODER, str(weights), readout="value").freeze()
+
+
+@functools.cache
+def _key(weights: Path, *settings: object) -> str:
+    return encoder_key(encoder(weights), *settings)[:12]
 
 
 class Features:
@@ -52,14 +59,14 @@ class Features:
     def __init__(self, folder: Path, weights: Path, side: int, sliding: bool = False) -> None:
         self.side, self.sliding, self._folder, self._weights = side, sliding, folder, weights
 
-    @cached_property
+    @property
     def encoder(self) -> DenseEncoder:
         return encoder(self._weights)
 
     @cached_property
     def _files(self) -> ContentCache:
         settings = ("sliding", WINDOW, STRIDE) if self.sliding else ("single",)
-        folder = self._folder / f"{encoder_key(self.encoder, *settings)[:12]}_{self.side}"
+        folder = self._folder / f"{_key(self._weights, *settings)}_{self.side}"
         folder.mkdir(parents=True, exist_ok=True)
         return ContentCache(folder, "--output", 1 << 30)
 
