@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from spar_d2.encoders import DenseEncoder, build_encoder
+from spar_d2.modeling.banded_upsampling import covered_size
 from spar_d2.modeling.example_embeddings import encoder_pixels
 from spar_d2.teacher import SlidingWindowTeacher
 from spar_d2.teacher.keys import encoder_key
@@ -27,7 +28,7 @@ WINDOW, STRIDE = 518, 224
 
 def frames(camvid: Path, split: str, count: int) -> list[Path]:
     """Return evenly spread frames of a split of CamVid."""
-    return evenly_spread(sorted((camvid / "images" / split).iterdir()), count)
+    return photographs(camvid / "images" / split, count)
 
 
 def photographs(folder: Path, count: int) -> list[Path]:
@@ -95,13 +96,17 @@ class Features:
 
     def pixels(self, file: Path) -> torch.Tensor:
         """Read an image at this size, as encoder input (1, 3, H, W)."""
-        image = Image.open(file).convert("RGB")
-        scale = self.side / min(image.size)
-        size = (round(image.width * scale), round(image.height * scale))
-        return encoder_pixels(self.encoder, np.asarray(image.resize(size, Image.Resampling.BICUBIC)), "cpu")
+        height, width = self.size(file)
+        image = Image.open(file).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        return encoder_pixels(self.encoder, np.asarray(image), "cpu")
+
+    def size(self, file: Path) -> tuple[int, int]:
+        """Return (H, W) to which an image is resized."""
+        with Image.open(file) as image:
+            scale = self.side / min(image.size)
+            return round(image.height * scale), round(image.width * scale)
 
     def covered(self, file: Path, size: tuple[int, int]) -> tuple[float, float]:
         """Return the height and width of the area that the features cover, in pixels of an image of ``size``."""
-        height, width = self.pixels(file).shape[-2:]
-        rows, columns = (cells * self.encoder.patch_size for cells in self.encoder.grid(height, width))
-        return rows * size[0] / height, columns * size[1] / width
+        given = self.size(file)
+        return covered_size(self.encoder.grid(*given), self.encoder.patch_size, given, size)

@@ -39,8 +39,7 @@ class Scores:
     @staticmethod
     def truth(file: Path) -> np.ndarray:
         """Read the label map (360, 480) of a frame."""
-        labels = file.parents[2] / "labels" / file.parent.name / f"{file.stem}.png"
-        return np.asarray(Image.open(labels))
+        return np.asarray(Image.open(_label_file(file)))
 
     def add(self, file: Path, labels: torch.Tensor) -> None:
         """Count the labels (360, 480) of a frame."""
@@ -78,8 +77,12 @@ def train_and_label(
         yield file, _labels(features, file, logits)
 
 
+def _label_file(file: Path) -> Path:
+    return file.parents[2] / "labels" / file.parent.name / f"{file.stem}.png"
+
+
 def _resized(features: Features, file: Path) -> torch.Tensor:
-    height, width = features.pixels(file).shape[-2:]
+    height, width = features.size(file)
     return torch.tensor(np.asarray(Image.fromarray(Scores.truth(file)).resize((width, height), 0))).long()
 
 
@@ -96,10 +99,9 @@ def label_by_examples(
     examples: list[list[dict]] = [[] for _ in CLASSES]
     for file in train:
         counts = np.bincount(Scores.truth(file).ravel(), minlength=256)
-        mask = file.parents[2] / "labels" / file.parent.name / f"{file.stem}.png"
         for number, listed in enumerate(examples):
             if counts[number] >= LEAST_PIXELS and len(listed) < EXAMPLES:
-                listed.append({"image": str(file.resolve()), "mask": str(mask.resolve()), "value": number})
+                listed.append({"image": str(file.resolve()), "mask": str(_label_file(file).resolve()), "value": number})
     if missing := [name for name, listed in zip(CLASSES, examples) if not listed]:
         raise ValueError(f"--train-frames must be larger: no frame has {LEAST_PIXELS} pixels of {', '.join(missing)}")
     classes = [{"name": name, "examples": listed} for name, listed in zip(CLASSES, examples)]

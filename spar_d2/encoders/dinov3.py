@@ -12,7 +12,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import nn
 
 from spar_d2.encoders.base import DenseEncoder
-from spar_d2.encoders.last_block import Heads, run_correlated
+from spar_d2.encoders.last_block import Heads, qkv_bias, run_correlated
 from spar_d2.encoders.messages import KEY
 from spar_d2.encoders.refusals import refuse_parts
 from spar_d2.encoders.registry import EncoderSpec, register_family
@@ -23,11 +23,8 @@ from spar_d2.utils.transfer import send
 
 def _query_key_value(attn: EvaAttention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
     """Compute rotated queries and keys, and values (B, heads, N, d) of tokens (B, N, C)."""
-    bias = None
-    if attn.q_bias is not None and attn.v_bias is not None:
-        bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
     # (B, N, 3C) -> (B, N, 3, heads, d)
-    qkv = F.linear(x, cast(nn.Linear, attn.qkv).weight, bias).unflatten(-1, (3, attn.num_heads, -1))
+    qkv = F.linear(x, cast(nn.Linear, attn.qkv).weight, qkv_bias(attn)).unflatten(-1, (3, attn.num_heads, -1))
     rotated = _rotate(qkv[:, :, :2], cos.to(qkv.dtype), sin.to(qkv.dtype))
     # (B, N, heads, d) -> (B, heads, N, d)
     query, key, value = (part.transpose(1, 2) for part in (*rotated.unbind(2), qkv[:, :, 2]))

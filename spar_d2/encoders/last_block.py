@@ -73,15 +73,19 @@ def query_key_value(attn: Any, x: torch.Tensor, rope: torch.Tensor | None = None
     if attn.qkv is None:
         parts = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
     else:
-        bias = attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
-        parts = F.linear(x, attn.qkv.weight, bias).chunk(3, dim=-1)
+        parts = F.linear(x, attn.qkv.weight, qkv_bias(attn)).chunk(3, dim=-1)
     query, key, value = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in parts)
     query, key = attn.q_norm(query), attn.k_norm(key)
     if rope is not None:
         query, key = (_rotate(attn, part, rope).to(value.dtype) for part in (query, key))
     return query, key, value
+
+
+def qkv_bias(attn: Any) -> torch.Tensor | None:
+    """Return the bias of the joint projection to queries, keys and values; Eva's attention stores its parts."""
+    if getattr(attn, "q_bias", None) is None:
+        return attn.qkv.bias
+    return torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
 
 
 def _rotate(attn: Any, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
