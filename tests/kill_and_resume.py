@@ -30,9 +30,9 @@ from reference import ROOT, TINY_CONFIG, fill_with_reference, reference_image
 
 CONFIG = str(ROOT / "configs" / "distill" / "Base-distill.yaml")
 STEPS, PERIOD, KEPT = 20, 2, 2
-# Of the files that `spar_d2.utils.io.atomic_write` writes to.
+# Of the folders that `spar_d2.utils.io.atomic_write` writes in.
 TEMPORARY = re.compile(r"\..*\.tmp(\.|$)")
-# Prefixes of temporary files, by the kind of the file.
+# Prefixes of temporary folders, by the kind of the file.
 TARGETS = {
     "checkpoint": r"\.model_\d",
     "last_checkpoint": r"\.last_checkpoint\.",
@@ -88,7 +88,7 @@ class Training:
         return Process(self)
 
     def temporaries(self) -> list[Path]:
-        """Files that are being written, or were when their writer was killed."""
+        """Folders of files that are being written, or were when their writer was killed."""
         return [path for folder in (self.output, self.cache) for path in _temporaries(folder)]
 
     def finished(self) -> str:
@@ -220,7 +220,7 @@ class Kill:
         moment: that was aimed at.
         begin: iteration that the process started from; None where it had not come to that.
         finished: what ``last_checkpoint`` named.
-        left: the temporary files that it leaves, and their sizes in bytes.
+        left: the temporary folders that it leaves, and their sizes in bytes.
         wrong: what should not be.
     """
 
@@ -234,7 +234,7 @@ class Kill:
         begun = "not training yet" if self.begin is None else f"training from iteration {self.begin}"
         left = ", ".join(f"{name} ({size} bytes)" for name, size in self.left.items()) or "none"
         wrong = "".join(f"\n  WRONG: {line}" for line in self.wrong)
-        return f"{self.moment!s:36} {begun}, last checkpoint {self.finished}, temporary files: {left}{wrong}"
+        return f"{self.moment!s:36} {begun}, last checkpoint {self.finished}, temporary folders: {left}{wrong}"
 
 
 def killed(training: Training, moments: list[Moment], most: int) -> Iterator[Kill]:
@@ -287,7 +287,7 @@ def damaged_entries(training: Training) -> list[str]:
     from spar_d2.teacher import TargetCache
     from spar_d2.utils.content_cache import ContentCache
 
-    # In a separate cache, because opening one removes temporary files, which are counted first.
+    # In a separate cache, because opening one removes temporary folders, which are counted first.
     with tempfile.TemporaryDirectory() as folder:
         cache = TargetCache(folder, teacher_from_config(load_config(CONFIG, training.overrides())))
     kept = ContentCache(training.cache, **cache.metadata)
@@ -320,7 +320,7 @@ def differences(ours: object, theirs: object, name: str = "") -> list[str]:
 
 def compare(training: Training, whole: Training) -> list[str]:
     """Differences between a run that was killed and resumed and an uninterrupted one."""
-    wrong = [f"the temporary file {path} is left" for path in training.temporaries()]
+    wrong = [f"the temporary folder {path} is left" for path in training.temporaries()]
     names = [sorted(path.name for path in run.output.glob("[!.]*.pth")) for run in (training, whole)]
     if names[0] != names[1]:
         wrong.append(f"checkpoints {names[0]} instead of {names[1]}")
@@ -390,16 +390,17 @@ def check(
     return kills, wrong
 
 
-def _size(path: Path) -> int:
+def _size(folder: Path) -> int:
+    """Bytes of all files in a folder; -1 if the folder is gone, because its file is complete and has its own name."""
     try:
-        return path.stat().st_size
-    except FileNotFoundError:  # it is complete, and has its own name
+        return sum(path.stat().st_size for path in folder.iterdir())
+    except FileNotFoundError:
         return -1
 
 
 def _temporaries(folder: str | os.PathLike) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        for name in names:
+    for parent, folders, _ in os.walk(folder):
+        for name in folders:
             if TEMPORARY.match(name):
                 yield Path(parent, name)
 

@@ -23,8 +23,12 @@ try:
 except ImportError:  # not available on Windows
     fcntl = None
 
-# Temporary file names contain host and process, for example ".student.HOST-PID-RANDOM.tmp.safetensors".
+# Files are written in temporary folders, whose names contain host and process, for example
+# ".student.HOST-PID-RANDOM.tmp.safetensors". The folder is locked, not the file: some writers, such as safetensors,
+# write to a file of their own beside it, and replace it.
 _TEMPORARY = re.compile(r"\..*\.(?P<host>[^.]*)-\d+-[0-9a-f]{8}\.tmp(\.|$)")
+# Hidden, so that it is never listed as a finished file.
+_CONTENT = ".content"
 _STALE_SECONDS = 24 * 3600
 # Maximum lengths of a file name and of its suffix, in bytes.
 _LONGEST_NAME, _LONGEST_SUFFIX = 255, 32
@@ -107,8 +111,10 @@ def _open_to_add(path: Path) -> int:
 @contextlib.contextmanager
 def _replaced(path: Path, suffix: str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = _new_temporary(path, suffix)
+    folder, lock = _new_temporary(path, suffix)
+    temporary = folder / f"{_CONTENT}{suffix}"
     try:
+        temporary.touch()
         mode = os.stat(path if path.exists() else temporary).st_mode
         yield temporary
         # Some writers create files that only the owner can read.
@@ -117,31 +123,32 @@ def _replaced(path: Path, suffix: str) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
 
 def _new_temporary(path: Path, suffix: str) -> tuple[Path, int | None]:
-    """Create an empty temporary file beside ``path``, and lock it.
+    """Create a temporary folder beside ``path``, and lock it.
 
     Returns:
-        The file, and the descriptor that holds the lock until it is closed; None if locks are not supported.
+        The folder, and the descriptor that holds the lock until it is closed; None if locks are not supported.
     """
     while True:
         ending = f".{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp{suffix}"
         stem = shortened(path.stem, _LONGEST_NAME - len(os.fsencode(f".{ending}")))
-        temporary = path.with_name(f".{stem}{ending}")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        folder = path.with_name(f".{stem}{ending}")
+        folder.mkdir()
         if fcntl is None:
+            return folder, None
+        # Before it is locked, another process may remove it as a leftover.
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, descriptor
             os.close(descriptor)
-            return temporary, None
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Before it was locked, another process may have removed it as a leftover.
-        if os.fstat(descriptor).st_nlink:
-            return temporary, descriptor
-        os.close(descriptor)
 
 
 def shortened(name: str, most: int) -> str:
@@ -238,14 +245,14 @@ def mark_in_use(folder: str | os.PathLike) -> Callable[[], bool]:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> list[str]:
-    """Recursively remove temporary files of killed processes from a folder, and return their paths.
+    """Recursively remove temporary folders of killed processes from a folder, and return their paths.
 
-    Files that are being written are kept, because their writer holds a lock. If locks are not supported, or if the file
-    was created by another host, it is kept for one day.
+    Folders that are being written to are kept, because their writer holds a lock. If locks are not supported, or if the
+    folder was created by another host, it is kept for one day.
     """
     removed = []
-    for parent, _, names in os.walk(folder):
-        for name in names:
+    for parent, folders, _ in os.walk(folder):
+        for name in folders:
             path = os.path.join(parent, name)
             if (match := _TEMPORARY.match(name)) and _remove_if_left(path, match["host"]):
                 removed.append(path)
@@ -258,20 +265,23 @@ def _host() -> str:
 
 def _remove_if_left(path: str, host: str) -> bool:
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # already removed, or a link
+        return False
+    try:
+        certain = _is_free(descriptor) and host == _host()
+        if not certain and time.time() - os.fstat(descriptor).st_mtime < _STALE_SECONDS:
             return False
-        with open(path, "rb+") as file:
-            certain = _is_free(file.fileno()) and host == _host()
-            if not certain and time.time() - os.fstat(file.fileno()).st_mtime < _STALE_SECONDS:
-                return False
-            os.unlink(path)
+        shutil.rmtree(path)
     except OSError:  # locked, already removed, or not removable
         return False
+    finally:
+        os.close(descriptor)
     return True
 
 
 def _is_free(descriptor: int) -> bool:
-    """Try to lock a file. Returns False if locks are not supported; raises ``BlockingIOError`` if it is locked."""
+    """Try to lock a folder. Returns False if locks are not supported; raises ``BlockingIOError`` if it is locked."""
     if fcntl is None:
         return False
     try:

@@ -114,10 +114,11 @@ def test_a_second_run_writes_no_files(name, root, monkeypatch):
 def test_leftovers_of_a_killed_run_are_removed(name, root):
     tree(name, root)
     folder = PREPARATIONS[name].folder(root)
-    folder.mkdir(parents=True, exist_ok=True)
     # Of a process that cannot be: numbers of processes are smaller.
     host = re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
-    (folder / f".x.{host}-{2**30}-0123abcd.tmp.png").write_bytes(b"half")
+    left = folder / f".x.{host}-{2**30}-0123abcd.tmp.png"
+    left.mkdir(parents=True)
+    (left / ".content.png").write_bytes(b"half")
     prepare(name)
     assert not list(root.rglob("*.tmp.png"))
 

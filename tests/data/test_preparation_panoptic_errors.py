@@ -211,8 +211,9 @@ def test_leftovers_of_a_killed_run_are_removed(name, root):
     preparation = PREPARATIONS[name]
     # Of a process that cannot be: numbers of processes are smaller.
     owner = f"{re.sub(r'[^A-Za-z0-9_]', '_', socket.gethostname())}-{2**30}-0123abcd"
-    preparation.folder(root).mkdir(parents=True)
-    (preparation.folder(root) / f".x.{owner}.tmp.png").write_bytes(b"half")
-    preparation.index(root).with_name(f".y.{owner}.tmp.json").write_bytes(b"half")
+    left = preparation.folder(root) / f".x.{owner}.tmp.png", preparation.index(root).with_name(f".y.{owner}.tmp.json")
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / f".content{folder.suffix}").write_bytes(b"half")
     prepare(name)
     assert not list(root.rglob("*.tmp.*"))

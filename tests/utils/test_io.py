@@ -48,7 +48,7 @@ def kill_while_writing(path):
     """A process that is killed in the middle of a file."""
     process = multiprocessing.get_context("fork").Process(target=_write_and_wait, args=(path,))
     process.start()
-    while not any(temporary.stat().st_size for temporary in path.parent.glob(".*.tmp*")):
+    while not any(temporary.stat().st_size for temporary in path.parent.glob(".*.tmp*/.content*")):
         time.sleep(0.01)
     return process
 
@@ -68,24 +68,37 @@ def test_temporary_files_of_killed_writers_are_removed_and_those_of_running_ones
     process.join()
     (left,) = path.parent.iterdir()
     foreign = left.with_name(".file.elsewhere-1-00000000.tmp.txt")
-    foreign.touch()
-    for name in ("plain.txt", ".hidden", ".tmp"):
-        (tmp_path / name).touch()
+    foreign.mkdir()
+    for name in ("plain", ".hidden", ".tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").mkdir()
+    (tmp_path / left.name).symlink_to(tmp_path / "link")
     assert remove_leftovers(tmp_path) == [str(left)]
     os.utime(foreign, (0, 0))
     assert remove_leftovers(tmp_path) == [str(foreign)], "a day later nobody writes to it"
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".hidden", ".tmp", "plain.txt"]
+    assert sorted(os.listdir(tmp_path)) == sorted([".hidden", ".tmp", left.name, "link", "plain", "sub"])
 
 
 def test_temporary_files_of_a_killed_process_with_the_same_id_are_removed(tmp_path):
     with atomic_write(tmp_path / "file.txt") as own:
         assert remove_leftovers(tmp_path) == []
-    left = tmp_path / re.sub(r"-[0-9a-f]{8}\.tmp", "-00000000.tmp", own.name)
-    left.touch()  # killed before its first byte
+    left = tmp_path / re.sub(r"-[0-9a-f]{8}\.tmp", "-00000000.tmp", own.parent.name)
+    left.mkdir()  # killed before its first byte
     assert remove_leftovers(tmp_path) == [str(left)]
 
 
-def test_a_file_removed_before_its_writer_locks_it_is_created_again(tmp_path, monkeypatch):
+def test_files_of_writers_that_replace_them_are_kept(tmp_path):
+    """safetensors and others write to a file of their own, and rename it."""
+    with atomic_write(tmp_path / "file.safetensors") as temporary:
+        other = temporary.with_name("other")
+        save_file({"a": torch.zeros(2)}, other)
+        other.replace(temporary)
+        temporary.with_name("junk").touch()  # of a writer that was killed earlier
+        assert remove_leftovers(tmp_path) == []
+    assert os.listdir(tmp_path) == ["file.safetensors"]
+
+
+def test_a_folder_removed_before_its_writer_locks_it_is_created_again(tmp_path, monkeypatch):
     lock, removed = fcntl.flock, []
 
     def lock_late(descriptor, operation):
@@ -99,7 +112,7 @@ def test_a_file_removed_before_its_writer_locks_it_is_created_again(tmp_path, mo
         temporary.write_text("whole")
         assert remove_leftovers(tmp_path) == []
     (gone,) = removed
-    assert gone != str(temporary)
+    assert gone != str(temporary.parent)
     assert (tmp_path / "file.txt").read_text() == "whole"
 
 
@@ -246,7 +259,9 @@ def test_temporary_files_of_unknown_processes_are_kept(tmp_path):
 
 
 def test_a_pipe_with_the_name_of_a_leftover_is_left_alone(tmp_path):
-    os.mkfifo(tmp_path / ".file.elsewhere-1-00000000.tmp.txt")
+    pipe = tmp_path / ".file.elsewhere-1-00000000.tmp.txt"
+    os.mkfifo(pipe)
+    os.utime(pipe, (0, 0))
     assert remove_leftovers(tmp_path) == []
 
 
