@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-from benchmarks import encoders, postprocess, teacher
+from benchmarks import encoders, postprocess, refinement, teacher
 from benchmarks.measure import describe_machine
 from spar_d2.encoders import build_encoder, describe_encoder
 from spar_d2.encoders.precision import PRECISIONS
@@ -84,6 +84,26 @@ def parse_args() -> argparse.Namespace:
     add("--room", type=float, default=12, metavar="GB", help=room)
     add("--device", choices=["cpu", "cuda"], default=DEVICE, help="(default: %(default)s)")
     add("--repeats", type=int, default=3, metavar="N", help="number of runs for the median (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
+
+    command = commands.add_parser(
+        "refinement",
+        help="refinement of class scores, compared with all of an image at once",
+        description="Refinement of the class scores of an image to labels, compared with plain implementations that "
+        "hold all of an image at once: time and memory, as a table. Features, classes and the weights of AnyUp are "
+        f"random; patches have {refinement.PATCH} pixels and features {refinement.CHANNELS} channels.",
+    )
+    command.set_defaults(run=run_refinement)
+    add = command.add_argument
+    steps = refinement.STEPS
+    add("--steps", nargs="+", choices=steps, default=list(steps), help="(default: %(default)s)")
+    add("--image", type=Path, metavar="FILE", help="image file (default: a synthetic image)")
+    add("--long-side", type=int, default=1024, metavar="N", help="long side in pixels (default: %(default)s)")
+    add("--words", type=int, nargs="+", default=[20], metavar="N", help="numbers of classes (default: %(default)s)")
+    room = "memory limit for all of the image at once in GB (default: %(default)s)"
+    add("--room", type=float, default=12, metavar="GB", help=room)
+    add("--device", choices=["cpu", "cuda"], default=DEVICE, help="(default: %(default)s)")
+    add("--repeats", type=int, default=1, metavar="N", help="number of runs for the median (default: %(default)s)")
     add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
 
     command = commands.add_parser(
@@ -191,6 +211,16 @@ def run_postprocess(args: argparse.Namespace) -> None:
     what = args.image.name if args.image else "a synthetic image"
     total = 2 * len(args.words)
     postprocess.TABLE.show(f"{title(args)}; {args.encoder}, {what}", measurements, total, args.output)
+
+
+def run_refinement(args: argparse.Namespace) -> None:
+    check_at_least_one(args, "long_side", "words", "repeats")
+    check_common_flags(args, [])
+    image = refinement.as_image(postprocess.picture(args.image, args.long_side), torch.device(args.device))
+    measured = refinement.measure_refinement(image, args.steps, args.words, args.repeats, int(args.room * 1e9))
+    what = args.image.name if args.image else "a synthetic image"
+    total = len(args.steps) * len(args.words)
+    refinement.TABLE.show(f"{title(args)}; {what}", {"refinement": measured}, total, args.output)
 
 
 def run_loading(args: argparse.Namespace) -> None:

@@ -95,7 +95,8 @@ def add_spar_config(cfg: CfgNode) -> None:
     # compares them with the features of a teacher built from PRETRAINED, so the student to evaluate belongs in
     # MODEL.WEIGHTS.
     cfg.MODEL.SPAR.OUTPUT = "labels"
-    # Inference mode: "single_pass", or "sliding_window" with the window and stride of SPAR.TEACHER.
+    # Inference mode: "single_pass"; "sliding_window", with the window and stride of SPAR.TEACHER; or "teacher", the
+    # teacher of SPAR.TEACHER with the weights PRETRAINED, even if MODEL.WEIGHTS is set.
     cfg.MODEL.SPAR.INFERENCE = "single_pass"
     # Refinement of the class scores (docs/refinement.md): "" for none, or a comma-separated list, in this order, of
     # "lposs" (label propagation over patches), "anyup" (learned upsampling instead of bilinear) and "lposs+" (label

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# Models are so small that threads wait for each other longer than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Imported where it is used: the process that only hands out tests to others reads this file, too.
 if TYPE_CHECKING:
     import open_clip

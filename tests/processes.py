@@ -21,25 +21,40 @@ import torch
 multiprocessing.set_forkserver_preload(["open_clip", "timm", "spar_d2.engine.trainer"])
 
 
-def start_tool(tool: Path, arguments: Sequence[object], log: Path, environment: Mapping[str, str]) -> BaseProcess:
+def start_tool(
+    tool: Path,
+    arguments: Sequence[object],
+    log: Path,
+    environment: Mapping[str, str],
+    folder: Path | None = None,
+) -> BaseProcess:
     """Start a script as from a command line, in a separate process group; its output goes to ``log``."""
-    given = (str(tool), [str(word) for word in arguments], str(log), {**os.environ, **environment})
+    given = (str(tool), [str(word) for word in arguments], str(log), {**os.environ, **environment}, folder)
     process = multiprocessing.get_context("forkserver").Process(target=_run_tool, args=given)
     process.start()
     return process
 
 
-def run_tool(tool: Path, arguments: Sequence[object], log: Path, environment: Mapping[str, str] | None = None) -> int:
+def run_tool(
+    tool: Path,
+    arguments: Sequence[object],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> int:
     """Run a script to its end, see :func:`start_tool`; returns its exit code."""
-    process = start_tool(tool, arguments, log, environment or {})
+    process = start_tool(tool, arguments, log, environment or {}, folder)
     process.join(300)
     return process.exitcode
 
 
-def _run_tool(tool: str, arguments: list[str], log: str, environment: dict) -> None:
+def _run_tool(tool: str, arguments: list[str], log: str, environment: dict, folder: Path | None) -> None:
     os.setsid()
+    os.chdir(folder or os.getcwd())
     # As in a script from a command line. Loading workers should not repeat its imports.
     multiprocessing.set_start_method("fork", force=True)
+    start = torch.multiprocessing.start_processes
+    torch.multiprocessing.start_processes = lambda *args, **keys: start(*args, **{**keys, "start_method": "fork"})
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Check an own data set: `spar-d2 check-data`."""
 
-from spar_d2.cli.check_data import main
+import sys
+
+from spar_d2.cli.__main__ import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main(["check-data", *sys.argv[1:]]))

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Convert weights between libraries: `spar-d2 convert`."""
 
-from spar_d2.cli.convert import main
+import sys
+
+from spar_d2.cli.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["convert", *sys.argv[1:]]))

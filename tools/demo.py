@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Segment images and videos: `spar-d2 segment`."""
 
-from spar_d2.cli.segment import main
+import sys
+
+from spar_d2.cli.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["segment", *sys.argv[1:]]))

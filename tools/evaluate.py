@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Compare inference modes on the benchmarks: `spar-d2 evaluate`."""
 
-from spar_d2.cli.evaluate import main
+import sys
+
+from spar_d2.cli.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Compute teacher targets before training: `spar-d2 cache-teacher`."""
 
-from spar_d2.cli.cache_teacher import main
+import sys
+
+from spar_d2.cli.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["cache-teacher", *sys.argv[1:]]))

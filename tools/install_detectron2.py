@@ -3,7 +3,7 @@
 
 import sys
 
-from spar_d2.cli.install_detectron2 import main
+from spar_d2.cli.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["install-detectron2", *sys.argv[1:]]))

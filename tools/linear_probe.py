@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Compare linear probes: `spar-d2 probe`."""
 
-from spar_d2.cli.probe import main
+import sys
+
+from spar_d2.cli.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["probe", *sys.argv[1:]]))

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Prepare the labels of data sets: `spar-d2 prepare`."""
 
-from spar_d2.cli.prepare import main
+import sys
+
+from spar_d2.cli.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["prepare", *sys.argv[1:]]))

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Distill a student on the toy data set: `spar-d2 toy`."""
 
-from spar_d2.cli.toy import main
+import sys
+
+from spar_d2.cli.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["toy", *sys.argv[1:]]))

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Distill, train and evaluate: `spar-d2 train`."""
 
-from spar_d2.cli.train import main
+import sys
+
+from spar_d2.cli.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Draw predictions beside the ground truth: `spar-d2 visualize`."""
 
-from spar_d2.cli.visualize import main
+import sys
+
+from spar_d2.cli.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["visualize", *sys.argv[1:]]))

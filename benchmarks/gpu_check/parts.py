@@ -39,10 +39,11 @@ PARTS = (
     Part("targets", "teacher and gradients vs. CPU, reproducibility", 45, "targets.check_targets", True),
     Part("labels", "post-processing vs. CPU", 30, "labels.check_labels", True),
     Part("compiled", "torch.compile vs. eager", 55, "compiled.check_compiled", True),
-    Part("speed-encoders", "single passes vs. the libraries", 90, "speed.measure_encoders"),
+    Part("speed-encoders", "single passes vs. the libraries", 75, "speed.measure_encoders"),
     Part("speed-teacher", "teacher vs. straightforward implementation and student", 60, "speed.measure_teachers"),
     Part("speed-labels", "labels vs. full maps, evaluator vs. Detectron2's", 30, "speed.measure_labels"),
-    Part("distillation", "training with the sampled recipes", 80, "distillation.measure_distillations"),
+    Part("speed-refinement", "refinement vs. all of an image at once", 20, "speed.measure_refinements"),
+    Part("distillation", "training with the sampled recipes", 75, "distillation.measure_distillations"),
     Part("demo", "scores of the demo vs. CPU", 45, "demo.run_demo", True),
     Part("torchrun", "NCCL, Ctrl-C and --resume", 55, "torchrun.check_torchrun", True),
 )

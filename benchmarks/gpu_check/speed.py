@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import encoders, postprocess, teacher
+from benchmarks import encoders, postprocess, refinement, teacher
 from benchmarks.gpu_check.labels import kernel_off
 from benchmarks.gpu_check.machine import peak_tflops
 from benchmarks.gpu_check.record import Record
@@ -98,6 +98,14 @@ def measure_labels(record: Record, settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for evaluation in evaluator_speed.measure_evaluators(Path(folder), settings.evaluated, settings.device):
             record.add("Semantic evaluator", evaluator_speed.TABLE, evaluation)
+
+
+def measure_refinements(record: Record, settings: Settings) -> None:
+    """Measure the steps of refinement, compared with all of an image at once."""
+    image = refinement.as_image(postprocess.picture(None, settings.label_side), settings.device)
+    options = (list(settings.words[:1]), 1, int(_MEMORY_FRACTION * _free_bytes(settings.device)))
+    for measurement in refinement.measure_refinement(image, list(refinement.STEPS), *options):
+        record.add("Refinement", refinement.TABLE, measurement)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from spar_d2.modeling.refinement import parse_refine
 from spar_d2.utils.errors import printable, readable_errors
 from spar_d2.utils.io import as_json, file_lock, write_text
 
-ROWS = ("single_pass", "sliding_window", "student")
+ROWS = ("single_pass", "sliding_window", "teacher", "student")
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +39,13 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="weights of a distilled student, evaluated in a separate row (default: MODEL.WEIGHTS)",
     )
-    add("--rows", nargs="+", choices=ROWS, help="rows of the table (default: all; the student's only if it is given)")
+    add(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        help="rows of the table; teacher: that of SPAR.TEACHER "
+        "(default: all; the student's only if it is given, the teacher's only if it is not the sliding window)",
+    )
     add(
         "--refine",
         nargs="+",
@@ -116,13 +122,16 @@ def rows(cfg: CfgNode, args: argparse.Namespace) -> list[Method]:
     student = args.student or cfg.MODEL.WEIGHTS
     if student and not Path(student).is_file():
         raise FileNotFoundError(f"{'--student' if args.student else 'MODEL.WEIGHTS'}: there is no file {student}")
-    sliding = ["MODEL.SPAR.INFERENCE", "sliding_window"]
+    teacher, sliding = cfg.SPAR.TEACHER, ["MODEL.SPAR.INFERENCE", "sliding_window"]
     methods = {
         "single_pass": Method("pre-trained, single pass"),
-        "sliding_window": Method(f"pre-trained, sliding window, stride {cfg.SPAR.TEACHER.STRIDE}", sliding),
+        "sliding_window": Method(f"pre-trained, sliding window, stride {teacher.STRIDE}", sliding),
+        "teacher": Method(f"teacher, {teacher.KIND}", ["MODEL.SPAR.INFERENCE", "teacher"]),
         "student": Method("SPAR student, single pass", weights=student),
     }
-    chosen = [row for row in args.rows or ROWS if row != "student" or student]
+    is_sliding = teacher.KIND == "sliding" and not teacher.SINGLE_PASS
+    absent = {"student": not student, "teacher": is_sliding and not args.rows}
+    chosen = [row for row in args.rows or ROWS if not absent.get(row)]
     return [*(methods[row] for row in chosen), *refined_rows(cfg, args, methods, chosen)]
 
 

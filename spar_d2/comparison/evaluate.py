@@ -16,7 +16,8 @@ from spar_d2.comparison.progress import Progress
 from spar_d2.comparison.protocol import config_for
 from spar_d2.comparison.tables import Score
 from spar_d2.encoders.weights import source_checksum
-from spar_d2.modeling.build import precision_from_config
+from spar_d2.modeling.build import precision_from_config, teacher_from_config
+from spar_d2.teacher.keys import result_key
 from spar_d2.utils.content_cache import ContentCache, digest
 from spar_d2.utils.io import signature, write_json
 from spar_d2.utils.label_values import VALUES
@@ -53,9 +54,9 @@ def evaluate_methods(
     stored = {score.identity: score for score in finished}
     scores = []
     for method in methods:
-        model = None
+        model, teacher = None, _teacher(cfg, method)
         for name, config in configs.items():
-            identity = _identity(config, method, contents[name], read_once)
+            identity = _identity(config, method, contents[name] + teacher, read_once)
             if identity not in stored:
                 model = model or build_segmentor(cfg, method.weights, method.overrides)
                 progress = Progress(folder / f"unfinished_{identity}.safetensors", identity)
@@ -70,11 +71,22 @@ def evaluate_methods(
     return scores
 
 
-def _identity(cfg: CfgNode, method: Method, content: str, read: Callable[[str], str]) -> str:
-    """Cache key of an evaluation: differs if its results may differ."""
+def _teacher(cfg: CfgNode, method: Method) -> str:
+    """Key of the teacher that computes the features of a method; "" for none."""
+    config = _overridden(cfg, method)
+    return result_key(teacher_from_config(config)) if config.MODEL.SPAR.INFERENCE == "teacher" else ""
+
+
+def _overridden(cfg: CfgNode, method: Method) -> CfgNode:
     config = cfg.clone()
     config.defrost()
     config.merge_from_list(list(method.overrides))
+    return config
+
+
+def _identity(cfg: CfgNode, method: Method, content: str, read: Callable[[str], str]) -> str:
+    """Cache key of an evaluation: differs if its results may differ."""
+    config = _overridden(cfg, method)
     spar = config.MODEL.SPAR
     spar.PRECISION = precision_from_config(config)
     # Clear settings that do not affect the results.

@@ -16,7 +16,6 @@ from spar_d2.checkpoint.segmentor import build_segmentor
 from spar_d2.comparison.progress import Progress
 from spar_d2.data.build import test_loader
 from spar_d2.evaluation import SemanticEvaluator
-from spar_d2.modeling.build import teacher_from_config
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
 from spar_d2.utils.tables import format_table
@@ -59,19 +58,9 @@ class Result:
 
 def build_teacher_encode(cfg: CfgNode) -> Callable[[torch.Tensor], torch.Tensor]:
     """Build a function from images (3, H, W), 0..255, to the teacher's features (D, h, w), with pre-trained weights."""
-    teacher = [
-        "MODEL.SPAR.INFERENCE",
-        "sliding_window",
-        "MODEL.SPAR.OUTPUT",
-        "features",
-        "MODEL.SPAR.TRAINABLE",
-        "none",
-    ]
-    model = build_segmentor(cfg, overrides=teacher)
-    if cfg.SPAR.TEACHER.KIND == "sliding" and not cfg.SPAR.TEACHER.SINGLE_PASS:
-        return model.encode
-    other = teacher_from_config(cfg)
-    return lambda image: other.targets([model.encoder_input(image)[0]])[0][0]
+    spar = {"INFERENCE": "teacher", "OUTPUT": "features", "TRAINABLE": "none"}
+    overrides = [part for key, value in spar.items() for part in (f"MODEL.SPAR.{key}", value)]
+    return build_segmentor(cfg, overrides=overrides).encode
 
 
 @torch.no_grad()
@@ -82,6 +71,7 @@ def measure(
     model: OpenVocabularySegmentor | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
+    boundary_iou: bool = False,
 ) -> Result:
     """Evaluate and time a method on a data set.
 
@@ -93,12 +83,13 @@ def measure(
         model: model of the method; built if not given.
         limit: maximum number of images.
         progress: stores intermediate results, so that an interrupted evaluation can be resumed.
+        boundary_iou: also compute the boundary IoU.
     """
     records = DatasetCatalog.get(dataset)[:limit]
     if model is None:
         model = build_segmentor(cfg, method.weights, method.overrides)
     inference_model = SegmentorWithTTA(cfg, model) if cfg.TEST.AUG.ENABLED else model
-    evaluator = SemanticEvaluator(dataset, distributed=False)
+    evaluator = SemanticEvaluator(dataset, distributed=False, boundary_iou=boundary_iou)
     result = Result(method, {})
     if progress:
         result.seconds += progress.restore(evaluator)

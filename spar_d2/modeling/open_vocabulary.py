@@ -16,13 +16,15 @@ from spar_d2.data.transforms import resize_shortest_edge
 from spar_d2.encoders.registry import check_has_text
 from spar_d2.modeling.backbone import DENSE, SPARViT
 from spar_d2.modeling.banded_upsampling import ScoreMap, covered_size
-from spar_d2.modeling.build import encoder_spec, refinement_from_config
-from spar_d2.modeling.dense_inference import DenseInference, check_choice
+from spar_d2.modeling.build import encoder_spec, refinement_from_config, teacher_from_config
+from spar_d2.modeling.dense_inference import TEACHER, DenseInference, check_choice
 from spar_d2.modeling.example_embeddings import ClassVectors, class_vectors, encoder_pixels, needs_text
 from spar_d2.modeling.inference_inputs import inference_settings, of_one_size, result_size, with_vocabulary
 from spar_d2.modeling.postprocessing import score_probabilities, segment_scores
 from spar_d2.modeling.refinement import EncodedImage, Refinement
 from spar_d2.modeling.words import text_embeddings
+from spar_d2.teacher import DenseTeacher
+from spar_d2.teacher.keys import result_key
 from spar_d2.text import TextEmbeddings, Vocabulary
 from spar_d2.text.examples import ExampleVocabulary
 from spar_d2.utils.registering import registered
@@ -46,12 +48,13 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         logit_scale, prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`. An
             ``area_threshold`` of 0 disables it.
         output: "labels", "scores" or "features", see :meth:`forward`.
-        inference: inference mode, "single_pass" or "sliding_window".
+        inference: inference mode, "single_pass", "sliding_window" or "teacher".
         window, stride, window_batch: settings of the sliding window. A window of 0 means the pre-training image size of
             the encoder; a window_batch of 0 is chosen from the window size.
         example_size: shortest side and maximum longest side, in pixels, that the images of classes by example are
             resized to; a shortest side of 0 means their original size.
         refinement: refinement of the class scores; None for none. It has no effect on the output "features".
+        teacher: computes the features in the inference mode "teacher".
 
     Raises:
         ValueError: an argument has an invalid value.
@@ -76,6 +79,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         window_batch: int = 0,
         example_size: Sequence[int] = (0, 0),
         refinement: Refinement | None = None,
+        teacher: DenseTeacher | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, SPARViT):
@@ -88,7 +92,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.output = output
-        self._set_inference_mode(inference, window, stride, window_batch)
+        self._set_inference_mode(inference, window, stride, window_batch, teacher)
         self._text: dict[tuple[Vocabulary, int], ClassVectors] = {}
         self.example_size = tuple(example_size)
         self.refinement = refinement or Refinement(())
@@ -118,6 +122,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
             "window_batch": teacher.BATCH_SIZE,
             "example_size": (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
             "refinement": refinement_from_config(cfg),
+            "teacher": teacher_from_config(cfg) if spar.INFERENCE == TEACHER else None,
         }
 
     def set_vocabulary(self, vocabulary: Vocabulary | str | list | None) -> None:
@@ -277,7 +282,7 @@ class OpenVocabularySegmentor(DenseInference, nn.Module):
 
     def _example_settings(self) -> list:
         sliding = self.windows if self.inference == "sliding_window" else ()
-        return [self.inference, *sliding, *self.example_size]
+        return [self.inference, *sliding, *map(result_key, self._teacher), *self.example_size]
 
     @torch.no_grad()
     def _encode_example(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[float, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from typing import NamedTuple, Protocol
 
 import torch
@@ -53,6 +54,11 @@ def teacher_key(teacher: DenseTeacher) -> str:
             'SPAR.TEACHER.CACHE_DIR to ""'
         )
     return identity if re.fullmatch("[0-9a-f]{32}", identity) else digest(identity)[:32]
+
+
+def result_key(teacher: DenseTeacher) -> str:
+    """Return :func:`teacher_key`, or a random text for a teacher without identity, whose results are not reused."""
+    return teacher_key(teacher) if teacher.identity() else secrets.token_hex(16)
 
 
 def encoder_key(encoder: DenseEncoder, *settings: object) -> str:

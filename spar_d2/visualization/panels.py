@@ -6,10 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Patch
 
 from spar_d2.utils.io import atomic_write
 
@@ -33,6 +29,12 @@ def draw_panels(
     """
     if not rows or any(len(row) != len(titles) for row in rows):
         raise ValueError(f"every row must have {len(titles)} images, got {[len(row) for row in rows]}")
+    # Imported here, because commands that may draw later would start half a second later.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.patches import Patch
+
     # In inches. Columns have equal widths; the height of a row is that of its tallest image.
     width = 2.4
     heights = [max(picture.shape[0] / picture.shape[1] for picture in row) * width for row in rows]

@@ -197,6 +197,19 @@ def test_full_maps_without_room_are_left_out(benchmark, capsys):
     assert "| - | - |" in printed and "not enough memory" in printed
 
 
+def test_refinement_is_compared_with_all_of_an_image_at_once(benchmark, capsys, tmp_path):
+    benchmark(
+        "refinement", "--long-side", "96", "--words", "3", "--device", "cpu", "--output", str(tmp_path / "table.md")
+    )
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if "`" in line]
+    assert [row[0] for row in rows] == ["`lposs`", "`lposs+`", "`anyup`"]
+    for row in rows:
+        assert row[2] == "3" and float(row[3]) > 0 and float(row[4]) > 0
+        assert float(row[-1]) <= 1e-3, "the same labels"
+    benchmark("refinement", "--long-side", "64", "--words", "3", "--steps", "lposs", "--room", "0", "--device", "cpu")
+    assert "not enough memory" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -75,8 +75,11 @@ def test_weights_of_the_config_are_the_students_and_replaced_keys_are_reported(
 
 @pytest.mark.slow
 def test_each_refinement_is_a_row_on_top_of_the_student_or_the_single_pass(evaluate, voc, tiny_model, tmp_path):
-    evaluate("--rows", "single_pass", "--refine", "lposs", "--limit", "1")
-    evaluate("--rows", "student", "--student", tiny_model[1], "--refine", "lposs", "lposs,lposs+", "--limit", "1")
+    # Small images: a propagation over pixels takes seconds at the paper's size.
+    opts = ["SPAR.TEST.PROTOCOL", "config", "INPUT.MIN_SIZE_TEST", "64", "MODEL.SPAR.VOCABULARY", "voc20"]
+    evaluate("--rows", "single_pass", "--refine", "lposs", "--limit", "1", opts=opts)
+    student = ["--rows", "student", "--student", tiny_model[1]]
+    evaluate(*student, "--refine", "lposs", "lposs,lposs+", "--limit", "1", opts=opts)
     table = (tmp_path / "out" / "table.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == [
         "SPAR student, single pass",
@@ -86,6 +89,21 @@ def test_each_refinement_is_a_row_on_top_of_the_student_or_the_single_pass(evalu
     finished = json.loads((tmp_path / "out" / "finished.json").read_text())
     names = [score["method"] for score in finished]
     assert "pre-trained, single pass + lposs" in names and len({score["identity"] for score in finished}) == len(names)
+
+
+@pytest.mark.slow
+def test_a_teacher_other_than_the_sliding_window_is_a_row(evaluate, voc, tmp_path):
+    opts = ["SPAR.TEACHER.KIND", "ensemble", "SPAR.TEACHER.ENSEMBLE", "('sliding','mirror')", "SPAR.TEACHER.STRIDE", 64]
+    evaluate("--limit", "1", opts=map(str, opts))
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == [
+        "pre-trained, single pass",
+        "pre-trained, sliding window, stride 64",
+        "teacher, ensemble",
+    ]
+    evaluate("--rows", "sliding_window", "teacher", "--stride", "64", "--limit", "1")
+    sliding, teacher = json.loads((tmp_path / "out" / "table.json").read_text())["scores"]
+    assert teacher["method"] == "teacher, sliding" and teacher["scores"] == sliding["scores"]
 
 
 @pytest.mark.slow

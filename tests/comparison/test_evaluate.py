@@ -18,6 +18,7 @@ from spar_d2.comparison.tables import Score, paper_table, summary
 from spar_d2.data.datasets.catalog import BENCHMARKS
 from spar_d2.data.preparation import prepare
 from spar_d2.engine.trainer import Trainer
+from spar_d2.teacher import TEACHER_REGISTRY, FunctionTeacher
 
 # Short side, long side at most, logit scale, probability, area: the paper's, with those of OpenCLIP's family on VOC21.
 PROTOCOL = {
@@ -104,6 +105,26 @@ def test_finished_results_are_reused_unless_settings_change(root, tiny_cfg, tmp_
     Image.fromarray(np.ascontiguousarray(changed)).save(label)
     assert evaluate().scores["mIoU"] != first.scores["mIoU"] and len(built) == 5
     assert [path.name for path in tmp_path.glob("unfinished*")] == []
+
+
+@pytest.mark.slow
+def test_results_of_a_teacher_are_reused_only_with_its_identity(root, tiny_cfg, tmp_path, monkeypatch):
+    make_tree("voc20", root, np.random.default_rng(0))
+    prepare("voc20", root, partial=True)
+    encoded, counts = [], []
+
+    def features(image):
+        encoded.append(image)
+        return torch.randn(64, *(-(-side // 8) for side in image.shape[1:]))
+
+    tiny_cfg.SPAR.TEACHER.KIND = "own"
+    method = Method("own", ["MODEL.SPAR.INFERENCE", "teacher"])
+    for identity in ("version 1", "version 1", "version 2", "", ""):
+        teacher = FunctionTeacher(features, identity)
+        monkeypatch.setitem(TEACHER_REGISTRY._obj_map, "own", lambda cfg, teacher=teacher: teacher)
+        evaluate_methods(tiny_cfg, [method], ["voc20"], tmp_path, 1)
+        counts.append(len(encoded))
+    assert counts == [2, 2, 4, 6, 8], "each image is encoded once, and the first one also to warm up"
 
 
 def test_missing_data_sets_are_an_error_before_evaluation(root, tiny_cfg, tmp_path, monkeypatch):

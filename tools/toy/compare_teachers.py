@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Compare teachers on the toy data set: all windows, all windows with a cache, and random subsets of windows.
+"""Compare teachers on the toy data set: sliding windows, random subsets of them, self-correlation, ensembles, ...
 
-A student is distilled and evaluated for every teacher, learning rate and seed. The learning rate is selected on
-separate images ("tune"), and scores are reported on the evaluation images ("val"). Finished runs are stored in the
-output folder, so that the comparison can be interrupted and resumed.
+Every teacher is evaluated, and a student is distilled and evaluated for every teacher, learning rate and seed. The
+learning rate is selected on separate images ("tune"), and scores are reported on the evaluation images ("val").
+Finished runs are stored in the output folder, so that the comparison can be interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,20 @@ from spar_d2.utils.errors import readable_errors
 from spar_d2.utils.io import write_json, write_text
 from spar_d2.utils.tables import format_table
 
+RESULT = "result.json"
 TUNE, VAL = "spar_scenes_tune", "spar_scenes_val"
 TEACHERS = ["all", "cached", "16", "8", "4"]
+# Other teachers: overrides of SPAR.TEACHER. They use all windows of frozen images, as "cached" does.
+OTHERS = {
+    "self_correlation": {"KIND": "self_correlation"},
+    "self_correlation_single_pass": {"KIND": "self_correlation", "SINGLE_PASS": True},
+    "strides": {"KIND": "ensemble", "ENSEMBLE": ("sliding", "stride:20")},
+    "mirror": {"KIND": "ensemble", "ENSEMBLE": ("sliding", "mirror")},
+    "scales": {"KIND": "ensemble", "ENSEMBLE": ("scale:0.75", "sliding", "scale:1.5")},
+    "enlarged": {"KIND": "ensemble", "ENSEMBLE": ("scale:1.5",)},
+    "mixed": {"KIND": "ensemble", "ENSEMBLE": ("sliding", "self_correlation", "mirror", "scale:1.5")},
+    "smoothed": {"KIND": "smoothed", "NEIGHBOURS": 20},
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,8 +52,8 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         default=TEACHERS,
         metavar="TEACHER",
-        help='"all" windows, "cached" (all windows of frozen images, each encoded once), or a number of windows '
-        f"(default: {' '.join(TEACHERS)})",
+        help='"all" windows, "cached" (all windows of frozen images, each encoded once), a number of windows, or '
+        f"{', '.join(OTHERS)} (default: {' '.join(TEACHERS)})",
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[8e-3, 1.6e-2, 3.2e-2], help="learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
@@ -55,20 +67,40 @@ def teacher_overrides(teacher: str, folder: Path) -> list:
     Raises:
         ValueError: the teacher is invalid.
     """
-    if teacher == "cached":
-        return ["SPAR.TEACHER.WINDOWS_PER_IMAGE", 0, "SPAR.DATA.FROZEN", True, "SPAR.TEACHER.CACHE_DIR", str(folder)]
+    if teacher == "cached" or teacher in OTHERS:
+        keys = {"WINDOWS_PER_IMAGE": 0, "CACHE_DIR": str(folder), **OTHERS.get(teacher, {})}
+        return ["SPAR.DATA.FROZEN", True, *(part for key in keys for part in (f"SPAR.TEACHER.{key}", keys[key]))]
     if teacher != "all" and not (teacher.isdecimal() and int(teacher)):
-        raise ValueError(f'--teachers must be "all", "cached" or numbers of windows, got {teacher!r}')
+        allowed = f'"all", "cached", {", ".join(OTHERS)} or numbers of windows'
+        raise ValueError(f"--teachers must be {allowed}; got {teacher!r}")
     return ["SPAR.TEACHER.WINDOWS_PER_IMAGE", 0 if teacher == "all" else int(teacher)]
+
+
+def read(record: Path) -> dict[str, float]:
+    # JSON has no nan: the scores of absent classes are null.
+    return {name: math.nan if value is None else value for name, value in json.loads(record.read_text()).items()}
+
+
+def evaluate(config_file: str, folder: Path, teacher: str) -> dict[str, float]:
+    """Evaluate a teacher with all of its windows, or read the result if it is finished."""
+    record = folder / RESULT
+    if record.is_file():
+        return read(record)
+    cfg = load_config(config_file, [*teacher_overrides(teacher, folder / "cache"), "OUTPUT_DIR", str(folder)])
+    prepare(cfg, argparse.Namespace(config_file=config_file, eval_only=True), quiet=True)
+    own = Method(f"teacher {teacher}", ["MODEL.SPAR.INFERENCE", "teacher"])
+    results = {dataset: measure(cfg, dataset, own) for dataset in (TUNE, VAL)}
+    result = {dataset: result.scores["mIoU"] for dataset, result in results.items()}
+    result["seconds"] = results[VAL].seconds_per_image
+    write_json(result, record)
+    return result
 
 
 def distill(config_file: str, folder: Path, teacher: str, rate: float, seed: int) -> dict[str, float]:
     """Distill and evaluate a student, or read the result if the run is finished."""
-    record = folder / "result.json"
+    record = folder / RESULT
     if record.is_file():
-        # JSON has no nan: the scores of absent classes are null.
-        stored = json.loads(record.read_text())
-        return {name: math.nan if value is None else value for name, value in stored.items()}
+        return read(record)
     overrides = [*teacher_overrides(teacher, folder / "cache"), "SOLVER.BASE_LR", rate, "SEED", seed]
     cfg = load_config(config_file, [*overrides, "OUTPUT_DIR", str(folder), "DATASETS.TEST", ()])
     prepare(cfg, argparse.Namespace(config_file=config_file, eval_only=False), quiet=True)
@@ -88,10 +120,13 @@ def distill(config_file: str, folder: Path, teacher: str, rate: float, seed: int
     return result
 
 
-def markdown(results: dict[tuple[str, float, int], dict], args: argparse.Namespace) -> str:
-    """Format the results; the best learning rate on the tuning images is bold."""
+def markdown(
+    results: dict[tuple[str, float, int], dict[str, float]], own: dict[str, dict[str, float]], args: argparse.Namespace
+) -> str:
+    """Format the results of the students and of the teachers; the best learning rate on the tuning images is bold."""
     seeds = f"mIoU (val), seeds {', '.join(map(str, args.seeds))}"
-    columns = ["windows per image", "learning rate", "mIoU (tune)", seeds, "mean mIoU"]
+    columns = ["teacher", "its mIoU (val)", "its seconds per image"]
+    columns += ["learning rate", "mIoU (tune)", seeds, "mean mIoU"]
     rows = []
     for teacher in args.teachers:
 
@@ -103,7 +138,8 @@ def markdown(results: dict[tuple[str, float, int], dict], args: argparse.Namespa
             runs = [results[teacher, rate, seed] for seed in args.seeds]
             scores = [run[VAL] for run in runs]
             mark = "**" if rate == best else ""
-            cells = [teacher, f"{mark}{rate:g}{mark}", f"{tuned(rate):.1f}"]
+            cells = [teacher, f"{own[teacher][VAL]:.1f}", f"{own[teacher]['seconds']:.3f}"]
+            cells += [f"{mark}{rate:g}{mark}", f"{tuned(rate):.1f}"]
             cells += [" / ".join(f"{score:.1f}" for score in scores), f"{mark}{statistics.mean(scores):.1f}{mark}"]
             cells.append(f"{statistics.mean(run['windows'] for run in runs):,.0f}")
             rows.append([*cells, f"{statistics.median(run['seconds'] for run in runs):.0f}"])
@@ -116,11 +152,16 @@ def main() -> None:
         for teacher in args.teachers:
             teacher_overrides(teacher, args.output)
         combinations = list(itertools.product(args.seeds, args.rates, args.teachers))
+        own = {}
+        for teacher in args.teachers:
+            # A subset of the windows estimates the teacher with all windows.
+            name = teacher if teacher in OTHERS else "all"
+            own[teacher] = evaluate(args.config_file, args.output / f"teacher_{name}", name)
         results = {}
         for seed, rate, teacher in tqdm(combinations, desc="runs", unit="run"):
             folder = args.output / f"{teacher}_rate{rate:g}_seed{seed}"
             results[teacher, rate, seed] = distill(args.config_file, folder, teacher, rate, seed)
-        text = markdown(results, args)
+        text = markdown(results, own, args)
         write_text(text + "\n", args.output / "table.md")
     print(f"\n{text}\n\nBold: best learning rate on the tuning images. Results are in {args.output}.")
 
