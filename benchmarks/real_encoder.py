@@ -24,6 +24,7 @@ from benchmarks.measure import describe_machine
 from benchmarks.real_encoder_features import CLASSES, Features, frames, photographs
 from benchmarks.real_encoder_labels import Scores, label_by_examples, train_and_label
 from spar_d2.evaluation.feature_evaluator import FeatureEvaluator
+from spar_d2.modeling.refinement import Refinement
 from spar_d2.utils.io import write_text
 from spar_d2.utils.selection import evenly_spread
 from spar_d2.utils.tables import format_table
@@ -48,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     add("--seeds", type=int, default=3, help="number of probes with different seeds (default: %(default)s)")
     add("--train-frames", type=int, default=36, help="labeled training frames (default: %(default)s)")
     add("--test-frames", type=int, default=24, help="labeled test frames (default: %(default)s)")
+    add("--neighbours", nargs="*", type=int, default=[400, 50], help="of LPOSS, in examples (default: %(default)s)")
     add("--split", default="test", choices=("val", "test"), help="split of the test frames (default: %(default)s)")
     add("opts", nargs="*", metavar="KEY VALUE", help="config keys of the distillation to override, after --")
     return parser.parse_args()
@@ -140,15 +142,18 @@ def run_probe(args: argparse.Namespace) -> None:
 
 
 def run_examples(args: argparse.Namespace) -> None:
-    """Segment by five frames of examples for each class."""
+    """Segment by five frames of examples for each class, also with label propagation over patches (LPOSS)."""
+    refinements = {"": Refinement(())}
+    refinements |= {f" + lposs, {k} neighbors": Refinement(("lposs",), k) for k in args.neighbours}
     rows, (train, test) = [], (frames(args.camvid, *part) for part in _splits(args))
     for side in args.sides:
         for name, features in features_at(args, side).items():
-            scores = Scores()
-            for file, labels in label_by_examples(features, train, test, args.output / "examples.yaml"):
-                scores.add(file, labels)
-            miou, boundary = scores.of_all()
-            rows.append([side, name, f"{miou:.1f}", f"{boundary:.1f}"])
+            scores = {refined: Scores() for refined in refinements}
+            path = args.output / "examples.yaml"
+            for refined, file, labels in label_by_examples(features, train, test, path, refinements):
+                scores[refined].add(file, labels)
+            found = {refined: one.of_all() for refined, one in scores.items()}
+            rows += [[side, name + key, f"{miou:.1f}", f"{boundary:.1f}"] for key, (miou, boundary) in found.items()]
     heads = ["short side", "features", "mIoU", "boundary IoU"]
     write_text(format_table(heads, rows) + "\n", args.output / "examples.md")
 

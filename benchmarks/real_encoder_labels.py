@@ -16,11 +16,11 @@ from PIL import Image
 from benchmarks.real_encoder_features import CLASSES, Features
 from spar_d2.data.images import read_rgb
 from spar_d2.evaluation.confusion_matrix import boundary_confusion_matrix, confusion_matrix, segmentation_scores
-from spar_d2.modeling import segment_features
 from spar_d2.modeling.banded_upsampling import ScoreMap
 from spar_d2.modeling.example_embeddings import class_vectors
 from spar_d2.modeling.linear_probe import LinearProbe
 from spar_d2.modeling.postprocessing import segment_scores
+from spar_d2.modeling.refinement import EncodedImage, Refinement
 from spar_d2.text import Vocabulary
 from spar_d2.utils.content_cache import digest
 from spar_d2.utils.io import write_text
@@ -93,9 +93,16 @@ def _labels(features: Features, file: Path, logits: torch.Tensor) -> torch.Tenso
 
 
 def label_by_examples(
-    features: Features, train: list[Path], test: list[Path], path: Path
-) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Compute class vectors from a few labeled frames of each class; yield test frames with their labels."""
+    features: Features, train: list[Path], test: list[Path], path: Path, refinements: dict[str, Refinement]
+) -> Iterator[tuple[str, Path, torch.Tensor]]:
+    """Compute class vectors from a few labeled frames of each class; yield test frames with their labels.
+
+    Args:
+        features: features of the frames.
+        train, test: frames.
+        path: output file for the examples.
+        refinements: refinements at patches, by name. Each gives labels of every test frame.
+    """
     examples: list[list[dict]] = [[] for _ in CLASSES]
     for file in train:
         counts = np.bincount(Scores.truth(file).ravel(), minlength=256)
@@ -116,5 +123,7 @@ def label_by_examples(
     vectors = class_vectors(Vocabulary.load(str(path)), no_cache, encode, features.encoder)
     for file in test:
         size = Scores.truth(file).shape
-        dense = vectors.centered(features(file))
-        yield file, segment_features(dense, vectors.vectors, vectors.query_class, size, features.covered(file, size))
+        image = EncodedImage(features.encoder, lambda: torch.empty(0), features(file))
+        for name, refinement in refinements.items():
+            scores = ScoreMap(refinement.patch_scores(image, vectors, False), features.covered(file, size))
+            yield name, file, segment_scores([scores], vectors.query_class, size)

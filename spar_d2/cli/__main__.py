@@ -23,6 +23,7 @@ COMMANDS = {
     "prepare": ("prepare", "convert the labels of data sets"),
     "cache-teacher": ("cache_teacher", "compute teacher targets before training"),
     "convert": ("convert", "convert weights between libraries"),
+    "export": ("export", "export an encoder to ONNX"),
     "toy": ("toy", "distill a student on a small synthetic data set and compare it with its teacher"),
     "benchmark": ("benchmark", "measure speed and memory (in a clone of the repository)"),
     "doctor": ("doctor", "print versions, devices and missing dependencies"),

@@ -17,6 +17,7 @@ from spar_d2.encoders.grids import RecentGrids
 from spar_d2.encoders.image_sizes import Pad, check_images
 from spar_d2.encoders.origin import Origin
 from spar_d2.encoders.precision import PRECISIONS, cast_parameters
+from spar_d2.encoders.symbolic import is_symbolic
 
 Tensors = TypeVar("Tensors", bound=tuple[torch.Tensor, ...])
 
@@ -268,8 +269,8 @@ class DenseEncoder(nn.Module, ABC):
 
         The result must depend on nothing but the grid, and has no gradient. ``kind`` distinguishes results.
         """
-        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            # Tracing compares two traces, and a cache hit would make the second one different.
+        # Tracing compares two traces, and a cache hit would make the second one different.
+        if is_symbolic(grid) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             return make()
         return self._grids.get((*grid, self._precision, kind), next(self.parameters()), make)
 
@@ -282,7 +283,7 @@ class DenseEncoder(nn.Module, ABC):
 
 def to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Reshape tokens (B, h * w, C) to a feature map (B, C, h, w)."""
-    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)
 
 
 def find_encoder(model: nn.Module) -> DenseEncoder:

@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from spar_d2.encoders.symbolic import is_symbolic
+
 
 class Pad:
     """Pads images with zeros at the right and bottom.
@@ -20,6 +22,10 @@ class Pad:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the number of patches (h, w) for an image size in pixels."""
+        if is_symbolic((height, width)):
+            # Of positive numbers: ONNX divides toward zero.
+            rows, columns = (side + self.patch_size - 1 for side in (height, width))
+            return rows // self.patch_size, columns // self.patch_size
         # In tracing, the sides are tensors.
         return math.ceil(int(height) / self.patch_size), math.ceil(int(width) / self.patch_size)
 
@@ -27,7 +33,7 @@ class Pad:
         """Resize (B, 3, H, W) to (B, 3, h * p, w * p). Images of whole patches are returned unchanged."""
         rows, columns = self.grid(x.shape[-2], x.shape[-1])
         size = (rows * self.patch_size, columns * self.patch_size)
-        return x if x.shape[-2:] == size else self._resize(x, size)
+        return self._resize(x, size) if is_symbolic(size) or x.shape[-2:] != size else x
 
     def _resize(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))

@@ -91,12 +91,12 @@ class OpenCLIPEncoder(DenseEncoder):
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]:
         visual = self.visual
         patches = visual.conv1(x)
-        grid = self.grid(*x.shape[-2:])
+        grid = (patches.shape[-2], patches.shape[-1])
         table, sizes = visual.positional_embedding, (visual.grid_size, grid, _GRID_MARGIN)
         weights = functools.partial(self._of_grid, grid, lambda: sampling_weights(*sizes, x.device))
         positions = resample_positions(table[1:], *sizes, self.reference_compat, weights)
         patches = patches.flatten(2).transpose(1, 2) + positions.to(patches.dtype)
-        class_token = (visual.class_embedding + table[0]).to(patches.dtype).expand(len(x), 1, -1)
+        class_token = (visual.class_embedding + table[0]).to(patches.dtype).expand(x.shape[0], 1, -1)
         return visual.ln_pre(torch.cat([class_token, patches], dim=1)), grid, ()
 
     @staticmethod

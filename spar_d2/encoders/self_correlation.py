@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from spar_d2.encoders.symbolic import is_symbolic
+
 SELF_CORRELATION = "self_correlation"
 
 # Logits are this number times the cosine similarity.
@@ -38,9 +40,9 @@ def attend_to_similar(
 # The number of steps depends on the image size, and compiled code would unroll them.
 @torch.compiler.disable()
 def _average_similar(units: torch.Tensor, value: torch.Tensor, rows: int | None) -> torch.Tensor:
-    if rows is None:
+    if rows is None and not is_symbolic(units.shape):
         rows = _LOGITS.get(units.device.type, _LOGITS["other"]) // units[..., 0].numel()
-    parts = units.split(max(1, rows), dim=2)
+    parts = [units] if rows is None else units.split(max(1, rows), dim=2)
     # A backward pass would need the weights of all rows, and computes them again.
     again = torch.is_grad_enabled() and len(parts) > 1 and (units.requires_grad or value.requires_grad)
     if not again:

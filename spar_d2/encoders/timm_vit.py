@@ -22,7 +22,9 @@ from spar_d2.encoders.base import Context, DenseEncoder
 from spar_d2.encoders.last_block import check_last_block, run_self_correlation, run_value_path
 from spar_d2.encoders.positions import resample_positions, sampling_weights
 from spar_d2.encoders.refusals import refuse_parts
+from spar_d2.encoders.rotations import symbolic_rotations
 from spar_d2.encoders.self_correlation import SELF_CORRELATION, check_readout
+from spar_d2.encoders.symbolic import is_symbolic
 from spar_d2.utils.transfer import send
 
 READOUTS = ("tokens", "value", SELF_CORRELATION)
@@ -124,7 +126,7 @@ class TimmViTEncoder(DenseEncoder):
             )
             positions = resample_positions(table[count:], native, grid, weights=weights)
             patches = patches + positions.to(patches.dtype)
-        tokens = torch.cat([*(part.to(patches.dtype).expand(len(x), -1, -1) for part in tokens), patches], dim=1)
+        tokens = torch.cat([*(part.to(patches.dtype).expand(x.shape[0], -1, -1) for part in tokens), patches], dim=1)
         context = () if self._rope[0] is None else self._of_grid(grid, lambda: self._rotations(grid), "rotations")
         return trunk.norm_pre(tokens), grid, context
 
@@ -135,6 +137,8 @@ class TimmViTEncoder(DenseEncoder):
 
     def _rotation_table(self, grid: tuple[int, int]) -> torch.Tensor:
         """Return timm's sines and cosines (N, 2 * d) of the patches of a grid, on the CPU."""
+        if is_symbolic(grid):
+            return symbolic_rotations(self._rope[0], grid, next(self.parameters()).device)
         rope = cast(Any, self._rope[0]).cpu()
         if getattr(rope, "feat_shape", None) is not None:
             rope.update_feat_shape(list(grid))

@@ -30,7 +30,7 @@ def cases(draw):
     return image, features, size, kept, rows, at_once
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(case=cases())
 def test_bands_are_those_of_whole_maps(case):
     image, features, size, kept, rows, (pixels, elements) = case

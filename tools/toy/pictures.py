@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Rebuild the pictures of README and docs: runs the toy experiments, then copies their pictures to docs/images."""
+"""Rebuild the pictures of README and docs: runs the toy experiments, then writes their pictures to docs/images."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 from spar_d2.data.datasets.scenes import scenes_root
 
@@ -27,10 +28,13 @@ def main() -> None:
     run("-m", "spar_d2.cli", "toy")
     run("tools/toy/panoptic.py", "--student", STUDENT)
     run("-m", "spar_d2.cli", "probe", "--student", STUDENT, "--output", OUTPUT / "demo_probe")
-    scene = scenes_root() / "val" / "0004.png"
+    # Enlarged, so that the names of classes are readable; it is encoded at its original size.
+    with Image.open(scenes_root() / "val" / "0010.png") as scene:
+        scene.resize((512, 512), Image.Resampling.LANCZOS).save(OUTPUT / "scene.png")
     run(
-        *("-m", "spar_d2.cli", "segment", "--input", scene, "--config-file", "toy/distill.yaml", "--weights", STUDENT),
-        *("--show", "overlay", "pca", "--output", OUTPUT / "overlay.png"),
+        *("-m", "spar_d2.cli", "segment", "--input", OUTPUT / "scene.png", "--config-file", "toy/distill.yaml"),
+        *("--weights", STUDENT, "--show", "overlay", "pca", "--output", OUTPUT / "overlay.png"),
+        *("--opts", "INPUT.MIN_SIZE_TEST", 256),
     )
     pictures = {
         OUTPUT / "demo" / "pictures" / "predictions.png": "demo_predictions.png",
@@ -40,7 +44,9 @@ def main() -> None:
         OUTPUT / "overlay.png": "overlay.png",
     }
     for source, name in pictures.items():
-        shutil.copyfile(source, IMAGES / name)
+        # 256 colors: a third of the size.
+        with Image.open(source) as picture:
+            picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(IMAGES / name, optimize=True)
     print(f"{len(pictures)} pictures written to {IMAGES}")
 
 

@@ -1,0 +1,109 @@
+"""Comparison of an exported file with PyTorch."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from spar_d2.encoders import DenseEncoder
+from spar_d2.export.modules import ExportedEncoder, ExportedScores
+from spar_d2.export.onnx import check_packages
+
+_CLASSES = 20
+_REPEATS, _LONG_SECONDS = 3, 2.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Comparison for an image size.
+
+    Attributes:
+        size: (H, W) of the image.
+        difference: largest difference of the outputs, relative to the largest output of PyTorch.
+        cosine: smallest cosine similarity of the output vectors of a patch.
+        same: fraction of patches with the same largest output: the best class of scores.
+        seconds, torch_seconds: median times of onnxruntime and PyTorch.
+    """
+
+    size: tuple[int, int]
+    difference: float
+    cosine: float
+    same: float
+    seconds: float
+    torch_seconds: float
+
+
+def check_sizes(encoder: DenseEncoder) -> list[tuple[int, int]]:
+    """Return eight image sizes (H, W): a pixel, odd ones, the pre-training size, long and large ones."""
+    native, patch = encoder.native_size, encoder.patch_size
+    return [
+        (1, 1),
+        (patch, patch),
+        (37, 53),
+        (native, native),
+        (native + 1, native // 2 + 3),
+        (1, 4 * native),
+        (480, 640),
+        (1024, 1024),
+    ]
+
+
+def compare(path: str | os.PathLike, encoder: DenseEncoder, sizes: list[tuple[int, int]]) -> Iterator[Comparison]:
+    """Compare an exported file with the encoder in PyTorch, on random images and classes, on the CPU.
+
+    Args:
+        path: file of :func:`~spar_d2.export.export_onnx`.
+        encoder: encoder with the same weights.
+        sizes: image sizes (H, W).
+
+    Raises:
+        RuntimeError: onnxruntime is not installed, or cannot run the file.
+    """
+    check_packages("onnxruntime")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    has_text = len(session.get_inputs()) > 1
+    model = (ExportedScores if has_text else ExportedEncoder)(encoder)
+    generator = torch.Generator().manual_seed(0)
+    for size in sizes:
+        # Coarse random images: an encoder hardly sees noise.
+        coarse = torch.rand(1, 3, 5, 5, generator=generator) * 255
+        inputs = {"image": F.interpolate(coarse, size=size, mode="bilinear")}
+        if has_text:
+            inputs["text"] = F.normalize(torch.randn(_CLASSES, encoder.embed_dim, generator=generator), dim=1)
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        with torch.no_grad():
+            expected, torch_seconds = _timed(model, *inputs.values())
+        found, seconds = _timed(session.run, None, arrays)
+        found, expected = np.asarray(found[0]), expected.numpy()
+        if found.shape != expected.shape:
+            raise RuntimeError(
+                f"{path}: an image of {size[1]}x{size[0]} gives {found.shape} instead of {expected.shape}"
+            )
+        yield Comparison(size, *_differences(found, expected), seconds, torch_seconds)
+
+
+def _differences(found: np.ndarray, expected: np.ndarray) -> tuple[float, float, float]:
+    difference = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    cosine = float(((found * expected).sum(1) / np.maximum(lengths, 1e-30)).min())
+    return difference, cosine, float((found.argmax(1) == expected.argmax(1)).mean())
+
+
+def _timed(function: Callable[..., Any], *arguments: object) -> tuple[Any, float]:
+    """Return the result of a function, and its median time, without the first call unless that is long."""
+    result, seconds = None, []
+    while len(seconds) <= _REPEATS and sum(seconds) < _LONG_SECONDS:
+        start = time.perf_counter()
+        result = function(*arguments)
+        seconds.append(time.perf_counter() - start)
+    return result, statistics.median(seconds[1:] or seconds)

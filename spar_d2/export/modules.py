@@ -1,0 +1,64 @@
+"""Encoders as plain modules for export: pixels in 0..255 in, features or scores out, for any size."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spar_d2.encoders import DenseEncoder
+
+
+class ExportedEncoder(nn.Module):
+    """Dense features of images, with the pixel statistics of the encoder inside.
+
+    Args:
+        encoder: encoder, which is copied.
+
+    Raises:
+        ValueError: the encoder handles image sizes as the reference code (``reference_compat``).
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, encoder: DenseEncoder) -> None:
+        super().__init__()
+        if encoder.reference_compat:
+            raise ValueError(
+                "MODEL.SPAR.REFERENCE_COMPAT must be False for an export: with True, the result for a size depends on "
+                "rules that one file for all sizes cannot hold"
+            )
+        self.encoder = copy.deepcopy(encoder).cpu().float().accelerate("float32").freeze()
+        for name, values in (("mean", encoder.pixel_mean), ("std", encoder.pixel_std)):
+            self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Compute dense features.
+
+        Args:
+            image: (B, 3, H, W) float32 RGB in 0..255, of any size.
+
+        Returns:
+            (B, D, ceil(H / p), ceil(W / p)) float32.
+        """
+        return self.encoder((image - self.mean) / self.std)
+
+
+class ExportedScores(ExportedEncoder):
+    """Cosine similarities of dense features and text embeddings."""
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Compute scores.
+
+        Args:
+            image: (B, 3, H, W) float32 RGB in 0..255, of any size.
+            text: (Q, D) float32 unit vectors.
+
+        Returns:
+            (B, Q, ceil(H / p), ceil(W / p)) float32 in -1..1.
+        """
+        features = F.normalize(super().forward(image), dim=1)
+        return torch.einsum("bdhw,qd->bqhw", features, text)
