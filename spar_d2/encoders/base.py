@@ -270,9 +270,8 @@ class DenseEncoder(nn.Module, ABC):
         The result must depend on nothing but the grid, and has no gradient. ``kind`` distinguishes results.
         """
         # Tracing compares two traces, and a cache hit would make the second one different.
-        if is_symbolic(grid) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            return make()
-        return self._grids.get((*grid, self._precision, kind), next(self.parameters()), make)
+        is_traced = is_symbolic(grid) or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        return make() if is_traced else self._grids.get((*grid, self._precision, kind), next(self.parameters()), make)
 
     def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager:
         if self._precision is None:

@@ -40,7 +40,7 @@ OTHERS = {
     "scales": {"KIND": "ensemble", "ENSEMBLE": ("scale:0.75", "sliding", "scale:1.5")},
     "enlarged": {"KIND": "ensemble", "ENSEMBLE": ("scale:1.5",)},
     "mixed": {"KIND": "ensemble", "ENSEMBLE": ("sliding", "self_correlation", "mirror", "scale:1.5")},
-    "smoothed": {"KIND": "smoothed", "NEIGHBOURS": 20},
+    **{f"smoothed_{count}": {"KIND": "smoothed", "NEIGHBOURS": count} for count in (5, 10, 20, 50)},
 }
 
 
