@@ -70,7 +70,8 @@ def _along_side(size: int, native: int, margin: float, device: torch.device, ant
     # The native side is the height; antialiasing along a width of 1 is not reliable.
     one_hot = torch.eye(native, device=device)[None, None]
     if margin:
-        target: dict[str, Any] = {"scale_factor": ((size + margin) / native, 1.0)}
+        # In tracing, the size is a tensor.
+        target: dict[str, Any] = {"scale_factor": ((int(size) + margin) / native, 1.0)}
     else:
         target = {"size": (size, native)}
     return F.interpolate(one_hot, mode="bicubic", align_corners=False, antialias=antialias, **target)[0, 0]
