@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks.measure import median_seconds, peak_bytes
-from benchmarks.passes import result_if_it_fits
+from benchmarks.passes import measure_pair
 from benchmarks.tables import NO_PEAK, PEAK_NOTE, Table, number, ratio
 from spar_d2.data.images import read_rgb
 from spar_d2.encoders import DenseEncoder
@@ -135,15 +134,9 @@ def _measure(
         return _label_full_maps(features, text, size, padded, threshold)
 
     full_fits = _FULL_MAPS * len(text) * padded[0] * padded[1] * 4 <= room
-    expected = result_if_it_fits(full) if full_fits else None
-    labels = ours()
-    calls = [ours] if expected is None else [ours, full]
-    seconds = median_seconds(calls, repeats, features.device)
-    peaks = [peak_bytes(call, features.device) for call in calls]
-    different = None if expected is None else int((labels != expected).sum())
-    ours_result = (seconds[0], peaks[0])
-    full_result = (None, None) if expected is None else (seconds[1], peaks[1])
-    return Measurement(len(text), size, threshold > 0, different, *ours_result, *full_result)
+    pair = measure_pair(ours, full, full_fits, repeats, features.device)
+    different = None if pair.other is None else int((pair.ours != pair.other).sum())
+    return Measurement(len(text), size, threshold > 0, different, *pair[2:])
 
 
 def _label_full_maps(

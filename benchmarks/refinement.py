@@ -11,8 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import median_seconds, peak_bytes
-from benchmarks.passes import result_if_it_fits
+from benchmarks.passes import measure_pair
 from benchmarks.tables import NO_PEAK, PEAK_NOTE, Table, number, ratio
 from spar_d2.refine import AnyUp, PixelGraph, best_classes, imagenet_normalized, lposs
 from spar_d2.refine.anyup import KEPT_BYTES
@@ -130,15 +129,9 @@ class _Case:
             "anyup": (self._anyup, self._anyup_at_once, 3 * 4 * pixels * CHANNELS),
         }
         ours, whole = (functools.partial(call, scores, text) for call in calls[step][:2])
-        labels = ours()
-        expected = result_if_it_fits(whole) if calls[step][2] <= room else None
-        functions = [ours] if expected is None else [ours, whole]
-        seconds = median_seconds(functions, repeats, self.image.device)
-        peaks = [peak_bytes(function, self.image.device) for function in functions]
-        different = None if expected is None else (labels != expected).double().mean().item()
-        size = (self.image.shape[1], self.image.shape[2])
-        whole_result = (None, None) if expected is None else (seconds[1], peaks[1])
-        return Measurement(step, size, words, seconds[0], peaks[0], *whole_result, different)
+        pair = measure_pair(ours, whole, calls[step][2] <= room, repeats, self.image.device)
+        different = None if pair.other is None else (pair.ours != pair.other).double().mean().item()
+        return Measurement(step, (self.image.shape[1], self.image.shape[2]), words, *pair[2:], different)
 
     def _lposs(self, scores: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return lposs(scores, self.features, PATCH, NEIGHBOURS).argmax(2)

@@ -50,7 +50,8 @@ def run_tool(
 
 def _run_tool(tool: str, arguments: list[str], log: str, environment: dict, folder: Path | None) -> None:
     os.setsid()
-    os.chdir(folder or os.getcwd())
+    if folder:
+        os.chdir(folder)
     # As in a script from a command line. Loading workers should not repeat its imports.
     multiprocessing.set_start_method("fork", force=True)
     start = torch.multiprocessing.start_processes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -22,12 +20,12 @@ class Pad:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the number of patches (h, w) for an image size in pixels."""
-        if is_symbolic((height, width)):
-            # Of positive numbers: ONNX divides toward zero.
-            rows, columns = (side + self.patch_size - 1 for side in (height, width))
-            return rows // self.patch_size, columns // self.patch_size
-        # In tracing, the sides are tensors.
-        return math.ceil(int(height) / self.patch_size), math.ceil(int(width) / self.patch_size)
+        if not is_symbolic((height, width)):
+            # In tracing, the sides are tensors.
+            height, width = int(height), int(width)
+        # Rounded up by a quotient of positive numbers: ONNX divides toward zero.
+        rows, columns = (side + self.patch_size - 1 for side in (height, width))
+        return rows // self.patch_size, columns // self.patch_size
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Resize (B, 3, H, W) to (B, 3, h * p, w * p). Images of whole patches are returned unchanged."""

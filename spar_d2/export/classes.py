@@ -34,10 +34,8 @@ def write_classes(
     stem, content, written = Path(path).with_suffix(""), describe(encoder), []
     if vocabulary is not None and embeddings is not None:
         text, query_class = embeddings(vocabulary)
-        synonyms = [[] for _ in vocabulary.names]
-        for query, number in zip(vocabulary.queries, vocabulary.query_class):
-            synonyms[number].append(query)
-        content["classes"] = [{"name": name, "synonyms": words} for name, words in zip(vocabulary.names, synonyms)]
+        pairs = zip(vocabulary.names, vocabulary.classes)
+        content["classes"] = [{"name": name, "synonyms": list(synonyms)} for name, synonyms in pairs]
         written.append(stem.with_name(f"{stem.name}.safetensors"))
         with atomic_write(written[0]) as temporary:
             save_file({"text": text.contiguous(), "query_class": query_class.contiguous()}, temporary)

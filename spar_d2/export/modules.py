@@ -14,6 +14,9 @@ from spar_d2.encoders import DenseEncoder
 class ExportedEncoder(nn.Module):
     """Dense features of images, with the pixel statistics of the encoder inside.
 
+    Attributes:
+        input_names, output_name: names of the inputs and the output in the exported file.
+
     Args:
         encoder: encoder, which is copied.
 
@@ -21,6 +24,8 @@ class ExportedEncoder(nn.Module):
         ValueError: the encoder handles image sizes as the reference code (``reference_compat``).
     """
 
+    input_names: tuple[str, ...] = ("image",)
+    output_name = "features"
     mean: torch.Tensor
     std: torch.Tensor
 
@@ -49,6 +54,9 @@ class ExportedEncoder(nn.Module):
 
 class ExportedScores(ExportedEncoder):
     """Cosine similarities of dense features and text embeddings."""
+
+    input_names = ("image", "text")
+    output_name = "scores"
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Compute scores.

@@ -71,22 +71,18 @@ def _onnx_program(model: ExportedEncoder, encoder: DenseEncoder) -> torch.onnx.O
     free = torch.export.Dim.DYNAMIC
     # No example size may be 0, 1 or a size of the encoder: torch.export would take it for a fixed one.
     height, width = (encoder.patch_size * cells + 1 for cells in (4, 5))
-    inputs = [torch.zeros(2, 3, height, width)]
-    shapes: list[dict[int, object]] = [{0: free, 2: free, 3: free}]
-    if isinstance(model, ExportedScores):
-        inputs.append(torch.zeros(3, encoder.embed_dim))
-        shapes.append({0: free})
-    names = ["image", "text"][: len(inputs)], ["scores" if len(inputs) > 1 else "features"]
+    examples = {"image": torch.zeros(2, 3, height, width), "text": torch.zeros(3, encoder.embed_dim)}
+    shapes = {"image": {0: free, 2: free, 3: free}, "text": {0: free}}
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 model,
-                tuple(inputs),
+                tuple(examples[name] for name in model.input_names),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=names[0],
-                output_names=names[1],
-                dynamic_shapes=tuple(shapes),
+                input_names=model.input_names,
+                output_names=[model.output_name],
+                dynamic_shapes=tuple(shapes[name] for name in model.input_names),
             )
     except Exception as error:  # exporters raise anything
         raise RuntimeError(f"{type(encoder).__name__} cannot be exported to ONNX: {error}") from error

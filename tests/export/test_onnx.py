@@ -61,13 +61,10 @@ def test_scores_for_any_number_of_images_and_classes(tmp_path):
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("antialias", [False, True])
-@pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize(("margin", "antialias"), [(0.0, False), (0.1, False), (0.0, True)])
 def test_weights_without_known_sizes_are_those_of_interpolate(margin, antialias):
     from spar_d2.encoders.positions import _symbolic_weights
 
-    if margin and antialias:
-        return
     for grid in [(1, 1), (4, 4), (4, 7), (3, 4), (37, 2), (5, 100)]:
         arguments = ((4, 4), grid, margin, torch.device("cpu"), antialias)
         found = _symbolic_weights(*arguments)
