@@ -55,6 +55,7 @@ class Origin:
         pixel_mean, pixel_std, quick_gelu: see :class:`Conventions`.
         window, stride: sliding window and stride of the teacher in pixels.
         teacher: kind of the teacher; "" for the sliding window.
+        images, steps: number of training images and of training steps of a student.
         version: version of spar_d2 that wrote the file.
         date: date of the file in ISO format ("2026-11-28").
     """
@@ -67,6 +68,8 @@ class Origin:
     window: int | None = None
     stride: int | None = None
     teacher: str = ""
+    images: int | None = None
+    steps: int | None = None
     version: str = ""
     date: str = ""
 
@@ -118,7 +121,7 @@ def parse_origin(text: Any, path: str | os.PathLike) -> Origin | None:
             "pixel_mean": check_triple,
             "pixel_std": functools.partial(check_triple, above=0),
             "quick_gelu": check_flag,
-            **dict.fromkeys(("window", "stride"), _check_pixels),
+            **dict.fromkeys(("window", "stride", "images", "steps"), _check_count),
             **dict.fromkeys(("encoder", "pretrained", "teacher", "version", "date"), _check_name),
         }
         return Origin(**{name: check(fields[name], name) for name, check in checks.items() if name in fields})
@@ -164,9 +167,9 @@ def add_origin(path: str | os.PathLike, origin: Origin | None) -> None:
             archive.writestr(f"{archive.namelist()[0].split('/')[0]}/{RECORD}", origin.text())
 
 
-def _check_pixels(value: object, what: str) -> int:
+def _check_count(value: object, what: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{what} must be a number of pixels, got {value!r}")
+        raise ValueError(f"{what} must be a whole number of at least 0, got {value!r}")
     return value
 
 

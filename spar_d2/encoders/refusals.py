@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import timm
 from timm.models import model_entrypoint
 
+from spar_d2.encoders.folders import CONFIG, OPEN_CLIP_CONFIG
 from spar_d2.encoders.model_configs import model_config
 
 
@@ -14,8 +16,10 @@ def refusal(name: str) -> str:
     """Return why a model of timm or open_clip is not supported, or "" if neither library has such a model.
 
     Args:
-        name: model name or open_clip model config file (*.json).
+        name: model name, open_clip model config file (*.json) or folder.
     """
+    if os.path.isdir(name):
+        return f"the folder has neither a {CONFIG} of spar-d2 export folder nor an {OPEN_CLIP_CONFIG}"
     architecture, _, tag = name.partition(".")
     if timm.is_model(name) and tag:
         return (

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from spar_d2.encoders.base import DenseEncoder
+from spar_d2.encoders.folders import model_folder
 from spar_d2.encoders.origin import Conventions, Triple
 from spar_d2.encoders.refusals import refusal
 from spar_d2.encoders.settling import origin_of, pixel_statistics, settled
@@ -25,7 +26,10 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Specification of an encoder and its text tower; see :func:`build_encoder` for the fields."""
+    """Specification of an encoder and its text tower; see :func:`build_encoder` for the fields.
+
+    The name of a model folder is replaced by its model, and its weights and read-out are filled in where they are "".
+    """
 
     name: str
     pretrained: str = ""
@@ -40,6 +44,10 @@ class EncoderSpec:
     readout: str = ""
 
     def __post_init__(self) -> None:
+        if folder := model_folder(self.name):
+            object.__setattr__(self, "name", folder.name)
+            object.__setattr__(self, "pretrained", self.pretrained or folder.pretrained)
+            object.__setattr__(self, "readout", self.readout or folder.readout)
         # Specs are keys of caches, so they must be hashable.
         for name in ("pixel_mean", "pixel_std"):
             if isinstance(value := getattr(self, name), (list, np.ndarray)):
@@ -146,6 +154,8 @@ def find_family(name: str) -> EncoderFamily:
     """
     if not isinstance(name, str):
         raise ValueError(f"MODEL.SPAR.ENCODER must be a string, got {name!r}")
+    if folder := model_folder(name):
+        name = folder.name
     for family in FAMILIES.values():
         if family.claims(name):
             return family
@@ -192,10 +202,11 @@ def build_encoder(
     """Build a dense image encoder.
 
     Args:
-        name: model name ("ViT-B-16", "ViT-B-16-SigLIP2-512", "vit_base_patch16_dinov3", ...) or open_clip model config
-            file (*.json).
-        pretrained: pretrained tag of the model's library, weight file, or "" for random weights. Random weights have a
-            fixed seed, so that student, teacher and text tower match and training can be resumed.
+        name: model name ("ViT-B-16", "ViT-B-16-SigLIP2-512", "vit_base_patch16_dinov3", ...), open_clip model config
+            file (*.json), or a model folder of ``spar-d2 export folder`` or open_clip.
+        pretrained: pretrained tag of the model's library, weight file, or "" for the weights of a model folder, else
+            random weights. Random weights have a fixed seed, so that student, teacher and text tower match and training
+            can be resumed.
         reference_compat: reproduce the reference code of the SPAR authors at image sizes that are not a multiple of the
             patch size, see the encoder classes.
         dinov3_repo: for DINOv3.txt: folder of a clone of the dinov3 repository; code from this folder is executed.
@@ -252,8 +263,9 @@ def build(spec: EncoderSpec) -> DenseEncoder:
 
 def describe_encoder(name: str, pretrained: str = "") -> EncoderInfo:
     """Describe a model without building it; see :func:`build_encoder` for arguments and errors."""
-    family = find_family(name)
-    spec = settled(EncoderSpec(name, pretrained), family)
+    spec = EncoderSpec(name, pretrained)
+    family = find_family(spec.name)
+    spec = settled(spec, family)
     return EncoderInfo(family.name, *family.sizes(spec), *pixel_statistics(spec), quick_gelu=spec.quick_gelu)
 
 

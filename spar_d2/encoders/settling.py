@@ -57,8 +57,9 @@ def origin_of(spec: EncoderSpec) -> Origin:
     stored = read_origin(spec.pretrained)
     pretrained = stored.pretrained if stored else Path(spec.pretrained).name
     name = Path(spec.name).name if spec.name.endswith(".json") else spec.name
-    origin = Origin(name, pretrained, *pixel_statistics(spec), spec.quick_gelu)
-    return origin if stored is None else dataclasses.replace(origin, window=stored.window, stride=stored.stride)
+    own = {"encoder": name, "pretrained": pretrained, "quick_gelu": spec.quick_gelu}
+    own |= dict(zip(("pixel_mean", "pixel_std"), pixel_statistics(spec)))
+    return dataclasses.replace(stored or Origin(), **own, version="", date="")
 
 
 def _checked(spec: EncoderSpec) -> dict:

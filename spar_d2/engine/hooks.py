@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import logging
 import os
@@ -167,8 +168,11 @@ class StudentWriter(HookBase):
 
     def after_train(self) -> None:
         if comm.is_main_process() and self.trainer.iter >= self.trainer.max_iter:
+            encoder = find_encoder(self.trainer.model)
+            if encoder.origin:
+                encoder.origin = dataclasses.replace(encoder.origin, steps=self.trainer.max_iter)
             with self.weights():
-                export_student(find_encoder(self.trainer.model), self.spec, self.path)
+                export_student(encoder, self.spec, self.path)
 
 
 class StepTimer(HookBase):

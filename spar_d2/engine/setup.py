@@ -24,6 +24,7 @@ from detectron2.utils.logger import setup_logger
 from fvcore.common.config import BASE_KEY
 
 from spar_d2.data.datasets.file_registration import check_registered, register_dataset_file
+from spar_d2.encoders import EncoderSpec
 from spar_d2.engine.derived_keys import GivenKeys, given_keys, settle_classes, settle_steps, value_at
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import make_logs_printable
@@ -151,12 +152,15 @@ def _is_whole(value: object) -> bool:
 def _find_files(cfg: CfgNode, config_file: str) -> None:
     """Resolve files in a config relative to the current folder, else the config's folder, else the parents of that."""
     for key in ("ENCODER", "PRETRAINED", "DINOV3_BACKBONE", "VOCABULARY", "TEMPLATES", "DINOV3_REPO"):
-        is_there = os.path.isdir if key == "DINOV3_REPO" else os.path.isfile
+        is_there = {"DINOV3_REPO": os.path.isdir, "ENCODER": os.path.exists}.get(key, os.path.isfile)
         value = cfg.MODEL.SPAR[key]
         if not value or os.path.exists(value):
             continue
         candidates = (os.path.join(parent, value) for parent in Path(config_file).resolve().parents)
         cfg.MODEL.SPAR[key] = next((path for path in candidates if is_there(path)), value)
+    # Paths of files, so that cache keys change with the content of a model folder.
+    spec = EncoderSpec(cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED, readout=cfg.MODEL.SPAR.READOUT)
+    cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED, cfg.MODEL.SPAR.READOUT = spec.name, spec.pretrained, spec.readout
 
 
 def _register_files(cfg: CfgNode, config_file: str, given: GivenKeys) -> None:

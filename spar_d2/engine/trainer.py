@@ -119,8 +119,10 @@ class Trainer(DefaultTrainer):
             encoder, teacher = find_encoder(self._module), self._distillation.teacher
             origin = encoder.origin or Origin()
             sliding = {name: getattr(teacher, name, None) for name in ("window", "stride")}
-            kind = cfg.SPAR.TEACHER.KIND
-            encoder.origin = dataclasses.replace(origin, **sliding, teacher="" if kind == "sliding" else kind)
+            kind, photos = cfg.SPAR.TEACHER.KIND, self.data_loader.photos
+            images = len(photos) if photos else None
+            kind = "" if kind == "sliding" else kind
+            encoder.origin = dataclasses.replace(origin, **sliding, teacher=kind, images=images)
         ema = ModelEma(self._module, cfg.SPAR.EMA_DECAY) if cfg.SPAR.EMA_DECAY else None
         applied = ema.applied if ema else contextlib.nullcontext
 

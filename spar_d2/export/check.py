@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from spar_d2.encoders import DenseEncoder
-from spar_d2.export.modules import ExportedEncoder, ExportedScores
-from spar_d2.export.onnx import check_packages
+from spar_d2.export.modules import EXPORTED
+from spar_d2.export.packages import check_packages
 
 _CLASSES = 20
 _REPEATS, _LONG_SECONDS = 3, 2.0
@@ -27,9 +27,10 @@ class Comparison:
 
     Attributes:
         size: (H, W) of the image.
-        difference: largest difference of the outputs, relative to the largest output of PyTorch.
-        cosine: smallest cosine similarity of the output vectors of a patch.
-        same: fraction of patches with the same largest output: the best class of scores.
+        difference: largest difference of the outputs, relative to the largest output of PyTorch; 0 for labels.
+        cosine: smallest cosine similarity of the output vectors of a patch; 1 for labels.
+        same: fraction of patches with the same largest output (the best class of scores), or of pixels with the same
+            label.
         seconds, torch_seconds: median times of onnxruntime and PyTorch.
     """
 
@@ -71,15 +72,15 @@ def compare(path: str | os.PathLike, encoder: DenseEncoder, sizes: list[tuple[in
     import onnxruntime
 
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    has_text = len(session.get_inputs()) > 1
-    model = (ExportedScores if has_text else ExportedEncoder)(encoder)
+    model = EXPORTED[session.get_outputs()[0].name](encoder)
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
         # Coarse random images: an encoder hardly sees noise.
         coarse = torch.rand(1, 3, 5, 5, generator=generator) * 255
         inputs = {"image": F.interpolate(coarse, size=size, mode="bilinear")}
-        if has_text:
-            inputs["text"] = F.normalize(torch.randn(_CLASSES, encoder.embed_dim, generator=generator), dim=1)
+        inputs["text"] = F.normalize(torch.randn(_CLASSES, encoder.embed_dim, generator=generator), dim=1)
+        inputs["query_class"] = torch.arange(_CLASSES)
+        inputs = {name: inputs[name] for name in model.input_names}
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         with torch.no_grad():
             expected, torch_seconds = _timed(model, *inputs.values())
@@ -93,6 +94,8 @@ def compare(path: str | os.PathLike, encoder: DenseEncoder, sizes: list[tuple[in
 
 
 def _differences(found: np.ndarray, expected: np.ndarray) -> tuple[float, float, float]:
+    if found.ndim == 3:  # labels
+        return 0.0, 1.0, float((found == expected).mean())
     difference = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
     lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
     cosine = float(((found * expected).sum(1) / np.maximum(lengths, 1e-30)).min())

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from spar_d2.encoders import DenseEncoder
-from spar_d2.export.onnx import describe
+from spar_d2.export.inputs import describe
 from spar_d2.text import TextEmbeddings, Vocabulary
 from spar_d2.utils.io import atomic_write, write_json
 

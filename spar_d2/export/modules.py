@@ -1,4 +1,4 @@
-"""Encoders as plain modules for export: pixels in 0..255 in, features or scores out, for any size."""
+"""Encoders as plain modules for export: pixels in 0..255 in; features, scores or labels out; for any size."""
 
 from __future__ import annotations
 
@@ -70,3 +70,37 @@ class ExportedScores(ExportedEncoder):
         """
         features = F.normalize(super().forward(image), dim=1)
         return torch.einsum("bdhw,qd->bqhw", features, text)
+
+
+class ExportedLabels(ExportedScores):
+    """The class of every pixel."""
+
+    input_names = ("image", "text", "query_class")
+    output_name = "labels"
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor, query_class: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Label pixels by bilinear interpolation of the scores.
+
+        Args:
+            image: (B, 3, H, W) float32 RGB in 0..255, of any size.
+            text: (Q, D) float32 unit vectors.
+            query_class: (Q,) int64, class of each vector.
+
+        Returns:
+            (B, H, W) int64, the class of the vector with the largest score.
+        """
+        scores = super().forward(image, text)
+        # Two small matrix products, because operators that resize differ between libraries.
+        rows, columns = (self._interpolation(image.shape[i], scores.shape[i]) for i in (2, 3))
+        return query_class[(rows @ scores @ columns.T).argmax(1)]
+
+    def _interpolation(self, pixels: int, cells: int) -> torch.Tensor:
+        """Return (pixels, cells): weights of bilinear interpolation from centers of patches to centers of pixels."""
+        position = (torch.arange(pixels) + 0.5) / self.encoder.patch_size - 0.5
+        distance = position.clamp(min=0)[:, None].minimum(torch.tensor(cells - 1.0)) - torch.arange(cells)
+        return (1 - distance.abs()).clamp(min=0)
+
+
+EXPORTED: dict[str, type[ExportedEncoder]] = {
+    module.output_name: module for module in (ExportedEncoder, ExportedScores, ExportedLabels)
+}

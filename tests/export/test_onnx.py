@@ -43,7 +43,7 @@ def test_scores_for_any_number_of_images_and_classes(tmp_path):
     torch.manual_seed(0)
     encoder, path = example_encoder("open_clip ViT"), tmp_path / "scores.onnx"
     del encoder.blocks[:-1]
-    export_onnx(encoder, path, scores=True)
+    export_onnx(encoder, path, "scores")
     session = onnxruntime.InferenceSession(str(path))
     assert [value.name for value in session.get_inputs()] == ["image", "text"]
     assert [value.name for value in session.get_outputs()] == ["scores"]
@@ -78,13 +78,15 @@ def test_weights_without_known_sizes_are_those_of_interpolate(margin, antialias)
 def test_the_command_writes_classes_and_checks(tmp_path, tiny_model, monkeypatch, capsys):
     monkeypatch.setattr("spar_d2.export.check_sizes", lambda encoder: [(1, 1), (40, 70)])
     words = ["--encoder", tiny_model[0], "--pretrained", tiny_model[1], "--output", tmp_path / "a.onnx", "--scores"]
-    words += ["--vocabulary", "cat, kitten; dog", "--templates", "simple", "--check"]
+    words += ["--vocabulary", "cat, kitten; dog", "--templates", "simple", "--precision", "int8", "--check"]
     monkeypatch.setattr(sys, "argv", ["spar-d2 export", "onnx", *map(str, words)])
     assert import_module("spar_d2.cli.export").main() == 0
     printed = capsys.readouterr().out
     assert "70x40" in printed and "a.safetensors" in printed
     content = json.loads((tmp_path / "a.json").read_text())
     assert content["classes"] == [{"name": "cat", "synonyms": ["cat", "kitten"]}, {"name": "dog", "synonyms": ["dog"]}]
+    model = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"))
+    assert json.loads(model.get_modelmeta().custom_metadata_map["spar_d2.precision"]) == "int8"
     stored = load_file(tmp_path / "a.safetensors")
     assert stored["query_class"].tolist() == [0, 0, 1] and stored["text"].shape == (3, content["embed_dim"])
     assert stored["text"].norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
