@@ -8,6 +8,7 @@ setup(
     package_dir={"spar_d2.configs": "configs"},
     package_data={
         "spar_d2": ["py.typed"],
+        "spar_d2.export.browser": ["page/*"],
         "spar_d2.text": ["vocabularies/*.txt"],
         "spar_d2.configs": ["*.yaml", "*/*"],
     },

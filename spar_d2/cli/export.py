@@ -23,6 +23,10 @@ from spar_d2.utils.tables import format_table
 # Largest difference between onnxruntime and PyTorch, relative to the largest output, and smallest share of equal
 # labels; both in float32.
 TOLERANCE, SAME = 1e-4, 0.999
+_OUTPUTS = {
+    "scores": 'add the input "text" (Q, D), and output scores instead of features',
+    "labels": 'add the inputs "text" (Q, D) and "query_class" (Q,), and output the label of every pixel',
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,32 +48,28 @@ def parse_args() -> argparse.Namespace:
     program = command("torch", "a program of torch.export for images of any size", run_torch, "FILE.pt2")
     for parser_ in (onnx, program):
         chosen = parser_.add_mutually_exclusive_group()
-        chosen.add_argument(
-            "--scores",
-            dest="kind",
-            action="store_const",
-            const="scores",
-            default="features",
-            help='add the input "text" (Q, D), and output scores instead of features',
-        )
-        chosen.add_argument(
-            "--labels",
-            dest="kind",
-            action="store_const",
-            const="labels",
-            help='add the inputs "text" (Q, D) and "query_class" (Q,), and output the label of every pixel',
-        )
+        for kind, about in _OUTPUTS.items():
+            chosen.add_argument(
+                f"--{kind}", dest="kind", action="store_const", const=kind, default="features", help=about
+            )
         _add_classes(parser_)
-    onnx.add_argument("--precision", default="float32", help="float32, float16 or int8 (default: %(default)s)")
     onnx.add_argument("--check", action="store_true", help="compare the file with PyTorch at eight image sizes")
     folder = command("folder", "a folder that is used like a model name", run_folder, "DIR")
     folder.add_argument("--license", default="", help="license of the weights, for the model card")
+    browser = command("browser", "a page that segments photos in the visitor's browser", run_browser, "DIR")
+    _add_classes(browser, required=True)
+    browser.add_argument(
+        "--runtime", default="", metavar="DIR", help="unpacked npm package onnxruntime-web (default: npm)"
+    )
+    for parser_ in (onnx, browser):
+        parser_.add_argument("--precision", default="float32", help="float32, float16 or int8 (default: %(default)s)")
     return parser.parse_args()
 
 
-def _add_classes(parser: argparse.ArgumentParser) -> None:
+def _add_classes(parser: argparse.ArgumentParser, required: bool = False) -> None:
     add = parser.add_argument
-    add("--vocabulary", default="", help="classes whose text embeddings are written, too; see spar-d2 segment")
+    about = "classes whose text embeddings are written, too; see spar-d2 segment"
+    add("--vocabulary", default="", required=required, help=about)
     add("--templates", default="imagenet", help="prompt templates, as in MODEL.SPAR.TEMPLATES (default: %(default)s)")
 
 
@@ -106,6 +106,19 @@ def run_folder(args: argparse.Namespace) -> None:
     from spar_d2.export import export_folder
 
     _report(export_folder(args.spec, args.output, args.license))
+
+
+def run_browser(args: argparse.Namespace) -> None:
+    """Export to a page."""
+    from spar_d2.export.browser import export_browser
+
+    vocabulary, embeddings = _classes(args)
+    if vocabulary is None or embeddings is None:
+        raise ValueError("--vocabulary must name the classes that visitors choose from")
+    written = export_browser(build(args.spec), args.output, vocabulary, embeddings, args.precision, args.runtime)
+    _report(written)
+    size, server = sum(path.stat().st_size for path in written) / 1e6, "python -m http.server --bind 127.0.0.1"
+    print(printable(f"{size:.1f} MB. Serve the folder, for example: {server} --directory {args.output}"))
 
 
 def _check_output(args: argparse.Namespace, suffix: str) -> None:

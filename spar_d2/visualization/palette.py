@@ -29,7 +29,6 @@ def class_colors(classes: int | Sequence[str]) -> list[tuple[int, int, int]]:
 
     Returns:
         (red, green, blue) in 0..255 for each class.
-        (red, green, blue) in 0..255 for each class.
     """
     count = classes if isinstance(classes, int) else len(classes)
     background = not isinstance(classes, int) and count > 0 and classes[0].strip().lower() == "background"

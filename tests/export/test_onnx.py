@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from reference import ROOT, example_encoder
+from reference import ROOT, TINY_CONFIG, example_encoder
 from spar_d2.encoders import FAMILIES, build_encoder
 from spar_d2.encoders.positions import sampling_weights
 from spar_d2.export import check, check_sizes, compare, export_onnx
@@ -75,9 +75,11 @@ def test_weights_without_known_sizes_are_those_of_interpolate(margin, antialias)
 
 
 @pytest.mark.slow
-def test_the_command_writes_classes_and_checks(tmp_path, tiny_model, monkeypatch, capsys):
+def test_the_command_writes_classes_and_checks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("spar_d2.export.check_sizes", lambda encoder: [(1, 1), (40, 70)])
-    words = ["--encoder", tiny_model[0], "--pretrained", tiny_model[1], "--output", tmp_path / "a.onnx", "--scores"]
+    config = tmp_path / "one-block.json"
+    config.write_text(json.dumps(TINY_CONFIG | {"vision_cfg": TINY_CONFIG["vision_cfg"] | {"layers": 1}}))
+    words = ["--encoder", config, "--output", tmp_path / "a.onnx", "--scores"]
     words += ["--vocabulary", "cat, kitten; dog", "--templates", "simple", "--precision", "int8", "--check"]
     monkeypatch.setattr(sys, "argv", ["spar-d2 export", "onnx", *map(str, words)])
     assert import_module("spar_d2.cli.export").main() == 0

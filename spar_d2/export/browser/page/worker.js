@@ -1,0 +1,102 @@
+// Runs the model beside the page, which stays responsive.
+import { labelPixels } from "./labels.js";
+
+let ort, session, model, text, kept;
+
+self.onmessage = async ({ data }) => {
+  try {
+    self.postMessage({ id: data.id, ...(await { load, segment, relabel }[data.task](data)) });
+  } catch (error) {
+    self.postMessage({ id: data.id, error: error.message || String(error) });
+  }
+};
+
+async function load() {
+  model = await (await file("model.json")).json();
+  const bytes = Uint8Array.from(atob(model.text), (letter) => letter.charCodeAt(0));
+  text = new Float32Array(bytes.buffer);
+  const weights = new Uint8Array(await download("model.onnx"));
+  let device = "WebAssembly";
+  if (await usesGPU()) {
+    try {
+      await start(weights, "ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm.gz", "webgpu");
+      await run(new Float32Array(3 * 32 * 32), 32, 32);
+      device = "WebGPU";
+    } catch (error) {
+      console.warn("WebGPU does not work, using WebAssembly:", error);
+      session = null;
+    }
+  }
+  if (!session) await start(weights, "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm.gz", "wasm");
+  const { classes, patch_size, most_patches, origin, version } = model;
+  return { classes, patch: patch_size, mostPatches: most_patches, origin, version, device };
+}
+
+/** Whether to try WebGPU: "?device=webgpu" and "?device=wasm" in the address of the page decide, else the browser. */
+async function usesGPU() {
+  const wish = new URLSearchParams(self.location.search).get("device");
+  const adapter = wish !== "wasm" && (await navigator.gpu?.requestAdapter().catch(() => null));
+  if (!adapter) return false;
+  // A GPU in software is slower than WebAssembly.
+  return wish === "webgpu" || !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
+}
+
+async function start(weights, script, binary, provider) {
+  ort = await import(`./${script}`);
+  ort.env.wasm.wasmBinary = await unzipped(await download(binary));
+  // Threads need headers that a plain static server does not send.
+  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
+  session = await ort.InferenceSession.create(weights, { executionProviders: [provider] });
+}
+
+async function segment({ image, width, height, chosen }) {
+  const started = performance.now();
+  // RGBA, row by row, to three planes.
+  const planes = new Float32Array(3 * width * height);
+  for (let pixel = 0; pixel < width * height; pixel++)
+    for (let channel = 0; channel < 3; channel++)
+      planes[channel * width * height + pixel] = image[4 * pixel + channel];
+  const { scores } = await run(planes, width, height);
+  kept = { scores: scores.data.slice(), shape: scores.dims.slice(1), width, height };
+  scores.dispose?.();
+  const seconds = (performance.now() - started) / 1000;
+  return { ...relabel({ chosen }), seconds };
+}
+
+function run(planes, width, height) {
+  const names = text.length / model.embed_dim;
+  return session.run({
+    image: new ort.Tensor("float32", planes, [1, 3, height, width]),
+    text: new ort.Tensor("float32", text, [names, model.embed_dim]),
+  });
+}
+
+function relabel({ chosen }) {
+  const { scores, shape, width, height } = kept;
+  return labelPixels(scores, shape, model.query_class, new Set(chosen), model.patch_size, width, height);
+}
+
+async function file(name) {
+  const response = await fetch(name);
+  if (!response.ok) throw new Error(`${name} cannot be loaded (status ${response.status}).`);
+  return response;
+}
+
+async function download(name) {
+  const response = await file(name), total = Number(response.headers.get("Content-Length")) || 0;
+  const parts = [], reader = response.body.getReader();
+  for (let loaded = 0; ; ) {
+    const { done, value } = await reader.read();
+    if (done) return new Blob(parts).arrayBuffer();
+    parts.push(value);
+    loaded += value.length;
+    self.postMessage({ progress: total ? loaded / total : null, name });
+  }
+}
+
+async function unzipped(buffer) {
+  const bytes = new Uint8Array(buffer, 0, 2);
+  // Some servers have already undone the compression.
+  if (bytes[0] !== 0x1f || bytes[1] !== 0x8b) return buffer;
+  return new Response(new Blob([buffer]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+}

@@ -1,0 +1,120 @@
+"""The page that runs the model in the browser, in a real Chromium."""
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from browser import chromium, served
+from reference import ROOT
+from spar_d2.export.browser.runtime import PACKAGE, copy_runtime
+from spar_d2.predict import segment
+from spar_d2.toy.scenes import SCENE_CLASSES, training_scene
+
+TINY = [str(ROOT / f"configs/toy/tiny_clip.{suffix}") for suffix in ("json", "safetensors")]
+WORDS = "; ".join(SCENE_CLASSES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The exported page of the tiny CLIP; needs npm and its registry."""
+    pytest.importorskip("onnxruntime", reason="needs the extra [export]")
+    output = tmp_path_factory.mktemp("page") / "page"
+    words = ["--encoder", TINY[0], "--pretrained", TINY[1], "--vocabulary", WORDS, "--templates", "simple"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["spar-d2 export", "browser", *words, "--output", str(output)])
+        try:
+            assert import_module("spar_d2.cli.export").main() == 0
+        except SystemExit:
+            pytest.skip("needs npm and its registry")
+    return output
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+def photo(path: Path, size: tuple[int, int]) -> str:
+    Image.fromarray(training_scene(1, 5).image).resize(size).save(path)
+    return str(path)
+
+
+def found(page) -> np.ndarray:
+    result = page.evaluate("segmented()")
+    return np.array(result["labels"]).reshape(result["height"], result["width"])
+
+
+def show(page, path: str, message: str) -> None:
+    """Choose a photo, and wait for a message on the page."""
+    page.set_input_files("#file", path)
+    page.wait_for_selector(f'#status:has-text("{message}")', timeout=60000)
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_the_page_labels_photos_as_python_does(folder, browser, tmp_path):
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
+    with served(folder) as address:
+        page, hosts = browser.new_page(), set()
+        page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+        problems = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(address)
+        page.wait_for_selector("#file:enabled", state="attached", timeout=60000)
+        for size in [(64, 64), (121, 77), (8, 200)]:
+            path = photo(tmp_path / f"{size[0]}.png", size)
+            show(page, path, f"{size[0]}×{size[1]} pixels in")
+            expected = segment(path, WORDS, *TINY, templates="simple").labels
+            assert (found(page) == expected).mean() >= 0.99
+        # Fewer classes, without running the model again.
+        page.click("#none")
+        page.wait_for_selector('#status:has-text("at least one class")')
+        for name in ("snow", "sand"):
+            page.check(f"#classes label:has-text('{name}') input")
+        page.wait_for_selector('#status:has-text("2 classes")')
+        assert {SCENE_CLASSES[k] for k in np.unique(found(page))} <= {"snow", "sand"}
+        with page.expect_download() as download:
+            page.click("#save-labels")
+        saved = np.asarray(Image.open(download.value.path()).convert("L"))
+        assert (saved == found(page)).all()
+        # A photo that is too large is made smaller.
+        show(page, photo(tmp_path / "wide.png", (2000, 1000)), "resized from 2000×1000")
+        assert len(found(page)) < 1000
+        assert hosts == {address.split("/")[2]} and not problems
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_files_that_are_no_photos_are_a_sentence(folder, browser, tmp_path):
+    (tmp_path / "notes.png").write_text("no image")
+    with open(tmp_path / "huge.png", "wb") as file:
+        file.truncate(101_000_000)
+    with served(folder) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("#file:enabled", state="attached", timeout=60000)
+        show(page, str(tmp_path / "notes.png"), "notes.png is not an image that this browser can read.")
+        show(page, str(tmp_path / "huge.png"), "huge.png has more than 100 MB; choose a smaller photo.")
+        show(page, photo(tmp_path / "good.png", (64, 64)), "64×64 pixels in")
+
+
+def test_only_folders_of_the_export_are_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    words = ["--encoder", TINY[0], "--pretrained", TINY[1], "--vocabulary", "cat", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["spar-d2 export", "browser", *words])
+    with pytest.raises(SystemExit):
+        import_module("spar_d2.cli.export").main()
+    assert "--output must be a new or empty folder" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_the_runtime_from_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"must be the unpacked npm package {PACKAGE}"):
+        copy_runtime(tmp_path, tmp_path)
+    assert not list(tmp_path.iterdir())
