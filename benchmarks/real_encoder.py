@@ -21,7 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.measure import describe_machine
-from benchmarks.real_encoder_features import CLASSES, Features, frames, photographs
+from benchmarks.real_encoder_directions import RANGES, principal_directions, unexplained
+from benchmarks.real_encoder_features import CLASSES, STRIDE, Features, frames, photographs
 from benchmarks.real_encoder_labels import Scores, label_by_examples, train_and_label
 from spar_d2.evaluation.feature_evaluator import FeatureEvaluator
 from spar_d2.modeling.refinement import Refinement
@@ -35,7 +36,7 @@ RECIPE = ROOT / "configs/distill/dinov2_vit_s_14_small.yaml"
 # Short sides of the frames in pixels, multiples of the patch size: about 1, 1.5, 2 and 3 times the original frames. The
 # second one is the pre-training size.
 SIDES = (364, 518, 714, 1078)
-PARTS = ("distill", "encode", "distance", "probe", "examples", "pictures")
+PARTS = ("distill", "encode", "distance", "directions", "probe", "examples", "pictures")
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     add("--student", type=Path, help="weights of the student (default: that of the part distill)")
     add("--parts", nargs="+", choices=PARTS, default=PARTS)
     add("--sides", nargs="+", type=int, default=SIDES, help="short sides of the frames (default: %(default)s)")
+    add("--strides", nargs="*", type=int, default=[], help=f"other strides than {STRIDE} of the sliding window")
     add("--seeds", type=int, default=3, help="number of probes with different seeds (default: %(default)s)")
     add("--train-frames", type=int, default=36, help="labeled training frames (default: %(default)s)")
     add("--test-frames", type=int, default=24, help="labeled test frames (default: %(default)s)")
@@ -83,8 +85,10 @@ def features_at(args: argparse.Namespace, side: int) -> dict[str, Features]:
     folder, single = args.output / "features", "single pass"
     methods = {
         f"pre-trained, {single}": Features(folder, args.weights, side),
-        "pre-trained, sliding window": Features(folder, args.weights, side, sliding=True),
+        "pre-trained, sliding window": Features(folder, args.weights, side, STRIDE),
     }
+    for stride in args.strides:
+        methods[f"pre-trained, sliding window, stride {stride}"] = Features(folder, args.weights, side, stride)
     if args.student.is_file():
         methods[f"student, {single}"] = Features(folder, args.student, side)
     return methods
@@ -122,6 +126,25 @@ def run_distance(args: argparse.Namespace) -> None:
                 rows.append([title, side, name, f"{scores['cosine']:.1f}", f"{scores['unexplained']:.1f}"])
     heads = ["images", "short side", "features", "cosine to the window, %", "unexplained variance, %"]
     write_text(format_table(heads, rows) + "\n", args.output / "distance.md")
+
+
+def run_directions(args: argparse.Namespace) -> None:
+    """Compare single passes with the sliding window along the principal directions of the window's features."""
+    rows = []
+    for side in args.sides:
+        methods = features_at(args, side)
+        target = methods.pop("pre-trained, sliding window")
+        directions = None
+        for split, count in _splits(args):
+            files = frames(args.camvid, split, count)
+            targets = [target(file) for file in files]
+            directions = principal_directions(targets) if directions is None else directions
+            for name, features in methods.items():
+                parts = unexplained(targets, [features(file) for file in files], directions)
+                rows.append([side, split, name, *(f"{error:.0f} ({share:.0f})" for share, error in parts)])
+    heads = [f"{first + 1} to {last}" if last else f"from {first + 1}" for first, last in RANGES]
+    table = format_table(["short side", "frames", "features", *heads, "all"], rows, left=3)
+    write_text(table + "\n", args.output / "directions.md")
 
 
 def run_probe(args: argparse.Namespace) -> None:

@@ -54,11 +54,11 @@ class Features:
         folder: folder of the stored features.
         weights: weight file of the encoder.
         side: short side to which images are resized, in pixels.
-        sliding: use a sliding window instead of a single pass.
+        stride: stride of a sliding window in pixels; 0 for a single pass.
     """
 
-    def __init__(self, folder: Path, weights: Path, side: int, sliding: bool = False) -> None:
-        self.side, self.sliding, self._folder, self._weights = side, sliding, folder, weights
+    def __init__(self, folder: Path, weights: Path, side: int, stride: int = 0) -> None:
+        self.side, self.stride, self._folder, self._weights = side, stride, folder, weights
 
     @property
     def encoder(self) -> DenseEncoder:
@@ -66,7 +66,7 @@ class Features:
 
     @cached_property
     def _files(self) -> ContentCache:
-        settings = ("sliding", WINDOW, STRIDE) if self.sliding else ("single",)
+        settings = ("sliding", WINDOW, self.stride) if self.stride else ("single",)
         folder = self._folder / f"{_key(self._weights, *settings)}_{self.side}"
         folder.mkdir(parents=True, exist_ok=True)
         return ContentCache(folder, "--output", 1 << 30)
@@ -86,8 +86,8 @@ class Features:
             x = self.pixels(file)
             started = time.perf_counter()
             with torch.inference_mode():
-                if self.sliding:
-                    features = SlidingWindowTeacher(self.encoder, WINDOW, STRIDE).targets([x[0]])[0][0]
+                if self.stride:
+                    features = SlidingWindowTeacher(self.encoder, WINDOW, self.stride).targets([x[0]])[0][0]
                 else:
                     features = self.encoder(x)[0]
             stored = features.half().contiguous(), torch.tensor(time.perf_counter() - started)

@@ -45,8 +45,8 @@ def inputs(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_all_tables_and_pictures_are_made_from_features_that_are_computed_once(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, pixels in (("WINDOW", 48), ("STRIDE", 32)):
-        monkeypatch.setattr(real_encoder_features, name, pixels)
+    for module, name, pixels in ((real_encoder_features, "WINDOW", 48), (real_encoder, "STRIDE", 32)):
+        monkeypatch.setattr(module, name, pixels)
     monkeypatch.setattr(real_encoder_labels, "STEPS", 30)
     arguments = [*inputs, "--sides", "48", "64", "--seeds", "1", "--train-frames", "3", "--test-frames", "2"]
     monkeypatch.setattr(sys, "argv", ["real_encoder", *arguments, "--parts", *real_encoder.PARTS[1:]])
@@ -57,7 +57,7 @@ def test_all_tables_and_pictures_are_made_from_features_that_are_computed_once(i
     assert len(table) == 2 + 6
     # Colors alone tell sky from road.
     assert all(float(row.split("|")[3].split("±")[0]) > 15 for row in table[2:])
-    for name, rows in (("distance.md", 2 * 2 + 2), ("seconds.md", 6), ("examples.md", 6 * 3)):
+    for name, rows in (("distance.md", 2 * 2 + 2), ("seconds.md", 6), ("examples.md", 6 * 3), ("directions.md", 2 * 4)):
         assert len((tmp_path / "out" / name).read_text().splitlines()) == 2 + rows, name
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"features.png", "labels.png"}
     monkeypatch.setattr(sys, "argv", ["real_encoder", *arguments, "--parts", "encode"])
