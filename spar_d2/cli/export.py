@@ -58,9 +58,8 @@ def parse_args() -> argparse.Namespace:
     folder.add_argument("--license", default="", help="license of the weights, for the model card")
     browser = command("browser", "a page that segments photos in the visitor's browser", run_browser, "DIR")
     _add_classes(browser, required=True)
-    browser.add_argument(
-        "--runtime", default="", metavar="DIR", help="unpacked npm package onnxruntime-web (default: npm)"
-    )
+    browser.add_argument("--words", action="store_true", help="also export the text tower: visitors type classes")
+    browser.add_argument("--node-modules", default="", metavar="DIR", help="installed npm packages (default: download)")
     for parser_ in (onnx, browser):
         parser_.add_argument("--precision", default="float32", help="float32, float16 or int8 (default: %(default)s)")
     return parser.parse_args()
@@ -115,7 +114,8 @@ def run_browser(args: argparse.Namespace) -> None:
     vocabulary, embeddings = _classes(args)
     if vocabulary is None or embeddings is None:
         raise ValueError("--vocabulary must name the classes that visitors choose from")
-    written = export_browser(build(args.spec), args.output, vocabulary, embeddings, args.precision, args.runtime)
+    settings = (args.precision, args.spec.name if args.words else "", args.node_modules)
+    written = export_browser(build(args.spec), args.output, vocabulary, embeddings, *settings)
     _report(written)
     size, server = sum(path.stat().st_size for path in written) / 1e6, "python -m http.server --bind 127.0.0.1"
     print(printable(f"{size:.1f} MB. Serve the folder, for example: {server} --directory {args.output}"))

@@ -8,14 +8,14 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from spar_d2.encoders import DenseEncoder
 from spar_d2.export.inputs import describe, example_inputs, exported_module
-from spar_d2.export.modules import ExportedEncoder
 from spar_d2.export.onnx_precision import check_precision, reduce_precision
 from spar_d2.export.packages import check_packages
 from spar_d2.utils.io import atomic_write
@@ -59,17 +59,32 @@ def export_onnx(
         raise ValueError(
             f"the weights must be at most {_LARGEST_BYTES / 1e9} GB for one ONNX file, got {size / 1e9:.1f} GB"
         )
-    program = _onnx_program(model, encoder)
     metadata = describe(encoder) | {"precision": precision}
-    program.model.metadata_props.update({f"spar_d2.{key}": json.dumps(value) for key, value in metadata.items()})
-    with atomic_write(path) as temporary:
-        program.save(str(temporary), external_data=False)
-        reduce_precision(Path(temporary), precision)
+    save_onnx(model, *example_inputs(model), path, precision, metadata)
 
 
-def _onnx_program(model: ExportedEncoder, encoder: DenseEncoder) -> torch.onnx.ONNXProgram:
+def save_onnx(
+    model: Any,
+    inputs: tuple[torch.Tensor, ...],
+    shapes: tuple[dict, ...],
+    path: str | os.PathLike,
+    precision: str,
+    metadata: Mapping[str, object] | None = None,
+) -> None:
+    """Trace a module with ``input_names`` and ``output_name``, and write it to an ONNX file.
+
+    Args:
+        model: module in eval mode.
+        inputs: example inputs.
+        shapes: free dimensions of the inputs, see :func:`torch.export.export`.
+        path: output file.
+        precision: see :func:`export_onnx`.
+        metadata: properties to store in the file, as JSON.
+
+    Raises:
+        RuntimeError: a required package is not installed, or the module cannot be exported.
+    """
     check_packages("onnxscript")
-    inputs, shapes = example_inputs(model)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -82,9 +97,14 @@ def _onnx_program(model: ExportedEncoder, encoder: DenseEncoder) -> torch.onnx.O
                 dynamic_shapes=shapes,
             )
     except Exception as error:  # exporters raise anything
-        raise RuntimeError(f"{type(encoder).__name__} cannot be exported to ONNX: {error}") from error
+        raise RuntimeError(f"{type(model).__name__} cannot be exported to ONNX: {error}") from error
     assert program is not None
-    return program
+    program.model.metadata_props.update(
+        {f"spar_d2.{key}": json.dumps(value) for key, value in (metadata or {}).items()}
+    )
+    with atomic_write(path) as temporary:
+        program.save(str(temporary), external_data=False)
+        reduce_precision(Path(temporary), precision)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from spar_d2.export.packages import check_packages
 PRECISIONS = ("float32", "float16", "int8")
 # These compute in half precision. Norms, softmax and positions stay in float32, as with autocast: their values can
 # exceed the range of float16.
-_HALF = {"MatMul", "Gemm", "Conv", "Transpose", "Reshape"}
+_HALF = {"MatMul", "Gemm", "Conv", "Gather", "Transpose", "Reshape"}
 
 
 def check_precision(precision: str) -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from browser import chromium, served
 from reference import ROOT
-from spar_d2.export.browser.runtime import PACKAGE, copy_runtime
+from spar_d2.export.browser.packages import RUNTIME, copy_package
+from spar_d2.export.browser.words import clip_tokenizer, tokenizer_json
 from spar_d2.predict import segment
 from spar_d2.toy.scenes import SCENE_CLASSES, training_scene
 
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
     """The exported page of the tiny CLIP; needs npm and its registry."""
     pytest.importorskip("onnxruntime", reason="needs the extra [export]")
     output = tmp_path_factory.mktemp("page") / "page"
-    words = ["--encoder", TINY[0], "--pretrained", TINY[1], "--vocabulary", WORDS, "--templates", "simple"]
+    words = ["--encoder", TINY[0], "--pretrained", TINY[1], "--vocabulary", WORDS, "--templates", "simple", "--words"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["spar-d2 export", "browser", *words, "--output", str(output)])
         try:
@@ -59,7 +60,9 @@ def show(page, path: str, message: str) -> None:
 @pytest.mark.browser
 @pytest.mark.slow
 def test_the_page_labels_photos_as_python_does(folder, browser, tmp_path):
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
+    # Without the text tower.
+    fixed = [file for file in folder.iterdir() if file.name not in ("text.onnx", "tokenizer.json.gz")]
+    assert sum(file.stat().st_size for file in fixed) < 20e6
     with served(folder) as address:
         page, hosts = browser.new_page(), set()
         page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
@@ -83,6 +86,13 @@ def test_the_page_labels_photos_as_python_does(folder, browser, tmp_path):
             page.click("#save-labels")
         saved = np.asarray(Image.open(download.value.path()).convert("L"))
         assert (saved == found(page)).all()
+        # Other classes, by the text tower in the browser.
+        words = "snow, ice; a brick wall; TRIANGLE; sand"
+        page.fill("#names", words)
+        page.click("#words button")
+        page.wait_for_selector('#classes:has-text("a brick wall")')
+        page.wait_for_selector('#status:has-text("pixels in")')
+        assert (found(page) == segment(path, words, *TINY, templates="simple").labels).mean() >= 0.99
         # A photo that is too large is made smaller.
         show(page, photo(tmp_path / "wide.png", (2000, 1000)), "resized from 2000×1000")
         assert len(found(page)) < 1000
@@ -114,7 +124,26 @@ def test_only_folders_of_the_export_are_written(tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
-def test_the_runtime_from_a_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"must be the unpacked npm package {PACKAGE}"):
-        copy_runtime(tmp_path, tmp_path)
+def test_npm_packages_from_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run npm install onnxruntime-web@"):
+        copy_package(RUNTIME, tmp_path, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_tokenizer_of_the_page_is_that_of_open_clip():
+    tokenizers = pytest.importorskip("tokenizers", reason="comes with transformers")
+    tokenizer = clip_tokenizer(TINY[0])
+    converted = tokenizers.Tokenizer.from_str(tokenizer_json(tokenizer))
+    for text in (
+        "a photo of a cat.",
+        "It's the  Café au lait – 42nd; naïve",
+        "fire-fighter/truck",
+        "日本語 x_y",
+        "don't!?",
+    ):
+        assert converted.encode(text, add_special_tokens=False).ids == tokenizer.encode(text), text
+
+
+def test_free_words_need_the_tokenizer_of_clip():
+    with pytest.raises(ValueError, match="leave out --words"):
+        clip_tokenizer("ViT-B-16-SigLIP")

@@ -43,6 +43,7 @@ async function start() {
   $("file").disabled = false;
   const { origin, version, device } = model;
   $("about").textContent = `Model: ${origin.encoder || "?"}, ${origin.pretrained || "?"}. spar_d2 ${version}, ${device}.`;
+  $("words").hidden = !model.hasWords;
   listClasses();
   say("Ready: choose a photo.");
 }
@@ -129,6 +130,28 @@ async function relabel() {
   draw();
 }
 
+/** Use other classes, separated by semicolons, with synonyms separated by commas. */
+async function name(event) {
+  event.preventDefault();
+  const split = (words, mark) => words.split(mark).map((word) => word.trim()).filter(Boolean);
+  const classes = split($("names").value, ";").map((words) => split(words, ",")).filter((words) => words.length);
+  if (!classes.length) return say("Type at least one class.", true);
+  const turn = ++current;
+  say("Reading the names …");
+  try {
+    const answer = await ask("name", { classes: classes.map((synonyms) => ({ name: synonyms[0], synonyms })) });
+    model.classes = answer.classes;
+  } catch (error) {
+    return say(`The names cannot be used: ${error.message}`, true);
+  }
+  // The labels of the last photo have other numbers.
+  result = undefined;
+  listClasses();
+  $("found").replaceChildren();
+  say(`${model.classes.length} classes.`);
+  if (turn === current) await segment();
+}
+
 function draw() {
   const { width, height, labels, canvas } = result, target = $("canvas"), opacity = $("opacity").value / 100;
   const context = canvas.getContext("2d"), pixels = context.getImageData(0, 0, width, height);
@@ -196,7 +219,8 @@ $("filter").addEventListener("input", ({ target }) => {
   for (const label of $("classes").children)
     label.hidden = !`${label.textContent} ${label.title}`.toLowerCase().includes(target.value.toLowerCase());
 });
-$("canvas").addEventListener("pointermove", point);
+$("words").addEventListener("submit", name);
+$("canvas").addEventListener("pointermove", (event) => result && point(event));
 $("canvas").addEventListener("pointerleave", () => ($("pointer").hidden = true));
 $("save-labels").addEventListener("click", () => save(labelPicture(), "labels"));
 $("save-picture").addEventListener("click", () => save(new Promise((done) => $("canvas").toBlob(done)), "segmented"));

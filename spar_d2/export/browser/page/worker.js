@@ -1,11 +1,11 @@
 // Runs the model beside the page, which stays responsive.
 import { labelPixels } from "./labels.js";
 
-let ort, session, model, text, kept;
+let ort, session, model, text, kept, words;
 
 self.onmessage = async ({ data }) => {
   try {
-    self.postMessage({ id: data.id, ...(await { load, segment, relabel }[data.task](data)) });
+    self.postMessage({ id: data.id, ...(await { load, segment, relabel, name }[data.task](data)) });
   } catch (error) {
     self.postMessage({ id: data.id, error: error.message || String(error) });
   }
@@ -28,8 +28,8 @@ async function load() {
     }
   }
   if (!session) await start(weights, "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm.gz", "wasm");
-  const { classes, patch_size, most_patches, origin, version } = model;
-  return { classes, patch: patch_size, mostPatches: most_patches, origin, version, device };
+  const { classes, patch_size, most_patches, origin, version, tokens } = model;
+  return { classes, patch: patch_size, mostPatches: most_patches, origin, version, device, hasWords: Boolean(tokens) };
 }
 
 /** Whether to try WebGPU: "?device=webgpu" and "?device=wasm" in the address of the page decide, else the browser. */
@@ -74,6 +74,47 @@ function run(planes, width, height) {
 function relabel({ chosen }) {
   const { scores, shape, width, height } = kept;
   return labelPixels(scores, shape, model.query_class, new Set(chosen), model.patch_size, width, height);
+}
+
+/** Other classes, by their names and synonyms: the embedding of a name is the mean over all prompt templates. */
+async function name({ classes }) {
+  words ??= await loadWords();
+  const names = classes.flatMap(({ synonyms }) => synonyms), size = model.embed_dim;
+  const found = new Float32Array(names.length * size);
+  for (const [index, synonym] of names.entries()) {
+    const prompts = model.templates.map((template) => template.replace("{}", () => synonym));
+    const vector = found.subarray(index * size, (index + 1) * size);
+    const vectors = await embed(prompts);
+    for (let i = 0; i < vectors.length; i++) vector[i % size] += vectors[i];
+    const length = Math.hypot(...vector);
+    vector.forEach((value, i) => (vector[i] = value / length));
+    self.postMessage({ progress: (index + 1) / names.length, name: synonym });
+  }
+  text = found;
+  model.classes = classes.map((one, k) => ({ ...one, color: model.colors[k % model.colors.length] }));
+  model.query_class = classes.flatMap(({ synonyms }, k) => synonyms.map(() => k));
+  return { classes: model.classes };
+}
+
+async function loadWords() {
+  const [{ Tokenizer }, packed, weights] = await Promise.all([
+    import("./tokenizers.min.mjs"), download("tokenizer.json.gz"), download("text.onnx"),
+  ]);
+  const settings = JSON.parse(new TextDecoder().decode(await unzipped(packed)));
+  const session = await ort.InferenceSession.create(new Uint8Array(weights), { executionProviders: ["wasm"] });
+  return { session, tokenizer: new Tokenizer(settings, {}) };
+}
+
+/** Unit vectors of texts, one after another. */
+async function embed(texts) {
+  const { start, end, length } = model.tokens, tokens = new BigInt64Array(texts.length * length);
+  texts.forEach((one, row) => {
+    const { ids } = words.tokenizer.encode(one, { add_special_tokens: false });
+    const all = [start, ...ids.slice(0, length - 2), end];
+    tokens.set(all.map(BigInt), row * length);
+  });
+  const result = await words.session.run({ tokens: new ort.Tensor("int64", tokens, [texts.length, length]) });
+  return result.text.data;
 }
 
 async function file(name) {
