@@ -9,6 +9,7 @@ setup(
     package_data={
         "spar_d2": ["py.typed"],
         "spar_d2.text": ["vocabularies/*.txt"],
+        "spar_d2.service": ["page/*"],
         "spar_d2.configs": ["*.yaml", "*/*"],
     },
 )
