@@ -108,6 +108,9 @@ async function ask(words, signal) {
     say("Sliding window ...");
     const other = await segment({ ...fields, inference: "sliding_window" }, signal);
     const times = other.seconds / record.seconds;
+    const names = new Set(record.classes.map((one) => one.number));
+    const more = other.classes.filter((one) => !names.has(one.number));
+    list([...record.classes, ...more.map((one) => ({ ...one, area: 0 }))]);
     sliding.show(other, image, `${seconds(other)}, ${times.toFixed(1)} times as long`);
   }
 }
