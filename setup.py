@@ -10,6 +10,7 @@ setup(
         "spar_d2": ["py.typed"],
         "spar_d2.export.browser": ["page/*"],
         "spar_d2.text": ["vocabularies/*.txt"],
+        "spar_d2.service": ["page/*"],
         "spar_d2.configs": ["*.yaml", "*/*"],
     },
 )

@@ -11,19 +11,19 @@ from spar_d2.deprecated import support_old_names
 from spar_d2.registration import register_all
 
 if TYPE_CHECKING:
-    from spar_d2.predict import segment
+    from spar_d2.predict import Predictor, segment
 
 __version__ = "0.1.0"
-__all__ = ["segment"]
+__all__ = ["Predictor", "segment"]
 
 register_all()
 support_old_names()
 
 
 def __getattr__(name: str):
-    # `segment` is imported lazily because it imports open_clip, which is slow.
-    if name == "segment":
-        from spar_d2.predict import segment
+    # These are imported lazily because they import open_clip, which is slow.
+    if name in __all__:
+        from spar_d2 import predict
 
-        return segment
+        return getattr(predict, name)
     raise AttributeError(f"module 'spar_d2' has no attribute '{name}'")

@@ -1,76 +1,201 @@
-"""Open-vocabulary segmentation of one image in one function call."""
+"""Open-vocabulary segmentation of images in Python: a warm model, and one function call."""
 
 from __future__ import annotations
 
 import functools
 import numbers
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+import threading
+from collections.abc import Iterator, Sequence
+from typing import overload
 
 import numpy as np
 import torch
-from PIL import Image
 
-from spar_d2.data.images import read_rgb
-from spar_d2.encoders import DenseEncoder, EncoderSpec
-from spar_d2.encoders.precision import AUTO, PRECISIONS, resolve_precision
-from spar_d2.encoders.registry import build, check_has_text
-from spar_d2.encoders.weight_files import files_of
-from spar_d2.modeling.banded_upsampling import ScoreMap
-from spar_d2.modeling.example_embeddings import ClassVectors, class_vectors, needs_text
-from spar_d2.modeling.pixels import PixelConversion
-from spar_d2.modeling.postprocessing import segment_scores
-from spar_d2.modeling.refinement import EncodedImage, Refinement, parse_refine
-from spar_d2.modeling.words import text_embeddings
-from spar_d2.refine import AnyUp, load_anyup
-from spar_d2.text import TextEmbeddings, Vocabulary
+from spar_d2.data.image_arguments import ImageLike, read_image
+from spar_d2.encoders.precision import AUTO
+from spar_d2.encoders.registry import check_has_text
+from spar_d2.modeling.example_embeddings import needs_text
+from spar_d2.modeling.image_segmentor import Inference, Reading
+from spar_d2.modeling.model_settings import ModelSettings, as_text
+from spar_d2.modeling.refinement import Refinement, parse_refine
+from spar_d2.results import Segmentation
+from spar_d2.text import Vocabulary
 
-if TYPE_CHECKING:
-    from spar_d2.encoders.origin import Triple
+__all__ = ["Predictor", "Segmentation", "segment"]
+
+# Bounds of a batch. Larger images are encoded one at a time.
+_IMAGES_AT_ONCE = 8
+_PIXELS_AT_ONCE = 2**22
+_MODELS_KEPT = 4
+
+Classes = Vocabulary | str | os.PathLike | Sequence[str | Sequence[str]]
 
 
-@dataclass(frozen=True)
-class Segmentation:
-    """Segmentation result of one image.
+class Predictor:
+    """A loaded model that segments images into the classes of any vocabulary, at their original size.
 
-    Attributes:
-        labels: (H, W) int64, indices into ``names``.
-        names: names of all classes.
-        areas: fraction of the image (0..1) of each class found in it, by class name.
+    Several threads may share it: they decode images and copy results in parallel, and take turns at the model. The
+    class vectors of the last few vocabularies are kept. Text embeddings are cached on disk, as with
+    ``MODEL.SPAR.TEXT_CACHE`` "auto".
+
+    Args:
+        encoder, pretrained, dinov3_repo, dinov3_backbone, pixel_mean, pixel_std, quick_gelu, pretrained_part: see
+            :func:`spar_d2.encoders.build_encoder`.
+        templates: see :func:`spar_d2.text.load_templates`.
+        device: "cpu", "cuda", ...; None means "cuda" if there is a GPU, else "cpu".
+        precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on GPUs that support it, else float32).
+        anyup: weights of AnyUp, for the refinement "anyup"; see :func:`spar_d2.refine.load_anyup`.
+
+    Raises:
+        ValueError: an argument is invalid.
+        FileNotFoundError, RuntimeError: see the functions above.
     """
 
-    labels: np.ndarray
-    names: list[str]
-    areas: dict[str, float]
+    def __init__(
+        self,
+        encoder: str | os.PathLike,
+        pretrained: str | os.PathLike,
+        templates: str | os.PathLike = "imagenet",
+        device: str | torch.device | None = None,
+        dinov3_repo: str | os.PathLike = "",
+        dinov3_backbone: str | os.PathLike = "",
+        precision: str = AUTO,
+        pixel_mean: Sequence[float] | None = None,
+        pixel_std: Sequence[float] | None = None,
+        quick_gelu: bool | None = None,
+        pretrained_part: str = "",
+        anyup: str | os.PathLike = "",
+    ) -> None:
+        weights = (encoder, pretrained, templates, device, dinov3_repo, dinov3_backbone, precision)
+        self._load(ModelSettings.of(*weights, pixel_mean, pixel_std, quick_gelu, pretrained_part, anyup))
 
-    def draw(self, image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
-        """Draw the segmentation over the image, with class labels and a legend. Requires Detectron2.
+    @classmethod
+    def _of(cls, model: ModelSettings) -> Predictor:
+        predictor = cls.__new__(cls)
+        predictor._load(model)
+        return predictor
+
+    def _load(self, model: ModelSettings) -> None:
+        self._encoder_name, self._segmentor = model.spec.name, model.load()
+
+    @overload
+    def __call__(
+        self,
+        images: ImageLike,
+        vocabulary: Classes,
+        *,
+        logit_scale: float | None = ...,
+        prob_threshold: float = ...,
+        area_threshold: float | None = ...,
+        refine: str = ...,
+        inference: str = ...,
+        window: int = ...,
+        stride: int = ...,
+        scores: bool = ...,
+    ) -> Segmentation: ...
+
+    @overload
+    def __call__(
+        self,
+        images: list[ImageLike] | tuple[ImageLike, ...],
+        vocabulary: Classes,
+        *,
+        logit_scale: float | None = ...,
+        prob_threshold: float = ...,
+        area_threshold: float | None = ...,
+        refine: str = ...,
+        inference: str = ...,
+        window: int = ...,
+        stride: int = ...,
+        scores: bool = ...,
+    ) -> list[Segmentation]: ...
+
+    def __call__(
+        self,
+        images: ImageLike | list[ImageLike] | tuple[ImageLike, ...],
+        vocabulary: Classes,
+        *,
+        logit_scale: float | None = None,
+        prob_threshold: float = 0.0,
+        area_threshold: float | None = None,
+        refine: str = "",
+        inference: str = "single_pass",
+        window: int = 0,
+        stride: int = 24,
+        scores: bool = False,
+    ) -> Segmentation | list[Segmentation]:
+        """Segment one image, or several.
+
+        Images of the same size in a list are encoded together, at most 8, and fewer if they are large. Rounding may
+        then differ from that of a single image.
 
         Args:
-            image: the segmented image, in any form that :func:`segment` accepts.
+            images: an image, or a list or tuple of images. An image is a file name, a PIL image, an (H, W, 3) uint8 RGB
+                array, the bytes or a binary file object of an encoded image, or an RGB tensor (3, H, W), uint8 or
+                floating point in 0..1.
+            vocabulary: a vocabulary, a list of class names, inline text ("cat, kitten; dog; sky"), the name of a
+                built-in vocabulary, or a file; see :meth:`spar_d2.text.Vocabulary.of`. For classes by example, an
+                examples file or the result of :meth:`spar_d2.text.Vocabulary.from_examples`.
+            logit_scale: see :func:`spar_d2.modeling.segment_features`; None uses the encoder's logit scale.
+            prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`.
+            refine: refinement of the class scores, such as "lposs,lposs+"; see ``MODEL.SPAR.REFINE``.
+            inference: "single_pass", or "sliding_window" for the features of
+                :class:`spar_d2.teacher.SlidingWindowTeacher`.
+            window, stride: settings of the sliding window in pixels. A window of 0 means the pre-training image size of
+                the encoder.
+            scores: whether results have :attr:`Segmentation.scores`.
 
         Returns:
-            (H', W', 3) uint8 RGB image.
+            A segmentation, or a list of them for a list or tuple.
 
         Raises:
-            ValueError: the image has a different size or cannot be read.
-            FileNotFoundError: the image file does not exist.
+            ValueError: an argument is invalid, or an image cannot be read or has an unsupported shape or dtype.
+            FileNotFoundError: a file does not exist.
+            RuntimeError: see :func:`spar_d2.encoders.build_text_tower`.
         """
-        from spar_d2.visualization import class_colors
-        from spar_d2.visualization.overlay import draw_overlay
+        vocabulary = Vocabulary.of(vocabulary)
+        if needs_text(vocabulary):
+            check_has_text(self._encoder_name)
+        _check_numbers(logit_scale=logit_scale or 0, prob_threshold=prob_threshold, area_threshold=area_threshold or 0)
+        model = self._segmentor
+        scale = model.encoder.logit_scale if logit_scale is None else logit_scale
+        refinement = Refinement(parse_refine(refine), anyup=model.anyup)
+        reading = Reading(refinement, scale, prob_threshold, area_threshold)
+        mode = model.resolve(Inference(inference, window, stride))
+        several = isinstance(images, (list, tuple))
+        pixels = [read_image(image) for image in (images if several else [images])]
+        results: dict[int, Segmentation] = {}
+        for batch in _batches(pixels):
+            outputs = model.segment([pixels[index] for index in batch], vocabulary, reading, mode, scores)
+            for index, output in zip(batch, outputs):
+                labels, best = output.numpy()
+                patch_size = model.encoder.patch_size if scores else 0
+                results[index] = Segmentation.of(labels, vocabulary.names, best, patch_size, pixels[index])
+        return [results[index] for index in range(len(pixels))] if several else results[0]
 
-        return draw_overlay(_read(image), self.labels, self.names, class_colors(self.names))
+    def features(self, image: ImageLike) -> torch.Tensor:
+        """Compute the dense features of an image in a single pass.
+
+        Args:
+            image: an image, as in :meth:`__call__`.
+
+        Returns:
+            (D, ceil(H / p), ceil(W / p)) float32 on the CPU, for the patch size p.
+
+        Raises:
+            ValueError, FileNotFoundError: the image cannot be read, or has an unsupported shape or dtype.
+        """
+        return self._segmentor.features(read_image(image)).float().cpu()
 
 
 def segment(
-    image: str | os.PathLike | Image.Image | np.ndarray,
-    vocabulary: str | Sequence[str] | Vocabulary,
+    image: ImageLike,
+    vocabulary: Classes,
     encoder: str | os.PathLike,
     pretrained: str | os.PathLike,
-    templates: str = "imagenet",
-    device: str = "cpu",
+    templates: str | os.PathLike = "imagenet",
+    device: str | torch.device | None = None,
     dinov3_repo: str | os.PathLike = "",
     dinov3_backbone: str | os.PathLike = "",
     logit_scale: float | None = None,
@@ -86,151 +211,61 @@ def segment(
 ) -> Segmentation:
     """Segment an image into the classes of a vocabulary, in a single pass at its original size.
 
-    The encoder of the last call is cached and reused if the arguments are the same. Text embeddings are cached on disk,
-    as with ``MODEL.SPAR.TEXT_CACHE`` "auto".
+    The models of the last four sets of arguments are kept, and loaded again if a file changes. To control when a model
+    is loaded and freed, use :class:`Predictor`.
 
     Args:
-        image: file name, PIL image, or (H, W, 3) uint8 RGB array.
-        vocabulary: a vocabulary, a list of class names, inline text ("cat, kitten; dog; sky"), the name of a built-in
-            vocabulary, or a file; see :meth:`spar_d2.text.Vocabulary.of`. For classes by example, an examples file or
-            the result of :meth:`spar_d2.text.Vocabulary.from_examples`.
-        encoder, pretrained, dinov3_repo, dinov3_backbone, pixel_mean, pixel_std, quick_gelu, pretrained_part: see
-            :func:`spar_d2.encoders.build_encoder`.
-        templates: see :func:`spar_d2.text.load_templates`.
-        device: "cpu", "cuda", ...
-        logit_scale: see :func:`spar_d2.modeling.segment_features`; None uses the encoder's logit scale.
-        prob_threshold, area_threshold: see :func:`spar_d2.modeling.segment_features`.
-        precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on GPUs that support it, else float32).
-        refine: refinement of the class scores, such as "lposs,lposs+"; see ``MODEL.SPAR.REFINE``.
-        anyup: weights of AnyUp, if it is part of ``refine``; see :func:`spar_d2.refine.load_anyup`.
+        image, vocabulary, logit_scale, prob_threshold, area_threshold, refine: see :meth:`Predictor.__call__`.
+        encoder, pretrained, dinov3_repo, dinov3_backbone, pixel_mean, pixel_std, quick_gelu, pretrained_part,
+            templates, device, precision, anyup: see :class:`Predictor`. ``anyup`` is only read if it is part of
+            ``refine``.
 
     Raises:
         ValueError: an argument is invalid, or the image cannot be read or has an unsupported shape or dtype.
-        FileNotFoundError, RuntimeError: see the functions above.
+        FileNotFoundError, RuntimeError: see :class:`Predictor`.
     """
     vocabulary = Vocabulary.of(vocabulary)
-    _check_numbers(logit_scale=logit_scale or 0, prob_threshold=prob_threshold, area_threshold=area_threshold or 0)
-    templates, anyup, steps = _as_text("templates", templates), _as_text("anyup", anyup), parse_refine(refine)
-    anyup = anyup if "anyup" in steps else ""
-    spec = EncoderSpec(
-        _as_text("encoder", encoder),
-        _as_text("pretrained", pretrained),
-        dinov3_repo=_as_text("dinov3_repo", dinov3_repo),
-        dinov3_backbone=_as_text("dinov3_backbone", dinov3_backbone),
-        # build() validates these sequences.
-        pixel_mean=cast("Triple | None", pixel_mean),
-        pixel_std=cast("Triple | None", pixel_std),
-        quick_gelu=quick_gelu,
-        pretrained_part=_as_text("pretrained_part", pretrained_part),
-    )
+    if "anyup" not in parse_refine(refine):
+        anyup = as_text("anyup", anyup) and ""
+    weights = (encoder, pretrained, templates, device, dinov3_repo, dinov3_backbone, precision)
+    model = ModelSettings.of(*weights, pixel_mean, pixel_std, quick_gelu, pretrained_part, anyup)
     if needs_text(vocabulary):
-        check_has_text(spec.name)
-    if precision not in (*PRECISIONS, AUTO):
-        raise ValueError(f"precision must be one of {', '.join((*PRECISIONS, AUTO))}; got {precision!r}")
-    device = _device(device)
-    precision = resolve_precision(precision, device)
-    pixels = _read(image)
-    # The file signatures are part of the cache key, so that the model is reloaded after a file changes.
-    files = filter(os.path.isfile, (spec.name, spec.pretrained, spec.dinov3_backbone, templates, anyup))
-    stats = [part.stat() for name in files for part in files_of(name) if part.is_file()]
-    signatures = tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
-    loaded = _load(spec, templates, device, precision, anyup, signatures)
-    refinement = Refinement(steps, anyup=loaded.anyup)
-    scale = loaded.encoder.logit_scale if logit_scale is None else logit_scale
-    thresholds = (scale, prob_threshold, area_threshold)
-    labels = loaded.labels(pixels, vocabulary, refinement, *thresholds).cpu().numpy()
-    areas = np.bincount(labels.ravel(), minlength=len(vocabulary)) / labels.size
-    class_areas = {name: float(area) for name, area in zip(vocabulary.names, areas) if area > 0}
-    return Segmentation(labels, vocabulary.names, class_areas)
+        # Before the encoder is built, which may take long.
+        check_has_text(model.spec.name)
+    pixels = read_image(image)
+    with _LOADING:
+        predictor = _kept(model, model.signatures())
+    return predictor(
+        pixels,
+        vocabulary,
+        logit_scale=logit_scale,
+        prob_threshold=prob_threshold,
+        area_threshold=area_threshold,
+        refine=refine,
+    )
+
+
+# Otherwise, two threads would load the same model.
+_LOADING = threading.Lock()
+
+
+@functools.lru_cache(maxsize=_MODELS_KEPT)
+def _kept(model: ModelSettings, signatures: tuple[tuple[int, ...], ...]) -> Predictor:
+    # The signatures are part of the cache key, so that the model is loaded again after a file changes.
+    return Predictor._of(model)
+
+
+def _batches(images: Sequence[np.ndarray]) -> Iterator[list[int]]:
+    """Yield the indices of images of one size that are encoded together."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(index)
+    for (height, width, _), group in groups.items():
+        step = max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (height * width)))
+        yield from (group[start : start + step] for start in range(0, len(group), step))
 
 
 def _check_numbers(**values: object) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ValueError(f"{name} must be a number, got {value!r}")
-
-
-def _as_text(name: str, value: object) -> str:
-    if not isinstance(value, (str, os.PathLike)):
-        raise ValueError(f"{name} must be a name or a path, got {value!r}")
-    return os.fspath(value)
-
-
-def _device(name: str | torch.device) -> str:
-    try:
-        return str(torch.device(name))
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f'device must be "cpu", "cuda", ...; got {name!r}') from error
-
-
-def _read(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
-    if not isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)):
-        raise ValueError(
-            f"image must be a file, a PIL image or an array (H, W, 3) uint8 RGB, got {type(image).__name__}"
-        )
-    pixels = np.asarray(image) if isinstance(image, np.ndarray) else read_rgb(image)
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
-        raise ValueError(f"image must be (H, W, 3) uint8 RGB, got {pixels.dtype} {pixels.shape}")
-    # Tensors do not support negative strides, as in image[:, :, ::-1].
-    return np.ascontiguousarray(pixels)
-
-
-class _Loaded:
-    """A model on its device, with the class vectors of the last vocabulary."""
-
-    def __init__(self, encoder: DenseEncoder, embeddings: TextEmbeddings, device: str, anyup: AnyUp | None) -> None:
-        self.encoder, self.anyup = encoder, anyup
-        encoder_stats = (encoder.pixel_mean, encoder.pixel_std)
-        self.pixels = PixelConversion((0, 0, 0), (1, 1, 1), "RGB", *encoder_stats).to(device)
-        self._embeddings, self._device = embeddings, device
-        self._vocabulary: Vocabulary | None = None
-
-    def class_vectors(self, vocabulary: Vocabulary) -> ClassVectors:
-        """Return the vectors of all classes, on the device."""
-        if vocabulary != self._vocabulary:
-            self._classes = class_vectors(vocabulary, self._embeddings, self.encode, self.encoder).to(self._device)
-            self._vocabulary = vocabulary
-        return self._classes
-
-    def labels(
-        self,
-        pixels: np.ndarray,
-        vocabulary: Vocabulary,
-        refinement: Refinement,
-        logit_scale: float,
-        prob_threshold: float,
-        area_threshold: float | None,
-    ) -> torch.Tensor:
-        """Label the pixels of an RGB image (H, W, 3) uint8, (H, W) int64 on the device."""
-        thresholds = (logit_scale, prob_threshold, area_threshold)
-        classes, image, normalized = self.class_vectors(vocabulary), self._encoded(pixels), prob_threshold > 0
-        size = pixels.shape[0], pixels.shape[1]
-        if refinement.at_pixels:
-            return refinement.pixel_scores(image, classes, size, normalized).labels(*thresholds)
-        grid = ScoreMap(refinement.patch_scores(image, classes, normalized), self._covered(image.features))
-        return segment_scores([grid], classes.query_class, size, *thresholds)
-
-    def encode(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[float, float]]:
-        """Encode an RGB image (H, W, 3) uint8 to features (D, h, w), and return them with the size that they cover."""
-        features = self._encoded(pixels).features
-        return features, self._covered(features)
-
-    def _covered(self, features: torch.Tensor) -> tuple[float, float]:
-        return features.shape[1] * self.encoder.patch_size, features.shape[2] * self.encoder.patch_size
-
-    @torch.no_grad()
-    def _encoded(self, pixels: np.ndarray) -> EncodedImage:
-        x = torch.tensor(pixels).to(self._device).permute(2, 0, 1)[None].float()
-        # An autocast context of the caller must not change the precision.
-        with torch.autocast(x.device.type, enabled=False):
-            x = self.pixels(x)
-            return EncodedImage(self.encoder, lambda: x, self.encoder(x)[0])
-
-
-@functools.lru_cache(maxsize=1)
-def _load(
-    spec: EncoderSpec, templates: str, device: str, precision: str, anyup: str, signatures: tuple[tuple[int, ...], ...]
-) -> _Loaded:
-    upsampling = load_anyup(anyup, "anyup") if anyup else None
-    encoder = build(spec).to(device).accelerate(precision).freeze()
-    return _Loaded(encoder, text_embeddings(spec, templates, "auto", device), device, upsampling)

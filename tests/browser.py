@@ -15,7 +15,7 @@ import pytest
 def chromium(*arguments: str) -> Iterator:
     """A browser of playwright; the test is skipped where there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    program = shutil.which("chromium") or shutil.which("google-chrome")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("needs Chromium")
     with playwright.sync_playwright() as api:

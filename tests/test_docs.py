@@ -31,7 +31,14 @@ def with_tiny_model(code: str, tiny_model) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "number"),
-    [("README.md", 0), ("README.md", 1), ("docs/segmenting.md", 0), ("docs/elsewhere.md", 0), ("docs/deploying.md", 0)],
+    [
+        ("README.md", 0),
+        ("README.md", 1),
+        ("docs/segmenting.md", 0),
+        ("docs/segmenting.md", 1),
+        ("docs/elsewhere.md", 0),
+        ("docs/deploying.md", 0),
+    ],
 )
 def test_examples_run(page, number, here, tiny_model):
     found = {}

@@ -24,6 +24,8 @@ COMMANDS = {
     "cache-teacher": ("cache_teacher", "compute teacher targets before training"),
     "convert": ("convert", "convert weights between libraries"),
     "export": ("export", "export an encoder to ONNX"),
+    "serve": ("serve", "serve an encoder over HTTP"),
+    "web": ("web", "open a page for segmenting images in a browser"),
     "toy": ("toy", "distill a student on a small synthetic data set and compare it with its teacher"),
     "benchmark": ("benchmark", "measure speed and memory (in a clone of the repository)"),
     "doctor": ("doctor", "print versions, devices and missing dependencies"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -37,7 +38,7 @@ def read_rgb(source: str | os.PathLike | Image.Image) -> np.ndarray:
             raise ValueError(f"image: {source} cannot be read: {error}") from error
     if not os.path.isfile(source):
         raise FileNotFoundError(f"image: {source} does not exist")
-    return _decode(source, source)
+    return decode_rgb(source, source)
 
 
 def read_photo(record: dict) -> np.ndarray:
@@ -69,10 +70,11 @@ def read_photo(record: dict) -> np.ndarray:
         raise ValueError(f"image: {name} cannot be read: {error}") from error
     if len(content) < record["size"]:
         raise ValueError(f"image: {name} cannot be read: the tar file is truncated")
-    return _decode(io.BytesIO(content), name)
+    return decode_rgb(io.BytesIO(content), name)
 
 
-def _decode(file: str | os.PathLike | io.BytesIO, name: str | os.PathLike) -> np.ndarray:
+def decode_rgb(file: str | os.PathLike | IO[bytes], name: str | os.PathLike) -> np.ndarray:
+    """Decode an image file as :func:`read_rgb` does. ``name`` is its name in error messages."""
     try:
         with open_image(file) as image:
             return _to_rgb(image)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from spar_d2.modeling.backbone import SPARViT
+from spar_d2.modeling.image_segmentor import INFERENCES
 from spar_d2.teacher import DenseTeacher, sliding_window_features
 from spar_d2.teacher.sliding import check_window
 
-INFERENCES = ("single_pass", "sliding_window")
 TEACHER = "teacher"
 
 

@@ -18,6 +18,9 @@ from spar_d2.utils.environment import cache_root
 
 logger = logging.getLogger(__name__)
 
+# A service gets new words without end.
+_QUERIES_KEPT = 20_000
+
 
 class TextEncoder(Protocol):
     """Interface of text towers."""
@@ -73,7 +76,10 @@ class TextEmbeddings:
         missing = [query for query in dict.fromkeys(queries) if query not in self._memory]
         if missing:
             self._memory.update(zip(missing, self._load(missing)))
-        return torch.stack([self._memory[query] for query in queries]), torch.tensor(vocabulary.query_class)
+        embeddings = torch.stack([self._memory[query] for query in queries])
+        for query in list(self._memory)[:-_QUERIES_KEPT]:
+            del self._memory[query]
+        return embeddings, torch.tensor(vocabulary.query_class)
 
     def _load(self, queries: list[str]) -> torch.Tensor:
         if self.cache is None:

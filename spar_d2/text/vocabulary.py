@@ -122,9 +122,14 @@ class Vocabulary:
             hint = f"; did you mean the built-in {near[0]!r}?" if near else ""
             logger.warning("The vocabulary has only one class, %r, so every pixel is assigned to it%s", source, hint)
         try:
-            return cls(_not_blank(part.split(",") for part in re.split("[;\n]", source)))
+            return cls(cls.split(source))
         except ValueError as error:
             raise ValueError(f"{error}; got {source!r}") from error
+
+    @staticmethod
+    def split(text: str) -> list[list[str]]:
+        """Split inline text into the synonyms of its classes; see :meth:`load`. Empty classes are left out."""
+        return _not_blank(part.split(",") for part in re.split("[;\n]", text))
 
     @classmethod
     def of(cls, words: Vocabulary | str | os.PathLike | Iterable[str | Sequence[str]]) -> Vocabulary:

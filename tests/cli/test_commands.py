@@ -22,6 +22,8 @@ MISTAKES = {
     "prepare": ["no_such_set"],
     "cache-teacher": ["--config-file", "none.yaml"],
     "convert": ["--encoder", "ViT-B-16", "--input", "none.pth", "--output", "a.safetensors"],
+    "serve": ["--encoder", "ViT-B-61", "--pretrained", "", "--port", "0"],
+    "web": ["--encoder", "ViT-B-16", "--pretrained", "", "--max-pixels", "0"],
     "toy": ["--config-file", "none.yaml"],
     "benchmark": ["encoders", "--repeats", "0"],
     "install-detectron2": ["--source", "wheel", "--wheel-file", "none.whl", "--force"],

@@ -1,0 +1,1 @@
+"""HTTP service that segments images, and its page; needs the extra ``[web]``."""
