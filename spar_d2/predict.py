@@ -7,7 +7,7 @@ import numbers
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from spar_d2.modeling.image_segmentor import Inference, Reading
 from spar_d2.modeling.model_settings import ModelSettings, as_text
 from spar_d2.modeling.refinement import Refinement, parse_refine
 from spar_d2.results import Segmentation
+from spar_d2.results.geotiff import segment_raster
 from spar_d2.text import Vocabulary
 
 __all__ = ["Predictor", "Segmentation", "segment"]
@@ -173,6 +174,34 @@ class Predictor:
                 patch_size = model.encoder.patch_size if scores else 0
                 results[index] = Segmentation.of(labels, vocabulary.names, best, patch_size, pixels[index])
         return [results[index] for index in range(len(pixels))] if several else results[0]
+
+    def segment_raster(
+        self,
+        source: str | os.PathLike,
+        path: str | os.PathLike,
+        vocabulary: Classes,
+        *,
+        bands: Sequence[int] = (1, 2, 3),
+        value_range: tuple[float, float] | None = None,
+        tile: int = 1024,
+        overlap: int = 128,
+        **options: Any,
+    ) -> None:
+        """Segment a georeferenced raster of any size in tiles, and write its labels as a GeoTIFF.
+
+        Args:
+            source, path, bands, value_range, tile, overlap: see :func:`spar_d2.results.geotiff.segment_raster`.
+            vocabulary, options: arguments of :meth:`__call__`. Thresholds of areas apply to each tile.
+
+        Raises:
+            ValueError, FileNotFoundError, RuntimeError: see these functions.
+        """
+        classes = Vocabulary.of(vocabulary)
+
+        def labels(pixels: np.ndarray) -> np.ndarray:
+            return self(pixels, classes, **options).labels
+
+        segment_raster(labels, classes.names, source, path, bands, value_range, tile, overlap)
 
     def features(self, image: ImageLike) -> torch.Tensor:
         """Compute the dense features of an image in a single pass.

@@ -4,8 +4,10 @@ import re
 
 import numpy as np
 import pytest
+import rasterio
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from rasterio import Affine
 
 from reference import ROOT, reference_image
 
@@ -19,6 +21,10 @@ def here(tmp_path, monkeypatch):
     """A folder with the files that examples name."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(reference_image(70, 100)).save("photo.jpg")
+    georeference = {"crs": "EPSG:3857", "transform": Affine.translation(100, 900) @ Affine.scale(2, -2)}
+    sizes = {"width": 100, "height": 70, "count": 3, "dtype": "uint8"}
+    with rasterio.open("map.tif", "w", driver="GTiff", **sizes, **georeference) as raster:
+        raster.write(reference_image(70, 100).transpose(2, 0, 1))
     return tmp_path
 
 
@@ -36,6 +42,8 @@ def with_tiny_model(code: str, tiny_model) -> str:
         ("README.md", 1),
         ("docs/segmenting.md", 0),
         ("docs/segmenting.md", 1),
+        ("docs/segmenting.md", 2),
+        ("docs/segmenting.md", 3),
         ("docs/elsewhere.md", 0),
         ("docs/deploying.md", 0),
     ],

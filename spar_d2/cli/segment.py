@@ -14,6 +14,7 @@ from tqdm import tqdm
 import spar_d2  # noqa: F401  registers
 from spar_d2.cli.flags import add_opts, output_override
 from spar_d2.data.build import PANOPTIC_FPN
+from spar_d2.demo.exports import FORMATS, Exports, check_formats
 from spar_d2.demo.inputs import find_inputs
 from spar_d2.demo.outputs import is_file_name, plan_outputs
 from spar_d2.demo.panoptic import SEMANTIC, build_demo
@@ -78,6 +79,15 @@ def parse_args() -> argparse.Namespace:
     add("--alpha", type=float, default=0.55, help="opacity of the class colors, 0..1 (default: %(default)s)")
     add("--masks", action="store_true", help="also write label maps as NAME_mask.png or NAME_masks/000001.png ...")
     add("--json", action="store_true", help="also write the classes found and their areas as NAME.json")
+    add(
+        "--export",
+        nargs="+",
+        choices=FORMATS,
+        default=[],
+        metavar="FORMAT",
+        help=f"also write {', '.join(FORMATS)}; coco and labelstudio are one file for all images",
+    )
+    add("--min-area", type=int, default=0, metavar="PIXELS", help="leave out smaller regions in exported files")
     add_opts(parser, "such as INPUT.MIN_SIZE_TEST 1024")
     return parser.parse_args()
 
@@ -92,12 +102,15 @@ def main() -> None:
         sources = find_inputs(args.input, args.output)
         # Feature images get a suffix, so that they do not overwrite the overlays of an earlier run.
         suffix = "" if "overlay" in args.show else "_pca"
-        targets = plan_outputs(sources, args.output, suffix, args.masks, args.json)
+        check_formats(args.export, sources, args.json)
+        masks = args.masks or "masks" in args.export
+        targets = plan_outputs(sources, args.output, suffix, masks, args.json, args.export)
         cfg = config(args)
         print(f"Loading {cfg.MODEL.SPAR.ENCODER} on {cfg.MODEL.DEVICE} ...", flush=True)
-        demo = build_demo(cfg, args.show, args.weights, args.masks or args.json, args.alpha)
+        demo = build_demo(cfg, args.show, args.weights, bool(masks or args.json or args.export), args.alpha)
+        exports = Exports(args.export, sources, targets, args.output, demo.names, args.min_area)
         try:
-            tally = run(demo, sources, targets)
+            tally = run(demo, sources, targets, exports if args.export else None)
         except KeyboardInterrupt:
             raise SystemExit(f"\nstopped; finished outputs are in {args.output}") from None
         print(printable(str(tally)))
@@ -125,6 +138,8 @@ def config(args: argparse.Namespace) -> CfgNode:
     fixed = kind == PANOPTIC_FPN or kind in SEMANTIC
     if fixed and args.vocabulary:
         raise ValueError(f"--vocabulary: a {kind} model has a fixed set of classes; remove --vocabulary")
+    if kind == PANOPTIC_FPN and set(args.export) - {"masks"}:
+        raise ValueError(f"--export: only masks can be exported of a panoptic model, got {' '.join(args.export)}")
     if not (cfg.MODEL.WEIGHTS or args.weights or (cfg.MODEL.SPAR.PRETRAINED and not fixed)):
         advice = "use --weights" if fixed else "set MODEL.SPAR.PRETRAINED or use --weights"
         logging.getLogger("spar_d2.demo").warning("The weights are random, so the results are meaningless: %s", advice)

@@ -36,15 +36,21 @@ class Target:
         picture: visualization, an image or a video.
         masks: mask file of an image or mask folder of a video; None if not requested.
         record: JSON file; None if not requested.
+        labelme: labelme file of an image; None if not requested.
+        geotiff: georeferenced label map of an image; None if not requested.
     """
 
     picture: Path
     masks: Path | None = None
     record: Path | None = None
+    labelme: Path | None = None
+    geotiff: Path | None = None
 
     @property
     def paths(self) -> list[Path]:
-        return [path for path in (self.picture, self.masks, self.record) if path is not None]
+        return [
+            path for path in (self.picture, self.masks, self.record, self.labelme, self.geotiff) if path is not None
+        ]
 
 
 def is_file_name(output: str | os.PathLike) -> bool:
@@ -55,7 +61,12 @@ def is_file_name(output: str | os.PathLike) -> bool:
 
 
 def plan_outputs(
-    sources: Sequence[Source], output: str, ending: str = "", masks: bool = False, records: bool = False
+    sources: Sequence[Source],
+    output: str,
+    ending: str = "",
+    masks: bool = False,
+    records: bool = False,
+    exports: Collection[str] = (),
 ) -> list[Target]:
     """Determine all output paths before anything is computed.
 
@@ -64,6 +75,7 @@ def plan_outputs(
         output: a folder, or a file if there is a single input.
         ending: suffix of the names of visualizations in a folder.
         masks, records: whether masks and JSON files are requested.
+        exports: requested formats, of which "labelme" and "geotiff" have a file for each image.
 
     Returns:
         Output paths for each input. Names are made unique with a number.
@@ -74,7 +86,7 @@ def plan_outputs(
     """
     if is_file_name(output):
         _check_file(sources, output)
-        targets = [_target(Path(output), Path(output).with_suffix(""), sources[0].is_video, masks, records)]
+        targets = [_target(Path(output), Path(output).with_suffix(""), sources[0].is_video, masks, records, exports)]
     else:
         targets, used = [], set()
         for source in sources:
@@ -86,7 +98,7 @@ def plan_outputs(
             while True:
                 numbered = stem if number == 1 else stem.with_name(f"{stem.name}_{number}")
                 picture = numbered.with_name(f"{numbered.name}{ending}{suffix}")
-                target = _target(picture, numbered, source.is_video, masks, records)
+                target = _target(picture, numbered, source.is_video, masks, records, exports)
                 # Some file systems are case-insensitive.
                 keys = {str(path).lower() for path in target.paths}
                 if not keys & used:
@@ -102,12 +114,14 @@ def plan_outputs(
     return targets
 
 
-def _target(picture: Path, stem: Path, is_video: bool, masks: bool, records: bool) -> Target:
+def _target(picture: Path, stem: Path, is_video: bool, masks: bool, records: bool, exports: Collection[str]) -> Target:
     masks_name = f"{stem.name}_masks" if is_video else f"{stem.name}_mask.png"
     return Target(
         picture,
         stem.with_name(masks_name) if masks else None,
         stem.with_name(f"{stem.name}.json") if records else None,
+        stem.with_name(f"{stem.name}.json") if "labelme" in exports else None,
+        stem.with_name(f"{stem.name}.tif") if "geotiff" in exports else None,
     )
 
 
@@ -131,6 +145,8 @@ def _check_paths(target: Target, inputs: Collection[str]) -> None:
             raise ValueError(f"{FLAG}: {above} is not writable")
         if path == target.record and path.is_file() and not _is_record(path):
             raise ValueError(f"{FLAG}: {path} is not from an earlier run and would be replaced; name another folder")
+        if path == target.labelme and path.is_file():
+            raise ValueError(f"{FLAG}: {path} may have been edited in labelme; delete it, or name another folder")
         is_folder = path == target.masks and path.suffix != ".png"
         if path.exists() and path.is_dir() != is_folder:
             raise ValueError(f"{FLAG}: {path} is a {'file' if is_folder else 'folder'} and cannot be replaced")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from spar_d2.data.images import read_photo
+from spar_d2.demo.exports import Exports
 from spar_d2.demo.inputs import Source
 from spar_d2.demo.outputs import Target, write_mask, write_picture, write_record
 from spar_d2.demo.predictor import Demo
@@ -54,7 +55,7 @@ class RunSummary:
         return "; ".join(parts)
 
 
-def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target]) -> RunSummary:
+def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target], exports: Exports | None = None) -> RunSummary:
     """Segment all inputs, write the results, and print a summary of each.
 
     If there are several inputs, unreadable ones are reported and skipped.
@@ -63,6 +64,7 @@ def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target]) -> Run
         demo: demo to run.
         sources: images and videos.
         targets: output paths of each input.
+        exports: results in other formats, whose files of all images are written at the end, even if the run is stopped.
 
     Raises:
         ValueError, FileNotFoundError: the only input cannot be read.
@@ -70,18 +72,26 @@ def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target]) -> Run
     """
     summary, several = RunSummary(), len(sources) > 1
     jobs = list(zip(sources, targets))
-    for source, target in tqdm(jobs, desc="segmenting", unit="file", disable=None if several else True, leave=False):
-        try:
-            (_video if source.is_video else _photo)(demo, source, target, summary)
-        except (ValueError, FileNotFoundError) as error:
-            if not several:
-                raise
-            tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
-            summary.skipped.append(source.name)
+    bar = tqdm(jobs, desc="segmenting", unit="file", disable=None if several else True, leave=False)
+    try:
+        for source, target in bar:
+            try:
+                if source.is_video:
+                    _video(demo, source, target, summary)
+                else:
+                    _photo(demo, source, target, summary, exports)
+            except (ValueError, FileNotFoundError) as error:
+                if not several:
+                    raise
+                tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
+                summary.skipped.append(source.name)
+    finally:
+        for path in exports.write() if exports else ():
+            _print(f"written: {path}")
     return summary
 
 
-def _photo(demo: Demo, source: Source, target: Target, summary: RunSummary) -> None:
+def _photo(demo: Demo, source: Source, target: Target, summary: RunSummary, exports: Exports | None) -> None:
     image = read_photo(source.record)
     seen = demo.see(image)
     if target.masks or target.record:
@@ -91,6 +101,8 @@ def _photo(demo: Demo, source: Source, target: Target, summary: RunSummary) -> N
         write_mask(seen.needed_labels(), demo.colors, target.masks, source.path)
     if target.record:
         write_record(demo.record(seen.needed_labels()), target.record)
+    if exports:
+        exports.add(source, target, seen.needed_labels())
     summary.photos.append(seen.seconds)
     size = f"{image.shape[1]}x{image.shape[0]}"
     _print(f"{source.path}: {size}, {seen.seconds:.3f} s, written to {target.picture}")
