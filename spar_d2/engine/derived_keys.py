@@ -1,4 +1,4 @@
-"""Sets config keys that follow from the data sets: numbers of classes, and steps from epochs."""
+"""Sets config keys that follow from others: files of a model folder, numbers of classes, and steps from epochs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fvcore.common.config import BASE_KEY
 
 from spar_d2.data.datasets.file_registration import head_classes
 from spar_d2.data.datasets.scenes import register_photos
+from spar_d2.encoders import EncoderSpec
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.utils.yaml_files import read_yaml
 
@@ -69,6 +70,19 @@ def value_at(cfg: CfgNode, key: str) -> object:
     for part in key.split("."):
         node = node.get(part) if isinstance(node, CfgNode) else None
     return node
+
+
+def settle_encoder(cfg: CfgNode, given: GivenKeys) -> None:
+    """Replace a model folder by the files in it, so that cache keys change with them.
+
+    Weights and read-out that a less specific config sets are those of another encoder, and are replaced.
+    """
+    spar, level = cfg.MODEL.SPAR, given["MODEL.SPAR.ENCODER"].level
+    for name in ("PRETRAINED", "READOUT"):
+        if (origin := given.get(f"MODEL.SPAR.{name}")) and origin.level > level:
+            spar[name] = ""
+    spec = EncoderSpec(spar.ENCODER, spar.PRETRAINED, readout=spar.READOUT)
+    spar.ENCODER, spar.PRETRAINED, spar.READOUT = spec.name, spec.pretrained, spec.readout
 
 
 def settle_classes(cfg: CfgNode, given: GivenKeys) -> None:

@@ -24,8 +24,8 @@ from detectron2.utils.logger import setup_logger
 from fvcore.common.config import BASE_KEY
 
 from spar_d2.data.datasets.file_registration import check_registered, register_dataset_file
-from spar_d2.encoders import EncoderSpec
-from spar_d2.engine.derived_keys import GivenKeys, given_keys, settle_classes, settle_steps, value_at
+from spar_d2.encoders.folders import model_folder
+from spar_d2.engine.derived_keys import GivenKeys, given_keys, settle_classes, settle_encoder, settle_steps, value_at
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import make_logs_printable
 from spar_d2.utils.images import check_sides
@@ -77,6 +77,8 @@ def load_config(config_file: str, overrides: list[str], trains: bool = False) ->
     except RecursionError as error:
         raise ValueError(f"{config_file} is nested too deeply, or its _BASE_ is circular") from error
     _find_files(cfg, config_file)
+    if model_folder(cfg.MODEL.SPAR.ENCODER):
+        settle_encoder(cfg, given_keys(config_file, overrides))
     if cfg.SPAR.DATA.REGISTER or cfg.SPAR.DATA.EPOCHS:
         given = given_keys(config_file, overrides)
         _register_files(cfg, config_file, given)
@@ -158,9 +160,6 @@ def _find_files(cfg: CfgNode, config_file: str) -> None:
             continue
         candidates = (os.path.join(parent, value) for parent in Path(config_file).resolve().parents)
         cfg.MODEL.SPAR[key] = next((path for path in candidates if is_there(path)), value)
-    # Paths of files, so that cache keys change with the content of a model folder.
-    spec = EncoderSpec(cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED, readout=cfg.MODEL.SPAR.READOUT)
-    cfg.MODEL.SPAR.ENCODER, cfg.MODEL.SPAR.PRETRAINED, cfg.MODEL.SPAR.READOUT = spec.name, spec.pretrained, spec.readout
 
 
 def _register_files(cfg: CfgNode, config_file: str, given: GivenKeys) -> None:

@@ -92,6 +92,13 @@ def test_the_card_tells_how_the_weights_came_about(dino, clip):
 def test_configs_take_a_folder(clip, tmp_path):
     (tmp_path / "model.yaml").write_text("MODEL:\n  SPAR:\n    ENCODER: tiny-clip\n")
     cfg = load_config(str(tmp_path / "model.yaml"), ["OUTPUT_DIR", str(tmp_path)])
+    # The weights of a base are those of another encoder.
+    (tmp_path / "base.yaml").write_text("MODEL:\n  SPAR:\n    PRETRAINED: laion2b_s34b_b88k\n")
+    (tmp_path / "model.yaml").write_text("_BASE_: base.yaml\nMODEL:\n  SPAR:\n    ENCODER: tiny-clip\n")
+    cfg = load_config(str(tmp_path / "model.yaml"), ["OUTPUT_DIR", str(tmp_path)])
+    assert cfg.MODEL.SPAR.PRETRAINED == f"{clip}/model.safetensors"
+    other = ["MODEL.SPAR.PRETRAINED", "student.safetensors"]
+    assert load_config(str(tmp_path / "model.yaml"), other).MODEL.SPAR.PRETRAINED == "student.safetensors"
     # The paths of files, so that caches notice new weights.
     assert cfg.MODEL.SPAR.PRETRAINED == f"{clip}/model.safetensors"
     assert cfg.MODEL.SPAR.ENCODER == f"{clip}/open_clip_config.json"
