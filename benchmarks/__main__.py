@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-from benchmarks import encoders, postprocess, refinement, teacher
+from benchmarks import encoders, postprocess, refinement, service, teacher
 from benchmarks.measure import describe_machine
 from spar_d2.encoders import build_encoder, describe_encoder
 from spar_d2.encoders.precision import PRECISIONS
@@ -142,6 +142,10 @@ def parse_args() -> argparse.Namespace:
     add = command.add_argument
     add("--images", type=int, default=100, metavar="N", help="images of each kind (default: %(default)s)")
     add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
+
+    command = service.add_command(commands)
+    command.set_defaults(run=run_service)
+    command.add_argument("--device", choices=["cpu", "cuda"], default=DEVICE, help="(default: %(default)s)")
     return parser.parse_args()
 
 
@@ -239,6 +243,14 @@ def run_loading(args: argparse.Namespace) -> None:
         heading = f"{title(args)}; {Path(args.config_file).name} {' '.join(args.opts)}".rstrip()
         measured = (loading.measure_loading(cfg, workers, args.steps) for workers in args.workers)
         loading.TABLE.show(heading, {"loading": measured}, len(args.workers), args.output)
+
+
+def run_service(args: argparse.Namespace) -> None:
+    check_at_least_one(args, "clients", "requests", "long_side")
+    check_common_flags(args, [args.encoder])
+    options = (args.encoder, args.pretrained, args.device, args.clients, args.requests, args.long_side)
+    heading = f"{title(args)}; {Path(args.encoder).stem}, images of {args.long_side} pixels"
+    service.TABLE.show(heading, {"service": service.measure_service(*options)}, len(args.clients), args.output)
 
 
 def run_evaluator(args: argparse.Namespace) -> None:

@@ -92,8 +92,14 @@ def _reset_process_peak() -> bool:
     return True
 
 
-def _status_bytes(field: str) -> int:
-    lines = (_PROCESS / "status").read_text().splitlines()
+def process_bytes(process: int) -> int | None:
+    """Return the memory of a process in bytes, or None without Linux's /proc."""
+    folder = Path("/proc") / str(process)
+    return _status_bytes("VmRSS", folder) if (folder / "status").is_file() else None
+
+
+def _status_bytes(field: str, process: Path = _PROCESS) -> int:
+    lines = (process / "status").read_text().splitlines()
     # "VmHWM:     1234 kB"
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

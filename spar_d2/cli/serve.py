@@ -7,11 +7,13 @@ curl -F image=@photo.jpg --form-string words="cat, kitten; dog; sky" http://127.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import socket
 import sys
 from pathlib import Path
 
-from spar_d2.utils.errors import readable_errors
+from spar_d2.utils.errors import make_logs_printable, readable_errors
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Connections beyond it are refused before anything is read.
@@ -84,6 +86,8 @@ def serve(args: argparse.Namespace, page: bool) -> None:
     from spar_d2.service.model import Model
     from spar_d2.text import Vocabulary
 
+    # Warnings quote the words of clients.
+    make_logs_printable(logging.getLogger("spar_d2"))
     limits = Limits(**args.limits)
     with listen(args.host, args.port) as listener:
         vocabulary = Vocabulary.load(args.vocabulary) if args.vocabulary else None
@@ -91,7 +95,7 @@ def serve(args: argparse.Namespace, page: bool) -> None:
         predictor = Predictor(args.encoder, args.pretrained, **options)
         model = Model(predictor, args.encoder, args.pretrained, bool(args.anyup))
         local = args.host in _LOOPBACK
-        hosts = (*_LOOPBACK, *args.allow_host) if local or args.allow_host else None
+        hosts = {*_LOOPBACK, args.host, *args.allow_host} if local or args.allow_host else None
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = Settings(Path(args.encoder).stem, device, vocabulary)
         app = create_app(model, settings, limits, page, hosts)
@@ -105,7 +109,9 @@ def serve(args: argparse.Namespace, page: bool) -> None:
         what = "The page is at" if page else f"Serving {settings.encoder} on {settings.device} at"
         print(f"{what} http://{address}:{listener.getsockname()[1]} (stop with Ctrl-C)", flush=True)
         config = uvicorn.Config(app, log_level="warning", server_header=False, limit_concurrency=_MOST_CONNECTIONS)
-        uvicorn.Server(config).run(sockets=[listener])
+        # Ctrl-C is raised again after the server has stopped.
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:

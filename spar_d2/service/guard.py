@@ -73,7 +73,7 @@ class Guard:
     def _check(self, method: str, headers: Headers) -> None:
         host = headers.get("host", "")
         if self.hosts is not None and _name(f"//{host}") not in self.hosts:
-            allowed = ", ".join(self.hosts)
+            allowed = ", ".join(sorted(self.hosts))
             raise Refusal(403, f"The service answers to {allowed}, not to {host[:100]!r}; see --allow-host.")
         origin = headers.get("origin")
         if method not in ("GET", "HEAD") and origin is not None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WARNED: set[int] = set()
+_WARNINGS_KEPT = 10_000
 # Maximum number of separate warnings of one kind; more are summarized in one.
 _MAX_WARNINGS = 3
 
@@ -73,6 +74,8 @@ class Vocabulary:
         if warning_key in _WARNED:
             return
         if empty or dropped:
+            if len(_WARNED) >= _WARNINGS_KEPT:
+                _WARNED.clear()
             _WARNED.add(warning_key)
         if len(dropped) > _MAX_WARNINGS:
             first = " ".join(dropped[:_MAX_WARNINGS])

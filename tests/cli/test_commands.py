@@ -128,6 +128,7 @@ def site(tmp_path_factory) -> Path:
 @pytest.mark.processes
 def test_the_wheel_works_outside_the_clone(site, tmp_path):
     assert (site / "spar_d2" / "py.typed").is_file() and (site / "bin" / "spar-d2").is_file()
+    assert (site / "spar_d2" / "service" / "page" / "index.html").is_file()
     assert not (site / "benchmarks").exists() and not (site / "tests").exists()
     code = (
         "import json, spar_d2; from spar_d2 import model_zoo; from spar_d2.text import Vocabulary;"

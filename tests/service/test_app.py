@@ -1,6 +1,7 @@
 """Responses of the service are those of the Python functions."""
 
 import io
+import re
 
 import httpx
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from reference import ROOT
 from services import ENCODER, PRETRAINED, WORDS, encoded, running, scene, toy_model, unpack
 from spar_d2 import __version__
 from spar_d2.predict import Predictor
@@ -128,6 +130,17 @@ def test_health_and_settings(client):
     settings = client.get("/settings").json()
     assert settings["words"] == ["tree", "star", "sand"] and settings["vocabularies"]["voc21"] == 21
     assert settings["limits"]["max_pixels"] == 2**22
+
+
+def test_the_example_of_the_documentation_runs(client, predictor, tmp_path, monkeypatch):
+    pixels = scene(8)
+    (tmp_path / "photo.jpg").write_bytes(encoded(pixels))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "deploying.md").read_text()
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "httpx" in code)
+    found = {}
+    exec(code.replace("http://127.0.0.1:8000", str(client.base_url).rstrip("/")), found)
+    assert np.array_equal(found["labels"], predictor(pixels, "cat; dog; sky").labels)
 
 
 def test_the_description_names_every_field(client):

@@ -178,7 +178,7 @@ def test_wrong_and_huge_files_are_explained_and_the_next_one_works(page):
     assert page.locator("#preview").is_hidden()
     choose(page, encoded(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)), "noise.png")
     press(page)
-    assert page.locator("#error").text_content() == "The file has 1.4 MB; the service takes at most 1.0 MB."
+    assert page.locator("#error").text_content() == "The file has 1.4 MB; the service takes at most 0.95 MB."
     choose(page, encoded(scene(5)))
     page.fill("#words", "x" * 200)
     press(page)

@@ -187,6 +187,7 @@ def test_the_command_serves_says_its_address_and_stops(tmp_path):
             with ThreadPoolExecutor(8) as pool:
                 assert {r.status_code for r in pool.map(lambda n: post(address, scene(n)), range(24))} == {200}
         finally:
-            process.send_signal(signal.SIGTERM)
-        output, errors = process.communicate(timeout=30)
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
     assert "neither passwords nor encryption" in errors and "Traceback" not in errors

@@ -4,6 +4,7 @@ import http.client
 import io
 import re
 import struct
+import sys
 import time
 import zlib
 from urllib.parse import urlsplit
@@ -240,6 +241,14 @@ def test_an_internal_error_has_a_sentence_and_no_traceback(monkeypatch, client):
         with running(model) as address:
             response = httpx.post(f"{address}/segment", files=GOOD, data={"words": WORDS})
     assert "secret" not in refused(response, 500)
+
+
+def test_overlays_need_detectron2(monkeypatch, client):
+    # As if the import failed.
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "spar_d2.visualization.overlay", None)
+        response = client.post("/segment", files=GOOD, data={"words": WORDS, "format": "overlay"})
+    assert "use format=json or png" in refused(response, 501)
 
 
 def test_too_little_memory_is_a_sentence(monkeypatch, client):

@@ -26,7 +26,7 @@ async function start() {
 function choose(chosen) {
   if (!chosen) return;
   file = chosen;
-  at("file-name").textContent = `${chosen.name} (${(chosen.size / 2 ** 20).toFixed(1)} MB)`;
+  at("file-name").textContent = `${chosen.name} (${megabytes(chosen.size)} MB)`;
   URL.revokeObjectURL(at("preview").src);
   at("preview").src = URL.createObjectURL(chosen);
   at("preview").hidden = false;
@@ -75,8 +75,7 @@ async function ask(words, signal) {
   const { upload, image } = await prepare();
   const most = settings.limits.max_bytes;
   if (upload.size > most) {
-    const sizes = [upload.size, most].map((bytes) => (bytes / 2 ** 20).toFixed(1));
-    throw new Refused(`The file has ${sizes[0]} MB; the service takes at most ${sizes[1]} MB.`);
+    throw new Refused(`The file has ${megabytes(upload.size)} MB; the service takes at most ${megabytes(most)} MB.`);
   }
   const fields = {
     image: upload,
@@ -113,6 +112,10 @@ async function ask(words, signal) {
     list([...record.classes, ...more.map((one) => ({ ...one, area: 0 }))]);
     sliding.show(other, image, `${seconds(other)}, ${times.toFixed(1)} times as long`);
   }
+}
+
+function megabytes(bytes) {
+  return (bytes / 2 ** 20).toLocaleString("en", { maximumSignificantDigits: 2 });
 }
 
 function seconds(record) {
