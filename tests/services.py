@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import uvicorn
@@ -36,11 +36,15 @@ def toy_model() -> Model:
 
 @contextlib.contextmanager
 def running(
-    model: Model | None = None, page: bool = False, vocabulary: Vocabulary | None = None, **limits: float
+    model: Model | None = None,
+    page: bool = False,
+    vocabulary: Vocabulary | None = None,
+    hosts: Collection[str] | None = LOOPBACK,
+    **limits: float,
 ) -> Iterator[str]:
     """Run the application in a thread of this process, and yield its address."""
     settings = Settings("tiny_clip", "cpu", vocabulary)
-    app = create_app(model or toy_model(), settings, Limits(**limits), page, LOOPBACK)
+    app = create_app(model or toy_model(), settings, Limits(**limits), page, hosts)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -64,6 +64,21 @@ def test_teacher_table_is_printed_and_written(benchmark, tmp_path, capsys):
         assert ratio == pytest.approx(1e3 * seconds / milliseconds, rel=0.02) and ratio > 0
 
 
+@pytest.mark.processes
+@pytest.mark.slow
+def test_the_load_of_the_service_is_measured(benchmark, tmp_path, capsys):
+    output = tmp_path / "table.md"
+    options = ["--clients", "1", "3", "--requests", "6", "--long-side", "48", "--device", "cpu"]
+    benchmark("service", *options, "--output", str(output))
+    text = output.read_text()
+    assert text == capsys.readouterr().out
+    title, _, head, _, *rows = text.splitlines()
+    assert torch.__version__ in title and head.startswith("| clients | requests | errors | requests/s | median ms |")
+    found = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[:2]]
+    assert [row[:3] for row in found] == [["1", "6", "0"], ["3", "6", "0"]]
+    assert all(float(cell) > 0 for row in found for cell in row[3:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -217,6 +217,28 @@ def test_requests_of_other_websites_are_refused(client, origin):
     assert "other websites" in refused(response, 403)
 
 
+@pytest.mark.parametrize("host", ["seg.example", "127.0.0.1"])
+def test_the_name_of_a_proxy_is_allowed(host):
+    """Proxies may keep the header Host, or replace it by the address of the service."""
+    with running(hosts=("127.0.0.1", "seg.example")) as address:
+        for origin, status in (
+            ("https://seg.example", 422),
+            ("https://evil.example", 403),
+            ("http://127.0.0.1:1", 403),
+        ):
+            response = httpx.post(f"{address}/segment", files=GOOD, headers={"host": host, "origin": origin})
+            # The words are missing.
+            refused(response, status)
+
+
+def test_without_a_list_all_hosts_are_allowed_but_not_other_origins():
+    with running(hosts=None) as address:
+        assert httpx.get(f"{address}/health", headers={"host": "any.example"}).status_code == 200
+        for origin, status in (("https://any.example", 422), ("https://evil.example", 403), ("null", 403)):
+            headers = {"host": "any.example", "origin": origin}
+            refused(httpx.post(f"{address}/segment", files=GOOD, headers=headers), status)
+
+
 def test_requests_of_the_page_are_served(client, address):
     response = client.post("/segment", files=GOOD, data={"words": WORDS}, headers={"origin": address})
     assert response.status_code == 200

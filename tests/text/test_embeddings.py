@@ -87,6 +87,18 @@ def test_only_new_class_names_are_encoded():
     assert torch.equal(text, TextEmbeddings(CountingTower, "m", ["a {}"])(Vocabulary(["dog", "bird", "cat"]))[0])
 
 
+def test_only_the_last_names_are_kept(monkeypatch):
+    monkeypatch.setattr("spar_d2.text.embeddings._QUERIES_KEPT", 3)
+    tower = CountingTower()
+    embeddings = TextEmbeddings(lambda: tower, "x", ["{}"])
+    first, _ = embeddings(Vocabulary.load("a; b"))
+    embeddings(Vocabulary.load("c; d; e; f"))
+    assert torch.equal(embeddings(Vocabulary.load("d; e; f"))[0], embeddings(Vocabulary.load("d; e; f"))[0])
+    assert tower.texts == ["a", "b", "c", "d", "e", "f"]
+    again, _ = embeddings(Vocabulary.load("a; b"))
+    assert torch.equal(again, first) and tower.texts[6:] == ["a", "b"]
+
+
 def test_entries_for_another_number_of_names_are_not_used(tmp_path):
     embeddings = TextEmbeddings(CountingTower, "m", ["a {}"], tmp_path)
     embeddings(Vocabulary(["cat", "dog"]))
