@@ -7,7 +7,7 @@ import numbers
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ from spar_d2.text import Vocabulary
 __all__ = ["Predictor", "Segmentation", "segment"]
 
 # Bounds of a batch. Larger images are encoded one at a time.
-_IMAGES_AT_ONCE = 8
-_PIXELS_AT_ONCE = 2**22
-_MODELS_KEPT = 4
+_IMAGES_AT_ONCE, _PIXELS_AT_ONCE = 8, 2**22
 
+# Lists of one kind of images are no lists of all kinds to type checkers.
+AnyImage = TypeVar("AnyImage", bound=ImageLike)
 Classes = Vocabulary | str | os.PathLike | Sequence[str | Sequence[str]]
 
 
@@ -99,7 +99,7 @@ class Predictor:
     @overload
     def __call__(
         self,
-        images: list[ImageLike] | tuple[ImageLike, ...],
+        images: list[AnyImage] | tuple[AnyImage, ...],
         vocabulary: Classes,
         *,
         logit_scale: float | None = ...,
@@ -114,7 +114,7 @@ class Predictor:
 
     def __call__(
         self,
-        images: ImageLike | list[ImageLike] | tuple[ImageLike, ...],
+        images: ImageLike | list[AnyImage] | tuple[AnyImage, ...],
         vocabulary: Classes,
         *,
         logit_scale: float | None = None,
@@ -278,7 +278,7 @@ def segment(
 _LOADING = threading.Lock()
 
 
-@functools.lru_cache(maxsize=_MODELS_KEPT)
+@functools.lru_cache(maxsize=4)
 def _kept(model: ModelSettings, signatures: tuple[tuple[int, ...], ...]) -> Predictor:
     # The signatures are part of the cache key, so that the model is loaded again after a file changes.
     return Predictor._of(model)

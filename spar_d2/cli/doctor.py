@@ -31,6 +31,7 @@ _REQUIRED = {
 _OPTIONAL = {
     "triton": ("triton", "faster label prediction on NVIDIA GPUs; included in PyTorch for CUDA"),
     "scipy": ("scipy", "needed to prepare Pascal Context: pip install scipy"),
+    "rasterio": ("rasterio", 'needed for GeoTIFF: pip install "spar_d2[geo]"'),
 }
 _INSTALL_DETECTRON2 = "spar-d2 install-detectron2"
 

@@ -133,6 +133,9 @@ def check_formats(formats: Collection[str], sources: Sequence[Source], records: 
 def _check_shared(path: Path, used: Collection[str]) -> None:
     if str(path).lower() in used:
         raise ValueError(f"{FLAG}: {path} would be written twice, for an image and for --export; rename the image")
+    interface = path.with_suffix(".xml")
+    if path.stem.endswith("labelstudio") and interface.exists() and not path.exists():
+        raise ValueError(f"{FLAG}: {interface} is not from an earlier run; delete it, or name another folder")
     if path.is_dir():
         raise ValueError(f"{FLAG}: {path} is a folder and cannot be replaced")
     if path.is_file():

@@ -91,6 +91,8 @@ def test_files_of_a_user_are_not_replaced(export, refusal, photo_folder, tmp_pat
     assert few and min(annotation["area"] for annotation in few) >= 30
     assert export(*arguments, "labelme") == 0
     assert "may have been edited in labelme" in refusal(*arguments, "labelme")
+    (tmp_path / "out/labelstudio.json").unlink()
+    assert "labelstudio.xml is not from an earlier run" in refusal(*arguments, "labelstudio")
     (tmp_path / "out/coco.json").write_text('{"images": []}')
     assert "coco.json is not from an earlier run" in refusal(*arguments, "coco")
     assert (tmp_path / "out/coco.json").read_text() == '{"images": []}'
