@@ -18,11 +18,14 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._before: set[int] = set()
+        self._before: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {self._storage(x)._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        self._before |= given - self._sizes.keys()
+        # Another storage can take the address of one that is gone.
+        self._before = {key: known for key, known in self._before.items() if not known.expired()}
+        self._sizes = {key: kept for key, kept in self._sizes.items() if not kept[0].expired()}
+        given = [self._storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self._before |= {part._cdata: StorageWeakRef(part) for part in given if part._cdata not in self._sizes}
         output = func(*args, **(kwargs or {}))
         self._sizes = {key: kept for key, kept in self._sizes.items() if not kept[0].expired()}
         for tensor in tree_leaves(output):

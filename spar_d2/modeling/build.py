@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import cast
 
 from detectron2.config import CfgNode
@@ -27,7 +28,7 @@ from spar_d2.teacher import (
     UpsampledTeacher,
     as_teacher,
 )
-from spar_d2.teacher.keys import PixelStatistics, encoder_key
+from spar_d2.teacher.keys import PixelStatistics, encoder_key, result_key
 
 # Kinds that refine the targets of the kind in SPAR.TEACHER.BASE.
 _REFINED = ("smoothed", "upsampled")
@@ -144,7 +145,16 @@ def self_correlation(cfg: CfgNode) -> DenseTeacher:
 def ensemble(cfg: CfgNode) -> DenseTeacher:
     """Mean of the teachers in ``SPAR.TEACHER.ENSEMBLE``."""
     encoders: dict[tuple, DenseEncoder] = {}
-    members = [_member(cfg, entry, encoders) for entry in cfg.SPAR.TEACHER.ENSEMBLE]
+    members: list[DenseTeacher] = []
+    entries: dict[str, str] = {}
+    for entry in map(str, cfg.SPAR.TEACHER.ENSEMBLE):
+        try:
+            members.append(_member(cfg, [word.strip() for word in entry.split("+")], encoders))
+        except ValueError as error:
+            raise ValueError(f"SPAR.TEACHER.ENSEMBLE, member {entry!r}: {error}") from error
+        earlier = entries.setdefault(result_key(members[-1]), entry)
+        if len(entries) < len(members):
+            raise ValueError(f"SPAR.TEACHER.ENSEMBLE: {earlier!r} and {entry!r} are the same; members must differ")
     return EnsembleTeacher(members)
 
 
@@ -170,27 +180,35 @@ def _base(cfg: CfgNode) -> DenseTeacher:
     teacher = None if base in _REFINED else as_teacher(_builder(base, "SPAR.TEACHER.BASE")(cfg))
     if not hasattr(teacher, "encoder"):
         raise ValueError(
-            f"SPAR.TEACHER.BASE must be sliding, self_correlation, ensemble or a kind with an encoder; got {base!r}"
+            "SPAR.TEACHER.BASE must be a kind whose teacher has an encoder, such as sliding, self_correlation or an "
+            f"ensemble that begins with one of these; got {base!r}"
         )
     return cast(DenseTeacher, teacher)
 
 
-def _member(cfg: CfgNode, entry: str, encoders: dict[tuple, DenseEncoder]) -> DenseTeacher:
+def _member(cfg: CfgNode, words: Sequence[str], encoders: dict[tuple, DenseEncoder]) -> DenseTeacher:
     """Build a member of an ensemble.
 
     Args:
         cfg: config of the ensemble.
-        entry: entry of ``SPAR.TEACHER.ENSEMBLE``.
+        words: kind and settings of the member, an entry of ``SPAR.TEACHER.ENSEMBLE``.
         encoders: encoders of the other members, which the member shares.
+
+    Raises:
+        ValueError: a word is unknown, is not in its place or does not go with the kind.
     """
     cfg = cfg.clone()
     cfg.defrost()
     kind, mirror, scale = "sliding", False, 1.0
-    for number, word in enumerate(str(entry).split("+")):
-        name, _, value = word.strip().partition(":")
-        if word.strip() == "single_pass":
+    names = [word.partition(":")[0] for word in words]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} must stand once in a member")
+    for number, word in enumerate(words):
+        name, _, value = word.partition(":")
+        if word == "single_pass":
             cfg.SPAR.TEACHER.SINGLE_PASS = True
-        elif word.strip() == "mirror":
+        elif word == "mirror":
             mirror = True
         elif name == "stride" and value.isdecimal():
             cfg.SPAR.TEACHER.STRIDE = int(value)
@@ -203,17 +221,15 @@ def _member(cfg: CfgNode, entry: str, encoders: dict[tuple, DenseEncoder]) -> De
         else:
             kinds = ", ".join(sorted(kind for kind, _ in TEACHER_REGISTRY if kind != "ensemble"))
             raise ValueError(
-                f"SPAR.TEACHER.ENSEMBLE: members are a kind ({kinds}), stride:PIXELS, scale:FACTOR, mirror, "
-                f'single_pass, or several of these joined by "+", the kind first; got {entry!r}'
+                f"members are a kind ({kinds}), stride:PIXELS, scale:FACTOR, mirror, single_pass, or several of these "
+                f'joined by "+", the kind first; got {word!r}'
             )
     teacher = as_teacher(_builder(kind, "SPAR.TEACHER.ENSEMBLE")(cfg))
     if isinstance(teacher, (SlidingWindowTeacher, SinglePassTeacher)):
         key = (type(teacher), encoder_key(teacher.encoder))
         teacher.encoder = encoders.setdefault(key, teacher.encoder)
     if (mirror or scale != 1) and not hasattr(teacher, "encoder"):
-        raise ValueError(
-            f"SPAR.TEACHER.ENSEMBLE: {kind} has no encoder, so mirror and scale do not apply; got {entry!r}"
-        )
+        raise ValueError(f"{kind} has no encoder, so mirror and scale do not apply")
     teacher = RescaledTeacher(teacher, scale) if scale != 1 else teacher
     return MirroredTeacher(teacher) if mirror else teacher
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -35,7 +36,10 @@ def solve(operator: Callable[[torch.Tensor, torch.Tensor], None], targets: torch
     Returns:
         (C, N) float32 values ``z``, with the strides of ``targets``.
     """
-    residual, (rows, length) = targets, targets.shape
+    # Powers of 2 change no digit, and keep squares of very large and very small targets within the range of float32.
+    exponent = torch.linalg.vector_norm(targets, math.inf, dim=1, keepdim=True).frexp().exponent.clamp_(-126, 126)
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=targets.dtype), exponent)
+    residual, (rows, length) = targets.div_(scale), targets.shape
     parts = list(chunks(rows, length, targets.device))
     solution, direction, image = torch.zeros_like(targets), targets.clone(), torch.empty_like(targets)
     squares = _dot(residual, residual, parts)
@@ -58,7 +62,7 @@ def solve(operator: Callable[[torch.Tensor, torch.Tensor], None], targets: torch
             active, squares = active & (new > limit), new
             for part in parts:
                 direction[:, part].mul_(factor).add_(residual[:, part])
-    return solution
+    return solution.mul_(scale)
 
 
 def _dot(left: torch.Tensor, right: torch.Tensor, parts: list[slice]) -> torch.Tensor:

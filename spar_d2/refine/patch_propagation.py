@@ -49,8 +49,8 @@ class PatchGraph:
     @torch.no_grad()
     def __init__(self, guide: torch.Tensor, patch: float, neighbours: int = 400, *, check: bool = True) -> None:
         check_tensor("guide", guide, "(D, h, w)")
-        if not 0 < patch < math.inf:
-            raise ValueError(f"patch must be the side of a patch in pixels, above 0, got {patch}")
+        if isinstance(patch, bool) or not isinstance(patch, (int, float)) or not 0 < patch < math.inf:
+            raise ValueError(f"patch must be the side of a patch in pixels, a number above 0, got {patch!r}")
         if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 1:
             raise ValueError(f"neighbours must be an integer of at least 1, got {neighbours!r}")
         if check:
@@ -131,7 +131,9 @@ def _nearest(guide: torch.Tensor, patch: float, neighbours: int) -> tuple[torch.
     width = guide.shape[2]
     # (D, h, w) -> (N, D)
     features = guide.flatten(1).T
-    features = features / features.norm(dim=1, keepdim=True).clamp_(min=_SHORTEST)
+    # Divided by large values first, so that the squares in the norm stay finite.
+    features = features / torch.linalg.vector_norm(features, math.inf, dim=1, keepdim=True).clamp_(min=1)
+    features /= features.norm(dim=1, keepdim=True).clamp_(min=_SHORTEST)
     patches = len(features)
     place = torch.arange(patches, device=guide.device)
     y, x = (place // width).float(), (place % width).float()

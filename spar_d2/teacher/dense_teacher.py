@@ -98,6 +98,10 @@ def as_teacher(teacher: Any) -> DenseTeacher:
     Raises:
         ValueError: the object is neither.
     """
+    if isinstance(teacher, type):
+        raise ValueError(
+            f"teacher must be an object, got the class {teacher.__name__}: create one, {teacher.__name__}(...)"
+        )
     missing = [name for name in ("targets", "identity", "cost") if not callable(getattr(teacher, name, None))]
     missing += [] if hasattr(teacher, "linear") else ["linear"]
     if not missing:

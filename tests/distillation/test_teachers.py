@@ -148,8 +148,11 @@ def test_refined_kinds_distill_and_cannot_be_sampled(tiny_cfg, tmp_path):
                 "flip",
                 "mirror+sliding",
                 "ensemble",
+                "mirror+mirror",
+                "stride:16+stride:24",
             )
         ),
+        ("ENSEMBLE", ("sliding", "mirror", "sliding+mirror")),
         ("ENSEMBLE", ()),
         ("KIND", "upsampled"),
         ("BASE", "ensemble"),
@@ -162,6 +165,18 @@ def test_wrong_keys_are_named(key, value, tiny_cfg):
     setattr(tiny_cfg.SPAR.TEACHER, key, value)
     with pytest.raises(ValueError, match=rf"SPAR\.TEACHER\.({'ANYUP' if value == 'upsampled' else key})"):
         DistillationHook(tiny_cfg)
+
+
+def test_messages_of_an_ensemble_name_the_member(tiny_cfg):
+    tiny_cfg.SPAR.TEACHER.KIND = "ensemble"
+    for members, message in (
+        (("sliding", "mirror+flip"), r"ENSEMBLE, member 'mirror\+flip': .*got 'flip'"),
+        (("mirror", "stride:24", "sliding + mirror"), "'mirror' and 'sliding \\+ mirror' are the same"),
+        (("scale:2+mirror+scale:3",), "member 'scale:2.*: scale must stand once"),
+    ):
+        tiny_cfg.SPAR.TEACHER.ENSEMBLE = members
+        with pytest.raises(ValueError, match=message):
+            teacher_from_config(tiny_cfg)
 
 
 def test_a_kind_that_an_encoder_does_not_support_is_named(tiny_cfg):

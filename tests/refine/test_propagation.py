@@ -122,6 +122,19 @@ def test_other_dtypes_are_computed_in_float32(dtype):
     assert torch.equal(lposs_plus(planes, image), lposs_plus(planes.float(), image.float()))
 
 
+@pytest.mark.parametrize("factor", [2.0**-110, 2.0**100])
+def test_very_small_and_very_large_scores_lose_nothing(factor):
+    scores, guide, image = draw(4, 5, 3), draw(6, 4, 5), photo(4, 5)
+    assert torch.equal(lposs(scores * factor, guide, 16), lposs(scores, guide, 16) * factor)
+    planes = scores.permute(2, 0, 1)
+    assert torch.equal(lposs_plus(planes * factor, image), lposs_plus(planes, image) * factor)
+
+
+def test_very_large_guides_lose_nothing():
+    scores, guide = draw(4, 5, 3), draw(6, 4, 5)
+    assert_same(lposs(scores, guide * 1e30, 16), lposs(scores, guide, 16))
+
+
 def test_autocast_has_no_effect():
     scores, guide, image = draw(4, 5, 3), draw(6, 4, 5), photo(4, 5)
     expected = lposs(scores, guide, 16), lposs_plus(scores.permute(2, 0, 1), image)
@@ -179,6 +192,8 @@ NAN, INFINITE = math.nan, math.inf
         ({"guide": torch.ones(5, 3, 4, device="meta")}, "guide must be on the device of scores, cpu, got meta"),
         ({"patch": 0}, "patch .* got 0"),
         ({"patch": NAN}, "patch .* got nan"),
+        ({"patch": "16"}, "patch .* got '16'"),
+        ({"patch": True}, "patch .* got True"),
         ({"neighbours": 0}, "neighbours .* at least 1, got 0"),
         ({"neighbours": 2.5}, "neighbours must be an integer .* got 2.5"),
     ],

@@ -159,14 +159,16 @@ def test_uploads_are_limited_too():
 @pytest.mark.parametrize("head", ["Transfer-Encoding: chunked\r\n\r\n", "Content-Length: 100000000\r\n\r\n"])
 def test_large_bodies_are_refused_before_they_end(head):
     """The client sends without end, and the length is not known before, or wrong."""
-    chunk = b"x" * 4096
-    part = b"1000\r\n" + chunk + b"\r\n" if "chunked" in head else chunk
+
+    def framed(content: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(content), content) if "chunked" in head else content
+
     with running(max_bytes=20_000) as address, connect(address) as connection:
         connection.settimeout(0.1)
-        connection.sendall((HEAD + head).encode())
+        connection.sendall((HEAD + head).encode() + framed(PART))
         sent, text = 0, b""
         while b"}" not in text and sent < 50_000_000:
-            sent += connection.send(part)
+            sent += connection.send(framed(b"x" * 4096))
             with contextlib.suppress(TimeoutError):
                 text += connection.recv(1 << 16) if sent > 40_000 else b""
         assert text.startswith(b"HTTP/1.1 413") and b"at most 20,000 bytes" in text

@@ -86,6 +86,11 @@ def example(**options):
     return SlidingWindowTeacher(example_encoder("SigLIP"), **options)
 
 
+def test_a_class_is_no_teacher():
+    with pytest.raises(ValueError, match=r"got the class SlidingWindowTeacher: create one, SlidingWindowTeacher"):
+        as_teacher(SlidingWindowTeacher)
+
+
 CHANGES = {
     "mirrored": lambda base: (MirroredTeacher(base), (96, 128)),
     "enlarged": lambda base: (RescaledTeacher(base, 1.5), (144, 192)),
