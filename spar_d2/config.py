@@ -112,6 +112,48 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.MODEL.SPAR.REFINE_PRETRAINED = ""
     cfg.MODEL.SPAR.REFINE_READOUT = ""
 
+    # MaskTransformer (MODEL.META_ARCHITECTURE): queries with masks and classes, on the features of SPARViT. Numbers of
+    # classes are those of PanopticFPN: MODEL.ROI_HEADS.NUM_CLASSES things, and MODEL.SEM_SEG_HEAD.NUM_CLASSES stuff
+    # classes, plus one in panoptic segmentation.
+    cfg.MODEL.MASK_TRANSFORMER = CN()
+    # "panoptic", or "semantic" for label maps, whose classes are all stuff.
+    cfg.MODEL.MASK_TRANSFORMER.TASK = "panoptic"
+    # Number of queries, an upper limit of the number of segments.
+    cfg.MODEL.MASK_TRANSFORMER.QUERIES = 200
+    # Channels of queries and patches in the head, its number of blocks, and their attention heads.
+    cfg.MODEL.MASK_TRANSFORMER.WIDTH = 256
+    cfg.MODEL.MASK_TRANSFORMER.BLOCKS = 4
+    cfg.MODEL.MASK_TRANSFORMER.HEADS = 8
+    # Blocks of the encoder whose outputs are added to the patches before the first blocks of the head; () spreads three
+    # evenly. The dense features are always used.
+    cfg.MODEL.MASK_TRANSFORMER.LATERAL_BLOCKS = ()
+    # Share of the training in which queries attend only to the patches of their masks; it ends block by block, so that
+    # inference needs no masks. 0 disables it.
+    cfg.MODEL.MASK_TRANSFORMER.MASKED_ATTENTION = 0.8
+    # Weights of the losses, also in the matching of queries and segments, and weight of queries without a segment.
+    cfg.MODEL.MASK_TRANSFORMER.CLASS_WEIGHT = 2.0
+    cfg.MODEL.MASK_TRANSFORMER.MASK_WEIGHT = 5.0
+    cfg.MODEL.MASK_TRANSFORMER.DICE_WEIGHT = 5.0
+    cfg.MODEL.MASK_TRANSFORMER.NO_OBJECT_WEIGHT = 0.1
+    # Number of points at which a mask is compared with its segment.
+    cfg.MODEL.MASK_TRANSFORMER.POINTS = 12544
+    # Outputs: any of "panoptic_seg", "sem_seg" and "instances". () is "panoptic_seg", or "sem_seg" for the semantic
+    # task, where MODEL.SPAR.OUTPUT "labels" gives label maps, and "scores" gives scores of all classes.
+    cfg.MODEL.MASK_TRANSFORMER.OUTPUTS = ()
+    # Panoptic output: queries with a smaller class probability are ignored, and those that keep less than this share of
+    # their mask.
+    cfg.MODEL.MASK_TRANSFORMER.OBJECT_THRESHOLD = 0.8
+    cfg.MODEL.MASK_TRANSFORMER.OVERLAP_THRESHOLD = 0.8
+    # "learned" for a linear layer, or "text" to compare queries and the features inside of their masks with text
+    # embeddings. The classes of inference are then MODEL.SPAR.VOCABULARY, by default those of the test data set.
+    cfg.MODEL.MASK_TRANSFORMER.CLASSIFIER = "learned"
+    # "text": weight of the features inside of a mask, relative to the query, for classes of the training data and for
+    # others.
+    cfg.MODEL.MASK_TRANSFORMER.SEEN_WEIGHT = 0.4
+    cfg.MODEL.MASK_TRANSFORMER.UNSEEN_WEIGHT = 0.8
+    # "text": names of training classes that are treated as unlabeled, to evaluate them as unseen ones.
+    cfg.MODEL.MASK_TRANSFORMER.UNSEEN = ()
+
     cfg.SPAR = CN()
     cfg.SPAR.TEACHER = CN()
     # Teacher: "sliding" (sliding window), "self_correlation" (the same with this read-out, see MODEL.SPAR.READOUT),

@@ -34,7 +34,7 @@ def _register_config() -> None:
 
 
 def _register_modeling() -> None:
-    from spar_d2.modeling import backbone, linear_probe, probe_segmentor, pyramid  # noqa: F401  registers
+    from spar_d2.modeling import backbone, linear_probe, mask_transformer, probe_segmentor, pyramid  # noqa: F401  registers
     from spar_d2.modeling import open_vocabulary as open_vocab  # noqa: F401  registers
     from spar_d2.modeling.encoder_state import teach_detectron2
 

@@ -33,10 +33,17 @@ from spar_d2.utils.panoptic_numbers import separate_numbers
 logger = logging.getLogger(__name__)
 
 PANOPTIC_FPN = "PanopticFPN"
+MASK_TRANSFORMER = "MaskTransformer"
+# Models whose thing classes start at 0, and whose stuff classes start at 1.
+PANOPTIC = (PANOPTIC_FPN, MASK_TRANSFORMER)
 LINEAR_PROBE = "LinearProbe"
 # Labels that Detectron2's models need in training. Without them, or with out-of-range labels, the models would fail
 # with an assertion or a KeyError.
-_LABELS = {PANOPTIC_FPN: ("annotations", "sem_seg_file_name"), "SemanticSegmentor": ("sem_seg_file_name",)}
+_LABELS = {
+    PANOPTIC_FPN: ("annotations", "sem_seg_file_name"),
+    MASK_TRANSFORMER: ("sem_seg_file_name",),
+    "SemanticSegmentor": ("sem_seg_file_name",),
+}
 _AUGMENTATION = (
     "SCALE_BOX",
     "SCALE_RANGE",
@@ -160,8 +167,8 @@ def _check_records(cfg: CfgNode, record: dict) -> None:
 
 
 def _check_classes(cfg: CfgNode, names: Iterable[str]) -> None:
-    """Raise ``ValueError`` if the number of classes of a PanopticFPN differs from that of its data sets."""
-    if cfg.MODEL.META_ARCHITECTURE != PANOPTIC_FPN:
+    """Raise ``ValueError`` if the number of classes of a panoptic model differs from that of its data sets."""
+    if cfg.MODEL.META_ARCHITECTURE not in PANOPTIC:
         return
     for name in names:
         numbers = separate_numbers(name, MetadataCatalog.get(name).as_dict())

@@ -187,33 +187,34 @@ class DenseEncoder(nn.Module, ABC):
         with self._autocast(images):
             return self._encode(images).to(x.dtype)
 
-    def intermediates(self, x: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
+    def intermediates(self, x: torch.Tensor, indices: Sequence[int], dense: bool = False) -> list[torch.Tensor]:
         """Compute intermediate features.
 
         Args:
             x: images, see :meth:`forward`.
-            indices: block indices; negative indices count from the last block.
+            indices: block indices; negative indices count from the last block, which is not available with ``dense``.
+            dense: append the dense features of :meth:`forward`.
 
         Returns:
             Outputs of these blocks as feature maps (B, C, h, w), in the order of ``indices``.
 
         Raises:
-            ValueError: an index is out of range, or ``x`` is invalid, see :meth:`forward`.
+            ValueError: an index is out of range, or ``x`` is invalid.
         """
         count = len(self.blocks)
-        invalid = [i for i in indices if not -count <= i < count]
-        if invalid or not indices:
-            raise ValueError(f"indices must be block numbers in {-count}..{count - 1}, got {list(indices)}")
-        chosen = [i % count for i in indices]
-        images = self._prepare(x)
+        chosen = [i % count for i in indices if -count <= i < count]
+        if len(chosen) < len(indices) or not (chosen or dense) or (dense and count - 1 in chosen):
+            but = " but the last one" if dense else ""
+            raise ValueError(f"indices must be block numbers in {-count}..{count - 1}{but}, got {list(indices)}")
+        images, steps = self._prepare(x), count - 1 if dense else max(chosen) + 1
         with self._autocast(images):
             tokens, grid, context = self._embed(images)
-            maps = {}
-            for index, call in enumerate(self._bind([(self._step, context)] * (max(chosen) + 1), tokens)):
+            last, kept = [self._last_call(context)] if dense else [], {}
+            for index, call in enumerate(self._bind([(self._step, context)] * steps + last, tokens)):
                 tokens = call(tokens)
-                if index in chosen:
-                    maps[index] = to_map(tokens[:, self.prefix_tokens :], grid).to(x.dtype)
-        return [maps[index] for index in chosen]
+                kept[index] = tokens[:, self.prefix_tokens :] if index in chosen else None
+            parts = [kept[index] for index in chosen] + ([self._read(tokens, grid[0] * grid[1])] if dense else [])
+            return [to_map(part, grid).to(x.dtype) for part in parts]
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """Compute dense features (B, D, h, w) of images (B, 3, h * p, w * p)."""

@@ -25,7 +25,7 @@ from spar_d2.checkpoint.checkpointer import Checkpointer
 from spar_d2.checkpoint.periodic import Checkpoints
 from spar_d2.comparison.methods import build_teacher_encode
 from spar_d2.comparison.protocol import check_vocabulary, config_for
-from spar_d2.data.build import PANOPTIC_FPN, build_labeled_loader, build_photo_loader, check_panoptic, pinned
+from spar_d2.data.build import PANOPTIC, build_labeled_loader, build_photo_loader, check_panoptic, pinned
 from spar_d2.data.loaders import TrainLoader
 from spar_d2.data.samplers import SampleIndex
 from spar_d2.data.semantic_mapper import image_mapper
@@ -51,6 +51,7 @@ from spar_d2.engine.solver import build_optimizer, count_parameters
 from spar_d2.engine.train_step import TrainStep
 from spar_d2.evaluation import FeatureEvaluator, PanopticEvaluator, SemanticEvaluator
 from spar_d2.modeling.build import encoder_spec
+from spar_d2.modeling.mask_transformer import MaskTransformer
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.modeling.test_time_augmentation import SegmentorWithTTA
 from spar_d2.utils.errors import short_tracebacks
@@ -263,7 +264,7 @@ class Trainer(DefaultTrainer):
             "dump_predictions": cfg.SPAR.TEST.DUMP_PREDICTIONS,
         }
         if kind.endswith("panoptic_seg"):
-            separate = cfg.MODEL.META_ARCHITECTURE == PANOPTIC_FPN
+            separate = cfg.MODEL.META_ARCHITECTURE in PANOPTIC
             return PanopticEvaluator(dataset_name, separate=separate, **output)
         if kind != "sem_seg":
             supported = '"sem_seg" or end in "panoptic_seg"'
@@ -281,6 +282,15 @@ class Trainer(DefaultTrainer):
             ValueError: config values are incompatible, see :func:`spar_d2.comparison.protocol.config_for`.
         """
         segmentor: Any = getattr(model, "module", model)
+        if isinstance(segmentor, MaskTransformer) and evaluators is None:
+            results = {}
+            for name in cfg.DATASETS.TEST:
+                dataset_cfg = cfg.clone()
+                dataset_cfg.defrost()
+                dataset_cfg.DATASETS.TEST = (name,)
+                with segmentor.classes_of(name):
+                    results[name] = super().test(dataset_cfg, model)
+            return results if len(results) != 1 else results[cfg.DATASETS.TEST[0]]
         if not isinstance(segmentor, OpenVocabularySegmentor) or evaluators is not None:
             return super().test(cfg, model, evaluators)
         tested = SegmentorWithTTA(cfg, segmentor) if cfg.TEST.AUG.ENABLED else model

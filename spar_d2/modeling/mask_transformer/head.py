@@ -1,0 +1,138 @@
+"""Mask head: light transformer blocks over learned queries and patch features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers.norm import LayerNorm2d
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from spar_d2.modeling.mask_transformer.blocks import QueryBlock, rotations
+
+# Masks are predicted with at least this stride in pixels, unless patches are smaller.
+_MASK_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Prediction of all queries, after some of the blocks.
+
+    Attributes:
+        embeddings: (B, Q, C) normalized query embeddings, for the classifier.
+        masks: (B, Q, h * s, w * s) mask logits, for s x s cells in each patch.
+    """
+
+    embeddings: torch.Tensor
+    masks: torch.Tensor
+
+
+class MaskTransformerHead(nn.Module):
+    """Learned queries and patch features, which exchange information in a few blocks and then give masks.
+
+    It follows the idea of encoder-only mask transformers (EoMT, arXiv:2503.19108) with light blocks after a frozen ViT:
+    there is neither a pyramid nor a pixel decoder. Intermediate features of the encoder are added before the blocks.
+    Positions of patches are rotary, so that images have any size.
+
+    Args:
+        widths: channels of the encoder's feature maps, in the order of :meth:`forward`.
+        patch_size: side of a patch in pixels.
+        queries: number of queries Q.
+        width: channels C of queries and patches.
+        blocks: number of blocks, at least 1.
+        heads: attention heads of a block.
+        checkpointing: use activation checkpointing in training.
+
+    Raises:
+        ValueError: an argument has an invalid value.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        patch_size: int,
+        queries: int = 200,
+        width: int = 256,
+        blocks: int = 4,
+        heads: int = 8,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("QUERIES", queries), ("BLOCKS", blocks), ("HEADS", heads)):
+            if value < 1:
+                raise ValueError(f"MODEL.MASK_TRANSFORMER.{name} must be at least 1, got {value}")
+        if width < 1 or width % (4 * heads):
+            raise ValueError(
+                f"MODEL.MASK_TRANSFORMER.WIDTH must be a multiple of {4 * heads}, four times HEADS; got {width}"
+            )
+        self.checkpointing = checkpointing
+        self._head_width = width // heads
+        self.queries = nn.Parameter(torch.randn(queries, width) * 0.02)
+        # A norm and a projection for each feature map of the encoder.
+        self.laterals = nn.ModuleList(nn.Sequential(LayerNorm2d(c), nn.Conv2d(c, width, 1)) for c in widths)
+        self.blocks = nn.ModuleList(QueryBlock(width, heads) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+        self.mask_embedding = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)
+        )
+        steps = max(0, math.floor(math.log2(patch_size / _MASK_STRIDE) + 0.5))
+        self.cells = 2**steps
+        self.upsampling = nn.Sequential(*(_doubling(width) for _ in range(steps)))
+
+    def forward(self, features: Sequence[torch.Tensor], masked: Sequence[bool] = ()) -> list[Prediction]:
+        """Predict masks.
+
+        Args:
+            features: feature maps (B, c, h, w) of the encoder. The last one is the input of the blocks; others are
+                added before the first, second, ... block.
+            masked: for each block, whether queries attend only to the patches of the mask that they predict before it.
+
+        Returns:
+            Predictions before the first block and after each block in training, and the last one otherwise.
+        """
+        *lower, dense = (lateral(x) for lateral, x in zip(self.laterals, features))
+        grid = (dense.shape[2], dense.shape[3])
+        rotation = rotations(grid, self._head_width, dense.device)
+        count = len(self.queries)
+        queries = self.queries.to(dense.dtype).expand(len(dense), -1, -1)
+        # (B, Q + N, C)
+        tokens = torch.cat([queries, dense.flatten(2).transpose(1, 2)], dim=1)
+        predictions = [self._predict(tokens, grid)] if self.training else []
+        for number, block in enumerate(self.blocks):
+            if number < len(lower):
+                tokens = torch.cat([tokens[:, :count], tokens[:, count:] + lower[number].flatten(2).transpose(1, 2)], 1)
+            allowed = self._allowed(predictions[-1].masks) if number < len(masked) and masked[number] else None
+            if self.checkpointing and self.training:
+                tokens = checkpoint(block, tokens, rotation, allowed, use_reentrant=False)
+            else:
+                tokens = block(tokens, rotation, allowed)
+            if self.training or number == len(self.blocks) - 1:
+                predictions.append(self._predict(tokens, grid))
+        return predictions
+
+    def _predict(self, tokens: torch.Tensor, grid: tuple[int, int]) -> Prediction:
+        count = len(self.queries)
+        tokens = self.norm(tokens)
+        embeddings = tokens[:, :count]
+        pixels = self.upsampling(tokens[:, count:].transpose(1, 2).unflatten(2, grid))
+        masks = torch.einsum("bqc,bchw->bqhw", self.mask_embedding(embeddings), pixels)
+        return Prediction(embeddings, masks)
+
+    def _allowed(self, masks: torch.Tensor) -> torch.Tensor:
+        """Return the patches (B, Q, N) bool inside of each mask; all of them for masks that are empty."""
+        inside = F.avg_pool2d(masks.detach().float(), self.cells).flatten(2) > 0
+        return inside | ~inside.any(2, keepdim=True)
+
+
+def _doubling(width: int) -> nn.Module:
+    """Double the resolution of a feature map."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(width, width, 2, stride=2),
+        nn.GELU(),
+        nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
+        LayerNorm2d(width),
+    )

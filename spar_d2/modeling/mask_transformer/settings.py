@@ -1,0 +1,125 @@
+"""Builds the parts of a MaskTransformer from a config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from spar_d2.encoders import DenseEncoder
+from spar_d2.modeling.backbone import SPARViT
+from spar_d2.modeling.mask_transformer.classifiers import LearnedClassifier, TextClassifier
+from spar_d2.modeling.mask_transformer.head import MaskTransformerHead
+from spar_d2.modeling.mask_transformer.losses import Criterion
+from spar_d2.modeling.mask_transformer.matching import Weights
+from spar_d2.modeling.mask_transformer.vocabulary_classes import VocabularyClasses
+
+TASKS = ("panoptic", "semantic")
+CLASSIFIERS = ("learned", "text")
+OUTPUTS = ("panoptic_seg", "sem_seg", "instances")
+# Number of intermediate feature maps by default.
+_LATERALS = 3
+
+
+def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
+    """Return the arguments of :class:`MaskTransformer` for a config.
+
+    Raises:
+        ValueError: a key is invalid; the message names it.
+    """
+    node, spar = cfg.MODEL.MASK_TRANSFORMER, cfg.MODEL.SPAR
+    if not isinstance(backbone, SPARViT):
+        raise ValueError(f"MODEL.BACKBONE.NAME must be SPARViT for MaskTransformer, got {cfg.MODEL.BACKBONE.NAME}")
+    _check(cfg)
+    encoder = backbone.encoder
+    panoptic = node.TASK == TASKS[0]
+    things = cfg.MODEL.ROI_HEADS.NUM_CLASSES if panoptic else 0
+    stuff = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES - 1 if panoptic else cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if things + stuff < 1:
+        raise ValueError("MODEL.SEM_SEG_HEAD.NUM_CLASSES and MODEL.ROI_HEADS.NUM_CLASSES must give at least one class")
+    laterals = lateral_blocks(encoder, node.LATERAL_BLOCKS)
+    widths = [*[encoder.width] * len(laterals), encoder.embed_dim]
+    size = (node.QUERIES, node.WIDTH, node.BLOCKS, node.HEADS)
+    head = MaskTransformerHead(widths, encoder.patch_size, *size, checkpointing=spar.CHECKPOINTING)
+    vocabulary = None
+    if node.CLASSIFIER == CLASSIFIERS[0]:
+        classifier: LearnedClassifier | TextClassifier = LearnedClassifier(node.WIDTH, things + stuff)
+    else:
+        vocabulary = VocabularyClasses.of_config(cfg, things, stuff)
+        classifier = TextClassifier(node.WIDTH, encoder.embed_dim)
+    weights = Weights(node.CLASS_WEIGHT, node.MASK_WEIGHT, node.DICE_WEIGHT)
+    return {
+        "backbone": backbone,
+        "head": head,
+        "classifier": classifier,
+        "criterion": Criterion(weights, node.NO_OBJECT_WEIGHT, node.POINTS),
+        "things": things,
+        "stuff": stuff,
+        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+        "pixel_std": cfg.MODEL.PIXEL_STD,
+        "task": node.TASK,
+        "laterals": laterals,
+        "masked_attention": node.MASKED_ATTENTION,
+        "max_iter": cfg.SOLVER.MAX_ITER,
+        "ignore_label": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        "outputs": node.OUTPUTS or (OUTPUTS[0] if panoptic else OUTPUTS[1],),
+        "labels": spar.OUTPUT == "labels",
+        "object_threshold": node.OBJECT_THRESHOLD,
+        "overlap_threshold": node.OVERLAP_THRESHOLD,
+        "detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "vocabulary": vocabulary,
+        "inference": spar.INFERENCE,
+        "window": cfg.SPAR.TEACHER.WINDOW,
+        "stride": cfg.SPAR.TEACHER.STRIDE,
+        "window_batch": cfg.SPAR.TEACHER.BATCH_SIZE,
+    }
+
+
+def lateral_blocks(encoder: DenseEncoder, chosen: Sequence[int]) -> list[int]:
+    """Return the blocks whose outputs are used beside the dense features: those chosen, or three spread evenly.
+
+    Raises:
+        ValueError: a number is no block before the last one.
+    """
+    last = len(encoder.blocks) - 1
+    if not chosen:
+        count = min(_LATERALS, last)
+        return sorted({min(last - 1, round((number + 1) * (last + 1) / (count + 1)) - 1) for number in range(count)})
+    if not all(0 <= number < last for number in chosen) or len(set(chosen)) < len(chosen):
+        raise ValueError(
+            f"MODEL.MASK_TRANSFORMER.LATERAL_BLOCKS must be different blocks in 0..{last - 1}, before the last one; "
+            f"got {tuple(chosen)}"
+        )
+    return list(chosen)
+
+
+def _check(cfg: CfgNode) -> None:
+    node, prefix = cfg.MODEL.MASK_TRANSFORMER, "MODEL.MASK_TRANSFORMER"
+    for key, allowed in (("TASK", TASKS), ("CLASSIFIER", CLASSIFIERS)):
+        if node[key] not in allowed:
+            raise ValueError(f"{prefix}.{key} must be one of {', '.join(allowed)}; got {node[key]!r}")
+    allowed = OUTPUTS if node.TASK == TASKS[0] else OUTPUTS[1:2]
+    if isinstance(node.OUTPUTS, str) or not set(node.OUTPUTS) <= set(allowed):
+        raise ValueError(f"{prefix}.OUTPUTS must be a list out of {', '.join(allowed)}; got {node.OUTPUTS!r}")
+    ranges = {
+        "MASKED_ATTENTION": (0, 1),
+        "OBJECT_THRESHOLD": (0, 1),
+        "OVERLAP_THRESHOLD": (0, 1),
+        "SEEN_WEIGHT": (0, 1),
+        "UNSEEN_WEIGHT": (0, 1),
+        "NO_OBJECT_WEIGHT": (0, 1),
+        "POINTS": (1, 10**6),
+        "CLASS_WEIGHT": (0, 10**6),
+        "MASK_WEIGHT": (0, 10**6),
+        "DICE_WEIGHT": (0, 10**6),
+    }
+    for key, (least, most) in ranges.items():
+        if not least <= node[key] <= most:
+            raise ValueError(f"{prefix}.{key} must be in {least}..{most}, got {node[key]}")
+    if node.UNSEEN and node.CLASSIFIER != CLASSIFIERS[1]:
+        raise ValueError(f"{prefix}.UNSEEN leaves classes out of the training; it needs {prefix}.CLASSIFIER text")
+    if cfg.MODEL.SPAR.OUTPUT not in ("labels", "scores"):
+        raise ValueError(
+            f"MODEL.SPAR.OUTPUT must be labels or scores for MaskTransformer, got {cfg.MODEL.SPAR.OUTPUT!r}"
+        )
