@@ -31,10 +31,14 @@ def rotations(grid: tuple[int, int], width: int, device: torch.device) -> torch.
     longest = torch.sym_max(height, columns)
     lowest, highest = _FREQUENCIES
     steps = torch.linspace(math.log(lowest), math.log(highest), width // 4, device=device).exp() * math.pi
-    y, x = ((2 * torch.arange(side, device=device) + 1 - side) / longest for side in (height, columns))
-    # (h, 1, d / 4) and (1, w, d / 4)
-    rows, across = (y[:, None] * steps)[:, None], (x[:, None] * steps)[None]
-    angles = torch.cat([rows.expand(height, columns, -1), across.expand(height, columns, -1)], dim=-1).flatten(0, 1)
+    # (side, d / 4) for both axes
+    rows, across = (
+        ((2 * torch.arange(side, device=device) + 1 - side) / longest).unsqueeze(1) * steps
+        for side in (height, columns)
+    )
+    angles = torch.cat([rows[:, None].expand(-1, columns, -1), across[None].expand(height, -1, -1)], dim=-1).flatten(
+        0, 1
+    )
     return torch.stack([angles.cos(), angles.sin()])
 
 

@@ -83,8 +83,9 @@ def pooled_features(features: torch.Tensor, masks: torch.Tensor) -> torch.Tensor
         weighted with their probabilities.
     """
     features, masks = features.float(), masks.float()
-    inside = F.adaptive_avg_pool2d((masks > 0).float(), features.shape[2:]).flatten(2)
-    probable = F.adaptive_avg_pool2d(masks.sigmoid(), features.shape[2:]).flatten(2)
+    cells = masks.shape[2] // features.shape[2]
+    inside = F.avg_pool2d((masks > 0).float(), cells).flatten(2)
+    probable = F.avg_pool2d(masks.sigmoid(), cells).flatten(2)
     weights = torch.where(inside.any(2, keepdim=True), inside, probable)
     return F.normalize(weights @ features.flatten(2).transpose(1, 2), dim=-1)
 

@@ -152,7 +152,7 @@ class MaskTransformer(DenseInference, nn.Module):
     def _group(self, same: Sequence[int], images: Sequence[torch.Tensor], inputs: Sequence[dict]) -> Group:
         x = torch.stack([images[index] for index in same])
         predictions = self.head(self._features(x), self._masked())
-        if self.vocabulary is not None:
+        if isinstance(self.classifier, TextClassifier) and self.vocabulary is not None:
             self.vocabulary.for_training(self.classifier, x.device)
         embeddings = torch.stack([prediction.embeddings for prediction in predictions])
         logits = self.classifier(embeddings)
@@ -205,7 +205,7 @@ class MaskTransformer(DenseInference, nn.Module):
 
     def _probabilities(self, x: torch.Tensor, dense: torch.Tensor, prediction: Prediction) -> torch.Tensor:
         """Compute class probabilities (B, Q, K + 1)."""
-        if self.vocabulary is None:
+        if not isinstance(self.classifier, TextClassifier) or self.vocabulary is None:
             return self.classifier(prediction.embeddings).float().softmax(-1)
         self.vocabulary.for_inference(self.classifier, x.device)
         logits = self.classifier(prediction.embeddings)
