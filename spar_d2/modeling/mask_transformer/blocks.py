@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def rotations(grid: tuple[int, int], width: int, device: torch.device) -> torch.
         columns.
     """
     height, columns = grid
-    longest = torch.sym_max(height, columns)
+    longest = cast(int, torch.sym_max(height, columns))
     lowest, highest = _FREQUENCIES
     steps = torch.linspace(math.log(lowest), math.log(highest), width // 4, device=device).exp() * math.pi
     # (side, d / 4) for both axes
