@@ -13,34 +13,53 @@ from torch import nn
 _FREQUENCIES = (0.25, 4.0)
 
 
-def rotations(grid: tuple[int, int], width: int, device: torch.device) -> torch.Tensor:
-    """Compute rotary positions of the patches of a feature grid.
+def grid_places(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Return the places (h * w, 2) of patches, rows and columns: 0 in the center and -1..1 along the longer side.
 
-    Coordinates are relative to the center and scaled by the longer side, so that they cover -1..1 for any number of
-    patches. They are plain arithmetic of the grid size, which may be symbolic.
+    They are plain arithmetic of the grid size, which may be symbolic.
+    """
+    height, width = grid
+    longest = cast(int, torch.sym_max(height, width))
+    y, x = ((2 * torch.arange(side, device=device) + 1 - side) / longest for side in grid)
+    return torch.stack([y[:, None].expand(-1, width), x[None].expand(height, -1)], dim=-1).flatten(0, 1)
+
+
+def frequencies(count: int, device: torch.device) -> torch.Tensor:
+    """Return angular frequencies (count,) of positions, in geometric steps."""
+    lowest, highest = _FREQUENCIES
+    return torch.linspace(math.log(lowest), math.log(highest), count, device=device).exp() * math.pi
+
+
+def rotations(places: torch.Tensor, width: int) -> torch.Tensor:
+    """Compute rotary positions.
 
     Args:
-        grid: (h, w).
+        places: (N, 2), see :func:`grid_places`.
         width: channels d of an attention head, a multiple of 4.
-        device: device of the result.
 
     Returns:
-        (2, h * w, d / 2) float32: cosines and sines. The first half of the channels belongs to rows, the second to
-        columns.
+        (2, N, d / 2): cosines and sines. The first half of the channels belongs to rows, the second to columns.
     """
-    height, columns = grid
-    longest = cast(int, torch.sym_max(height, columns))
-    lowest, highest = _FREQUENCIES
-    steps = torch.linspace(math.log(lowest), math.log(highest), width // 4, device=device).exp() * math.pi
-    # (side, d / 4) for both axes
-    rows, across = (
-        ((2 * torch.arange(side, device=device) + 1 - side) / longest).unsqueeze(1) * steps
-        for side in (height, columns)
-    )
-    angles = torch.cat([rows[:, None].expand(-1, columns, -1), across[None].expand(height, -1, -1)], dim=-1).flatten(
-        0, 1
-    )
+    angles = (places[:, :, None] * frequencies(width // 4, places.device)).flatten(1)
     return torch.stack([angles.cos(), angles.sin()])
+
+
+class PlaceEmbedding(nn.Module):
+    """Embeds places by a linear layer on their sines and cosines.
+
+    Args:
+        width: number of channels C, a multiple of 4.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.count = width // 4
+        self.projection = nn.Linear(4 * self.count, width)
+
+    def forward(self, places: torch.Tensor) -> torch.Tensor:
+        """Embed places (N, 2) to (N, C)."""
+        angles = (places[:, :, None] * frequencies(self.count, places.device)).flatten(1)
+        return self.projection(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 
 class QueryBlock(nn.Module):
@@ -67,19 +86,19 @@ class QueryBlock(nn.Module):
 
         Args:
             tokens: (B, Q + N, C), Q queries and then N patches.
-            rotation: (2, N, C / heads / 2), see :func:`rotations`.
+            rotation: (2, Q + N, C / heads / 2), see :func:`rotations`.
             allowed: (B, Q, N) bool, patches that each query may attend to; None: all. Queries attend to all queries,
                 and patches to everything.
         """
         # (B, Q + N, 3 C) -> three times (B, heads, Q + N, d)
         parts = self.qkv(self.norm1(tokens)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = parts.unbind(0)
-        queries = tokens.shape[1] - rotation.shape[1]
-        query, key = (_rotated(part, rotation, queries) for part in (query, key))
+        query, key = (_rotated(part, rotation) for part in (query, key))
         if allowed is None:
             mixed = F.scaled_dot_product_attention(query, key, value)
         else:
             # Only the queries' rows have a mask: the patches' attention stays fused and needs no mask of all pairs.
+            queries = allowed.shape[1]
             mask = torch.cat([allowed.new_ones(*allowed.shape[:2], queries), allowed], dim=2)[:, None]
             mixed = torch.cat(
                 [
@@ -92,9 +111,8 @@ class QueryBlock(nn.Module):
         return tokens + self.mlp(self.norm2(tokens))
 
 
-def _rotated(x: torch.Tensor, rotation: torch.Tensor, start: int) -> torch.Tensor:
-    """Rotate the channels of all tokens of (B, heads, N, d) from ``start`` on."""
+def _rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotate the channels of tokens (B, heads, N, d)."""
     cosines, sines = rotation.to(x.dtype)
-    first, second = x[:, :, start:].chunk(2, dim=-1)
-    turned = torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
-    return torch.cat([x[:, :, :start], turned], dim=2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)

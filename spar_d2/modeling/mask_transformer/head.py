@@ -12,7 +12,7 @@ from timm.layers.norm import LayerNorm2d
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from spar_d2.modeling.mask_transformer.blocks import QueryBlock, rotations
+from spar_d2.modeling.mask_transformer.blocks import PlaceEmbedding, QueryBlock, grid_places, rotations
 
 # Masks are predicted with at least this stride in pixels, unless patches are smaller.
 _MASK_STRIDE = 4
@@ -72,6 +72,9 @@ class MaskTransformerHead(nn.Module):
         self.checkpointing = checkpointing
         self._head_width = width // heads
         self.queries = nn.Parameter(torch.randn(queries, width) * 0.02)
+        # Places of the queries, spread over the image at the start.
+        self.places = nn.Parameter(2 * torch.quasirandom.SobolEngine(2).draw(queries) - 1)
+        self.place_embedding = PlaceEmbedding(width)
         # A norm and a projection for each feature map of the encoder.
         self.laterals = nn.ModuleList(nn.Sequential(LayerNorm2d(c), nn.Conv2d(c, width, 1)) for c in widths)
         self.blocks = nn.ModuleList(QueryBlock(width, heads) for _ in range(blocks))
@@ -96,11 +99,13 @@ class MaskTransformerHead(nn.Module):
         """
         *lower, dense = (lateral(x) for lateral, x in zip(self.laterals, features))
         grid = (dense.shape[2], dense.shape[3])
-        rotation = rotations(grid, self._head_width, dense.device)
         count = len(self.queries)
-        queries = self.queries.to(dense.dtype).expand(len(dense), -1, -1)
-        # (B, Q + N, C)
-        tokens = torch.cat([queries, dense.flatten(2).transpose(1, 2)], dim=1)
+        # Queries first, then patches: (Q + N, 2), and tokens (B, Q + N, C).
+        places = torch.cat([self.places, grid_places(grid, dense.device)])
+        rotation = rotations(places, self._head_width)
+        queries = self.queries.expand(len(dense), -1, -1)
+        tokens = torch.cat([queries.to(dense.dtype), dense.flatten(2).transpose(1, 2)], dim=1)
+        tokens = tokens + self.place_embedding(places)
         predictions = [self._predict(tokens, grid)] if self.training else []
         for number, block in enumerate(self.blocks):
             if number < len(lower):
