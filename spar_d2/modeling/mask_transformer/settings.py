@@ -38,7 +38,7 @@ def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
     stuff = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES - 1 if panoptic else cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if things + stuff < 1:
         raise ValueError("MODEL.SEM_SEG_HEAD.NUM_CLASSES and MODEL.ROI_HEADS.NUM_CLASSES must give at least one class")
-    laterals = lateral_blocks(encoder, node.LATERAL_BLOCKS)
+    laterals = lateral_blocks(encoder, node.LATERAL_BLOCKS, node.BLOCKS)
     widths = [*[encoder.width] * len(laterals), encoder.embed_dim]
     size = (node.QUERIES, node.WIDTH, node.BLOCKS, node.HEADS)
     head = MaskTransformerHead(widths, encoder.patch_size, *size, checkpointing=spar.CHECKPOINTING)
@@ -76,15 +76,20 @@ def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
     }
 
 
-def lateral_blocks(encoder: DenseEncoder, chosen: Sequence[int]) -> list[int]:
-    """Return the blocks whose outputs are used beside the dense features: those chosen, or three spread evenly.
+def lateral_blocks(encoder: DenseEncoder, chosen: Sequence[int], limit: int) -> list[int]:
+    """Return the blocks whose outputs are used beside the dense features: those chosen, or up to three spread evenly.
+
+    Args:
+        encoder: encoder.
+        chosen: numbers of blocks; empty for a default.
+        limit: number of blocks of the head, and so of feature maps that it can add.
 
     Raises:
         ValueError: a number is no block before the last one.
     """
     last = len(encoder.blocks) - 1
     if not chosen:
-        count = min(_LATERALS, last)
+        count = min(_LATERALS, last, limit)
         return sorted({min(last - 1, round((number + 1) * (last + 1) / (count + 1)) - 1) for number in range(count)})
     if not all(0 <= number < last for number in chosen) or len(set(chosen)) < len(chosen):
         raise ValueError(
