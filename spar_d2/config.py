@@ -124,8 +124,8 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_TRANSFORMER.WIDTH = 256
     cfg.MODEL.MASK_TRANSFORMER.BLOCKS = 4
     cfg.MODEL.MASK_TRANSFORMER.HEADS = 8
-    # Blocks of the encoder whose outputs are added to the patches before the first blocks of the head; () spreads three
-    # evenly. The dense features are always used.
+    # Blocks of the encoder whose outputs are added to the patches before the first blocks of the head, one for each; ()
+    # spreads up to three evenly. The dense features are always used.
     cfg.MODEL.MASK_TRANSFORMER.LATERAL_BLOCKS = ()
     # Share of the training in which queries attend only to the patches of their masks; it ends block by block, so that
     # inference needs no masks. 0 disables it.

@@ -24,13 +24,13 @@ _REQUIRED = {
     "transformers": "transformers",
     "numpy": "numpy",
     "safetensors": "safetensors",
+    "scipy": "scipy",
     "cv2": "opencv-python",
     "PIL": "Pillow",
     "pycocotools": "pycocotools",
 }
 _OPTIONAL = {
     "triton": ("triton", "faster label prediction on NVIDIA GPUs; included in PyTorch for CUDA"),
-    "scipy": ("scipy", "needed to prepare Pascal Context: pip install scipy"),
     "rasterio": ("rasterio", 'needed for GeoTIFF: pip install "spar_d2[geo]"'),
 }
 _INSTALL_DETECTRON2 = "spar-d2 install-detectron2"

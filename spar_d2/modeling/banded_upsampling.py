@@ -128,6 +128,7 @@ class UpsampledScores:
     Args:
         maps: one or more score maps of the same queries on the same device. Scores are cast to float32.
         size: (H, W) of the result, from the top left.
+        values: numbers that the caller computes for each pixel of a chunk, if they are more than its scores.
 
     Attributes:
         maps: score maps with float32 scores and a ``padded_size``.
@@ -138,7 +139,7 @@ class UpsampledScores:
         ValueError: there are no maps, the size is not positive, or a ``padded_size`` is smaller than ``size``.
     """
 
-    def __init__(self, maps: Sequence[ScoreMap], size: tuple[int, int]) -> None:
+    def __init__(self, maps: Sequence[ScoreMap], size: tuple[int, int], values: int = 0) -> None:
         height, width = size
         if min(size) < 1:
             raise ValueError(f"size must be at least 1x1, got {height}x{width}")
@@ -157,7 +158,7 @@ class UpsampledScores:
             self.grids.append(Upsampling(scores, down, across))
         self.device, self.queries = scores.device, scores.shape[2]
         budget = _BAND_BYTES.get(self.device.type, _BAND_BYTES["other"])
-        self._pixels_at_once = max(1, budget // (self.queries * scores.element_size()))
+        self._pixels_at_once = max(1, budget // (max(self.queries, values) * scores.element_size()))
 
     def bands(self) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
         """Yield index slices (rows, columns) of a chunk and its scores (rows, columns, Q), from top to bottom.

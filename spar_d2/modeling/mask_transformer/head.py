@@ -65,6 +65,11 @@ class MaskTransformerHead(nn.Module):
         for name, value in (("QUERIES", queries), ("BLOCKS", blocks), ("HEADS", heads)):
             if value < 1:
                 raise ValueError(f"MODEL.MASK_TRANSFORMER.{name} must be at least 1, got {value}")
+        if blocks < len(widths) - 1:
+            raise ValueError(
+                f"MODEL.MASK_TRANSFORMER.BLOCKS must be at least {len(widths) - 1}, the number of LATERAL_BLOCKS; "
+                f"got {blocks}"
+            )
         if width < 1 or width % (4 * heads):
             raise ValueError(
                 f"MODEL.MASK_TRANSFORMER.WIDTH must be a multiple of {4 * heads}, four times HEADS; got {width}"
@@ -91,7 +96,7 @@ class MaskTransformerHead(nn.Module):
 
         Args:
             features: feature maps (B, c, h, w) of the encoder. The last one is the input of the blocks; others are
-                added before the first, second, ... block.
+                added before the first, second, ... block; there are at most as many as blocks.
             masked: for each block, whether queries attend only to the patches of the mask that they predict before it.
 
         Returns:

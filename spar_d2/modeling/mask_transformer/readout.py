@@ -28,8 +28,8 @@ class Queries:
     size: tuple[int, int]
     things: int
 
-    def _upsampled(self, chosen: torch.Tensor | slice) -> UpsampledScores:
-        return UpsampledScores([ScoreMap(self.masks[chosen].permute(1, 2, 0), self.covered)], self.size)
+    def _upsampled(self, chosen: torch.Tensor | slice, values: int = 0) -> UpsampledScores:
+        return UpsampledScores([ScoreMap(self.masks[chosen].permute(1, 2, 0), self.covered)], self.size, values)
 
     def panoptic(self, object_threshold: float, overlap_threshold: float) -> tuple[torch.Tensor, list[dict]]:
         """Compute a panoptic segmentation, as MaskFormer does. The host waits twice.
@@ -88,7 +88,7 @@ class Queries:
         """Compute scores (K, H, W) float32 of all classes: sums over the queries of class times mask probability."""
         weights = self.probabilities[:, :-1]
         result = torch.empty(weights.shape[1], *self.size, device=self.masks.device)
-        for (rows, columns), logits in self._upsampled(slice(None)).bands():
+        for (rows, columns), logits in self._upsampled(slice(None), weights.shape[1]).bands():
             result[:, rows, columns] = (logits.sigmoid_() @ weights).permute(2, 0, 1)
         return result
 
@@ -96,7 +96,7 @@ class Queries:
         """Compute the class (H, W) int64 with the largest score of :meth:`class_scores`, in bounded memory."""
         weights = self.probabilities[:, :-1]
         result = torch.empty(self.size, dtype=torch.int64, device=self.masks.device)
-        for place, logits in self._upsampled(slice(None)).bands():
+        for place, logits in self._upsampled(slice(None), weights.shape[1]).bands():
             result[place] = (logits.sigmoid_() @ weights).argmax(2)
         return result
 

@@ -36,9 +36,13 @@ def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
     panoptic = node.TASK == TASKS[0]
     things = cfg.MODEL.ROI_HEADS.NUM_CLASSES if panoptic else 0
     stuff = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES - 1 if panoptic else cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    if things + stuff < 1:
-        raise ValueError("MODEL.SEM_SEG_HEAD.NUM_CLASSES and MODEL.ROI_HEADS.NUM_CLASSES must give at least one class")
-    laterals = lateral_blocks(encoder, node.LATERAL_BLOCKS)
+    if min(things, stuff) < 0 or things + stuff < 1:
+        counts = "MODEL.SEM_SEG_HEAD.NUM_CLASSES" + (" and MODEL.ROI_HEADS.NUM_CLASSES" if panoptic else "")
+        raise ValueError(
+            f"{counts} must give at least one class, got {things} things and {stuff} stuff classes"
+            f"{' plus one' if panoptic else ''}"
+        )
+    laterals = lateral_blocks(encoder, node.LATERAL_BLOCKS, node.BLOCKS)
     widths = [*[encoder.width] * len(laterals), encoder.embed_dim]
     size = (node.QUERIES, node.WIDTH, node.BLOCKS, node.HEADS)
     head = MaskTransformerHead(widths, encoder.patch_size, *size, checkpointing=spar.CHECKPOINTING)
@@ -76,17 +80,22 @@ def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
     }
 
 
-def lateral_blocks(encoder: DenseEncoder, chosen: Sequence[int]) -> list[int]:
-    """Return the blocks whose outputs are used beside the dense features: those chosen, or three spread evenly.
+def lateral_blocks(encoder: DenseEncoder, chosen: Sequence[int], limit: int) -> list[int]:
+    """Return the blocks whose outputs are used beside the dense features: those chosen, or up to three spread evenly.
+
+    Args:
+        encoder: encoder.
+        chosen: numbers of blocks; empty for a default.
+        limit: number of blocks of the head, and so of feature maps that it can add.
 
     Raises:
         ValueError: a number is no block before the last one.
     """
     last = len(encoder.blocks) - 1
     if not chosen:
-        count = min(_LATERALS, last)
+        count = min(_LATERALS, last, limit)
         return sorted({min(last - 1, round((number + 1) * (last + 1) / (count + 1)) - 1) for number in range(count)})
-    if not all(0 <= number < last for number in chosen) or len(set(chosen)) < len(chosen):
+    if not all(isinstance(number, int) and 0 <= number < last for number in chosen) or len(set(chosen)) < len(chosen):
         raise ValueError(
             f"MODEL.MASK_TRANSFORMER.LATERAL_BLOCKS must be different blocks in 0..{last - 1}, before the last one; "
             f"got {tuple(chosen)}"
@@ -119,6 +128,8 @@ def _check(cfg: CfgNode) -> None:
             raise ValueError(f"{prefix}.{key} must be in {least}..{most}, got {node[key]}")
     if node.UNSEEN and node.CLASSIFIER != CLASSIFIERS[1]:
         raise ValueError(f"{prefix}.UNSEEN leaves classes out of the training; it needs {prefix}.CLASSIFIER text")
+    if cfg.MODEL.SPAR.REFERENCE_COMPAT:
+        raise ValueError("MODEL.SPAR.REFERENCE_COMPAT must be False for MaskTransformer: it crops or stretches images")
     if cfg.MODEL.SPAR.OUTPUT not in ("labels", "scores"):
         raise ValueError(
             f"MODEL.SPAR.OUTPUT must be labels or scores for MaskTransformer, got {cfg.MODEL.SPAR.OUTPUT!r}"

@@ -15,6 +15,7 @@ from spar_d2.modeling.example_embeddings import ClassVectors
 from spar_d2.modeling.mask_transformer.classifiers import TextClassifier
 from spar_d2.modeling.words import text_embeddings
 from spar_d2.text import PanopticVocabulary, TextEmbeddings
+from spar_d2.utils.panoptic_numbers import separate_numbers
 
 
 class VocabularyClasses:
@@ -145,7 +146,7 @@ def dataset_vocabulary(name: str, panoptic: bool) -> PanopticVocabulary:
     """Return the classes of a data set: things and stuff in PanopticFPN's order, or the classes of its label maps.
 
     Raises:
-        ValueError: the metadata have no names.
+        ValueError: the metadata have no names, or do not tell things and stuff apart.
     """
     metadata = MetadataCatalog.get(name)
     stuff = list(metadata.get("stuff_classes") or ())
@@ -156,7 +157,10 @@ def dataset_vocabulary(name: str, panoptic: bool) -> PanopticVocabulary:
         if classes:
             return PanopticVocabulary((), classes, panoptic=False)
     elif things or stuff:
-        numbers = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
-        kept = sorted(number for number in numbers.values() if number or stuff[:1] != ["things"])
-        return PanopticVocabulary(things, [stuff[number] for number in kept])
+        # Data sets may list the names of things and stuff together, and tell them apart by these numbers.
+        numbers = separate_numbers(name, metadata.as_dict())
+        kinds = [(things, sorted(numbers.things)), (stuff, sorted(numbers.stuff))]
+        if all(not places or places[-1] < len(names) for names, places in kinds):
+            named, of_stuff = ([names[place] for place in places] for names, places in kinds)
+            return PanopticVocabulary(named, of_stuff)
     raise ValueError(f"the data set {name!r} has no names of classes in its metadata, which text embeddings need")
