@@ -111,7 +111,7 @@ class MaskTransformerHead(nn.Module):
         queries = self.queries.expand(len(dense), -1, -1)
         tokens = torch.cat([queries.to(dense.dtype), dense.flatten(2).transpose(1, 2)], dim=1)
         tokens = tokens + self.place_embedding(places)
-        predictions = [self._predict(tokens, grid)] if self.training else []
+        predictions = [self._predict(tokens, grid, False)] if self.training else []
         for number, block in enumerate(self.blocks):
             if number < len(lower):
                 tokens = torch.cat([tokens[:, :count], tokens[:, count:] + lower[number].flatten(2).transpose(1, 2)], 1)
@@ -120,16 +120,21 @@ class MaskTransformerHead(nn.Module):
                 tokens = checkpoint(block, tokens, rotation, allowed, use_reentrant=False)
             else:
                 tokens = block(tokens, rotation, allowed)
-            if self.training or number == len(self.blocks) - 1:
-                predictions.append(self._predict(tokens, grid))
+            last = number == len(self.blocks) - 1
+            if self.training or last:
+                predictions.append(self._predict(tokens, grid, last))
         return predictions
 
-    def _predict(self, tokens: torch.Tensor, grid: tuple[int, int]) -> Prediction:
+    def _predict(self, tokens: torch.Tensor, grid: tuple[int, int], fine: bool) -> Prediction:
+        """Predict masks with learned upsampling of the patches, or with bilinear upsampling of the masks."""
         count = len(self.queries)
         tokens = self.norm(tokens)
         embeddings = tokens[:, :count]
-        pixels = self.upsampling(tokens[:, count:].transpose(1, 2).unflatten(2, grid))
+        pixels = tokens[:, count:].transpose(1, 2).unflatten(2, grid)
+        pixels = self.upsampling(pixels) if fine else pixels
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_embedding(embeddings), pixels)
+        if not fine and self.cells > 1:
+            masks = F.interpolate(masks, scale_factor=self.cells, mode="bilinear", align_corners=False)
         return Prediction(embeddings, masks)
 
     def _allowed(self, masks: torch.Tensor) -> torch.Tensor:
