@@ -48,6 +48,14 @@ def test_logits_are_cosines_of_the_best_synonym(model):
     torch.testing.assert_close(logits[..., 5], model.classifier.no_object(embeddings)[..., 0])
 
 
+def test_mixed_precision_does_not_round_cosines(model):
+    model.vocabulary.for_inference(model.classifier, torch.device("cpu"))
+    features = F.normalize(torch.randn(4, 5, 128), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.classifier.scores(features)
+    assert torch.equal(found, model.classifier.scores(features)) and found.dtype == torch.float32
+
+
 def test_the_scale_is_limited():
     classifier = TextClassifier(8, 4)
     vectors = F.normalize(torch.randn(3, 4), dim=1)
