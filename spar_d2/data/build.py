@@ -41,6 +41,7 @@ LINEAR_PROBE = "LinearProbe"
 # with an assertion or a KeyError.
 _LABELS = {
     PANOPTIC_FPN: ("annotations", "sem_seg_file_name"),
+    # In panoptic segmentation, it needs those of PanopticFPN.
     MASK_TRANSFORMER: ("sem_seg_file_name",),
     "SemanticSegmentor": ("sem_seg_file_name",),
 }
@@ -158,10 +159,12 @@ def _load(names: Iterable[str], **options: Any) -> list[dict]:
 def _check_records(cfg: CfgNode, record: dict) -> None:
     """Raise ``ValueError`` if the records lack labels that the model needs."""
     model = cfg.MODEL.META_ARCHITECTURE
-    missing = [key for key in _LABELS.get(model, ()) if key not in record]
+    is_panoptic = model == MASK_TRANSFORMER and cfg.MODEL.MASK_TRANSFORMER.TASK == "panoptic"
+    needed = _LABELS.get(PANOPTIC_FPN if is_panoptic else model, ())
+    missing = [key for key in needed if key not in record]
     if missing:
         raise ValueError(
-            f"DATASETS.TRAIN: {model} is trained on {' and '.join(_LABELS[model])}, but the records of "
+            f"DATASETS.TRAIN: {model} is trained on {' and '.join(needed)}, but the records of "
             f"{list(cfg.DATASETS.TRAIN)} have no {' and no '.join(missing)}; they have {', '.join(sorted(record))}"
         )
 

@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spar_d2.text.examples import ExampleVocabulary
 from spar_d2.text.vocabulary import Vocabulary
 
 _HEADINGS = ("things", "stuff")
+_HEADED = re.compile(rf"[\s;]*({'|'.join(_HEADINGS)})\s*:", re.IGNORECASE)
 _FORM = (
     'a text or file with the headings "things:" and "stuff:" before their classes, such as "things: cat, kitten; dog; '
     'stuff: sky; grass"'
@@ -22,7 +24,7 @@ class PanopticVocabulary:
     """Classes of things and of stuff, things first.
 
     Args:
-        things, stuff: classes, as for :class:`Vocabulary`.
+        things, stuff: classes, as for :class:`Vocabulary`. Without things, stuff may also be a vocabulary.
         panoptic: whether things and stuff are told apart. Otherwise, all classes are stuff.
 
     Attributes:
@@ -33,11 +35,11 @@ class PanopticVocabulary:
         ValueError: as :class:`Vocabulary`, or there are things although they are not told apart.
     """
 
-    def __init__(self, things: Classes, stuff: Classes, panoptic: bool = True) -> None:
+    def __init__(self, things: Classes, stuff: Classes | Vocabulary, panoptic: bool = True) -> None:
         self.things, self.panoptic = len(things), panoptic
         if self.things and not panoptic:
             raise ValueError(f"the vocabulary must have no things in semantic segmentation, got {self.things}")
-        self.vocabulary = Vocabulary([*things, *stuff])
+        self.vocabulary = stuff if isinstance(stuff, Vocabulary) else Vocabulary([*things, *stuff])
 
     def __len__(self) -> int:
         return len(self.vocabulary)
@@ -49,26 +51,37 @@ class PanopticVocabulary:
         Args:
             classes: a :class:`PanopticVocabulary`; a dict with "things" and "stuff", each a list of classes; or, as
                 inline text or a UTF-8 file, the heading "things:" or "stuff:" before its classes. Classes are separated
-                by ";" or newlines, and synonyms by ",". Without headings, all classes are stuff in semantic
-                segmentation, where any form of :meth:`Vocabulary.of` is accepted, too.
-            panoptic: whether things and stuff are told apart.
+                by ";" or newlines, and synonyms by ",". In semantic segmentation, any form of :meth:`Vocabulary.of` is
+                accepted, too.
+            panoptic: whether things and stuff are told apart; otherwise, all classes become stuff.
 
         Raises:
             ValueError: the form is another one, or the vocabulary is empty.
             FileNotFoundError: a file does not exist.
         """
         if isinstance(classes, PanopticVocabulary):
-            return classes
-        if not panoptic:
-            vocabulary = Vocabulary.of(classes)  # pyright: ignore[reportArgumentType]
-            return cls((), [list(synonyms) or [""] for synonyms in vocabulary.classes], panoptic=False)
-        if isinstance(classes, Mapping):
-            unknown = set(classes) - set(_HEADINGS)
-            if not unknown:
-                return cls(list(classes.get("things") or ()), list(classes.get("stuff") or ()))
-        elif isinstance(classes, (str, os.PathLike)):
-            return cls(*_parsed(_text(os.fspath(classes)), classes))
-        raise ValueError(f"a panoptic vocabulary must be {_FORM}; or a dict with things and stuff; got {classes!r}")
+            if classes.panoptic == panoptic:
+                return classes
+            classes = classes.vocabulary
+        kinds = _things_and_stuff(classes)
+        if kinds is not None:
+            return cls(*kinds) if panoptic else cls((), [*kinds[0], *kinds[1]], panoptic=False)
+        if panoptic:
+            raise ValueError(f"a panoptic vocabulary must be {_FORM}; or a dict with things and stuff; got {classes!r}")
+        vocabulary = Vocabulary.of(classes)  # pyright: ignore[reportArgumentType]
+        if isinstance(vocabulary, ExampleVocabulary):
+            raise ValueError("the classes of a mask transformer must be words, not examples")
+        return cls((), vocabulary, panoptic=False)
+
+
+def _things_and_stuff(classes: object) -> tuple[Classes, Classes] | None:
+    """Return the classes under both headings; None if there are no headings."""
+    if isinstance(classes, Mapping) and set(classes) <= set(_HEADINGS):
+        return list(classes.get("things") or ()), list(classes.get("stuff") or ())
+    if isinstance(classes, (str, os.PathLike)):
+        text = _text(os.fspath(classes))
+        return _parsed(text) if _HEADED.match(text) else None
+    return None
 
 
 def _text(source: str) -> str:
@@ -83,16 +96,13 @@ def _text(source: str) -> str:
         raise ValueError(f"the vocabulary file {source} is not UTF-8: {error}") from error
 
 
-def _parsed(text: str, source: object) -> tuple[list[list[str]], list[list[str]]]:
+def _parsed(text: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the synonyms of all classes of things and of stuff, from a text that begins with a heading."""
     found: dict[str, list[list[str]]] = {heading: [] for heading in _HEADINGS}
-    section = None
+    section: list[list[str]] = []
     for entry in re.split("[;\n]", text):
-        heading, colon, rest = entry.partition(":")
-        if colon and heading.strip().casefold() in _HEADINGS:
-            section, entry = found[heading.strip().casefold()], rest
-        if not entry.strip():
-            continue
-        if section is None:
-            raise ValueError(f"a panoptic vocabulary must be {_FORM}; got {source!r}, which begins without a heading")
-        section.append(entry.split(","))
+        if match := _HEADED.match(entry):
+            section, entry = found[match[1].casefold()], entry[match.end() :]
+        if entry.strip():
+            section.append(entry.split(","))
     return found["things"], found["stuff"]

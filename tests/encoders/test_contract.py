@@ -67,6 +67,42 @@ def test_wrong_intermediates_are_named(encoder, indices):
         encoder.intermediates(torch.randn(1, 3, 64, 64), indices)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (70, 100), (64, 64)])
+@pytest.mark.parametrize("indices", [[], [0], [1, 0, 1]])
+def test_dense_features_beside_intermediates_are_those_of_a_forward_pass(encoder, size, indices):
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        *blocks, dense = encoder.intermediates(x, indices, dense=True)
+        assert torch.equal(dense, encoder(x))
+        assert len(blocks) == len(indices)
+        if indices:
+            for found, expected in zip(blocks, encoder.intermediates(x, indices), strict=True):
+                assert torch.equal(found, expected)
+
+
+def test_dense_features_beside_intermediates_come_from_one_pass_and_have_the_same_gradients(encoder, monkeypatch):
+    names, x, gradients, passes = set_trainable(encoder, "last_blocks:2"), torch.randn(1, 3, 64, 96), [], []
+    embed = encoder._embed
+    monkeypatch.setattr(encoder, "_embed", lambda images: passes.append(len(images)) or embed(images))
+    for precision in ("float32", "bfloat16"):
+        encoder.accelerate(precision)
+        for compute in (encoder, lambda images: encoder.intermediates(images, [0], dense=True)[-1]):
+            encoder.zero_grad(set_to_none=True)
+            features = compute(x)
+            features.square().mean().backward()
+            gradients.append([features.detach(), *(encoder.get_parameter(name).grad for name in names)])
+        for found, expected in zip(gradients[-1], gradients[-2], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert passes == [1] * 4
+
+
+@pytest.mark.parametrize("indices", [[-1], [99], ["last"]])
+def test_the_last_block_is_not_available_beside_dense_features(encoder, indices):
+    numbers = [len(encoder.blocks) - 1 if index == "last" else index for index in indices]
+    with pytest.raises(ValueError, match=r"indices must be block numbers .* but the last one"):
+        encoder.intermediates(torch.randn(1, 3, 64, 64), numbers, dense=True)
+
+
 @pytest.mark.parametrize(
     "x", [torch.zeros(3, 64, 64), torch.zeros(1, 1, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "image"]
 )

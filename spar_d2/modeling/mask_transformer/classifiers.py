@@ -60,7 +60,9 @@ class TextClassifier(nn.Module):
 
     def scores(self, features: torch.Tensor) -> torch.Tensor:
         """Compare unit vectors (..., D) with the classes: the cosine (..., K) of the best synonym of each class."""
-        scores = features.float() @ self._vectors.vectors.T
+        # Mixed precision would round cosines, which are multiplied by up to 100.
+        with torch.autocast(features.device.type, enabled=False):
+            scores = features.float() @ self._vectors.vectors.T
         index = self._vectors.query_class.expand(scores.shape)
         return scores.new_full((*scores.shape[:-1], self._classes), -1.0).scatter_reduce(-1, index, scores, "amax")
 

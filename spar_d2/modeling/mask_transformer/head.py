@@ -97,7 +97,8 @@ class MaskTransformerHead(nn.Module):
         Args:
             features: feature maps (B, c, h, w) of the encoder. The last one is the input of the blocks; others are
                 added before the first, second, ... block; there are at most as many as blocks.
-            masked: for each block, whether queries attend only to the patches of the mask that they predict before it.
+            masked: for each block, whether queries attend only to the patches of the mask that they predict before it;
+                ignored in inference.
 
         Returns:
             Predictions before the first block and after each block in training, and the last one otherwise.
@@ -115,7 +116,9 @@ class MaskTransformerHead(nn.Module):
         for number, block in enumerate(self.blocks):
             if number < len(lower):
                 tokens = torch.cat([tokens[:, :count], tokens[:, count:] + lower[number].flatten(2).transpose(1, 2)], 1)
-            allowed = self._allowed(predictions[-1].masks) if number < len(masked) and masked[number] else None
+            allowed = (
+                self._allowed(predictions[-1].masks) if self.training and any(masked[number : number + 1]) else None
+            )
             if self.checkpointing and self.training:
                 tokens = checkpoint(block, tokens, rotation, allowed, use_reentrant=False)
             else:

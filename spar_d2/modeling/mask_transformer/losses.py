@@ -113,7 +113,8 @@ class Criterion:
         weight = torch.full(logits.shape[:-1], self.no_object, device=logits.device).masked_fill_(ignored, 0)
         classes = torch.nn.utils.rnn.pad_sequence([t.classes for t in group.targets], batch_first=True)
         wanted[stage, image, query] = classes[image, segment]
-        weight[stage, image, query] = 1.0
+        # A number would be copied to a GPU, for which the host waits.
+        weight[stage, image, query] = weight.new_ones(())
         loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none").view_as(weight)
         return torch.stack([(loss * weight).sum((1, 2)), weight.sum((1, 2))])
 

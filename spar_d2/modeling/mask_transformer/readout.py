@@ -8,6 +8,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from spar_d2.modeling.banded_upsampling import ScoreMap, UpsampledScores
+from spar_d2.modeling.postprocessing import query_areas
+from spar_d2.utils.transfer import send
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ class Queries:
             whole += (inside >= 0.5).sum((0, 1))
             best = (inside * scores).argmax(2, keepdim=True)
             owners[place] = best.masked_fill_(inside.gather(2, best) < 0.5, len(chosen))[..., 0]
-        areas = torch.bincount(owners.flatten(), minlength=len(chosen) + 1)[:-1]
+        areas = query_areas(owners, len(chosen) + 1)[:-1]
         table = torch.stack([areas.double(), whole.double(), classes.double(), scores.double()]).T.tolist()
         numbers, segments = self._segments(table, overlap_threshold)
-        return torch.tensor(numbers, dtype=torch.int32).to(owners.device)[owners], segments
+        return send(torch.tensor(numbers, dtype=torch.int32), owners.device)[owners], segments
 
     def _segments(self, table: list[list[float]], overlap_threshold: float) -> tuple[list[int], list[dict]]:
         """Return the segment id of each query, with 0 for pixels of none at the end, and the segments."""

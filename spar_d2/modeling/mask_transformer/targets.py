@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 
 from spar_d2.utils.transfer import send
 
@@ -34,7 +35,9 @@ class Targets:
 
 
 def panoptic_targets(inputs: dict, things: int, ignore_label: int, excluded: Collection[int] = ()) -> Targets:
-    """Convert labels of :class:`~spar_d2.data.mappers.PanopticMapper`: each thing and each stuff class is a segment.
+    """Convert labels of :class:`~spar_d2.data.mappers.PanopticMapper`, or of Detectron2's ``DatasetMapper``.
+
+    Each thing and each stuff class is a segment.
 
     Args:
         inputs: dict with "instances" (``gt_classes``, ``gt_masks``) and "sem_seg" (H, W), where 0 stands for things.
@@ -51,7 +54,7 @@ def panoptic_targets(inputs: dict, things: int, ignore_label: int, excluded: Col
             f"MaskTransformer needs panoptic labels in training: the inputs have no {' and no '.join(missing)}"
         )
     instances, labels = inputs["instances"], inputs["sem_seg"]
-    classes, masks = instances.gt_classes, instances.gt_masks.tensor
+    classes, masks = instances.gt_classes, _masks(instances, labels)
     valid = (labels != ignore_label) & ((labels != _THINGS) | masks.any(0))
     stuff = [label for label in labels.unique().tolist() if label not in (_THINGS, ignore_label)]
     classes = torch.cat([classes, torch.tensor([things + label - 1 for label in stuff], dtype=torch.int64)])
@@ -78,6 +81,16 @@ def semantic_targets(inputs: dict, ignore_label: int, excluded: Collection[int] 
         torch.stack([labels == label for label in classes]) if classes else labels.new_zeros(0, *labels.shape).bool()
     )
     return _without(Targets(torch.tensor(classes, dtype=torch.int64), masks, labels != ignore_label), excluded)
+
+
+def _masks(instances: Instances, labels: torch.Tensor) -> torch.Tensor:
+    """Return the masks (n, H, W) bool of instances, which Detectron2 omits if there are none."""
+    if not instances.has("gt_masks"):
+        return labels.new_zeros(0, *labels.shape, dtype=torch.bool)
+    masks = instances.gt_masks
+    if isinstance(masks, PolygonMasks):
+        masks = BitMasks.from_polygon_masks(masks, *labels.shape)
+    return masks.tensor
 
 
 def _without(targets: Targets, excluded: Collection[int]) -> Targets:

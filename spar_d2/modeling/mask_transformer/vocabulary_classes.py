@@ -16,6 +16,7 @@ from spar_d2.modeling.mask_transformer.classifiers import TextClassifier
 from spar_d2.modeling.words import text_embeddings
 from spar_d2.text import PanopticVocabulary, TextEmbeddings
 from spar_d2.utils.panoptic_numbers import separate_numbers
+from spar_d2.utils.transfer import send
 
 
 class VocabularyClasses:
@@ -120,8 +121,8 @@ class VocabularyClasses:
         """Exclude unseen classes from training logits (..., K + 1)."""
         if not self.unseen:
             return logits
-        hidden = torch.tensor([number in self.unseen for number in range(logits.shape[-1])]).to(logits.device)
-        return logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+        hidden = torch.tensor([number in self.unseen for number in range(logits.shape[-1])])
+        return logits.masked_fill(send(hidden, logits.device), torch.finfo(logits.dtype).min)
 
     def two_way(self, device: torch.device) -> tuple[float, torch.Tensor, tuple[float, float]]:
         """Return scale, seen classes (K,) bool and weights for :func:`two_way`.
@@ -131,7 +132,7 @@ class VocabularyClasses:
         used = [number for number in range(len(self.trained)) if number not in self.unseen]
         words = {word.casefold() for number in used for word in self.trained.vocabulary.classes[number]}
         seen = [any(word.casefold() in words for word in synonyms) for synonyms in self.tested.vocabulary.classes]
-        return self.scale, torch.tensor(seen).to(device), self.weights
+        return self.scale, send(torch.tensor(seen), device), self.weights
 
     def _of(self, vocabulary: PanopticVocabulary, device: torch.device) -> ClassVectors:
         key = (vocabulary.vocabulary, device)

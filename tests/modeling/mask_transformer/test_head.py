@@ -60,6 +60,11 @@ def test_training_predicts_after_each_block_and_inference_once():
     assert all(not torch.equal(a.masks, b.masks) for a, b in zip(every, every[1:]))
 
 
+def test_inference_is_never_masked():
+    model, maps = head(), features((3, 4))
+    assert torch.equal(model(maps, [True] * 3)[0].masks, model(maps)[0].masks)
+
+
 def test_every_parameter_and_every_feature_map_gets_a_gradient():
     model, maps = head().train(), [x.requires_grad_() for x in features((3, 4))]
     sum((p.masks.square().sum() + p.embeddings.sum() for p in model(maps)), torch.zeros(())).backward()

@@ -1,7 +1,9 @@
 """Targets: each thing and each stuff class is a segment; what has no label, or an excluded class, is not learned."""
 
+import numpy as np
 import pytest
 import torch
+from detectron2.structures import Instances, PolygonMasks
 
 from small_mask_transformers import panoptic_record, semantic_record
 from spar_d2.modeling.mask_transformer.targets import panoptic_targets, semantic_targets
@@ -35,6 +37,25 @@ def test_images_without_things_or_stuff(things, stuff):
     assert len(targets.classes) == things + stuff == len(targets.masks)
     assert targets.masks.shape[1:] == targets.valid.shape == SIZE
     assert targets.classes.dtype == torch.int64 and targets.masks.dtype == targets.valid.dtype == torch.bool
+
+
+def test_polygons_of_detectron2s_mapper():
+    size = (20, 30)
+    boxes = [(2, 3, 12, 15), (14, 5, 28, 18)]
+    polygons = [[np.array([x0, y0, x1, y0, x1, y1, x0, y1], dtype=float)] for x0, y0, x1, y1 in boxes]
+    instances, labels = Instances(size), torch.ones(size, dtype=torch.int64)
+    instances.gt_classes, instances.gt_masks = torch.tensor([4, 1]), PolygonMasks(polygons)
+    for x0, y0, x1, y1 in boxes:
+        labels[y0:y1, x0:x1] = 0
+    targets = panoptic_targets({"instances": instances, "sem_seg": labels}, 8, 255)
+    assert targets.classes.tolist() == [4, 1, 8] and targets.valid.all()
+    for mask, (x0, y0, x1, y1) in zip(targets.masks, boxes):
+        assert mask[y0:y1, x0:x1].all() and mask.sum() == (y1 - y0) * (x1 - x0)
+    # It leaves out masks where there are no instances.
+    nothing = Instances(size)
+    nothing.gt_classes = torch.zeros(0, dtype=torch.int64)
+    targets = panoptic_targets({"instances": nothing, "sem_seg": labels}, 8, 255)
+    assert targets.classes.tolist() == [8] and torch.equal(targets.valid, labels == 1)
 
 
 def test_label_maps():
