@@ -10,6 +10,7 @@ from pathlib import Path
 from spar_d2.text.vocabulary import Vocabulary
 
 _HEADINGS = ("things", "stuff")
+_HEADING = re.compile(rf"(?:^|[;\n])\s*(?:{'|'.join(_HEADINGS)})\s*:", re.IGNORECASE)
 _FORM = (
     'a text or file with the headings "things:" and "stuff:" before their classes, such as "things: cat, kitten; dog; '
     'stuff: sky; grass"'
@@ -60,6 +61,8 @@ class PanopticVocabulary:
         if isinstance(classes, PanopticVocabulary):
             return classes
         if not panoptic:
+            if isinstance(classes, (str, os.PathLike)) and _HEADING.search(text := _text(os.fspath(classes))):
+                return cls(*_parsed(text, classes), panoptic=False)
             vocabulary = Vocabulary.of(classes)  # pyright: ignore[reportArgumentType]
             return cls((), [list(synonyms) or [""] for synonyms in vocabulary.classes], panoptic=False)
         if isinstance(classes, Mapping):
@@ -95,4 +98,6 @@ def _parsed(text: str, source: object) -> tuple[list[list[str]], list[list[str]]
         if section is None:
             raise ValueError(f"a panoptic vocabulary must be {_FORM}; got {source!r}, which begins without a heading")
         section.append(entry.split(","))
+    if not any(found.values()):
+        raise ValueError(f"a panoptic vocabulary must be {_FORM}; got {source!r}, which has no classes")
     return found["things"], found["stuff"]

@@ -15,6 +15,7 @@ from spar_d2.modeling.example_embeddings import ClassVectors
 from spar_d2.modeling.mask_transformer.classifiers import TextClassifier
 from spar_d2.modeling.words import text_embeddings
 from spar_d2.text import PanopticVocabulary, TextEmbeddings
+from spar_d2.utils.panoptic_numbers import class_values, separate_numbers
 
 
 class VocabularyClasses:
@@ -145,18 +146,19 @@ def dataset_vocabulary(name: str, panoptic: bool) -> PanopticVocabulary:
     """Return the classes of a data set: things and stuff in PanopticFPN's order, or the classes of its label maps.
 
     Raises:
-        ValueError: the metadata have no names.
+        ValueError: the metadata have no names, or no mapping to contiguous ids.
     """
     metadata = MetadataCatalog.get(name)
-    stuff = list(metadata.get("stuff_classes") or ())
-    things = list(metadata.get("thing_classes") or ()) if panoptic else []
     if not panoptic:
-        words = metadata.get("vocabulary")
-        classes = words if words else stuff
+        classes = metadata.get("vocabulary") or list(metadata.get("stuff_classes") or ())
         if classes:
-            return PanopticVocabulary((), classes, panoptic=False)
-    elif things or stuff:
-        numbers = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
-        kept = sorted(number for number in numbers.values() if number or stuff[:1] != ["things"])
-        return PanopticVocabulary(things, [stuff[number] for number in kept])
+            return PanopticVocabulary.of(classes, panoptic=False)
+    else:
+        numbers = separate_numbers(name, metadata.as_dict())
+        things, stuff = (
+            class_values(metadata.get(key) or (), contiguous)
+            for key, contiguous in (("thing_classes", numbers.things), ("stuff_classes", numbers.stuff))
+        )
+        if None not in (*things, *stuff):
+            return PanopticVocabulary(things, stuff)
     raise ValueError(f"the data set {name!r} has no names of classes in its metadata, which text embeddings need")
