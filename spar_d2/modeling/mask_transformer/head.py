@@ -98,7 +98,7 @@ class MaskTransformerHead(nn.Module):
         grid = (dense.shape[2], dense.shape[3])
         rotation = rotations(grid, self._head_width, dense.device)
         count = len(self.queries)
-        queries = self.queries.to(dense.dtype).expand(len(dense), -1, -1)
+        queries = self.queries.to(dense.dtype).expand(dense.shape[0], -1, -1)
         # (B, Q + N, C)
         tokens = torch.cat([queries, dense.flatten(2).transpose(1, 2)], dim=1)
         predictions = [self._predict(tokens, grid)] if self.training else []
