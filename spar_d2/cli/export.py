@@ -1,17 +1,23 @@
-"""Export an encoder for use without this package.
+"""Export an encoder, or a trained MaskTransformer, for use without this package.
 
     spar-d2 export onnx --encoder ViT-B-16 --pretrained student.safetensors --output student.onnx --scores \\
         --vocabulary "cat, kitten; dog; sky" --check
 
 writes student.onnx, which takes images of any size and any classes, student.json (patch size, pixel statistics,
 classes) and student.safetensors (text embeddings).
+
+    spar-d2 export onnx --config-file config.yaml --weights model_final.pth --output model.onnx --check
+
+writes a MaskTransformer with the outputs "class_logits" and "masks".
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from spar_d2.cli.flags import add_opts
 from spar_d2.encoders import DenseEncoder, EncoderSpec
 from spar_d2.encoders.registry import build, check_has_text
 from spar_d2.encoders.weight_files import files_of
@@ -19,6 +25,9 @@ from spar_d2.text import TextEmbeddings, Vocabulary
 from spar_d2.utils.errors import printable, readable_errors
 from spar_d2.utils.io import check_not_read
 from spar_d2.utils.tables import format_table
+
+if TYPE_CHECKING:
+    from spar_d2.export import Comparison
 
 # Largest difference between onnxruntime and PyTorch, relative to the largest output, and smallest share of equal
 # labels; both in float32.
@@ -37,7 +46,7 @@ def parse_args() -> argparse.Namespace:
         command = formats.add_parser(name, help=about, description=f"Export to {about}.")
         command.set_defaults(run=run)
         add = command.add_argument
-        add("--encoder", required=True, metavar="NAME", help="model or model folder, as in MODEL.SPAR.ENCODER")
+        add("--encoder", required=name != "onnx", metavar="NAME", help="model or its folder, as in MODEL.SPAR.ENCODER")
         add("--pretrained", default="", metavar="TAG_OR_FILE", help='weights, as in MODEL.SPAR.PRETRAINED ("": random)')
         add("--readout", default="", help="read-out, as in MODEL.SPAR.READOUT")
         add("--dinov3-repo", default="", metavar="DIR", help="clone of the dinov3 repository, for DINOv3.txt")
@@ -54,6 +63,13 @@ def parse_args() -> argparse.Namespace:
             )
         _add_classes(parser_)
     onnx.add_argument("--check", action="store_true", help="compare the file with PyTorch at eight image sizes")
+    onnx.add_argument("--config-file", default="", metavar="FILE", help="config of a MaskTransformer, not --encoder")
+    onnx.add_argument("--weights", default="", metavar="FILE", help="checkpoint of the MaskTransformer")
+    onnx.add_argument(
+        "--free-classes",
+        action="store_true",
+        help='MaskTransformer with a text classifier: the classes are the inputs "text", "query_class" and "seen"',
+    )
     folder = command("folder", "a folder that is used like a model name", run_folder, "DIR")
     folder.add_argument("--license", default="", help="license of the weights, for the model card")
     browser = command("browser", "a page that segments photos in the visitor's browser", run_browser, "DIR")
@@ -62,6 +78,7 @@ def parse_args() -> argparse.Namespace:
     browser.add_argument("--node-modules", default="", metavar="DIR", help="installed npm packages (default: download)")
     for parser_ in (onnx, browser):
         parser_.add_argument("--precision", default="float32", help="float32, float16 or int8 (default: %(default)s)")
+    add_opts(onnx, "with --config-file")
     return parser.parse_args()
 
 
@@ -69,13 +86,14 @@ def _add_classes(parser: argparse.ArgumentParser, required: bool = False) -> Non
     add = parser.add_argument
     about = "classes whose text embeddings are written, too; see spar-d2 segment"
     add("--vocabulary", default="", required=required, help=about)
-    add("--templates", default="imagenet", help="prompt templates, as in MODEL.SPAR.TEMPLATES (default: %(default)s)")
+    add("--templates", default="", help="prompt templates, as in MODEL.SPAR.TEMPLATES (default: imagenet)")
 
 
 def main() -> int:
     args = parse_args()
     with readable_errors():
-        args.spec = EncoderSpec(args.encoder, args.pretrained, readout=args.readout, dinov3_repo=args.dinov3_repo)
+        if args.encoder:
+            args.spec = EncoderSpec(args.encoder, args.pretrained, readout=args.readout, dinov3_repo=args.dinov3_repo)
         return args.run(args) or 0
 
 
@@ -83,11 +101,28 @@ def run_onnx(args: argparse.Namespace) -> int:
     """Export to ONNX, and check if asked to; returns the exit code."""
     from spar_d2.export import export_onnx
 
+    if bool(args.encoder) == bool(args.config_file):
+        raise ValueError("either --encoder or --config-file must be given, to export an encoder or a MaskTransformer")
+    if args.config_file:
+        return _run_mask_transformer(args)
+    for flag in ("weights", "free_classes", "opts"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} must be used with --config-file")
     _check_output(args, ".onnx")
     classes, encoder = _classes(args), build(args.spec)
     export_onnx(encoder, args.output, args.kind, args.precision)
     _report([args.output, *_write_classes(args, encoder, *classes)])
     return check(args, encoder) if args.check else 0
+
+
+def _run_mask_transformer(args: argparse.Namespace) -> int:
+    # Imports Detectron2, which the export of encoders does not need.
+    from spar_d2.cli.export_mask_transformer import export
+
+    _check_suffix(args, ".onnx")
+    written, found = export(args)
+    _report(written)
+    return _judge(args, found) if found else 0
 
 
 def run_torch(args: argparse.Namespace) -> None:
@@ -121,9 +156,13 @@ def run_browser(args: argparse.Namespace) -> None:
     print(printable(f"{size:.1f} MB. Serve the folder, for example: {server} --directory {args.output}"))
 
 
-def _check_output(args: argparse.Namespace, suffix: str) -> None:
+def _check_suffix(args: argparse.Namespace, suffix: str) -> None:
     if args.output.suffix != suffix:
         raise ValueError(f"--output must end with {suffix}, got {args.output}")
+
+
+def _check_output(args: argparse.Namespace, suffix: str) -> None:
+    _check_suffix(args, suffix)
     for path in files_of(args.spec.pretrained):
         for output in (args.output, args.output.with_suffix(".safetensors")):
             check_not_read(output, {"--pretrained": path})
@@ -135,7 +174,7 @@ def _classes(args: argparse.Namespace) -> tuple[Vocabulary | None, TextEmbedding
     if not args.vocabulary:
         return None, None
     check_has_text(args.spec.name)
-    return Vocabulary.load(args.vocabulary), text_embeddings(args.spec, args.templates, "", "cpu")
+    return Vocabulary.load(args.vocabulary), text_embeddings(args.spec, args.templates or "imagenet", "", "cpu")
 
 
 def _write_classes(args: argparse.Namespace, encoder: DenseEncoder, *classes) -> list[Path]:
@@ -152,7 +191,10 @@ def check(args: argparse.Namespace, encoder: DenseEncoder) -> int:
     """Print a comparison with PyTorch; returns 1 if a float32 file differs by more than rounding."""
     from spar_d2.export import check_sizes, compare
 
-    found = list(compare(args.output, encoder, check_sizes(encoder)))
+    return _judge(args, list(compare(args.output, encoder, check_sizes(encoder))))
+
+
+def _judge(args: argparse.Namespace, found: list[Comparison]) -> int:
     rows = [
         [
             f"{c.size[1]}x{c.size[0]}",

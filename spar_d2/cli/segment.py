@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 import spar_d2  # noqa: F401  registers
 from spar_d2.cli.flags import add_opts, output_override
-from spar_d2.data.build import PANOPTIC_FPN
+from spar_d2.data.build import MASK_TRANSFORMER, PANOPTIC_FPN
 from spar_d2.demo.exports import FORMATS, Exports, check_formats
 from spar_d2.demo.inputs import find_inputs
 from spar_d2.demo.outputs import is_file_name, plan_outputs
-from spar_d2.demo.panoptic import SEMANTIC, build_demo
+from spar_d2.demo.panoptic import SEMANTIC, build_demo, has_text_classifier, is_panoptic
 from spar_d2.demo.predictor import EXAMPLE, SHOWN
 from spar_d2.demo.run import run
 from spar_d2.engine.setup import load_config
@@ -41,8 +41,10 @@ def parse_args() -> argparse.Namespace:
         default="",
         metavar="CLASSES",
         help='classes to segment: "cat, kitten; dog; sky" (synonyms after commas), a file with one class per line, or '
-        f"one of {', '.join(Vocabulary.built_in())} (default: MODEL.SPAR.VOCABULARY)",
+        f"one of {', '.join(Vocabulary.built_in())}; for panoptic models with a text classifier "
+        '"things: cat, kitten; dog; stuff: sky", or a file with these headings (default: MODEL.SPAR.VOCABULARY)',
     )
+    add("--panoptic", action="store_true", help="fail if the model of the config gives no panoptic segmentations")
     add(
         "--examples",
         default="",
@@ -65,7 +67,7 @@ def parse_args() -> argparse.Namespace:
         "--weights",
         default="",
         metavar="FILE",
-        help="weights of a distilled student, instead of the pre-trained weights, or of a probe or panoptic model",
+        help="weights of a distilled student, instead of the pre-trained weights, or of a trained model",
     )
     add(
         "--show",
@@ -134,16 +136,32 @@ def config(args: argparse.Namespace) -> CfgNode:
         # Quoted as the output folder.
         overrides += ["MODEL.SPAR.VOCABULARY", repr(args.vocabulary)]
     cfg = load_config(args.config_file, overrides)
-    kind = cfg.MODEL.META_ARCHITECTURE
-    fixed = kind == PANOPTIC_FPN or kind in SEMANTIC
-    if fixed and args.vocabulary:
-        raise ValueError(f"--vocabulary: a {kind} model has a fixed set of classes; remove --vocabulary")
-    if kind == PANOPTIC_FPN and set(args.export) - {"masks"}:
+    kind, panoptic = cfg.MODEL.META_ARCHITECTURE, is_panoptic(cfg)
+    trained = panoptic or kind == MASK_TRANSFORMER or kind in SEMANTIC
+    if args.panoptic and not panoptic:
+        raise ValueError(
+            f"--panoptic: --config-file must have a panoptic model, {PANOPTIC_FPN} or {MASK_TRANSFORMER} with "
+            f"MODEL.MASK_TRANSFORMER.TASK panoptic, and --weights its checkpoint; got a config of {kind}"
+        )
+    if args.vocabulary and trained:
+        _check_vocabulary(args, cfg)
+    if panoptic and set(args.export) - {"masks"}:
         raise ValueError(f"--export: only masks can be exported of a panoptic model, got {' '.join(args.export)}")
-    if not (cfg.MODEL.WEIGHTS or args.weights or (cfg.MODEL.SPAR.PRETRAINED and not fixed)):
-        advice = "use --weights" if fixed else "set MODEL.SPAR.PRETRAINED or use --weights"
+    if not (cfg.MODEL.WEIGHTS or args.weights or (cfg.MODEL.SPAR.PRETRAINED and not trained)):
+        advice = "use --weights" if trained else "set MODEL.SPAR.PRETRAINED or use --weights"
         logging.getLogger("spar_d2.demo").warning("The weights are random, so the results are meaningless: %s", advice)
     return cfg
+
+
+def _check_vocabulary(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Raise ``ValueError`` for a vocabulary that a trained model cannot use."""
+    flag = "--examples" if args.examples else "--vocabulary"
+    if not has_text_classifier(cfg):
+        kind = cfg.MODEL.META_ARCHITECTURE
+        other = "; only MODEL.MASK_TRANSFORMER.CLASSIFIER text takes other classes" if kind == MASK_TRANSFORMER else ""
+        raise ValueError(f"{flag}: this {kind} model has a fixed set of classes; remove {flag}{other}")
+    if args.vocabulary.lower().endswith((".yaml", ".yml")):
+        raise ValueError(f"{flag}: the classes of {MASK_TRANSFORMER} must be words, got the examples {args.vocabulary}")
 
 
 class BesideBars(logging.Handler):

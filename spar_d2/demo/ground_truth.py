@@ -47,6 +47,8 @@ def _semantic_reader(demo: Demo, dataset: str) -> Reader:
 
 
 def _panoptic_reader(demo: PanopticDemo, dataset: str) -> Reader:
+    if not demo.category_index:
+        raise ValueError(f'MODEL.SPAR.VOCABULARY must be "" here: the ground truth has the classes of {dataset}')
     # Loading the data set may set the paths.
     DatasetCatalog.get(dataset)
     metadata = MetadataCatalog.get(dataset)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from spar_d2.encoders import DenseEncoder
-from spar_d2.export.modules import EXPORTED
+from spar_d2.export.modules import EXPORTED, ExportedEncoder
 from spar_d2.export.packages import check_packages
 
 _CLASSES = 20
@@ -28,9 +28,10 @@ class Comparison:
     Attributes:
         size: (H, W) of the image.
         difference: largest difference of the outputs, relative to the largest output of PyTorch; 0 for labels.
-        cosine: smallest cosine similarity of the output vectors of a patch; 1 for labels.
-        same: fraction of patches with the same largest output (the best class of scores), or of pixels with the same
-            label.
+        cosine: smallest cosine similarity of the output vectors of a patch, or of the class logits of a query; 1 for
+            labels.
+        same: fraction of patches with the same largest output (the best class of scores, or the best query of masks),
+            of queries with the same best class, or of pixels with the same label.
         seconds, torch_seconds: median times of onnxruntime and PyTorch.
     """
 
@@ -68,34 +69,58 @@ def compare(path: str | os.PathLike, encoder: DenseEncoder, sizes: list[tuple[in
     Raises:
         RuntimeError: onnxruntime is not installed, or cannot run the file.
     """
+    session = _session(path)
+    yield from _compared(session, path, EXPORTED[session.get_outputs()[0].name](encoder), sizes)
+
+
+def compare_module(
+    path: str | os.PathLike, model: ExportedEncoder, sizes: Sequence[tuple[int, int]]
+) -> Iterator[Comparison]:
+    """Compare an exported file with the module that it was exported from; arguments and exceptions as above."""
+    yield from _compared(_session(path), path, model, sizes)
+
+
+def _session(path: str | os.PathLike) -> Any:
     check_packages("onnxruntime")
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    model = EXPORTED[session.get_outputs()[0].name](encoder)
+    return onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+
+
+def _compared(
+    session: Any, path: str | os.PathLike, model: ExportedEncoder, sizes: Sequence[tuple[int, int]]
+) -> Iterator[Comparison]:
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
         # Coarse random images: an encoder hardly sees noise.
         coarse = torch.rand(1, 3, 5, 5, generator=generator) * 255
         inputs = {"image": F.interpolate(coarse, size=size, mode="bilinear")}
-        inputs["text"] = F.normalize(torch.randn(_CLASSES, encoder.embed_dim, generator=generator), dim=1)
+        inputs["text"] = F.normalize(torch.randn(_CLASSES, model.encoder.embed_dim, generator=generator), dim=1)
         inputs["query_class"] = torch.arange(_CLASSES)
+        inputs["seen"] = torch.arange(_CLASSES) % 2 == 0
         inputs = {name: inputs[name] for name in model.input_names}
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         with torch.no_grad():
             expected, torch_seconds = _timed(model, *inputs.values())
         found, seconds = _timed(session.run, None, arrays)
-        found, expected = np.asarray(found[0]), expected.numpy()
-        if found.shape != expected.shape:
-            raise RuntimeError(
-                f"{path}: an image of {size[1]}x{size[0]} gives {found.shape} instead of {expected.shape}"
-            )
-        yield Comparison(size, *_differences(found, expected), seconds, torch_seconds)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        parts = []
+        for one, wanted in zip(found, expected, strict=True):
+            one, wanted = np.asarray(one), wanted.numpy()
+            if one.shape != wanted.shape:
+                raise RuntimeError(
+                    f"{path}: an image of {size[1]}x{size[0]} gives {one.shape} instead of {wanted.shape}"
+                )
+            parts.append(_differences(one, wanted))
+        differences, cosines, same = zip(*parts)
+        yield Comparison(size, max(differences), min(cosines), min(same), seconds, torch_seconds)
 
 
 def _differences(found: np.ndarray, expected: np.ndarray) -> tuple[float, float, float]:
-    if found.ndim == 3:  # labels
+    if found.dtype.kind == "i":  # labels
         return 0.0, 1.0, float((found == expected).mean())
+    if found.ndim == 3:  # class logits of queries
+        found, expected = found.swapaxes(1, 2), expected.swapaxes(1, 2)
     difference = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
     lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
     cosine = float(((found * expected).sum(1) / np.maximum(lengths, 1e-30)).min())

@@ -30,8 +30,9 @@ def example_inputs(model: ExportedEncoder) -> tuple[tuple[torch.Tensor, ...], tu
         "image": torch.zeros(2, 3, 4 * patch + 1, 5 * patch + 1),
         "text": torch.zeros(3, model.encoder.embed_dim),
         "query_class": torch.zeros(3, dtype=torch.int64),
+        "seen": torch.zeros(5, dtype=torch.bool),
     }
-    shapes = {"image": {0: free, 2: free, 3: free}, "text": {0: free}, "query_class": {0: free}}
+    shapes = {"image": {0: free, 2: free, 3: free}, **dict.fromkeys(("text", "query_class", "seen"), {0: free})}
     return tuple(examples[name] for name in model.input_names), tuple(shapes[name] for name in model.input_names)
 
 

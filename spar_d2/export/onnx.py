@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from spar_d2.encoders import DenseEncoder
 from spar_d2.export.inputs import describe, example_inputs, exported_module
@@ -54,13 +55,18 @@ def export_onnx(
     """
     check_precision(precision)
     model = exported_module(encoder, output)
+    check_bytes(model)
+    metadata = describe(encoder) | {"precision": precision}
+    save_onnx(model, *example_inputs(model), path, precision, metadata)
+
+
+def check_bytes(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a module is too large for one file."""
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if size > _LARGEST_BYTES:
         raise ValueError(
             f"the weights must be at most {_LARGEST_BYTES / 1e9} GB for one ONNX file, got {size / 1e9:.1f} GB"
         )
-    metadata = describe(encoder) | {"precision": precision}
-    save_onnx(model, *example_inputs(model), path, precision, metadata)
 
 
 def save_onnx(
@@ -71,7 +77,7 @@ def save_onnx(
     precision: str,
     metadata: Mapping[str, object] | None = None,
 ) -> None:
-    """Trace a module with ``input_names`` and ``output_name``, and write it to an ONNX file.
+    """Trace a module with ``input_names``, and ``output_name`` or several ``output_names``, and write an ONNX file.
 
     Args:
         model: module in eval mode.
@@ -93,7 +99,7 @@ def save_onnx(
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=model.input_names,
-                output_names=[model.output_name],
+                output_names=getattr(model, "output_names", None) or [model.output_name],
                 dynamic_shapes=shapes,
             )
     except Exception as error:  # exporters raise anything

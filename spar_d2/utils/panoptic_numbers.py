@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,3 +56,19 @@ def separate_numbers(name: str, metadata: Mapping[str, Any]) -> SeparateNumbers:
         {index: things[number] for number, index in thing_indices.items()},
         {index: stuff[number] for number, index in stuff_indices.items()},
     )
+
+
+def class_values(values: Sequence[Any], contiguous: Mapping[int, int]) -> list[Any]:
+    """Return the entries of a list in the metadata, such as "thing_classes", for the things or the stuff of a data set.
+
+    Args:
+        values: list with an entry for each contiguous id, or only for each class.
+        contiguous: ``things`` or ``stuff`` of :class:`SeparateNumbers`.
+
+    Returns:
+        An entry for each class, in order; None where the list has another length.
+    """
+    numbers = sorted(contiguous)
+    if numbers and len(values) > numbers[-1]:
+        return [values[number] for number in numbers]
+    return list(values) if len(values) == len(numbers) else [None] * len(numbers)

@@ -414,7 +414,7 @@ def test_segments_of_one_class_are_outlined(panoptic_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vocabulary", "cat; dog"], "--vocabulary: a PanopticFPN model has a fixed set of classes"),
+        (["--vocabulary", "cat; dog"], "--vocabulary: this PanopticFPN model has a fixed set of classes"),
         (["--show", "overlay", "pca"], "--show must be overlay for PanopticFPN"),
         (["--opts", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "must be OpenVocabularySegmentor or PanopticFPN"),
         (["--opts", "DATASETS.TEST", "()", "DATASETS.TRAIN", "()"], "DATASETS.TEST or DATASETS.TRAIN must name"),

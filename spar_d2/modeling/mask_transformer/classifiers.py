@@ -73,19 +73,20 @@ class TextClassifier(nn.Module):
         return torch.cat([scores, self.no_object(embeddings).float()], dim=-1)
 
 
-def pooled_features(features: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+def pooled_features(features: torch.Tensor, masks: torch.Tensor, cells: int = 0) -> torch.Tensor:
     """Average dense features over the inside of masks, by mask pooling as in FC-CLIP (arXiv:2308.02487).
 
     Args:
         features: (B, D, h, w).
         masks: (B, Q, h', w') logits on a grid that is a multiple of the features' grid.
+        cells: this multiple, h' / h, which must be given if sizes are symbols; 0 computes it.
 
     Returns:
         (B, Q, D) unit vectors. Patches are weighted with the part of them that is inside; masks that are empty are
         weighted with their probabilities.
     """
     features, masks = features.float(), masks.float()
-    cells = masks.shape[2] // features.shape[2]
+    cells = cells or masks.shape[2] // features.shape[2]
     inside = F.avg_pool2d((masks > 0).float(), cells).flatten(2)
     probable = F.avg_pool2d(masks.sigmoid(), cells).flatten(2)
     weights = torch.where(inside.any(2, keepdim=True), inside, probable)

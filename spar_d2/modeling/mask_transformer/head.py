@@ -109,7 +109,7 @@ class MaskTransformerHead(nn.Module):
         # Queries first, then patches: (Q + N, 2), and tokens (B, Q + N, C).
         places = torch.cat([self.places, grid_places(grid, dense.device)])
         rotation = rotations(places, self._head_width)
-        queries = self.queries.expand(len(dense), -1, -1)
+        queries = self.queries.expand(dense.shape[0], -1, -1)
         tokens = torch.cat([queries.to(dense.dtype), dense.flatten(2).transpose(1, 2)], dim=1)
         tokens = tokens + self.place_embedding(places)
         predictions = [self._predict(tokens, grid, False)] if self.training else []

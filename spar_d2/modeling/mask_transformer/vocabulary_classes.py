@@ -15,7 +15,7 @@ from spar_d2.modeling.example_embeddings import ClassVectors
 from spar_d2.modeling.mask_transformer.classifiers import TextClassifier
 from spar_d2.modeling.words import text_embeddings
 from spar_d2.text import PanopticVocabulary, TextEmbeddings
-from spar_d2.utils.panoptic_numbers import separate_numbers
+from spar_d2.utils.panoptic_numbers import class_values, separate_numbers
 from spar_d2.utils.transfer import send
 
 
@@ -147,21 +147,19 @@ def dataset_vocabulary(name: str, panoptic: bool) -> PanopticVocabulary:
     """Return the classes of a data set: things and stuff in PanopticFPN's order, or the classes of its label maps.
 
     Raises:
-        ValueError: the metadata have no names, or do not tell things and stuff apart.
+        ValueError: the metadata have no names, or no mapping to contiguous ids.
     """
     metadata = MetadataCatalog.get(name)
-    stuff = list(metadata.get("stuff_classes") or ())
-    things = list(metadata.get("thing_classes") or ()) if panoptic else []
     if not panoptic:
-        words = metadata.get("vocabulary")
-        classes = words if words else stuff
+        classes = metadata.get("vocabulary") or list(metadata.get("stuff_classes") or ())
         if classes:
-            return PanopticVocabulary((), classes, panoptic=False)
-    elif things or stuff:
-        # Data sets may list the names of things and stuff together, and tell them apart by these numbers.
+            return PanopticVocabulary.of(classes, panoptic=False)
+    else:
         numbers = separate_numbers(name, metadata.as_dict())
-        kinds = [(things, sorted(numbers.things)), (stuff, sorted(numbers.stuff))]
-        if all(not places or places[-1] < len(names) for names, places in kinds):
-            named, of_stuff = ([names[place] for place in places] for names, places in kinds)
-            return PanopticVocabulary(named, of_stuff)
+        things, stuff = (
+            class_values(metadata.get(key) or (), contiguous)
+            for key, contiguous in (("thing_classes", numbers.things), ("stuff_classes", numbers.stuff))
+        )
+        if None not in (*things, *stuff):
+            return PanopticVocabulary(things, stuff)
     raise ValueError(f"the data set {name!r} has no names of classes in its metadata, which text embeddings need")
