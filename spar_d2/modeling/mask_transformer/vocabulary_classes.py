@@ -154,7 +154,7 @@ def dataset_vocabulary(name: str, panoptic: bool) -> PanopticVocabulary:
         classes = metadata.get("vocabulary") or list(metadata.get("stuff_classes") or ())
         if classes:
             return PanopticVocabulary.of(classes, panoptic=False)
-    else:
+    elif metadata.get("thing_classes") or metadata.get("stuff_classes"):
         numbers = separate_numbers(name, metadata.as_dict())
         things, stuff = (
             class_values(metadata.get(key) or (), contiguous)

@@ -7,10 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from spar_d2.modeling.mask_transformer import MaskTransformerHead
-from spar_d2.modeling.mask_transformer.blocks import QueryBlock, rotations
+from spar_d2.modeling.mask_transformer.blocks import PlaceEmbedding, QueryBlock, grid_places, rotations
 
 QUERIES, WIDTH = 5, 16
 GRIDS = [(1, 1), (3, 5), (1, 9), (8, 7)]
+
+
+def rotated_grid(grid, width, queries=0):
+    places = torch.cat([torch.rand(queries, 2) * 2 - 1, grid_places(grid, torch.device("cpu"))])
+    return rotations(places, width)
 
 
 def head(blocks=3, widths=(6, 4, 10), patch=16, **more) -> MaskTransformerHead:
@@ -79,7 +84,7 @@ def test_feature_maps_beyond_the_blocks_are_an_error():
 
 
 def test_positions_of_a_grid_are_relative_to_its_center():
-    cosines, sines = rotations((4, 6), 8, torch.device("cpu"))
+    cosines, sines = rotated_grid((4, 6), 8)
     assert cosines.shape == (24, 4) and cosines.dtype == torch.float32
     torch.testing.assert_close(cosines.square() + sines.square(), torch.ones(24, 4))
     cosines, sines = cosines.view(4, 6, 4), sines.view(4, 6, 4)
@@ -88,20 +93,28 @@ def test_positions_of_a_grid_are_relative_to_its_center():
     torch.testing.assert_close(sines, -sines.flip(0, 1))
     assert torch.equal(cosines[:, 0, :2], cosines[:, 5, :2]) and torch.equal(cosines[0, :, 2:], cosines[3, :, 2:])
     assert not torch.allclose(sines[0, 0, :2], sines[3, 0, :2])
-    torch.testing.assert_close(rotations((1, 1), 8, torch.device("cpu"))[1], torch.zeros(1, 4))
+    torch.testing.assert_close(rotated_grid((1, 1), 8)[1], torch.zeros(1, 4))
 
 
 def test_places_and_their_angles_do_not_depend_on_the_number_of_patches():
     """A place at a quarter of the longer side has the same angle in grids of any size."""
-    small, large = (rotations(grid, 12, torch.device("cpu")).view(2, *grid, 6) for grid in ((2, 2), (6, 6)))
+    small, large = (rotated_grid(grid, 12).view(2, *grid, 6) for grid in ((2, 2), (6, 6)))
     torch.testing.assert_close(small[:, 0, 1], large[:, 1, 4])
-    again = rotations((6, 6), 12, torch.device("cpu")).view(2, 6, 6, 6)
+    again = rotated_grid((6, 6), 12).view(2, 6, 6, 6)
     assert torch.equal(large, again)
+
+
+def test_embedded_places_do_not_depend_on_the_number_of_patches():
+    torch.manual_seed(0)
+    embedding = PlaceEmbedding(12)
+    small, large = (embedding(grid_places(grid, torch.device("cpu"))).view(*grid, 12) for grid in ((2, 2), (6, 6)))
+    torch.testing.assert_close(small[0, 1], large[1, 4])
+    assert not torch.allclose(small[0, 1], small[1, 0])
 
 
 def test_attention_depends_on_differences_of_positions():
     """Products of rotated vectors are the same wherever two patches at the same distance are."""
-    cosines, sines = rotations((5, 7), 8, torch.device("cpu"))
+    cosines, sines = rotated_grid((5, 7), 8)
     query, key = torch.randn(2, 8).unbind()
 
     def rotated(x):
@@ -119,8 +132,7 @@ def test_attention_depends_on_differences_of_positions():
 def plain_block(block: QueryBlock, tokens, rotation, allowed):
     """The block in float64, one head, one image and one pair of tokens after the other."""
     batch, count, width = tokens.shape
-    size, patches = width // block.heads, rotation.shape[1]
-    first = count - patches
+    size, first = width // block.heads, 0 if allowed is None else allowed.shape[1]
     result = tokens.clone()
     for image in range(batch):
         qkv = block.qkv(block.norm1(tokens[image])).view(count, 3, block.heads, size)
@@ -128,10 +140,10 @@ def plain_block(block: QueryBlock, tokens, rotation, allowed):
         for number in range(block.heads):
             parts = []
             for part in (qkv[:, 0, number].clone(), qkv[:, 1, number].clone()):
-                for patch in range(patches):
-                    complex_ = torch.complex(*part[first + patch].view(2, size // 2).unbind())
-                    turned = complex_ * torch.complex(*rotation[:, patch].unbind())
-                    part[first + patch] = torch.cat([turned.real, turned.imag])
+                for token in range(count):
+                    complex_ = torch.complex(*part[token].view(2, size // 2).unbind())
+                    turned = complex_ * torch.complex(*rotation[:, token].unbind())
+                    part[token] = torch.cat([turned.real, turned.imag])
                 parts.append(part)
             for token in range(count):
                 scores = torch.tensor([math.fsum((parts[0][token] * key).tolist()) for key in parts[1]])
@@ -147,7 +159,7 @@ def plain_block(block: QueryBlock, tokens, rotation, allowed):
 def test_a_block_equals_plain_attention_in_float64(is_masked):
     torch.manual_seed(0)
     block = QueryBlock(WIDTH, 2).double()
-    tokens, rotation = torch.randn(2, 3 + 6, WIDTH).double(), rotations((2, 3), 8, torch.device("cpu")).double()
+    tokens, rotation = torch.randn(2, 3 + 6, WIDTH).double(), rotated_grid((2, 3), 8, 3).double()
     allowed = torch.rand(2, 3, 6) < 0.5 if is_masked else None
     with torch.no_grad():
         found, expected = block(tokens, rotation, allowed), plain_block(block, tokens, rotation, allowed)
@@ -158,7 +170,7 @@ def test_a_block_equals_plain_attention_in_float64(is_masked):
 
 def test_queries_see_only_the_allowed_patches():
     torch.manual_seed(0)
-    block, rotation = QueryBlock(WIDTH, 2), rotations((2, 3), 8, torch.device("cpu"))
+    block, rotation = QueryBlock(WIDTH, 2), rotated_grid((2, 3), 8, 3)
     tokens = torch.randn(1, 3 + 6, WIDTH)
     allowed = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1]]).bool()[None]
     changed = tokens.clone()
