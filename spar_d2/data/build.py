@@ -105,6 +105,7 @@ def build_labeled_loader(cfg: CfgNode, seed: int) -> LabeledLoader:
     panoptic = kinds == {True}
     for name in names:
         check_panoptic(name)
+    _check_task(cfg, panoptic)
     if panoptic:
         _check_classes(cfg, names)
     # The decorator of Detectron2's mappers hides their signature from type checkers.
@@ -166,6 +167,17 @@ def _check_records(cfg: CfgNode, record: dict) -> None:
         raise ValueError(
             f"DATASETS.TRAIN: {model} is trained on {' and '.join(needed)}, but the records of "
             f"{list(cfg.DATASETS.TRAIN)} have no {' and no '.join(missing)}; they have {', '.join(sorted(record))}"
+        )
+
+
+def _check_task(cfg: CfgNode, panoptic: bool) -> None:
+    """Raise ``ValueError`` if the task of a MaskTransformer differs from the kind of its training data."""
+    needed, got = "panoptic" if panoptic else "semantic", cfg.MODEL.MASK_TRANSFORMER.TASK
+    if cfg.MODEL.META_ARCHITECTURE == MASK_TRANSFORMER and got != needed:
+        labels = "panoptic masks" if panoptic else "no panoptic masks"
+        raise ValueError(
+            f"MODEL.MASK_TRANSFORMER.TASK must be {needed} for {list(cfg.DATASETS.TRAIN)}, which have {labels}; "
+            f"got {got}"
         )
 
 

@@ -12,15 +12,19 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from fvcore.common.config import BASE_KEY
 
+from spar_d2.data.build import MASK_TRANSFORMER
+from spar_d2.data.datasets.dataset_file import DatasetFile
 from spar_d2.data.datasets.file_registration import head_classes
 from spar_d2.data.datasets.scenes import register_photos
 from spar_d2.encoders import EncoderSpec
+from spar_d2.modeling.mask_transformer.settings import CLASSIFIERS, TASKS
 from spar_d2.modeling.open_vocabulary import OpenVocabularySegmentor
 from spar_d2.utils.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
 _EPOCHS, _MAX_ITER = "SPAR.DATA.EPOCHS", "SOLVER.MAX_ITER"
+_HEAD, _TASK = "MODEL.SEM_SEG_HEAD", "MODEL.MASK_TRANSFORMER.TASK"
 _NOT_GIVEN = 1_000
 
 
@@ -88,6 +92,8 @@ def settle_encoder(cfg: CfgNode, given: GivenKeys) -> None:
 def settle_classes(cfg: CfgNode, given: GivenKeys) -> None:
     """Set the numbers of classes of the model's heads from the data-set files, or check them where they are given.
 
+    The task of a MaskTransformer is set in the same way. If its classes are words, only the training data count.
+
     Raises:
         ValueError: a given number differs, or data sets differ; the message names the key.
     """
@@ -95,29 +101,43 @@ def settle_classes(cfg: CfgNode, given: GivenKeys) -> None:
         return
     first: dict[str, str] = {}
     for name, file, counts in head_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
-        if file.panoptic:
-            if not counts["things"]:
-                raise ValueError(
-                    f"{name!r} ({file.path}) has no thing classes (isthing 1), but {cfg.MODEL.META_ARCHITECTURE} needs "
-                    "at least one; use label maps and a linear probe for stuff"
-                )
-            needed = {
-                "MODEL.ROI_HEADS.NUM_CLASSES": (counts["things"], "thing classes"),
-                "MODEL.SEM_SEG_HEAD.NUM_CLASSES": (counts["stuff"] + 1, "stuff classes, plus one for all things,"),
-            }
-        else:
-            needed = {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": (counts["classes"], "classes")}
-            needed["MODEL.SEM_SEG_HEAD.IGNORE_VALUE"] = (file.ignore_label, "")
-        for key, (value, what) in needed.items():
+        for key, (value, reason) in _needed(cfg, name, file, counts).items():
             got = value_at(cfg, key)
             if key not in given and key not in first:
                 cfg.merge_from_list([key, str(value)])
-                logger.info("%s: set to %d for %s of %s", key, value, name, file.path)
+                logger.info("%s: set to %s for %s of %s", key, value, name, file.path)
             elif got != value:
-                reason = f"the number of {what} of {name!r}" if what else f"the label of ignored pixels of {name!r}"
                 place = f"{got} in {given[key].place}" if key in given else f"{got} for {first[key]!r}"
                 raise ValueError(f"{key} must be {value}, {reason} ({file.path}), got {place}; remove or correct it")
             first.setdefault(key, name)
+
+
+def _needed(cfg: CfgNode, name: str, file: DatasetFile, counts: Mapping[str, int]) -> dict[str, tuple[object, str]]:
+    """Return the values of the keys that follow from a data set, and the reasons.
+
+    Raises:
+        ValueError: the model cannot learn the data set.
+    """
+    kind, node, result = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_TRANSFORMER, {}
+    if kind == MASK_TRANSFORMER:
+        task, labels = (TASKS[0], "panoptic labels") if file.panoptic else (TASKS[1], "label maps")
+        result[_TASK] = (task, f"the task for the {labels} of {name!r}")
+        # Classes that are words may be others in tests.
+        if node.CLASSIFIER == CLASSIFIERS[1] and name not in cfg.DATASETS.TRAIN:
+            return result
+    if not file.panoptic:
+        result[f"{_HEAD}.NUM_CLASSES"] = (counts["classes"], f"the number of classes of {name!r}")
+        result[f"{_HEAD}.IGNORE_VALUE"] = (file.ignore_label, f"the label of ignored pixels of {name!r}")
+        return result
+    if not counts["things"] and kind != MASK_TRANSFORMER:
+        raise ValueError(
+            f"{name!r} ({file.path}) has no thing classes (isthing 1), but {kind} needs at least one; use "
+            f"{MASK_TRANSFORMER}, or label maps and a linear probe, for stuff"
+        )
+    result["MODEL.ROI_HEADS.NUM_CLASSES"] = (counts["things"], f"the number of thing classes of {name!r}")
+    reason = f"the number of stuff classes, plus one for all things, of {name!r}"
+    result[f"{_HEAD}.NUM_CLASSES"] = (counts["stuff"] + 1, reason)
+    return result
 
 
 def settle_steps(cfg: CfgNode, given: GivenKeys) -> None:
