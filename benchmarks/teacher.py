@@ -16,7 +16,7 @@ from benchmarks.measure import median_seconds, peak_bytes
 from benchmarks.passes import Forward, random_image, result_if_it_fits, without_gradient
 from benchmarks.tables import NO_LIBRARY, NO_PEAK, PEAK_NOTE, Table, number, ratio
 from spar_d2.encoders import DenseEncoder, OpenCLIPEncoder, build_encoder
-from spar_d2.encoders.base import to_map
+from spar_d2.encoders.grids import to_map
 from spar_d2.encoders.precision import PRECISIONS
 from spar_d2.teacher import SlidingWindowTeacher, WindowPlan
 

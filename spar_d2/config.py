@@ -127,6 +127,10 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Blocks of the encoder whose outputs are added to the patches before the first blocks of the head, one for each; ()
     # spreads up to three evenly. The dense features are always used.
     cfg.MODEL.MASK_TRANSFORMER.LATERAL_BLOCKS = ()
+    # Number of the encoder's own last blocks that the queries pass, instead of blocks of the head (as in EoMT); 0 uses
+    # blocks of the head. Train these blocks (MODEL.SPAR.TRAINABLE last_blocks:N). BLOCKS, HEADS, LATERAL_BLOCKS and
+    # MASKED_ATTENTION then have no effect, and with CLASSIFIER "text", the image is encoded twice.
+    cfg.MODEL.MASK_TRANSFORMER.ENCODER_BLOCKS = 0
     # Share of the training in which queries attend only to the patches of their masks; it ends block by block, so that
     # inference needs no masks. 0 disables it.
     cfg.MODEL.MASK_TRANSFORMER.MASKED_ATTENTION = 0.8

@@ -19,6 +19,14 @@ logger = logging.getLogger(__name__)
 PROTOCOLS = ("paper", "config")
 
 
+def with_test_set(cfg: CfgNode, dataset: str) -> CfgNode:
+    """Return a copy of a config, not frozen, whose only test data set is this one."""
+    result = cfg.clone()
+    result.defrost()
+    result.DATASETS.TEST = (dataset,)
+    return result
+
+
 def config_for(cfg: CfgNode, dataset: str) -> CfgNode:
     """Return the config for testing on a data set.
 
@@ -35,9 +43,7 @@ def config_for(cfg: CfgNode, dataset: str) -> CfgNode:
     """
     if cfg.SPAR.TEST.PROTOCOL not in PROTOCOLS:
         raise ValueError(f"SPAR.TEST.PROTOCOL must be one of {', '.join(PROTOCOLS)}; got {cfg.SPAR.TEST.PROTOCOL!r}")
-    result = cfg.clone()
-    result.defrost()
-    result.DATASETS.TEST = (dataset,)
+    result = with_test_set(cfg, dataset)
     benchmark = BENCHMARKS.get(dataset)
     if benchmark is not None and cfg.SPAR.TEST.PROTOCOL == "paper":
         settings = benchmark.settings(find_family(cfg.MODEL.SPAR.ENCODER).name)

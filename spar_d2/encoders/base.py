@@ -13,7 +13,7 @@ from torch import nn
 
 from spar_d2.encoders.block_calls import BlockCall, Context, apply_blocks, bind_blocks
 from spar_d2.encoders.compilation import FIXED_SHAPE, compiled
-from spar_d2.encoders.grids import RecentGrids
+from spar_d2.encoders.grids import RecentGrids, to_map
 from spar_d2.encoders.image_sizes import Pad, check_images
 from spar_d2.encoders.origin import Origin
 from spar_d2.encoders.precision import PRECISIONS, cast_parameters
@@ -279,11 +279,6 @@ class DenseEncoder(nn.Module, ABC):
             return contextlib.nullcontext()
         # No autocast if freeze() has already cast the weights.
         return torch.autocast(x.device.type, self._precision, enabled=x.dtype != self._precision)
-
-
-def to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Reshape tokens (B, h * w, C) to a feature map (B, C, h, w)."""
-    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)
 
 
 def find_encoder(model: nn.Module) -> DenseEncoder:

@@ -1,4 +1,4 @@
-"""Cache of tensors that depend only on the patch grid, such as resampled position embeddings."""
+"""Feature maps on patch grids, and a cache of tensors that depend only on the grid, such as resampled positions."""
 
 from __future__ import annotations
 
@@ -46,3 +46,8 @@ class RecentGrids:
 
     def __reduce__(self) -> tuple:
         return RecentGrids, ()
+
+
+def to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Reshape tokens (B, h * w, C) to a feature map (B, C, h, w)."""
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from spar_d2.encoders.base import DenseEncoder
 from spar_d2.encoders.block_calls import Context, bind_blocks
+from spar_d2.encoders.dinotxt import DINOtxtEncoder
 from spar_d2.encoders.dinov3 import DINOv3Encoder
 from spar_d2.encoders.timm_vit import TimmViTEncoder
 
@@ -18,6 +19,16 @@ class JoinedTokens(NamedTuple):
 
     queries: torch.Tensor
     patches: torch.Tensor
+
+
+def check_joined(encoder: DenseEncoder, blocks: int) -> None:
+    """Raise ``ValueError`` if an encoder does not have as many blocks, or they do not take queries."""
+    count = len(encoder.blocks)
+    if not 1 <= blocks <= count:
+        raise ValueError(f"MODEL.MASK_TRANSFORMER.ENCODER_BLOCKS must be in 0..{count}, got {blocks}")
+    if isinstance(encoder, DINOtxtEncoder):
+        name = type(encoder).__name__
+        raise ValueError(f"MODEL.MASK_TRANSFORMER.ENCODER_BLOCKS must be 0 for {name}, whose blocks take no queries")
 
 
 def run_joined(
@@ -31,18 +42,16 @@ def run_joined(
         encoder: encoder; its precision and activation checkpointing apply, compilation does not apply to these blocks.
         x: images, see :meth:`DenseEncoder.forward`.
         queries: (Q, C), C the ``width`` of the encoder.
-        blocks: number of blocks that the queries pass, at least 1 and at most all.
+        blocks: number of blocks that the queries pass.
 
     Returns:
         Tokens before these blocks and after each of them, and the grid (h, w) of the patches.
 
     Raises:
-        ValueError: ``blocks`` is out of range, or the blocks of the encoder do not take queries.
+        ValueError: as :func:`check_joined`.
     """
-    count = len(encoder.blocks)
-    if not 1 <= blocks <= count:
-        raise ValueError(f"MODEL.MASK_TRANSFORMER.ENCODER_BLOCKS must be in 0..{count}, got {blocks}")
-    images = encoder._prepare(x)
+    check_joined(encoder, blocks)
+    count, images = len(encoder.blocks), encoder._prepare(x)
     with encoder._autocast(images):
         tokens, grid, context = encoder._embed(images)
         for call in encoder._bind([(encoder._step, context)] * (count - blocks), tokens):
@@ -73,6 +82,4 @@ def _with_queries(encoder: DenseEncoder, context: Context, count: int) -> Contex
         sin, cos = context[0].chunk(2, dim=-1)
         rows = (0, 0, 0, count)
         return (torch.cat([F.pad(sin, rows), F.pad(cos, rows, value=1.0)], dim=-1),)
-    raise ValueError(
-        f"MODEL.MASK_TRANSFORMER.ENCODER_BLOCKS must be 0 for {type(encoder).__name__}, whose blocks take no queries"
-    )
+    return context

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from spar_d2.checkpoint.checkpointer import Checkpointer
 from spar_d2.checkpoint.periodic import Checkpoints
 from spar_d2.comparison.methods import build_teacher_encode
-from spar_d2.comparison.protocol import check_vocabulary, config_for
+from spar_d2.comparison.protocol import check_vocabulary, config_for, with_test_set
 from spar_d2.data.build import PANOPTIC, build_labeled_loader, build_photo_loader, check_panoptic, pinned
 from spar_d2.data.loaders import TrainLoader
 from spar_d2.data.samplers import SampleIndex
@@ -283,21 +283,16 @@ class Trainer(DefaultTrainer):
             ValueError: config values are incompatible, see :func:`spar_d2.comparison.protocol.config_for`.
         """
         segmentor: Any = getattr(model, "module", model)
-        if isinstance(segmentor, MaskTransformer) and evaluators is None:
-            results = {}
-            for name in cfg.DATASETS.TEST:
-                dataset_cfg = cfg.clone()
-                dataset_cfg.defrost()
-                dataset_cfg.DATASETS.TEST = (name,)
-                with segmentor.classes_of(name):
-                    results[name] = super().test(dataset_cfg, model)
-            return results if len(results) != 1 else results[cfg.DATASETS.TEST[0]]
-        if not isinstance(segmentor, OpenVocabularySegmentor) or evaluators is not None:
+        if not isinstance(segmentor, (OpenVocabularySegmentor, MaskTransformer)) or evaluators is not None:
             return super().test(cfg, model, evaluators)
-        tested = SegmentorWithTTA(cfg, segmentor) if cfg.TEST.AUG.ENABLED else model
         results = {}
         for name in cfg.DATASETS.TEST:
-            dataset_cfg = config_for(cfg, name)
-            with segmentor.configured(dataset_cfg):
+            if isinstance(segmentor, MaskTransformer):
+                dataset_cfg, tested, classes = with_test_set(cfg, name), model, segmentor.classes_of(name)
+            else:
+                dataset_cfg = config_for(cfg, name)
+                tested = SegmentorWithTTA(cfg, segmentor) if cfg.TEST.AUG.ENABLED else model
+                classes = segmentor.configured(dataset_cfg)
+            with classes:
                 results[name] = super().test(dataset_cfg, tested)
         return results if len(results) != 1 else results[cfg.DATASETS.TEST[0]]

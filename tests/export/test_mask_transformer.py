@@ -82,7 +82,7 @@ def test_learned_classes_at_every_size(overrides, tmp_path, monkeypatch):
     images = pixels(50, 70, 0, 1, 2)
     logits, masks = run(path, image=images)
     assert logits.shape == (3, 6, 14) and masks.shape[:2] == (3, 6)
-    assert masks.shape[2:] == tuple(side * module.head.cells for side in model.backbone.encoder.grid(50, 70))
+    assert masks.shape[2:] == tuple(side * module.head.predictor.cells for side in model.backbone.encoder.grid(50, 70))
     same_as_model(model, logits, masks, images)
     stored = onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map
     assert json.loads(stored["spar_d2.patch_size"]) == patch

@@ -15,7 +15,9 @@ from spar_d2.export.onnx import check_bytes, save_onnx
 from spar_d2.export.onnx_precision import check_precision
 from spar_d2.modeling.example_embeddings import ClassVectors
 from spar_d2.modeling.mask_transformer.classifiers import LearnedClassifier, TextClassifier, pooled_features, two_way
-from spar_d2.modeling.mask_transformer.head import MaskTransformerHead, Prediction
+from spar_d2.modeling.mask_transformer.head import MaskTransformerHead
+from spar_d2.modeling.mask_transformer.joined_head import JoinedHead
+from spar_d2.modeling.mask_transformer.predictor import Prediction
 from spar_d2.modeling.mask_transformer.segmentor import MaskTransformer
 from spar_d2.utils.io import atomic_write, write_json
 
@@ -35,7 +37,7 @@ class ExportedMaskTransformer(ExportedEncoder):
 
     output_name = "class_logits"
     output_names = ("class_logits", "masks")
-    head: MaskTransformerHead
+    head: MaskTransformerHead | JoinedHead
 
     def __init__(self, model: MaskTransformer) -> None:
         super().__init__(model.backbone.encoder)
@@ -58,7 +60,10 @@ class ExportedMaskTransformer(ExportedEncoder):
         return self.classifier(prediction.embeddings), prediction.masks
 
     def _predicted(self, image: torch.Tensor) -> tuple[torch.Tensor, Prediction]:
-        features = self.encoder.intermediates((image - self.mean) / self.std, self.laterals, dense=True)
+        x = (image - self.mean) / self.std
+        if isinstance(self.head, JoinedHead):
+            return self.encoder(x), self.head(self.encoder, x)[-1]
+        features = self.encoder.intermediates(x, self.laterals, dense=True)
         return features[-1], self.head(features)[-1]
 
 
@@ -93,7 +98,7 @@ class ExportedTextClasses(ExportedMaskTransformer):
         """
         dense, prediction = self._predicted(image)
         self.classifier.set_classes(ClassVectors(text, query_class), seen.shape[0])
-        cosines = self.classifier.scores(pooled_features(dense, prediction.masks, self.head.cells))
+        cosines = self.classifier.scores(pooled_features(dense, prediction.masks, self.head.predictor.cells))
         logits = self.classifier(prediction.embeddings)
         probabilities = two_way(logits, cosines, self.scale, seen, self.weights)
         return probabilities.clamp(min=_LEAST).log(), prediction.masks
@@ -197,7 +202,7 @@ def write_model_classes(
     pairs = [*((name, True) for name in things), *((name, False) for name in stuff)]
     content = describe(model.backbone.encoder) | {
         "task": model.task,
-        "mask_cells": model.head.cells,
+        "mask_cells": model.head.predictor.cells,
         "object_threshold": model.object_threshold,
         "overlap_threshold": model.overlap_threshold,
         "classes": [{"name": name, "thing": thing} for name, thing in pairs],

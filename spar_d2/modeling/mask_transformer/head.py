@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from spar_d2.modeling.mask_transformer.blocks import PlaceEmbedding, QueryBlock, grid_places, rotations
-
-# Masks are predicted with at least this stride in pixels, unless patches are smaller.
-_MASK_STRIDE = 4
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Prediction of all queries, after some of the blocks.
-
-    Attributes:
-        embeddings: (B, Q, C) normalized query embeddings, for the classifier.
-        masks: (B, Q, h * s, w * s) mask logits, for s x s cells in each patch.
-    """
-
-    embeddings: torch.Tensor
-    masks: torch.Tensor
+from spar_d2.modeling.mask_transformer.predictor import MaskPredictor, Prediction
 
 
 class MaskTransformerHead(nn.Module):
@@ -83,13 +66,7 @@ class MaskTransformerHead(nn.Module):
         # A norm and a projection for each feature map of the encoder.
         self.laterals = nn.ModuleList(nn.Sequential(LayerNorm2d(c), nn.Conv2d(c, width, 1)) for c in widths)
         self.blocks = nn.ModuleList(QueryBlock(width, heads) for _ in range(blocks))
-        self.norm = nn.LayerNorm(width)
-        self.mask_embedding = nn.Sequential(
-            nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)
-        )
-        steps = max(0, math.floor(math.log2(patch_size / _MASK_STRIDE) + 0.5))
-        self.cells = 2**steps
-        self.upsampling = nn.Sequential(*(_doubling(width) for _ in range(steps)))
+        self.predictor = MaskPredictor(width, patch_size)
 
     def forward(self, features: Sequence[torch.Tensor], masked: Sequence[bool] = ()) -> list[Prediction]:
         """Predict masks.
@@ -112,7 +89,7 @@ class MaskTransformerHead(nn.Module):
         queries = self.queries.expand(dense.shape[0], -1, -1)
         tokens = torch.cat([queries.to(dense.dtype), dense.flatten(2).transpose(1, 2)], dim=1)
         tokens = tokens + self.place_embedding(places)
-        predictions = [self._predict(tokens, grid, False)] if self.training else []
+        predictions = [self.predictor(tokens, count, grid, False)] if self.training else []
         for number, block in enumerate(self.blocks):
             if number < len(lower):
                 tokens = torch.cat([tokens[:, :count], tokens[:, count:] + lower[number].flatten(2).transpose(1, 2)], 1)
@@ -125,32 +102,10 @@ class MaskTransformerHead(nn.Module):
                 tokens = block(tokens, rotation, allowed)
             last = number == len(self.blocks) - 1
             if self.training or last:
-                predictions.append(self._predict(tokens, grid, last))
+                predictions.append(self.predictor(tokens, count, grid, last))
         return predictions
-
-    def _predict(self, tokens: torch.Tensor, grid: tuple[int, int], fine: bool) -> Prediction:
-        """Predict masks with learned upsampling of the patches, or with bilinear upsampling of the masks."""
-        count = len(self.queries)
-        tokens = self.norm(tokens)
-        embeddings = tokens[:, :count]
-        pixels = tokens[:, count:].transpose(1, 2).unflatten(2, grid)
-        pixels = self.upsampling(pixels) if fine else pixels
-        masks = torch.einsum("bqc,bchw->bqhw", self.mask_embedding(embeddings), pixels)
-        if not fine and self.cells > 1:
-            masks = F.interpolate(masks, scale_factor=self.cells, mode="bilinear", align_corners=False)
-        return Prediction(embeddings, masks)
 
     def _allowed(self, masks: torch.Tensor) -> torch.Tensor:
         """Return the patches (B, Q, N) bool inside of each mask; all of them for masks that are empty."""
-        inside = F.avg_pool2d(masks.detach().float(), self.cells).flatten(2) > 0
+        inside = F.avg_pool2d(masks.detach().float(), self.predictor.cells).flatten(2) > 0
         return inside | ~inside.any(2, keepdim=True)
-
-
-def _doubling(width: int) -> nn.Module:
-    """Double the resolution of a feature map."""
-    return nn.Sequential(
-        nn.ConvTranspose2d(width, width, 2, stride=2),
-        nn.GELU(),
-        nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
-        LayerNorm2d(width),
-    )

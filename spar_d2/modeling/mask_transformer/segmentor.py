@@ -16,8 +16,10 @@ from spar_d2.modeling.banded_upsampling import covered_size
 from spar_d2.modeling.dense_inference import DenseInference
 from spar_d2.modeling.inference_inputs import of_one_size, result_size
 from spar_d2.modeling.mask_transformer.classifiers import LearnedClassifier, TextClassifier, pooled_features, two_way
-from spar_d2.modeling.mask_transformer.head import MaskTransformerHead, Prediction
+from spar_d2.modeling.mask_transformer.head import MaskTransformerHead
+from spar_d2.modeling.mask_transformer.joined_head import JoinedHead
 from spar_d2.modeling.mask_transformer.losses import Criterion, Group
+from spar_d2.modeling.mask_transformer.predictor import Prediction
 from spar_d2.modeling.mask_transformer.readout import Queries
 from spar_d2.modeling.mask_transformer.settings import TASKS, settings
 from spar_d2.modeling.mask_transformer.targets import Targets, panoptic_targets, semantic_targets
@@ -60,7 +62,7 @@ class MaskTransformer(DenseInference, nn.Module):
         self,
         *,
         backbone: SPARViT,
-        head: MaskTransformerHead,
+        head: MaskTransformerHead | JoinedHead,
         classifier: LearnedClassifier | TextClassifier,
         criterion: Criterion,
         things: int,
@@ -151,7 +153,7 @@ class MaskTransformer(DenseInference, nn.Module):
 
     def _group(self, same: Sequence[int], images: Sequence[torch.Tensor], inputs: Sequence[dict]) -> Group:
         x = torch.stack([images[index] for index in same])
-        predictions = self.head(self._features(x), self._masked())
+        predictions = self._predictions(x)[1]
         if isinstance(self.classifier, TextClassifier) and self.vocabulary is not None:
             self.vocabulary.for_training(self.classifier, x.device)
         embeddings = torch.stack([prediction.embeddings for prediction in predictions])
@@ -173,15 +175,18 @@ class MaskTransformer(DenseInference, nn.Module):
             return panoptic_targets(dict(inputs), self.things, self.ignore_label, excluded)
         return semantic_targets(dict(inputs), self.ignore_label, excluded)
 
-    def _features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return self.backbone.encoder.intermediates(self.backbone.convert(x), self.laterals, dense=True)
+    def _predictions(self, x: torch.Tensor) -> tuple[torch.Tensor | None, list[Prediction]]:
+        """Return dense features, or None if queries pass the encoder, and predictions for images (B, 3, H, W)."""
+        if isinstance(self.head, JoinedHead):
+            return None, self.head(self.backbone.encoder, self.backbone.convert(x))
+        features = self.backbone.encoder.intermediates(self.backbone.convert(x), self.laterals, dense=True)
+        return features[-1], self.head(features, self._masked(len(self.head.blocks)))
 
-    def _masked(self) -> list[bool]:
+    def _masked(self, count: int) -> list[bool]:
         """Choose the blocks in which queries attend only to their masks, at random as the training proceeds."""
-        if not self.masked_attention or not has_event_storage():
+        if not (self.training and self.masked_attention and has_event_storage()):
             return []
         # In blocks, from 0 to their number at the end of masked attention.
-        count = len(self.head.blocks)
         progress = get_event_storage().iter / self.max_iter / self.masked_attention * count
         draws = torch.rand(count)
         return [bool(draw > progress - number) for number, draw in enumerate(draws.tolist())]
@@ -189,9 +194,8 @@ class MaskTransformer(DenseInference, nn.Module):
     @torch.no_grad()
     def _inferred(self, images: Sequence[torch.Tensor], inputs: Sequence[dict]) -> list[dict]:
         x = torch.stack(list(images))
-        features = self._features(x)
-        prediction = self.head(features)[-1]
-        probabilities = self._probabilities(x, features[-1], prediction)
+        dense, (*_, prediction) = self._predictions(x)
+        probabilities = self._probabilities(x, dense, prediction)
         encoder, size = self.backbone.encoder, tuple(x.shape[2:])
         grid = encoder.grid(*size)
         things = self.things if self.vocabulary is None else self.vocabulary.things
@@ -203,13 +207,13 @@ class MaskTransformer(DenseInference, nn.Module):
             results.append(self._outputs(Queries(probabilities[number], masks, covered, wanted, things)))
         return results
 
-    def _probabilities(self, x: torch.Tensor, dense: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-        """Compute class probabilities (B, Q, K + 1)."""
+    def _probabilities(self, x: torch.Tensor, dense: torch.Tensor | None, prediction: Prediction) -> torch.Tensor:
+        """Compute class probabilities (B, Q, K + 1); ``dense`` is None to compute the features that are pooled."""
         if not isinstance(self.classifier, TextClassifier) or self.vocabulary is None:
             return self.classifier(prediction.embeddings).float().softmax(-1)
         self.vocabulary.for_inference(self.classifier, x.device)
         logits = self.classifier(prediction.embeddings)
-        if self.inference != "single_pass":
+        if dense is None or self.inference != "single_pass":
             dense = self.dense_maps(self.backbone.convert(x))
         cosines = self.classifier.scores(pooled_features(dense, prediction.masks))
         return two_way(logits, cosines, *self.vocabulary.two_way(x.device))

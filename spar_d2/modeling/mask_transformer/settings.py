@@ -8,9 +8,11 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from spar_d2.encoders import DenseEncoder
+from spar_d2.encoders.joined_queries import check_joined
 from spar_d2.modeling.backbone import SPARViT
 from spar_d2.modeling.mask_transformer.classifiers import LearnedClassifier, TextClassifier
 from spar_d2.modeling.mask_transformer.head import MaskTransformerHead
+from spar_d2.modeling.mask_transformer.joined_head import JoinedHead
 from spar_d2.modeling.mask_transformer.losses import Criterion
 from spar_d2.modeling.mask_transformer.matching import Weights
 from spar_d2.modeling.mask_transformer.vocabulary_classes import VocabularyClasses
@@ -45,7 +47,12 @@ def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
     laterals = lateral_blocks(encoder, node.LATERAL_BLOCKS, node.BLOCKS)
     widths = [*[encoder.width] * len(laterals), encoder.embed_dim]
     size = (node.QUERIES, node.WIDTH, node.BLOCKS, node.HEADS)
-    head = MaskTransformerHead(widths, encoder.patch_size, *size, checkpointing=spar.CHECKPOINTING)
+    head: MaskTransformerHead | JoinedHead
+    if node.ENCODER_BLOCKS:
+        check_joined(encoder, node.ENCODER_BLOCKS)
+        head = JoinedHead(encoder.width, encoder.patch_size, node.QUERIES, node.WIDTH, node.ENCODER_BLOCKS)
+    else:
+        head = MaskTransformerHead(widths, encoder.patch_size, *size, checkpointing=spar.CHECKPOINTING)
     vocabulary = None
     if node.CLASSIFIER == CLASSIFIERS[0]:
         classifier: LearnedClassifier | TextClassifier = LearnedClassifier(node.WIDTH, things + stuff)

@@ -231,10 +231,10 @@ def test_checkpointing_gives_the_same_gradients_with_fewer_saved_tensors():
 def test_the_mask_is_a_product_of_query_and_upsampled_patches():
     model, maps = head(), features((3, 4))
     tokens = []
-    model.norm.register_forward_hook(lambda module, args, output: tokens.append(output))
+    model.predictor.norm.register_forward_hook(lambda module, args, output: tokens.append(output))
     (prediction,) = model(maps)
-    pixels = model.upsampling(tokens[0][:, QUERIES:].transpose(1, 2).unflatten(2, (3, 4)))
-    expected = F.conv2d(pixels[:1], model.mask_embedding(tokens[0][0, :QUERIES])[:, :, None, None])
+    pixels = model.predictor.upsampling(tokens[0][:, QUERIES:].transpose(1, 2).unflatten(2, (3, 4)))
+    expected = F.conv2d(pixels[:1], model.predictor.mask_embedding(tokens[0][0, :QUERIES])[:, :, None, None])
     torch.testing.assert_close(prediction.masks[:1], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(prediction.embeddings, tokens[0][:, :QUERIES])
 

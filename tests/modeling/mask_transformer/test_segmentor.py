@@ -245,15 +245,15 @@ def test_masked_attention_ends_block_by_block():
     shares = []
     for iteration in (0, 10, 30, 50, 79, 80, 99):
         with EventStorage(iteration):
-            shares.append(torch.tensor([model._masked() for _ in range(100)]).float().mean(0).tolist())
+            shares.append(torch.tensor([model._masked(4) for _ in range(100)]).float().mean(0).tolist())
     assert shares[0] == [1] * 4 and shares[-1] == shares[-2] == [0] * 4
     assert 0.2 < shares[1][0] < 0.8 and shares[1][1:] == [1] * 3
     assert shares[2][0] == 0 and 0.2 < shares[2][1] < 0.8 and shares[2][2:] == [1] * 2
     assert shares[4][:3] == [0] * 3 and shares[4][3] < 0.3
-    assert model._masked() == [], "outside of a training there is no progress"
+    assert model._masked(4) == [], "outside of a training there is no progress"
     without = small_model("MODEL.MASK_TRANSFORMER.MASKED_ATTENTION", 0.0).train()
     with EventStorage(0):
-        assert not any(without._masked())
+        assert not any(without._masked(4))
 
 
 def test_weights_are_those_of_encoder_head_and_classifier(model):

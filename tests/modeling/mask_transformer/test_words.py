@@ -178,11 +178,10 @@ def test_with_extreme_weights_the_model_uses_only_one_of_both(weight):
     model = small_model(*TEXT, WEIGHTS[0], weight, WEIGHTS[1], weight)
     x = model.encoder_input(image((40, 56)))
     with torch.no_grad():
-        features = model._features(x)
-        prediction = model.head(features)[-1]
-        found = model._probabilities(x, features[-1], prediction)
+        dense, (prediction,) = model._predictions(model._normalize(image((40, 56)))[None])
+        found = model._probabilities(x, dense, prediction)
         logits = model.classifier(prediction.embeddings)
-        cosines = model.classifier.scores(pooled_features(features[-1], prediction.masks))
+        cosines = model.classifier.scores(pooled_features(dense, prediction.masks))
     expected = logits.softmax(-1)
     if weight:
         nothing = expected[..., -1:]
@@ -231,13 +230,11 @@ def test_sliding_windows_encode_the_pooled_features():
     single = small_model(*TEXT)
     model = small_model(*TEXT, "MODEL.SPAR.INFERENCE", "sliding_window")
     record = {"image": image((90, 120))}
-    x = model.encoder_input(record["image"])
+    x = model._normalize(record["image"])[None]
     with torch.no_grad():
-        features = model._features(x)
-        prediction = model.head(features)[-1]
-        found = model._probabilities(x, features[-1], prediction)
-        other = single._probabilities(x, features[-1], prediction)
-    assert model.dense_maps(x).shape == features[-1].shape
+        dense, (prediction,) = model._predictions(x)
+        found, other = (one._probabilities(x, dense, prediction) for one in (model, single))
+    assert model.dense_maps(model.backbone.convert(x)).shape == dense.shape
     assert not torch.allclose(found, other)
     assert model([record])[0]["panoptic_seg"][0].shape == (90, 120)
 
