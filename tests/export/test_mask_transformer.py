@@ -1,6 +1,7 @@
 """Export of a MaskTransformer to ONNX: the outputs of the model at every size, with learned classes and words."""
 
 import json
+import re
 import sys
 from importlib import import_module
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from PIL import Image
 from safetensors.torch import load_file
 
 from reference import ROOT, TINY_CONFIG, reference_image
@@ -128,6 +130,20 @@ def test_the_command_with_fixed_words_writes_classes_and_checks(overrides, tmp_p
     model = build(overrides, *more, "MODEL.SPAR.VOCABULARY", "things: star, asterisk; cat; stuff: grass")
     images = pixels(40, 71, 1)
     same_as_model(model, *run(tmp_path / "a.onnx", image=images), images)
+    the_example_of_the_documentation_runs(tmp_path, monkeypatch)
+
+
+def the_example_of_the_documentation_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for suffix in (".onnx", ".json"):
+        (folder / "a").with_suffix(suffix).rename((folder / "model").with_suffix(suffix))
+    Image.fromarray(reference_image(40, 71, 1)).save("photo.jpg", quality=100, subsampling=0)
+    page = (ROOT / "docs/deploying.md").read_text()
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "mask_cells" in code)
+    variables = {}
+    exec(code, variables)
+    assert variables["found"] and {name for name, *_ in variables["found"]} <= {"star", "cat", "grass"}
+    assert all(mask.shape == (40, 71) and 0 <= score <= 1 for _, score, mask in variables["found"])
 
 
 @pytest.mark.parametrize(
