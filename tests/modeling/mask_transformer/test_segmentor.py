@@ -19,6 +19,7 @@ from small_mask_transformers import (
     STUFF,
     TEXT,
     THINGS,
+    centers,
     image,
     panoptic_record,
     semantic_record,
@@ -26,6 +27,7 @@ from small_mask_transformers import (
     small_model,
     use_all_pixels,
 )
+from spar_d2.modeling.mask_transformer.points import placed, sample
 
 ALL = ["MODEL.MASK_TRANSFORMER.OUTPUTS", "('panoptic_seg', 'sem_seg', 'instances')"]
 SCORES = ["MODEL.SPAR.OUTPUT", "scores"]
@@ -190,6 +192,16 @@ def test_losses_of_two_sizes_are_averaged_over_segments(monkeypatch, keys, make)
         torch.testing.assert_close(together[name], expected, rtol=1e-4, atol=1e-5)
     of_class = [losses["loss_class"] for losses in alone]
     assert min(of_class) <= together["loss_class"] <= max(of_class)
+
+
+def test_masks_in_training_are_where_they_are_in_inference(model):
+    """Pixels of an image whose last patches stick out, of which the losses choose some."""
+    record, size = panoptic_record((33, 30)), (33, 30)
+    with torch.no_grad():
+        group = copy.deepcopy(model).train()._group([0], [model._normalize(record["image"])], [record])
+    points = placed(centers(size), group.scale)
+    found = sample(group.masks[-1], points[None])[0].sigmoid().view(QUERIES, *size)
+    torch.testing.assert_close(found, plain_queries(model, record["image"])[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("keys", [(), TEXT, ["MODEL.SPAR.CHECKPOINTING", True]])
