@@ -105,8 +105,8 @@ def build_labeled_loader(cfg: CfgNode, seed: int) -> LabeledLoader:
     panoptic = kinds == {True}
     for name in names:
         check_panoptic(name)
-    _check_task(cfg, panoptic)
     if panoptic:
+        _check_task(cfg)
         _check_classes(cfg, names)
     # The decorator of Detectron2's mappers hides their signature from type checkers.
     mapper = cast(Any, PanopticMapper if panoptic else SemanticMapper)(cfg, True)
@@ -164,20 +164,21 @@ def _check_records(cfg: CfgNode, record: dict) -> None:
     needed = _LABELS.get(PANOPTIC_FPN if is_panoptic else model, ())
     missing = [key for key in needed if key not in record]
     if missing:
+        remedy = "; for label maps, set MODEL.MASK_TRANSFORMER.TASK semantic" if is_panoptic else ""
         raise ValueError(
             f"DATASETS.TRAIN: {model} is trained on {' and '.join(needed)}, but the records of "
             f"{list(cfg.DATASETS.TRAIN)} have no {' and no '.join(missing)}; they have {', '.join(sorted(record))}"
+            f"{remedy}"
         )
 
 
-def _check_task(cfg: CfgNode, panoptic: bool) -> None:
-    """Raise ``ValueError`` if the task of a MaskTransformer differs from the kind of its training data."""
-    needed, got = "panoptic" if panoptic else "semantic", cfg.MODEL.MASK_TRANSFORMER.TASK
-    if cfg.MODEL.META_ARCHITECTURE == MASK_TRANSFORMER and got != needed:
-        labels = "panoptic masks" if panoptic else "no panoptic masks"
+def _check_task(cfg: CfgNode) -> None:
+    """Raise ``ValueError`` if panoptic masks are training data of a MaskTransformer with another task."""
+    task = cfg.MODEL.MASK_TRANSFORMER.TASK
+    if cfg.MODEL.META_ARCHITECTURE == MASK_TRANSFORMER and task != "panoptic":
         raise ValueError(
-            f"MODEL.MASK_TRANSFORMER.TASK must be {needed} for {list(cfg.DATASETS.TRAIN)}, which have {labels}; "
-            f"got {got}"
+            f"MODEL.MASK_TRANSFORMER.TASK must be panoptic for {list(cfg.DATASETS.TRAIN)}, which have panoptic masks; "
+            f"got {task}"
         )
 
 

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import yaml
 
 from own_sets import CATEGORIES, forget, panoptic_set, semantic_set
 from reference import ROOT
 from spar_d2.data.build import build_labeled_loader
 from spar_d2.engine.setup import load_config
 from spar_d2.engine.trainer import Trainer
+from spar_d2.modeling.mask_transformer.vocabulary_classes import dataset_vocabulary
 
 OWN = str(ROOT / "configs/panoptic/own_data_mask_transformer.yaml")
 NODE = "MODEL.MASK_TRANSFORMER"
@@ -50,6 +52,18 @@ def test_task_and_classes_are_those_of_the_file(tmp_path):
     assert (cfg.MODEL.MASK_TRANSFORMER.TASK, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES) == ("semantic", 3)
 
 
+def test_synonyms_of_the_file_are_words(tmp_path):
+    file = panoptic_set(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    name = CATEGORIES[0]["name"]
+    content["classes"] = [{"name": c["name"]} for c in CATEGORIES]
+    content["classes"][0]["synonyms"] = ["vessel", "ship"]
+    file.write_text(yaml.safe_dump(content))
+    load(file)
+    words = dataset_vocabulary(f"{file.stem}_val", True).vocabulary.classes
+    assert (name, "vessel", "ship") in words and len(words) == len(CATEGORIES)
+
+
 def test_a_task_that_does_not_fit_is_named(tmp_path):
     message = r"TRANSFORMER\.TASK must be semantic, the task for the label maps of 'beach_train' .*got panoptic"
     with pytest.raises(ValueError, match=message):
@@ -79,7 +93,9 @@ def test_the_task_is_checked_for_all_data_sets():
     with pytest.raises(ValueError, match=r"TASK must be panoptic for \['spar_scenes_panoptic_train'\]"):
         build_labeled_loader(cfg, 0)
     cfg = load_config(OWN, ["DATASETS.TRAIN", "spar_scenes_train"])
-    with pytest.raises(ValueError, match=r"TASK must be semantic for \['spar_scenes_train'\], .*; got panoptic"):
+    with pytest.raises(
+        ValueError, match=r"\['spar_scenes_train'\] have no annotations.*set MODEL\.MASK_TRANSFORMER\.TASK semantic"
+    ):
         build_labeled_loader(cfg, 0)
 
 

@@ -92,7 +92,9 @@ def _register(file: DatasetFile, split: Split, categories: Sequence[dict]) -> No
 def _metadata(file: DatasetFile, split: Split, categories: Sequence[dict]) -> dict[str, Any]:
     if file.panoptic:
         paths = {"panoptic_json": split.labels, "panoptic_root": split.masks, "image_root": split.images[0]}
-        return {**panoptic_metadata(categories), **(paths if split.labels else {}), "dataset_file": file.path}
+        synonyms = {entry.name: list(entry.synonyms) for entry in file.classes if entry.synonyms}
+        form = {**panoptic_metadata(categories), "synonyms": synonyms, "dataset_file": file.path}
+        return {**form, **(paths if split.labels else {})}
     names = [data_class.name for data_class in file.classes]
     classes = {
         "stuff_classes": names,

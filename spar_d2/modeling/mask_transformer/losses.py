@@ -62,10 +62,6 @@ class Criterion:
         unlabeled = iter([part for _, part in found])
         device = groups[0].masks.device
         segments = sum(len(target.classes) for group in groups for target in group.targets)
-        count = torch.full((), float(segments), device=device)
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(count)
-            count /= comm.get_world_size()
         stages = len(groups[0].logits)
         class_sums = torch.zeros(2, stages, device=device)
         mask_sums = torch.zeros(2, device=device)
@@ -82,11 +78,16 @@ class Criterion:
             index = send(index, device).unbind(1)
             class_sums = class_sums + self._class_sums(group, index, ignored)
             mask_sums = mask_sums + self._mask_sums(group, index)
+        counts = torch.cat([class_sums[1].detach(), torch.full((1,), float(segments), device=device)])
+        if comm.get_world_size() > 1:
+            # Gradients are averaged over the processes, so that these are means, too.
+            torch.distributed.all_reduce(counts)
+            counts /= comm.get_world_size()
         # The mean of each stage, then the sum over stages.
-        losses = (class_sums[0] / class_sums[1].clamp(min=1e-6)).sum()
-        mask_loss, dice_loss = mask_sums / count.clamp(min=1)
+        class_loss = (class_sums[0] / counts[:-1].clamp(min=1e-6)).sum()
+        mask_loss, dice_loss = mask_sums / counts[-1].clamp(min=1)
         return {
-            "loss_class": self.weights.classes * losses,
+            "loss_class": self.weights.classes * class_loss,
             "loss_mask": self.weights.mask * mask_loss,
             "loss_dice": self.weights.dice * dice_loss,
         }

@@ -161,5 +161,7 @@ def dataset_vocabulary(name: str, panoptic: bool) -> PanopticVocabulary:
             for key, contiguous in (("thing_classes", numbers.things), ("stuff_classes", numbers.stuff))
         )
         if None not in (*things, *stuff):
+            synonyms = metadata.get("synonyms") or {}
+            things, stuff = ([[word, *synonyms.get(word, ())] for word in names] for names in (things, stuff))
             return PanopticVocabulary(things, stuff)
     raise ValueError(f"the data set {name!r} has no names of classes in its metadata, which text embeddings need")
