@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from open_clip.tokenizer import basic_clean, whitespace_clean
 from PIL import Image
 
 from browser import chromium, served
@@ -14,6 +15,7 @@ from reference import ROOT
 from spar_d2.export.browser.packages import RUNTIME, copy_package
 from spar_d2.export.browser.words import clip_tokenizer, tokenizer_json
 from spar_d2.predict import segment
+from spar_d2.text import Vocabulary
 from spar_d2.toy.scenes import SCENE_CLASSES, training_scene
 
 TINY = [str(ROOT / f"configs/toy/tiny_clip.{suffix}") for suffix in ("json", "safetensors")]
@@ -97,6 +99,30 @@ def test_the_page_labels_photos_as_python_does(folder, browser, tmp_path):
         show(page, photo(tmp_path / "wide.png", (2000, 1000)), "resized from 2000×1000")
         assert len(found(page)) < 1000
         assert hosts == {address.split("/")[2]} and not problems
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_typed_classes_are_read_as_in_python(folder, browser):
+    typed = [
+        "grass, meadow; Meadow, sand\n GRASS , snow;; ,\nsnow, snow",
+        "Stra\u00dfe; STRASSE, \u1e9e; caf\u00e9, cafe\u0301; \u0131; i, \u0130",
+        "\u03a3\u0391\u03a3, \u03c3\u03b1\u03c2",
+        "\u00a0tall\u2003grass ,tall  grass;\x1c\ufeffsand\u3000",
+        "rock &amp roll; \ufb01eld\u2019s &quot, \u201cwet\u201d\uff0c \uff33ky; &lt b; \x07bell; &#65 &#x42; &amp,amp",
+        "<img src=x onerror=alert(1)>; __proto__, constructor",
+    ]
+    with served(folder) as address:
+        page = browser.new_page()
+        page.goto(address)
+        read = "async ([address, typed]) => typed.map((await import(`${address}names.js`)).readClasses)"
+        found = page.evaluate(read, [address, typed])
+    for classes, text in zip(found, typed):
+        expected = Vocabulary(Vocabulary.split(text))
+        assert [one["name"] for one in classes] == expected.names
+        assert [tuple(one["synonyms"]) for one in classes] == list(expected.classes)
+        cleaned = [[whitespace_clean(basic_clean(name)) for name in names] for names in expected.classes]
+        assert [one["texts"] for one in classes] == cleaned
 
 
 # The page waits for the tasks that a test holds.

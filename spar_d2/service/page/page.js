@@ -87,8 +87,6 @@ async function ask(words, signal) {
   };
   say("Segmenting ...");
   const record = await segment(fields, signal);
-  // Another run may have begun while the labels were unpacked.
-  signal.throwIfAborted();
   single.show(record, image, seconds(record));
   at("window").hidden = at("pca").hidden = true;
   at("empty").hidden = true;
