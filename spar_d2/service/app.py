@@ -135,8 +135,11 @@ class _Service:
         pixels = await run_in_threadpool(read_pixels, form.image, self._limits.max_pixels)
         count, most, side = self._model.patches(pixels.shape[:2]), self._limits.max_patches, self._model.patch_size
         if count > most:
-            size = f"{count:,} patches of {side} x {side} pixels"
-            raise Refusal(413, f"The image has {size}; at most {most:,} are allowed. Make it smaller.")
+            raise Refusal(
+                413,
+                f"The image has {count:,} patches of {side} x {side} pixels; at most {most:,} are allowed. "
+                "Make it smaller.",
+            )
         return pixels
 
     def _check_windows(self, task: Task, pixels: np.ndarray) -> None:
