@@ -161,8 +161,7 @@ class Predictor:
         _check_numbers(logit_scale=logit_scale or 0, prob_threshold=prob_threshold, area_threshold=area_threshold or 0)
         model = self._segmentor
         scale = model.encoder.logit_scale if logit_scale is None else logit_scale
-        refinement = Refinement(parse_refine(refine), anyup=model.anyup)
-        reading = Reading(refinement, scale, prob_threshold, area_threshold)
+        reading = Reading(Refinement(parse_refine(refine), anyup=model.anyup), scale, prob_threshold, area_threshold)
         mode = model.resolve(Inference(inference, window, stride))
         several = isinstance(images, (list, tuple))
         pixels = [read_image(image) for image in (images if several else [images])]
@@ -196,12 +195,12 @@ class Predictor:
         Raises:
             ValueError, FileNotFoundError, RuntimeError: see these functions.
         """
-        classes = Vocabulary.of(vocabulary)
+        classes, settings = Vocabulary.of(vocabulary), (bands, value_range, tile, overlap)
+        segment_raster(lambda pixels: self(pixels, classes, **options).labels, classes.names, source, path, *settings)
 
-        def labels(pixels: np.ndarray) -> np.ndarray:
-            return self(pixels, classes, **options).labels
-
-        segment_raster(labels, classes.names, source, path, bands, value_range, tile, overlap)
+    def cache_words(self, is_on: bool) -> None:
+        """Choose whether text embeddings of new words are written to the disk; else, they are in memory only."""
+        self._segmentor.embeddings.is_saving = is_on
 
     def features(self, image: ImageLike) -> torch.Tensor:
         """Compute the dense features of an image in a single pass.

@@ -22,6 +22,7 @@ from spar_d2.service.app import Settings, create_app
 from spar_d2.service.guard import LOOPBACK
 from spar_d2.service.limits import Limits
 from spar_d2.service.model import Model
+from spar_d2.service.server import server_config
 from spar_d2.text import Vocabulary
 from spar_d2.toy.scenes import draw_scene
 
@@ -46,7 +47,8 @@ def running(
     settings = Settings("tiny_clip", "cpu", vocabulary)
     app = create_app(model or toy_model(), settings, Limits(**limits), page, hosts)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
+        options = {"log_level": "critical", "timeout_graceful_shutdown": 5}
+        server = uvicorn.Server(server_config(app, Limits(**limits), **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

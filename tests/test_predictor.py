@@ -75,6 +75,13 @@ def test_other_images_are_refused(predictor, image, message):
         predictor([reference_image(8, 8), image], WORDS)
 
 
+def test_a_file_object_at_its_end_is_named():
+    file = io.BytesIO(png(reference_image(8, 8)))
+    file.read()
+    with pytest.raises(ValueError, match=r"got BytesIO without bytes, or it was read to its end: call seek\(0\) first"):
+        read_image(file)
+
+
 def test_large_encoded_images_are_refused_by_their_header(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="SPAR_MAX_PIXELS"):

@@ -28,6 +28,9 @@ _REQUIRED = {
     "cv2": "opencv-python",
     "PIL": "Pillow",
     "pycocotools": "pycocotools",
+    "fvcore": "fvcore",
+    "iopath": "iopath",
+    "omegaconf": "omegaconf",
 }
 _OPTIONAL = {
     "triton": ("triton", "faster label prediction on NVIDIA GPUs; included in PyTorch for CUDA"),
@@ -44,28 +47,36 @@ def main() -> None:
         width = max(len(name) for name, _ in lines)
         print("\n".join(printable(f"{name:<{width}}  {value}") for name, value in lines))
     if missing:
-        print("\nMissing:\n" + "\n".join(f"  {name}: {command}" for name, command in missing.items()))
+        print("\nMissing or broken:\n" + "\n".join(f"  {name}: {command}" for name, command in missing.items()))
         raise SystemExit(1)
-    print("\nAll required packages are installed.")
+    print("\nAll required packages are installed and can be imported.")
 
 
 def report() -> tuple[list[tuple[str, str]], dict[str, str]]:
-    """Return the names and values to print, and the install command of each missing distribution."""
+    """Return the names and values to print, and the install command of each missing or broken distribution."""
     lines = [("spar_d2", f"{spar_d2.__version__} in {Path(spar_d2.__file__).parent}")]
     lines.append(("Python", f"{platform.python_version()}, {sys.executable}"))
     lines.append(("system", platform.platform()))
     missing = {}
     for module, distribution in _REQUIRED.items():
         version = _version(module, distribution)
-        lines.append((distribution, version or "not installed"))
+        fault = _fault(module) if version else ""
+        lines.append((distribution, f"{version}{fault}" if version else "not installed"))
         if not version:
             missing[distribution] = f"pip install {distribution}"
+        elif fault:
+            # A release of torchvision belongs to one of torch.
+            names = "torch torchvision" if distribution == "torchvision" else distribution
+            missing[distribution] = f"pip install --upgrade {names}"
     detectron2 = _version("detectron2", "detectron2")
-    lines.append(("detectron2", f"{detectron2}, {_compiled()}" if detectron2 else "not installed"))
-    if not detectron2:
+    fault = _fault("detectron2") if detectron2 else ""
+    lines.append(("detectron2", f"{detectron2}{fault or f', {_compiled()}'}" if detectron2 else "not installed"))
+    if fault or not detectron2:
         missing["detectron2"] = _INSTALL_DETECTRON2
     for module, (distribution, use) in _OPTIONAL.items():
-        lines.append((distribution, _version(module, distribution) or f"not installed (optional: {use})"))
+        version = _version(module, distribution)
+        value = f"{version}{_fault(module)}" if version else f"not installed (optional: {use})"
+        lines.append((distribution, value))
     if "torch" not in missing:
         lines += _devices()
     return [*lines, *_folders()], missing
@@ -79,6 +90,15 @@ def _version(module: str, distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "unknown version"
+
+
+def _fault(module: str) -> str:
+    """Return why an installed module cannot be imported, or ""."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # packages of other versions, and libraries for another system, raise anything
+        return f" cannot be imported: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
 
 
 def _compiled() -> str:

@@ -42,12 +42,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     formats = parser.add_subparsers(required=True, metavar="FORMAT")
 
-    def command(name: str, about: str, run, output: str) -> argparse.ArgumentParser:
+    def command(name: str, about: str, run, output: str, random: str = ' ("": random)') -> argparse.ArgumentParser:
         command = formats.add_parser(name, help=about, description=f"Export to {about}.")
         command.set_defaults(run=run)
         add = command.add_argument
         add("--encoder", required=name != "onnx", metavar="NAME", help="model or its folder, as in MODEL.SPAR.ENCODER")
-        add("--pretrained", default="", metavar="TAG_OR_FILE", help='weights, as in MODEL.SPAR.PRETRAINED ("": random)')
+        add("--pretrained", default="", metavar="TAG_OR_FILE", help=f"weights, as in MODEL.SPAR.PRETRAINED{random}")
         add("--readout", default="", help="read-out, as in MODEL.SPAR.READOUT")
         add("--dinov3-repo", default="", metavar="DIR", help="clone of the dinov3 repository, for DINOv3.txt")
         add("--output", type=Path, required=True, metavar=output)
@@ -70,7 +70,8 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help='MaskTransformer with a text classifier: the classes are the inputs "text", "query_class" and "seen"',
     )
-    folder = command("folder", "a folder that is used like a model name", run_folder, "DIR")
+    needed = "; needed, unless --encoder is a model folder: random weights are refused"
+    folder = command("folder", "a folder that is used like a model name", run_folder, "DIR", needed)
     folder.add_argument("--license", default="", help="license of the weights, for the model card")
     browser = command("browser", "a page that segments photos in the visitor's browser", run_browser, "DIR")
     _add_classes(browser, required=True)

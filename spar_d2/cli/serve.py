@@ -16,8 +16,6 @@ from pathlib import Path
 from spar_d2.utils.errors import make_logs_printable, readable_errors
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Connections beyond it are refused before anything is read.
-_MOST_CONNECTIONS = 1000
 
 
 def parse_args(description: str | None) -> argparse.Namespace:
@@ -46,10 +44,13 @@ def parse_args(description: str | None) -> argparse.Namespace:
     helps = {
         "max_bytes": "size of a request",
         "max_pixels": "pixels of an image",
+        "max_patches": "patches of an image",
         "max_waiting": "requests that wait for the model; others get the status 503",
         "max_classes": "classes of a vocabulary",
+        "max_words": "class names and synonyms of a vocabulary",
         "max_windows": "windows of an image with inference=sliding_window",
-        "body_seconds": "seconds in which a request must be received",
+        "head_seconds": "seconds in which the head of a request must be received",
+        "body_seconds": "seconds in which the rest of a request must be received",
     }
     for name, text in helps.items():
         default = getattr(Limits, name)
@@ -84,6 +85,7 @@ def serve(args: argparse.Namespace, page: bool) -> None:
     from spar_d2.service.app import Settings, create_app
     from spar_d2.service.limits import Limits
     from spar_d2.service.model import Model
+    from spar_d2.service.server import server_config
     from spar_d2.text import Vocabulary
 
     # Warnings quote the words of clients.
@@ -93,7 +95,7 @@ def serve(args: argparse.Namespace, page: bool) -> None:
         vocabulary = Vocabulary.load(args.vocabulary) if args.vocabulary else None
         options = {name: getattr(args, name) for name in ("templates", "device", "dinov3_repo", "precision", "anyup")}
         predictor = Predictor(args.encoder, args.pretrained, **options)
-        model = Model(predictor, args.encoder, args.pretrained, bool(args.anyup))
+        model = Model(predictor, args.encoder, args.pretrained, bool(args.anyup), vocabulary)
         local = args.host in _LOOPBACK
         hosts = {*_LOOPBACK, args.host, *args.allow_host} if local or args.allow_host else None
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,10 +110,9 @@ def serve(args: argparse.Namespace, page: bool) -> None:
         address = f"[{args.host}]" if ":" in args.host else args.host
         what = "The page is at" if page else f"Serving {settings.encoder} on {settings.device} at"
         print(f"{what} http://{address}:{listener.getsockname()[1]} (stop with Ctrl-C)", flush=True)
-        config = uvicorn.Config(app, log_level="warning", server_header=False, limit_concurrency=_MOST_CONNECTIONS)
         # Ctrl-C is raised again after the server has stopped.
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+            uvicorn.Server(server_config(app, limits, log_level="warning")).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:

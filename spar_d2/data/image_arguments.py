@@ -56,6 +56,11 @@ def _of_bytes(image: bytes | bytearray | memoryview | BinaryIO) -> np.ndarray:
     content = image if isinstance(image, (bytes, bytearray, memoryview)) else image.read(_MAX_BYTES + 1)
     if isinstance(content, str):
         raise ValueError(f'image must be a binary file object, as of open(path, "rb"), got {kind} of text')
+    if not len(content):
+        at_end = ", or it was read to its end: call seek(0) first" if hasattr(image, "seek") else ""
+        raise ValueError(
+            f"image must be an encoded image, such as a JPEG or PNG file, got {kind} without bytes{at_end}"
+        )
     if len(content) > _MAX_BYTES:
         raise ValueError(f"image must have at most {_MAX_BYTES} bytes, got {kind} of more")
     try:

@@ -28,7 +28,7 @@ def read_rgb(source: str | os.PathLike | Image.Image) -> np.ndarray:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        FileNotFoundError: the file does not exist, or is a folder.
         ValueError: the image cannot be read or decoded.
     """
     if isinstance(source, Image.Image):
@@ -36,6 +36,8 @@ def read_rgb(source: str | os.PathLike | Image.Image) -> np.ndarray:
             return _to_rgb(source)
         except DAMAGE as error:
             raise ValueError(f"image: {source} cannot be read: {error}") from error
+    if os.path.isdir(source):
+        raise FileNotFoundError(f"image: {source} is a folder; name an image file in it")
     if not os.path.isfile(source):
         raise FileNotFoundError(f"image: {source} does not exist")
     return decode_rgb(source, source)

@@ -15,6 +15,7 @@ from spar_d2.demo.inputs import Source
 from spar_d2.demo.outputs import Target, write_mask, write_picture, write_record
 from spar_d2.demo.predictor import Demo
 from spar_d2.demo.video import segment_video
+from spar_d2.results.geotiff import read_colors
 from spar_d2.utils.errors import printable
 from spar_d2.visualization.legend import percent
 
@@ -92,7 +93,8 @@ def run(demo: Demo, sources: Sequence[Source], targets: Sequence[Target], export
 
 
 def _photo(demo: Demo, source: Source, target: Target, summary: RunSummary, exports: Exports | None) -> None:
-    image = read_photo(source.record)
+    # In the format of a raster, which may have more bands than an image.
+    image = read_colors(source.path) if target.geotiff else read_photo(source.record)
     seen = demo.see(image)
     if target.masks or target.record:
         seen.needed_labels()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from spar_d2.utils.io import signature
 _KEY = "MODEL.SPAR.ENCODER"
 # Stem of the config file in an open_clip model folder; the model is then named after the folder.
 _IN_FOLDER = "open_clip_config"
+_HASH_DIGITS = 12
 _LARGEST = 1 << 20
 _MOST_LAYERS = 1000
 _REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
@@ -74,33 +76,32 @@ def model_names(wanted: Callable[[dict | None], bool]) -> list[str]:
 
 
 def known_name(name: str) -> str:
-    """Return the open_clip name of a model. A config file is registered with open_clip under its file or folder name.
+    """Return the open_clip name of a model, with which a config file is registered.
 
-    Raises:
-        ValueError: open_clip has a different model of this name.
+    It is that of the file or folder, with a hash of the content if open_clip has a different model of this name.
     """
     if not name.endswith(".json"):
         return name
-    config, _ = _read_file(name)
-    own_name = _own_name(name)
-    known = open_clip.get_model_config(own_name)
-    if known is None:
+    config, own_name = _read_file(name)[0], _own_name(name)
+    if open_clip.get_model_config(own_name) is None:
         # open_clip registers only files, and only one of the two config formats.
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / f"{own_name}.json"
             copy.write_text(json.dumps(config), encoding="utf-8")
             open_clip.add_model_config(copy)
-    elif known != config:
-        what = "file" if Path(name).stem == own_name else "folder of"
-        raise ValueError(f"{_KEY}: open_clip has a different model named {own_name!r}; rename the {what} {name}")
     return own_name
 
 
 def _own_name(name: str) -> str:
-    path = Path(name)
+    """Return the open_clip name of a model, without registering it."""
     if not name.endswith(".json"):
         return name
-    return path.resolve().parent.name if path.stem == _IN_FOLDER else path.stem
+    path, (config, _) = Path(name), _read_file(name)
+    own_name = path.resolve().parent.name if path.stem == _IN_FOLDER else path.stem
+    if open_clip.get_model_config(own_name) in (None, config):
+        return own_name
+    content = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return f"{own_name}-{content[:_HASH_DIGITS]}"
 
 
 def conventions(name: str, tag: str, mean: Triple, std: Triple) -> Conventions:

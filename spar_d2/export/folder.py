@@ -68,9 +68,13 @@ def _config(spec: EncoderSpec, encoder: DenseEncoder, family: EncoderFamily) -> 
     settings = {ENTRY: {"encoder": name, "readout": spec.readout, **describe(encoder)}}
     if family.file_format == "open_clip":
         return settings
-    size = [3, encoder.native_size, encoder.native_size]
-    statistics = {"input_size": size, "mean": list(encoder.pixel_mean), "std": list(encoder.pixel_std)}
-    return {"architecture": spec.name, "num_classes": 0, "pretrained_cfg": statistics, **settings}
+    side = encoder.native_size
+    statistics = {"input_size": [3, side, side], "mean": list(encoder.pixel_mean), "std": list(encoder.pixel_std)}
+    # timm builds models of a fixed size for the size of their pre-training, which only its own configs have.
+    architecture = {"architecture": spec.name, "num_classes": 0, "model_args": {"img_size": side}}
+    known = timm.get_pretrained_cfg(spec.name)
+    statistics["fixed_input_size"] = bool(known and known.fixed_input_size)
+    return {**architecture, "pretrained_cfg": statistics, **settings}
 
 
 def _open_clip_config(spec: EncoderSpec, encoder: DenseEncoder) -> dict:

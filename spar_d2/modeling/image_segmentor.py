@@ -77,7 +77,7 @@ class ImageSegmentor:
         self.encoder, self.anyup = encoder, anyup
         encoder_stats = (encoder.pixel_mean, encoder.pixel_std)
         self._pixels = PixelConversion((0, 0, 0), (1, 1, 1), "RGB", *encoder_stats).to(device)
-        self._embeddings, self._device = embeddings, device
+        self.embeddings, self._device = embeddings, device
         self._classes: dict[tuple[Vocabulary, Inference], ClassVectors] = {}
         self._lock = threading.Lock()
 
@@ -142,7 +142,7 @@ class ImageSegmentor:
             encode = functools.partial(self._encode_example, inference=inference)
             sliding = inference.kind != INFERENCES[0]
             settings = [inference.kind, inference.window, inference.stride] if sliding else ()
-            vectors = class_vectors(vocabulary, self._embeddings, encode, self.encoder, settings)
+            vectors = class_vectors(vocabulary, self.embeddings, encode, self.encoder, settings)
             self._classes[key] = vectors.to(self._device)
         return self._classes[key]
 

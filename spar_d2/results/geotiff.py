@@ -12,6 +12,8 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
+from spar_d2.data.images import read_rgb
+from spar_d2.utils.images import largest_image
 from spar_d2.utils.io import atomic_write, write_text
 from spar_d2.visualization import class_colors
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 # Others may open further files and addresses that a raster names.
 _DRIVERS = ("GTiff", "JP2OpenJPEG", "PNG", "JPEG")
+# Bands of red, green and blue.
+_COLORS = (1, 2, 3)
 _BLOCK = 256
 _ROWS = 1024
 
@@ -95,6 +99,28 @@ def segment_raster(
                     yield window, labels[top : top + window.height, left : left + window.width]
 
         _write(raster, names, path, blocks())
+
+
+def read_colors(source: str | os.PathLike) -> np.ndarray:
+    """Read a whole raster as RGB (H, W, 3) uint8: bands 1 to 3, as :func:`segment_raster` does, or gray or a palette.
+
+    Raises:
+        FileNotFoundError: the raster does not exist.
+        ValueError: the raster cannot be read, is not georeferenced, is too large, or needs a range of values.
+        RuntimeError: rasterio is not installed.
+    """
+    with _opened(source) as raster:
+        advice = 'segment it with spar_d2.Predictor.segment_raster("map.tif", "labels.tif", ...)'
+        if raster.width * raster.height > largest_image():
+            raise ValueError(f"source: {source} has {raster.width}x{raster.height} pixels, too many at once; {advice}")
+        types = {raster.dtypes[band - 1] for band in _COLORS if band <= raster.count}
+        if types != {"uint8"}:
+            raise ValueError(
+                f"source: {source} must be uint8, got {', '.join(sorted(types))}; {advice} and value_range"
+            )
+        if raster.count >= len(_COLORS):
+            return _pixels(raster, require_rasterio().windows.Window(0, 0, raster.width, raster.height), _COLORS, None)
+    return read_rgb(source)
 
 
 def require_rasterio() -> ModuleType:

@@ -14,8 +14,9 @@ def labelme_content(regions: Iterable[Region], file_name: str, size: tuple[int, 
     """Return the content of a labelme file.
 
     Polygons of labelme have no holes, so that only outer rings are written. The regions in a hole follow the region
-    around it. Programs that fill polygons in order, as labelme's converters do, therefore get the label map back,
-    except where two regions cross at the corner of a pixel.
+    around it. Programs that fill polygons in order by pixel centers therefore get the label map back at ``tolerance``
+    0, except where two regions cross at the corner of a pixel. labelme's own ``shapes_to_label`` also fills pixels that
+    an outline only touches: 97 to 99.9 % of the pixels of its label map are the same.
 
     Args:
         regions: regions of the image.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +77,12 @@ class Region:
             Closed polygons (n, 2) float64 of points (x, y), where a pixel covers x..x + 1 and y..y + 1: the outer ring,
             then the holes. Exact rings may touch themselves at corners. A hole that vanishes when simplified is left
             out.
+
+        Raises:
+            ValueError: ``tolerance`` is negative.
         """
+        if not _is_number(tolerance) or not 0 <= tolerance < np.inf:
+            raise ValueError(f"tolerance must be a number of at least 0 pixels, got {tolerance!r}")
         # With two samples per pixel, the outermost samples lie beside the edges, and round to them.
         samples = np.repeat(np.repeat(self.mask.view(np.uint8), 2, 0), 2, 1)
         contours, hierarchy = cv2.findContours(samples, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
@@ -109,10 +115,10 @@ def find_regions(
         Regions, largest first.
 
     Raises:
-        ValueError: ``min_area`` is negative.
+        ValueError: ``min_area`` is not a number, or negative.
     """
-    if min_area < 0:
-        raise ValueError(f"min_area must be at least 0 pixels, got {min_area}")
+    if not _is_number(min_area) or not min_area >= 0:
+        raise ValueError(f"min_area must be at least 0 pixels, got {min_area!r}")
     components, count, regions = np.zeros(labels.shape, dtype=np.int32), 0, []
     shown = shown_names(names)
     present = np.flatnonzero(np.bincount(labels.ravel())).tolist()
@@ -149,6 +155,10 @@ def _corners(ring: np.ndarray) -> np.ndarray:
     ring = ring[(ring != np.roll(ring, 1, 0)).any(1)]
     before, after = ring - np.roll(ring, 1, 0), np.roll(ring, -1, 0) - ring
     return ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]].astype(np.float64)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from spar_d2 import __version__
 from spar_d2.results import Segmentation
 from spar_d2.service.batching import Batcher
-from spar_d2.service.form import FIELDS, read_form, read_format, read_pixels, read_task
+from spar_d2.service.form import FIELDS, Form, read_form, read_format, read_pixels, read_task
 from spar_d2.service.guard import Guard, refused
 from spar_d2.service.limits import Limits, Places, Refusal
 from spar_d2.service.model import Answer, Model, Task
@@ -111,7 +111,7 @@ class _Service:
             kind, task = read_format(form), read_task(form, self._limits, self._settings.vocabulary)
             self._model.check(task)
         with self._waiting.take():
-            pixels = await run_in_threadpool(read_pixels, form.image, self._limits.max_pixels)
+            pixels = await self._read(form)
             self._check_windows(task, pixels)
             answer = await self._answer(request, task, pixels)
             return await run_in_threadpool(_respond, kind, answer, task.vocabulary)
@@ -120,16 +120,27 @@ class _Service:
         """Draw the features of an image as colors, by their first three principal components."""
         form = await self._form(request)
         with self._waiting.take():
-            pixels = await run_in_threadpool(read_pixels, form.image, self._limits.max_pixels)
+            pixels = await self._read(form)
             answer = await self._answer(request, None, pixels)
             assert isinstance(answer.result, torch.Tensor)
             drawn = await run_in_threadpool(draw_features, answer.result, self._model.patch_size, pixels.shape)
             return Response(await run_in_threadpool(as_png, drawn), media_type="image/png")
 
-    async def _form(self, request: Request) -> Any:
+    async def _form(self, request: Request) -> Form:
         self._waiting.check()
         with self._uploads.take():
             return await read_form(request, self._limits)
+
+    async def _read(self, form: Form) -> np.ndarray:
+        pixels = await run_in_threadpool(read_pixels, form.image, self._limits.max_pixels)
+        count, most, side = self._model.patches(pixels.shape[:2]), self._limits.max_patches, self._model.patch_size
+        if count > most:
+            raise Refusal(
+                413,
+                f"The image has {count:,} patches of {side} x {side} pixels; at most {most:,} are allowed. "
+                "Make it smaller.",
+            )
+        return pixels
 
     def _check_windows(self, task: Task, pixels: np.ndarray) -> None:
         if task.options.inference != "single_pass":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,7 @@ async def read_form(request: Request, limits: Limits) -> Form:
             images = form.getlist("image")
             if len(images) != 1 or not isinstance(images[0], UploadFile):
                 raise Refusal(422, 'The form must have one file "image".')
-            fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+            given = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
             content = await images[0].read()
     except HTTPException as error:
         raise Refusal(
@@ -69,8 +70,12 @@ async def read_form(request: Request, limits: Limits) -> Form:
             f"The form cannot be read: {error.detail} It may have one file and {2 * len(FIELDS)} fields of "
             f"{field_bytes:,} bytes.",
         ) from error
+    fields = dict(given)
     if unknown := sorted(fields.keys() - FIELDS.keys()):
         raise Refusal(422, f"The form has an unknown field {unknown[0][:50]!r}; known fields: {', '.join(FIELDS)}.")
+    if len(fields) < len(given):
+        repeated = next(name for name, count in Counter(name for name, _ in given).items() if count > 1)
+        raise Refusal(422, f"The form has the field {repeated!r} more than once; leave out the others.")
     return Form(content, fields)
 
 
@@ -104,9 +109,12 @@ def read_task(form: Form, limits: Limits, default: Vocabulary | None) -> Task:
     if scores not in _BOOLEANS:
         raise ValueError(f"scores must be true or false, got {scores[:50]!r}")
     refine = ",".join(parse_refine(fields.get("refine", "")[:100]))
-    vocabulary = read_words(fields.get("words", ""), limits) or default
+    words = fields.get("words", "").strip()
+    vocabulary = read_words(words, limits) if words else default
     if vocabulary is None:
         raise ValueError('words must name at least one class, such as "cat, kitten; dog; sky"; got none')
+    if stride is not None and not stride.is_integer():
+        raise ValueError(f"stride must be an integer, got {stride:g}")
     steps = Options.stride if stride is None else int(stride)
     return Task(vocabulary, Options(scale, prob, area, refine, inference, steps, _BOOLEANS[scores]))
 
@@ -118,7 +126,7 @@ def read_words(text: str, limits: Limits) -> Vocabulary | None:
         The vocabulary; None if there are no words.
 
     Raises:
-        ValueError: there are too many classes or characters.
+        ValueError: there are too many classes, synonyms or characters.
     """
     text = text.strip()
     if text in Vocabulary.built_in():
@@ -128,7 +136,12 @@ def read_words(text: str, limits: Limits) -> Vocabulary | None:
     classes = Vocabulary.split(text)
     if len(classes) > limits.max_classes:
         raise ValueError(f"words must have at most {limits.max_classes} classes, got {len(classes)}")
-    for name in (name.strip() for names in classes for name in names):
+    words = [name.strip() for names in classes for name in names if name.strip()]
+    if len(words) > limits.max_words:
+        raise ValueError(
+            f"words must have at most {limits.max_words} class names and synonyms in all, got {len(words)}"
+        )
+    for name in words:
         if len(name) > limits.max_name:
             raise ValueError(f"a class name must have at most {limits.max_name} characters, got {name[:20]!r} ...")
     return Vocabulary(classes) if classes else None

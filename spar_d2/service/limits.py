@@ -32,12 +32,15 @@ class Limits:
     Attributes:
         max_bytes: size of a request.
         max_pixels: pixels of an image.
+        max_patches: patches of an image, whose attention takes most of the time: 2048x2048 pixels in patches of 16x16.
         max_waiting: requests that wait for the model or use it.
         max_classes: classes of a vocabulary.
+        max_words: class names and synonyms of a vocabulary, each of which takes time in the text tower.
         max_name: characters of a class name or synonym.
         max_text: characters of all class names and synonyms.
         max_windows: windows of an image in a sliding window.
-        body_seconds: time in which a request must be received.
+        head_seconds: time in which the head of a request must be received.
+        body_seconds: time in which the rest of a request must be received.
 
     Raises:
         ValueError: a limit is not positive.
@@ -45,11 +48,14 @@ class Limits:
 
     max_bytes: int = 20 * 2**20
     max_pixels: int = 2**22
+    max_patches: int = 2**14
     max_waiting: int = 64
     max_classes: int = 256
+    max_words: int = 512
     max_name: int = 100
     max_text: int = 20_000
     max_windows: int = 1000
+    head_seconds: float = 10.0
     body_seconds: float = 60.0
 
     def __post_init__(self) -> None:

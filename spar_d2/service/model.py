@@ -65,16 +65,30 @@ class Model:
         predictor: loaded model.
         encoder, pretrained: its arguments.
         anyup: whether it has the weights of AnyUp.
+        vocabulary: classes of requests without words.
 
     Attributes:
         patch_size: side of a patch in pixels.
     """
 
-    def __init__(self, predictor: Predictor, encoder: str, pretrained: str = "", anyup: bool = False) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        encoder: str,
+        pretrained: str = "",
+        anyup: bool = False,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         self._predictor, self.anyup = predictor, anyup
+        # The words of clients, which have no end, must not fill the disk.
+        self._on_disk = {vocabulary, *map(Vocabulary.load, Vocabulary.built_in())}
         info = describe_encoder(encoder, pretrained)
         self.patch_size, self._window = info.patch_size, info.native_size
         self._known: Vocabulary | None = None
+
+    def patches(self, size: tuple[int, int]) -> int:
+        """Return the number of patches in an image of (H, W) pixels."""
+        return math.prod(math.ceil(side / self.patch_size) for side in size)
 
     def windows(self, size: tuple[int, int], stride: int) -> int:
         """Return the number of windows that a sliding window has in an image of (H, W) pixels."""
@@ -103,6 +117,7 @@ class Model:
         if vocabulary == self._known:
             return 0.0
         start = time.perf_counter()
+        self._predictor.cache_words(vocabulary in self._on_disk)
         self._predictor(_DOT, vocabulary)
         self._known = vocabulary
         return time.perf_counter() - start

@@ -50,6 +50,7 @@ class TextEmbeddings:
 
     Attributes:
         cache: cache on disk; None without one.
+        is_saving: whether new embeddings are written to the cache on disk. False is for words that have no end.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class TextEmbeddings:
         self.templates = tuple(templates)
         folder = _check_cache_dir(cache_dir)
         self.cache = ContentCache(folder, "cache_dir (MODEL.SPAR.TEXT_CACHE)") if folder else None
+        self.is_saving = True
         self._memory: dict[str, torch.Tensor] = {}
 
     def __call__(self, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +93,8 @@ class TextEmbeddings:
         embeddings = self.cache.load(name, lambda tensors: tensors["text"].reshape(len(queries), -1))
         if embeddings is None:
             embeddings = self._compute(queries)
-            self.cache.try_save(name, {"text": embeddings})
+            if self.is_saving:
+                self.cache.try_save(name, {"text": embeddings})
         return embeddings
 
     def _compute(self, queries: list[str]) -> torch.Tensor:

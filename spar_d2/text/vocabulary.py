@@ -252,6 +252,8 @@ def _clean(synonyms: str | Iterable[str]) -> list[str]:
         strings = list(synonyms) if isinstance(synonyms, Iterable) else [synonyms]
     if not all(isinstance(string, str) for string in strings):
         raise ValueError(f"a class of the vocabulary must be a string or a list of strings, got {synonyms!r}")
+    if halves := [string for string in strings if re.search("[\ud800-\udfff]", string)]:
+        raise ValueError(f"a class name must be Unicode, got half a character in {halves[0]!r}; remove it")
     cleaned = (unicodedata.normalize("NFC", string).strip() for string in strings)
     return [string for string in cleaned if string]
 

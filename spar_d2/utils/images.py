@@ -36,7 +36,9 @@ def open_image(file: str | os.PathLike | IO[bytes], formats: Sequence[str] = FOR
         OSError, SyntaxError, ...: one of :data:`DAMAGE`; the file is not an image, or its header is corrupt.
     """
     if isinstance(file, (str, os.PathLike)) and os.path.exists(file) and not os.path.isfile(file):
-        raise OSError("it is not a regular file")  # reading from a pipe might never end
+        raise OSError(
+            "it is a folder" if os.path.isdir(file) else "it is not a regular file"
+        )  # reading from a pipe might never end
     try:
         return Image.open(file, formats=_known(tuple(formats)))
     except Image.DecompressionBombError as error:
@@ -54,6 +56,12 @@ def _known(formats: tuple[str, ...]) -> tuple[str, ...]:
         Image.MAX_IMAGE_PIXELS = -(-int(limit) // 2)
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     return tuple(name for name in formats if name in Image.OPEN)
+
+
+def largest_image() -> int:
+    """Return the largest number of pixels of an image."""
+    _known(FORMATS)
+    return 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
 
 
 def check_image_file(path: str | os.PathLike) -> None:

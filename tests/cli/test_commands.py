@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,19 @@ def test_doctor_reports_versions_and_missing_packages(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         doctor.main()
     assert "no-such-module: pip install no-such-module" in capsys.readouterr().out
+
+
+def test_doctor_names_packages_that_cannot_be_imported(tmp_path):
+    broken = tmp_path / "torchvision/__init__.py"
+    broken.parent.mkdir()
+    broken.write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "spar_d2.cli", "doctor"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("torchvision "))
+    assert "cannot be imported: RuntimeError: operator torchvision::nms does not exist" in line
+    assert "torchvision: pip install --upgrade torch torchvision" in result.stdout
 
 
 def test_configs_are_found_by_name():

@@ -126,6 +126,26 @@ def test_a_georeferenced_image(export, tmp_path, capsys):
     assert "plain.png must have a CRS" in printed.err and "skipped 1: plain.png" in printed.out
 
 
+def test_rasters_of_many_bands_and_large_values(export, refusal, tmp_path):
+    rasterio = pytest.importorskip("rasterio", reason="rasterio is not installed")
+    pixels = reference_image(64, 80).transpose(2, 0, 1)
+    options = {"driver": "GTiff", "width": 80, "height": 64, "crs": "EPSG:3857"}
+    options["transform"] = rasterio.Affine(2, 0, 100, 0, -2, 900)
+    for count in (3, 4, 6):
+        with rasterio.open(f"{count}.tif", "w", count=count, dtype="uint8", photometric="RGB", **options) as raster:
+            raster.write(np.concatenate([pixels, 255 - pixels])[:count])
+    # As segment_raster does, the fourth band is no opacity.
+    assert export("--input", *(f"{count}.tif" for count in (3, 4, 6)), "--export", "geotiff", "masks") == 0
+    expected = mask_of(tmp_path / "out/3_mask.png")
+    for count in (4, 6):
+        assert np.array_equal(mask_of(tmp_path / f"out/{count}_mask.png"), expected)
+    with rasterio.open("16.tif", "w", count=3, dtype="uint16", **options) as raster:
+        raster.write(pixels.astype(np.uint16) * 12)
+    assert "16.tif must be uint8, got uint16; segment it with spar_d2.Predictor.segment_raster" in refusal(
+        "--input", "16.tif", "--export", "geotiff"
+    )
+
+
 def test_inputs_and_options_that_do_not_fit_are_refused_at_once(export, refusal, photo_folder, tmp_path, monkeypatch):
     photo = photo_folder / "a.jpg"
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:

@@ -188,7 +188,7 @@ def test_files_that_are_no_images_are_refused(tmp_path, content):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="is a folder; name an image file in it"):
         read_rgb(tmp_path)
 
 

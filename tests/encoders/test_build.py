@@ -161,9 +161,11 @@ def test_wrong_model_config_files_are_named(tmp_path):
     (tmp_path / "other.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="embed_dim, vision_cfg, text_cfg"):
         build_encoder(str(tmp_path / "other.json"))
+    # Not that of open_clip, whose tags are of another model.
     (tmp_path / "ViT-B-16.json").write_text(json.dumps(TINY_CONFIG))
-    with pytest.raises(ValueError, match="different model named 'ViT-B-16'"):
-        build_encoder(str(tmp_path / "ViT-B-16.json"))
+    assert build_encoder(str(tmp_path / "ViT-B-16.json")).native_size == TINY_CONFIG["vision_cfg"]["image_size"]
+    with pytest.raises(FileNotFoundError, match="'openai' is neither a weight file nor a known tag; .* has no tags"):
+        build_encoder(str(tmp_path / "ViT-B-16.json"), "openai")
 
 
 def test_a_config_that_cannot_be_built_is_named(tmp_path):

@@ -75,6 +75,38 @@ def test_timm_reads_a_folder_and_the_read_out_is_kept(dino, tmp_path):
         assert torch.equal(tensor, ours.state_dict()[f"visual.{name}"]), name
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_pe_core_tiny_patch16_384", "flexivit_small"])
+def test_timm_reads_models_of_any_size(name, tmp_path):
+    torch.manual_seed(0)
+    expected = timm.create_model(name, num_classes=0).eval()
+    save_file(expected.state_dict(), tmp_path / "w.safetensors")
+    export_folder(EncoderSpec(name, str(tmp_path / "w.safetensors")), tmp_path / "model")
+    found = timm.create_model(f"local-dir:{tmp_path}/model", pretrained=True).eval()
+    image = torch.randn(1, 3, *expected.patch_embed.img_size)
+    with torch.inference_mode():
+        assert torch.equal(found.forward_features(image), expected.forward_features(image))
+    for key in ("input_size", "fixed_input_size"):
+        assert found.pretrained_cfg[key] == expected.pretrained_cfg[key]
+
+
+def test_folders_of_one_name_are_models_of_their_own(clip, tiny_model, tmp_path):
+    image = torch.randn(1, 3, 24, 24)
+    expected, tower = build_encoder(*tiny_model), build_text_tower(*tiny_model).encode(["a cat"])
+    save_file(expected.state_dict(), tmp_path / "image.safetensors")
+    # Layers of the text tower, and texts for the tokenizer.
+    for number, change in enumerate([{"layers": 1}, {"layers": 1, "context_length": 20}]):
+        config = json.loads(Path(clip, "open_clip_config.json").read_text())
+        config["model_cfg"]["text_cfg"] |= change
+        other = tmp_path / str(number) / "tiny-clip"
+        other.mkdir(parents=True)
+        (other / "open_clip_config.json").write_text(json.dumps(config))
+        config = str(other / "open_clip_config.json")
+        text = build_text_tower(config, "").encode(["a cat"])
+        assert text.shape == tower.shape and not torch.equal(text, tower)
+        assert torch.equal(build_encoder(config, str(tmp_path / "image.safetensors"))(image), expected(image))
+    assert torch.equal(build_text_tower(clip).encode(["a cat"]), tower)
+
+
 def test_torch_hub_loads_a_folder(clip):
     encoder = torch.hub.load(str(ROOT), "spar_encoder", clip, source="local")
     image = torch.randn(1, 3, 24, 24)

@@ -129,6 +129,10 @@ def test_many_regions_of_a_large_image_need_little_memory():
     assert peak < 40 * labels.size, "far less than a mask for each region"
 
 
-def test_a_negative_area_is_refused():
-    with pytest.raises(ValueError, match="min_area must be at least 0 pixels, got -1"):
-        find_regions(np.zeros((2, 2), dtype=int), NAMES, -1)
+@pytest.mark.parametrize("value", [-1, "a", float("nan"), None])
+def test_wrong_areas_and_tolerances_are_refused(value):
+    result = Segmentation.of(np.zeros((2, 2), dtype=int), NAMES)
+    with pytest.raises(ValueError, match=f"min_area must be at least 0 pixels, got {value!r}"):
+        result.regions(value)
+    with pytest.raises(ValueError, match=f"tolerance must be a number of at least 0 pixels, got {value!r}"):
+        result.to_labelme("a.jpg", tolerance=value)

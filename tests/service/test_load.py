@@ -141,6 +141,22 @@ def test_slow_clients_are_told_and_do_not_stop_others():
         assert httpx.get(f"{address}/health").json()["waiting"] == 0
 
 
+def test_slow_heads_are_cut_off():
+    with running(head_seconds=0.5) as address, connect(address) as silent, connect(address) as slow:
+        start = time.monotonic()
+        with connect(address) as kept:
+            # A whole request stops the time, and the next one of the connection starts it again.
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert kept.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            kept.sendall(b"GET /health HTTP/1.1\r\n")
+            slow.sendall(b"GET /health HTTP/1.1\r\n")
+            time.sleep(0.2)
+            slow.sendall(b"X: a\r\n")
+            assert answer(silent) == answer(slow) == answer(kept) == ""
+        assert time.monotonic() - start < 3
+        assert post(address, scene()).status_code == 200
+
+
 def test_uploads_are_limited_too():
     with running(body_seconds=20, max_waiting=1) as address:
         slow = [connect(address) for _ in range(4)]

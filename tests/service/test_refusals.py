@@ -58,7 +58,11 @@ WRONG_WORDS = {
     "only separators": (" ; , ;\n", "words must name at least one class"),
     "long name": ("cat; " + "x" * 101, "class name must have at most 100 characters, got 'xxxxxxxxxxxxxxxxxxxx'"),
     "many classes": (";".join(map(str, range(257))), "words must have at most 256 classes, got 257"),
-    "many synonyms": (",".join(f"word {number}" for number in range(3000)), "words must have at most 20,000"),
+    "many synonyms of one class": (
+        ",".join(map(str, range(513))),
+        "at most 512 class names and synonyms in all, got 513",
+    ),
+    "many characters": (",".join(f"word {number}" for number in range(3000)), "words must have at most 20,000"),
     "1,000 of 10,000 characters": (";".join(["x" * 10_000] * 1000)[:150_000], "The form cannot be read"),
 }
 
@@ -91,6 +95,8 @@ WRONG_FIELDS = [
     ({"inference": "tiles"}, "inference must be one of single_pass, sliding_window; got 'tiles'"),
     ({"inference": "sliding_window", "stride": "0"}, "stride must be in 1..64"),
     ({"inference": "sliding_window", "stride": "nan"}, "stride must be a number"),
+    ({"inference": "sliding_window", "stride": "30.7"}, "stride must be an integer, got 30.7"),
+    ({"words": [WORDS, "cat"]}, "the field 'words' more than once"),
     ({"format": "gif"}, "format must be one of json, png, overlay"),
     ({"scores": "maybe"}, "scores must be true or false"),
     ({"treshold": "1"}, "unknown field 'treshold'; known fields: words"),

@@ -252,3 +252,8 @@ def test_many_repeated_names_are_one_warning(classes, message, caplog):
     (told,) = caplog.messages
     assert re.search(message, told)
     assert len(told) < 300
+
+
+def test_half_a_character_is_named():
+    with pytest.raises(ValueError, match=r"got half a character in 'cat\\ud83d'; remove it"):
+        Vocabulary([["dog"], ["cat\ud83d"]])

@@ -28,6 +28,8 @@ export async function segment(fields, signal) {
   const { low, high } = record.scores;
   const values = await unpacked(record.scores);
   record.scoreAt = (index) => low + (values[index] * (high - low)) / 255;
+  // Another run may have begun meanwhile.
+  signal.throwIfAborted();
   return record;
 }
 

@@ -1,10 +1,14 @@
 // The page: photos in, colored classes out. worker.js runs the model.
 
+import { readClasses } from "./names.js";
+
 const $ = (id) => document.getElementById(id);
 const MOST_PIXELS = 100e6, MOST_BYTES = 100e6;
 const worker = new Worker(`worker.js${location.search}`, { type: "module" });
 const waiting = new Map();
-let model, photo, result, tasks = 0, current = 0;
+// photo: what is segmented next. typed: classes that are read next. scored: what the worker has scores of.
+// result: what is shown, with all that belongs to it.
+let model, photo, typed, scored, result, tasks = 0, opened = 0, isChanged = false, isWorking = false;
 
 worker.onmessage = ({ data }) => {
   if (data.id === undefined) return showProgress(data);
@@ -56,7 +60,7 @@ function listClasses() {
       box.checked = synonyms.length > 0;
       box.disabled = synonyms.length === 0;
       box.value = number;
-      box.addEventListener("change", relabel);
+      box.addEventListener("change", update);
       label.title = synonyms.join(", ");
       label.append(box, chip(color), name);
       return label;
@@ -76,17 +80,23 @@ const chosen = () => boxes().filter((box) => box.checked).map((box) => Number(bo
 
 async function open(file) {
   if (!file) return;
+  const turn = ++opened;
+  // The picture of another photo must not be saved under the name of this one.
+  photo = undefined;
+  clear();
   if (file.size > MOST_BYTES) return say(`${file.name} has more than ${MOST_BYTES / 1e6} MB; choose a smaller photo.`, true);
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    return say(`${file.name} is not an image that this browser can read.`, true);
+    if (turn === opened) say(`${file.name} is not an image that this browser can read.`, true);
+    return;
   }
+  if (turn !== opened) return; // a later photo
   if (bitmap.width * bitmap.height > MOST_PIXELS)
     return say(`${file.name} has more than ${MOST_PIXELS / 1e6} million pixels; choose a smaller photo.`, true);
   photo = { bitmap, name: file.name.replace(/\.[^.]*$/, "") };
-  await segment();
+  await update();
 }
 
 /** The size in pixels to which a photo is resized: as chosen, and small enough for the memory of a browser. */
@@ -98,66 +108,94 @@ function sizeOf(bitmap) {
   return [Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale))];
 }
 
-async function segment() {
-  if (!photo) return;
-  if (!chosen().length) return say("Choose at least one class.", true);
-  const turn = ++current, [width, height] = sizeOf(photo.bitmap);
-  const canvas = new OffscreenCanvas(width, height), context = canvas.getContext("2d", { willReadFrequently: true });
-  context.imageSmoothingQuality = "high";
-  context.drawImage(photo.bitmap, 0, 0, width, height);
-  const pixels = context.getImageData(0, 0, width, height).data;
-  say(`Segmenting ${width}×${height} pixels …`);
+/** After every change of photo, classes or settings: one step after another, until the picture is up to date. */
+async function update() {
+  isChanged = true;
+  if (isWorking) return;
+  isWorking = true;
   try {
-    const answer = await ask("segment", { image: pixels, width, height, chosen: chosen() });
-    if (turn !== current) return; // a later photo
-    result = { ...answer, width, height, canvas };
-  } catch (error) {
-    if (turn === current) say(`The photo cannot be segmented: ${error.message}. Try a smaller short side.`, true);
-    return;
+    while (isChanged) {
+      isChanged = false;
+      if (typed && !(await rename())) continue;
+      if (photo) await segment();
+    }
+  } finally {
+    isWorking = false;
   }
-  const resized = width !== photo.bitmap.width ? `, resized from ${photo.bitmap.width}×${photo.bitmap.height}` : "";
-  say(`${width}×${height} pixels in ${result.seconds.toFixed(2)} s${resized}.`);
-  draw();
 }
 
-async function relabel() {
-  if (!result) return;
-  if (!chosen().length) return say("Choose at least one class.", true);
-  const turn = ++current, answer = await ask("relabel", { chosen: chosen() });
-  if (turn !== current) return;
-  Object.assign(result, { labels: answer.labels, best: answer.best });
-  say(`${result.width}×${result.height} pixels, ${chosen().length} classes.`);
-  draw();
-}
-
-/** Use other classes, separated by semicolons, with synonyms separated by commas. */
-async function name(event) {
-  event.preventDefault();
-  const split = (words, mark) => words.split(mark).map((word) => word.trim()).filter(Boolean);
-  const classes = split($("names").value, ";").map((words) => split(words, ",")).filter((words) => words.length);
-  if (!classes.length) return say("Type at least one class.", true);
-  const turn = ++current;
+/** Use the typed classes; resolves to whether that worked. */
+async function rename() {
+  const classes = typed;
+  typed = undefined;
   say("Reading the names …");
   try {
-    const answer = await ask("name", { classes: classes.map((synonyms) => ({ name: synonyms[0], synonyms })) });
-    model.classes = answer.classes;
+    model.classes = (await ask("name", { classes })).classes;
   } catch (error) {
-    return say(`The names cannot be used: ${error.message}`, true);
+    say(`The names cannot be used: ${error.message}`, true);
+    return false;
   }
-  // The labels of the last photo have other numbers.
-  result = undefined;
+  // The labels of the last picture have other numbers.
+  clear();
   listClasses();
-  $("found").replaceChildren();
   say(`${model.classes.length} classes.`);
-  if (turn === current) await segment();
+  return true;
+}
+
+/** Compute what the picture lacks: scores for another photo, size or vocabulary; and labels of the chosen classes. */
+async function segment() {
+  if (!chosen().length) return say("Choose at least one class.", true);
+  const source = photo, { classes } = model, [width, height] = sizeOf(source.bitmap), wanted = { source, classes, width, height };
+  let message;
+  try {
+    if (!scored || Object.keys(wanted).some((key) => scored[key] !== wanted[key])) {
+      scored = undefined;
+      const { canvas, pixels } = resize(source.bitmap, width, height);
+      say(`Segmenting ${width}×${height} pixels …`);
+      const { seconds } = await ask("segment", { image: pixels, width, height });
+      scored = { ...wanted, canvas };
+      const resized = width !== source.bitmap.width ? `, resized from ${source.bitmap.width}×${source.bitmap.height}` : "";
+      message = `${width}×${height} pixels in ${seconds.toFixed(2)} s${resized}.`;
+    }
+    // Meanwhile, there may be another photo, or other classes may be chosen.
+    const numbers = chosen();
+    if (source !== photo || !numbers.length) return;
+    const labeled = await ask("relabel", { chosen: numbers });
+    if (source !== photo) return;
+    result = { ...scored, labels: labeled.labels, best: labeled.best };
+    say(message ?? `${width}×${height} pixels, ${numbers.length} classes.`);
+    draw();
+  } catch (error) {
+    if (source !== photo) return;
+    clear();
+    say(`The photo cannot be segmented: ${error.message}. Try a smaller short side.`, true);
+  }
+}
+
+/** A photo at a size: its canvas and pixels. What is transparent becomes white, as in Python. */
+function resize(bitmap, width, height) {
+  const canvas = new OffscreenCanvas(width, height), context = canvas.getContext("2d", { willReadFrequently: true });
+  context.fillStyle = "white";
+  context.fillRect(0, 0, width, height);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(bitmap, 0, 0, width, height);
+  return { canvas, pixels: context.getImageData(0, 0, width, height).data };
+}
+
+/** Show no picture. */
+function clear() {
+  result = undefined;
+  $("canvas").hidden = $("pointer").hidden = true;
+  $("save-labels").disabled = $("save-picture").disabled = true;
+  $("found").replaceChildren();
 }
 
 function draw() {
-  const { width, height, labels, canvas } = result, target = $("canvas"), opacity = $("opacity").value / 100;
+  const { width, height, labels, canvas, classes } = result, target = $("canvas"), opacity = $("opacity").value / 100;
   const context = canvas.getContext("2d"), pixels = context.getImageData(0, 0, width, height);
-  const counts = new Uint32Array(model.classes.length);
+  const counts = new Uint32Array(classes.length);
   for (let i = 0; i < labels.length; i++) {
-    const color = model.classes[labels[i]].color;
+    const color = classes[labels[i]].color;
     counts[labels[i]]++;
     for (let c = 0; c < 3; c++) pixels.data[4 * i + c] += (color[c] - pixels.data[4 * i + c]) * opacity;
   }
@@ -168,12 +206,12 @@ function draw() {
 }
 
 function listFound(counts) {
-  const total = counts.reduce((sum, count) => sum + count, 0);
+  const { classes } = result, total = counts.reduce((sum, count) => sum + count, 0);
   const found = [...counts.keys()].filter((k) => counts[k]).sort((a, b) => counts[b] - counts[a]);
   $("found").replaceChildren(
     ...found.map((k) => {
       const item = document.createElement("li");
-      item.append(chip(model.classes[k].color), `${model.classes[k].name} ${((100 * counts[k]) / total).toFixed(1)} %`);
+      item.append(chip(classes[k].color), `${classes[k].name} ${((100 * counts[k]) / total).toFixed(1)} %`);
       return item;
     }),
   );
@@ -186,7 +224,7 @@ function point(event) {
   shown.hidden = x < 0 || y < 0 || x >= result.width || y >= result.height;
   if (shown.hidden) return;
   const pixel = y * result.width + x;
-  shown.textContent = `${model.classes[result.labels[pixel]].name} ${result.best[pixel].toFixed(3)}`;
+  shown.textContent = `${result.classes[result.labels[pixel]].name} ${result.best[pixel].toFixed(3)}`;
   const right = event.clientX - left > width / 2;
   shown.style.left = right ? "auto" : `${event.clientX - left + 14}px`;
   shown.style.right = right ? `${$("canvas").parentElement.clientWidth - (event.clientX - left) + 14}px` : "auto";
@@ -195,31 +233,37 @@ function point(event) {
 
 /** The labels as a gray PNG: class k has the value k. With more than 256 classes, red is the high byte. */
 function labelPicture() {
-  const { width, height, labels } = result, canvas = new OffscreenCanvas(width, height);
-  const pixels = new ImageData(width, height), isWide = model.classes.length > 256;
+  const { width, height, labels, classes } = result, canvas = new OffscreenCanvas(width, height);
+  const pixels = new ImageData(width, height), isWide = classes.length > 256;
   labels.forEach((k, i) => pixels.data.set(isWide ? [k >> 8, k & 255, 0, 255] : [k, k, k, 255], 4 * i));
   canvas.getContext("2d").putImageData(pixels, 0, 0);
   return canvas.convertToBlob({ type: "image/png" });
 }
 
 async function save(blob, suffix) {
-  const link = document.createElement("a");
+  const link = document.createElement("a"), { name } = result.source;
   link.href = URL.createObjectURL(await blob);
-  link.download = `${photo.name}_${suffix}.png`;
+  link.download = `${name}_${suffix}.png`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
 $("file").addEventListener("change", (event) => open(event.target.files[0]));
-$("side").addEventListener("change", segment);
+$("side").addEventListener("change", update);
 $("opacity").addEventListener("input", () => result && draw());
-$("all").addEventListener("click", () => { boxes().forEach((box) => (box.checked = true)); relabel(); });
-$("none").addEventListener("click", () => { boxes().forEach((box) => (box.checked = false)); relabel(); });
+$("all").addEventListener("click", () => { boxes().forEach((box) => (box.checked = true)); update(); });
+$("none").addEventListener("click", () => { boxes().forEach((box) => (box.checked = false)); update(); });
 $("filter").addEventListener("input", ({ target }) => {
   for (const label of $("classes").children)
     label.hidden = !`${label.textContent} ${label.title}`.toLowerCase().includes(target.value.toLowerCase());
 });
-$("words").addEventListener("submit", name);
+$("words").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const classes = readClasses($("names").value);
+  if (!classes.length) return say("Type at least one class.", true);
+  typed = classes;
+  update();
+});
 $("canvas").addEventListener("pointermove", (event) => result && point(event));
 $("canvas").addEventListener("pointerleave", () => ($("pointer").hidden = true));
 $("save-labels").addEventListener("click", () => save(labelPicture(), "labels"));

@@ -1,15 +1,18 @@
 // Runs the model beside the page, which stays responsive.
 import { labelPixels } from "./labels.js";
 
-let ort, session, model, text, kept, words;
+let ort, session, model, text, kept, words, last;
 
-self.onmessage = async ({ data }) => {
+// One task after another: labels must not be those of another photo's scores.
+self.onmessage = ({ data }) => (last = Promise.resolve(last).then(() => work(data)));
+
+async function work(data) {
   try {
     self.postMessage({ id: data.id, ...(await { load, segment, relabel, name }[data.task](data)) });
   } catch (error) {
     self.postMessage({ id: data.id, error: error.message || String(error) });
   }
-};
+}
 
 async function load() {
   model = await (await file("model.json")).json();
@@ -49,7 +52,8 @@ async function start(weights, script, binary, provider) {
   session = await ort.InferenceSession.create(weights, { executionProviders: [provider] });
 }
 
-async function segment({ image, width, height, chosen }) {
+/** Scores of a photo, which {@link relabel} uses. */
+async function segment({ image, width, height }) {
   const started = performance.now();
   // RGBA, row by row, to three planes.
   const planes = new Float32Array(3 * width * height);
@@ -59,8 +63,7 @@ async function segment({ image, width, height, chosen }) {
   const { scores } = await run(planes, width, height);
   kept = { scores: scores.data.slice(), shape: scores.dims.slice(1), width, height };
   scores.dispose?.();
-  const seconds = (performance.now() - started) / 1000;
-  return { ...relabel({ chosen }), seconds };
+  return { seconds: (performance.now() - started) / 1000 };
 }
 
 function run(planes, width, height) {
@@ -79,19 +82,19 @@ function relabel({ chosen }) {
 /** Other classes, by their names and synonyms: the embedding of a name is the mean over all prompt templates. */
 async function name({ classes }) {
   words ??= await loadWords();
-  const names = classes.flatMap(({ synonyms }) => synonyms), size = model.embed_dim;
+  const names = classes.flatMap(({ synonyms }) => synonyms), texts = classes.flatMap((one) => one.texts), size = model.embed_dim;
   const found = new Float32Array(names.length * size);
-  for (const [index, synonym] of names.entries()) {
-    const prompts = model.templates.map((template) => template.replace("{}", () => synonym));
+  for (const [index, wording] of texts.entries()) {
+    const prompts = model.templates.map((template) => template.replace("{}", () => wording));
     const vector = found.subarray(index * size, (index + 1) * size);
     const vectors = await embed(prompts);
     for (let i = 0; i < vectors.length; i++) vector[i % size] += vectors[i];
     const length = Math.hypot(...vector);
     vector.forEach((value, i) => (vector[i] = value / length));
-    self.postMessage({ progress: (index + 1) / names.length, name: synonym });
+    self.postMessage({ progress: (index + 1) / names.length, name: names[index] });
   }
   text = found;
-  model.classes = classes.map((one, k) => ({ ...one, color: model.colors[k % model.colors.length] }));
+  model.classes = classes.map(({ name, synonyms }, k) => ({ name, synonyms, color: model.colors[k % model.colors.length] }));
   model.query_class = classes.flatMap(({ synonyms }, k) => synonyms.map(() => k));
   return { classes: model.classes };
 }
