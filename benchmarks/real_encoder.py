@@ -25,7 +25,7 @@ from benchmarks.real_encoder_directions import RANGES, principal_directions, une
 from benchmarks.real_encoder_features import CLASSES, STRIDE, Features, frames, photographs
 from benchmarks.real_encoder_labels import Scores, label_by_examples, train_and_label
 from spar_d2.evaluation.feature_evaluator import FeatureEvaluator
-from spar_d2.modeling.refinement import Refinement
+from spar_d2.modeling.refinement import Refinement, parse_refine
 from spar_d2.utils.io import write_text
 from spar_d2.utils.selection import evenly_spread
 from spar_d2.utils.tables import format_table
@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     add("--train-frames", type=int, default=36, help="labeled training frames (default: %(default)s)")
     add("--test-frames", type=int, default=24, help="labeled test frames (default: %(default)s)")
     add("--neighbours", nargs="*", type=int, default=[400, 50], help="of LPOSS, in examples (default: %(default)s)")
+    add("--refine", nargs="*", default=["lposs"], help="refinements, in examples; as MODEL.SPAR.REFINE, but anyup")
     add("--split", default="test", choices=("val", "test"), help="split of the test frames (default: %(default)s)")
     add("opts", nargs="*", metavar="KEY VALUE", help="config keys of the distillation to override, after --")
     return parser.parse_args()
@@ -165,9 +166,14 @@ def run_probe(args: argparse.Namespace) -> None:
 
 
 def run_examples(args: argparse.Namespace) -> None:
-    """Segment by five frames of examples for each class, also with label propagation over patches (LPOSS)."""
+    """Segment by five frames of examples for each class, also with refinements."""
     refinements = {"": Refinement(())}
-    refinements |= {f" + lposs, {k} neighbors": Refinement(("lposs",), k) for k in args.neighbours}
+    for value in args.refine:
+        steps = parse_refine(value)
+        if "lposs" in steps:
+            refinements |= {f" + {value}, {k} neighbors": Refinement(steps, k) for k in args.neighbours}
+        else:
+            refinements[f" + {value}"] = Refinement(steps)
     rows, (train, test) = [], (frames(args.camvid, *part) for part in _splits(args))
     for side in args.sides:
         for name, features in features_at(args, side).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,7 +102,7 @@ def label_by_examples(
         features: features of the frames.
         train, test: frames.
         path: output file for the examples.
-        refinements: refinements at patches, by name. Each gives labels of every test frame.
+        refinements: refinements by name. Each gives labels of every test frame.
     """
     examples: list[list[dict]] = [[] for _ in CLASSES]
     for file in train:
@@ -123,7 +124,10 @@ def label_by_examples(
     vectors = class_vectors(Vocabulary.load(str(path)), no_cache, encode, features.encoder)
     for file in test:
         size = Scores.truth(file).shape
-        image = EncodedImage(features.encoder, lambda: torch.empty(0), features(file))
+        image = EncodedImage(features.encoder, functools.partial(features.pixels, file), features(file))
         for name, refinement in refinements.items():
+            if refinement.at_pixels:
+                yield name, file, refinement.pixel_scores(image, vectors, size, False).labels(1.0, 0.0, None)
+                continue
             scores = ScoreMap(refinement.patch_scores(image, vectors, False), features.covered(file, size))
             yield name, file, segment_scores([scores], vectors.query_class, size)
