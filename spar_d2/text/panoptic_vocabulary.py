@@ -64,6 +64,8 @@ class PanopticVocabulary:
                 return classes
             classes = classes.vocabulary
         kinds = _things_and_stuff(classes)
+        if kinds is not None and not any(kinds):
+            raise ValueError(f"the vocabulary is empty: it must be {_FORM}; got {classes!r}")
         if kinds is not None:
             return cls(*kinds) if panoptic else cls((), [*kinds[0], *kinds[1]], panoptic=False)
         if panoptic:
