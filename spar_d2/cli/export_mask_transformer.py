@@ -10,13 +10,14 @@ from detectron2.modeling import build_model
 
 import spar_d2  # noqa: F401  registers
 from spar_d2.checkpoint.checkpointer import Checkpointer
-from spar_d2.data.build import MASK_TRANSFORMER
+from spar_d2.data.build import MASK_TRANSFORMER, dataset_of_classes
+from spar_d2.demo.panoptic import check_new_classes
 from spar_d2.engine.setup import load_config
 from spar_d2.export import check_sizes
 from spar_d2.export.check import Comparison, compare_module
 from spar_d2.modeling.mask_transformer import MaskTransformer
 from spar_d2.modeling.mask_transformer.exported import export_mask_transformer, write_model_classes
-from spar_d2.modeling.mask_transformer.settings import CLASSIFIERS, TASKS
+from spar_d2.modeling.mask_transformer.settings import TASKS
 from spar_d2.modeling.mask_transformer.vocabulary_classes import dataset_vocabulary
 from spar_d2.utils.io import check_not_read
 
@@ -58,11 +59,8 @@ def _config(args: argparse.Namespace) -> CfgNode:
     kind = cfg.MODEL.META_ARCHITECTURE
     if kind != MASK_TRANSFORMER:
         raise ValueError(f"--config-file must be a config of {MASK_TRANSFORMER}, got one of {kind}; see --encoder")
-    if args.vocabulary and cfg.MODEL.MASK_TRANSFORMER.CLASSIFIER != CLASSIFIERS[1]:
-        raise ValueError(
-            "--vocabulary: this MaskTransformer model has a fixed set of classes; remove --vocabulary; only "
-            "MODEL.MASK_TRANSFORMER.CLASSIFIER text takes other classes"
-        )
+    if args.vocabulary:
+        check_new_classes(cfg, "--vocabulary")
     return cfg
 
 
@@ -74,14 +72,8 @@ def class_names(cfg: CfgNode, model: MaskTransformer) -> tuple[list[str], list[s
     """
     if model.vocabulary is not None:
         return [], []
-    known = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
-    if not known:
-        raise ValueError("DATASETS.TEST or DATASETS.TRAIN must name the data set with the model's classes")
-    found = dataset_vocabulary(known[0], model.task == TASKS[0])
+    dataset = dataset_of_classes(cfg)
+    found = dataset_vocabulary(dataset, model.task == TASKS[0])
     names, things = found.vocabulary.names, found.things
-    if (things, len(names) - things) != (model.things, model.stuff):
-        raise ValueError(
-            f"DATASETS.TEST must name a data set with the model's classes, {model.things} things and {model.stuff} "
-            f"stuff classes; {known[0]!r} has {things} and {len(names) - things}"
-        )
+    model.check_classes(dataset, things, len(names) - things)
     return names[:things], names[things:]

@@ -17,7 +17,7 @@ from spar_d2.data.build import MASK_TRANSFORMER, PANOPTIC_FPN
 from spar_d2.demo.exports import FORMATS, Exports, check_formats
 from spar_d2.demo.inputs import find_inputs
 from spar_d2.demo.outputs import is_file_name, plan_outputs
-from spar_d2.demo.panoptic import SEMANTIC, build_demo, has_text_classifier, is_panoptic
+from spar_d2.demo.panoptic import SEMANTIC, build_demo, check_new_classes, is_panoptic
 from spar_d2.demo.predictor import EXAMPLE, SHOWN
 from spar_d2.demo.run import run
 from spar_d2.engine.setup import load_config
@@ -156,10 +156,7 @@ def config(args: argparse.Namespace) -> CfgNode:
 def _check_vocabulary(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Raise ``ValueError`` for a vocabulary that a trained model cannot use."""
     flag = "--examples" if args.examples else "--vocabulary"
-    if not has_text_classifier(cfg):
-        kind = cfg.MODEL.META_ARCHITECTURE
-        other = "; only MODEL.MASK_TRANSFORMER.CLASSIFIER text takes other classes" if kind == MASK_TRANSFORMER else ""
-        raise ValueError(f"{flag}: this {kind} model has a fixed set of classes; remove {flag}{other}")
+    check_new_classes(cfg, flag)
     if args.vocabulary.lower().endswith((".yaml", ".yml")):
         raise ValueError(f"{flag}: the classes of {MASK_TRANSFORMER} must be words, got the examples {args.vocabulary}")
 

@@ -143,6 +143,18 @@ def test_loader(cfg: CfgNode, records: Sequence[dict]) -> DataLoader:
     return pinned(build(dataset=records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS))
 
 
+def dataset_of_classes(cfg: CfgNode) -> str:
+    """Return the name of the data set that names the classes of a trained model, the first one of the config.
+
+    Raises:
+        ValueError: the config has no data set.
+    """
+    names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+    if not names:
+        raise ValueError("DATASETS.TEST or DATASETS.TRAIN must name the data set with the model's classes")
+    return names[0]
+
+
 def check_panoptic(name: str) -> None:
     """Raise ``ValueError`` if a data set with panoptic masks lacks category mappings in its metadata."""
     if has_panoptic_masks(name):

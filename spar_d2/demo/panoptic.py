@@ -11,7 +11,7 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.modeling import build_model
 
 from spar_d2.checkpoint.checkpointer import Checkpointer
-from spar_d2.data.build import MASK_TRANSFORMER, PANOPTIC_FPN
+from spar_d2.data.build import MASK_TRANSFORMER, PANOPTIC_FPN, dataset_of_classes
 from spar_d2.demo.predictor import Demo, Prediction
 from spar_d2.modeling.mask_transformer import MaskTransformer
 from spar_d2.modeling.mask_transformer.settings import CLASSIFIERS, TASKS
@@ -50,6 +50,14 @@ def has_text_classifier(cfg: CfgNode) -> bool:
     return cfg.MODEL.META_ARCHITECTURE == MASK_TRANSFORMER and cfg.MODEL.MASK_TRANSFORMER.CLASSIFIER == CLASSIFIERS[1]
 
 
+def check_new_classes(cfg: CfgNode, flag: str) -> None:
+    """Raise ``ValueError`` if a flag gives classes to a trained model whose classes are fixed."""
+    if not has_text_classifier(cfg):
+        kind = cfg.MODEL.META_ARCHITECTURE
+        other = "; only MODEL.MASK_TRANSFORMER.CLASSIFIER text takes other classes" if kind == MASK_TRANSFORMER else ""
+        raise ValueError(f"{flag}: this {kind} model has a fixed set of classes; remove {flag}{other}")
+
+
 class TrainedDemo(Demo):
     """Demo of a model that was trained on labels.
 
@@ -80,14 +88,11 @@ class TrainedDemo(Demo):
         if has_text_classifier(cfg) and cfg.MODEL.SPAR.VOCABULARY:
             self._set_words(PanopticVocabulary.of(cfg.MODEL.SPAR.VOCABULARY, is_panoptic(cfg)))
         else:
-            names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
-            if not names:
-                raise ValueError("DATASETS.TEST or DATASETS.TRAIN must name the data set with the model's classes")
-            name = names[0]
+            name = dataset_of_classes(cfg)
             self._set_classes(name, MetadataCatalog.get(name))
         self.model = build_model(_of_one_output(cfg)).eval()
         if isinstance(self.model, MaskTransformer):
-            self._check_classes(name, self.model)
+            self.model.check_classes(name, *self._counts())
         if weights or cfg.MODEL.WEIGHTS:
             Checkpointer(self.model).load(weights or cfg.MODEL.WEIGHTS)
 
@@ -106,15 +111,6 @@ class TrainedDemo(Demo):
     def _counts(self) -> tuple[int, int]:
         """Return the numbers of thing and stuff classes."""
         raise NotImplementedError
-
-    def _check_classes(self, dataset: str, model: MaskTransformer) -> None:
-        words, found = model.vocabulary, self._counts()
-        needed = (model.things, model.stuff) if words is None else (words.things, len(words.tested) - words.things)
-        if found != needed:
-            raise ValueError(
-                f"DATASETS.TEST must name a data set with the model's classes, {needed[0]} things and {needed[1]} "
-                f"stuff classes; {dataset!r} has {found[0]} and {found[1]}"
-            )
 
 
 def _of_one_output(cfg: CfgNode) -> CfgNode:

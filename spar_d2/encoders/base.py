@@ -209,10 +209,11 @@ class DenseEncoder(nn.Module, ABC):
         images, steps = self._prepare(x), count - 1 if dense else max(chosen) + 1
         with self._autocast(images):
             tokens, grid, context = self._embed(images)
-            last, kept = [self._last_call(context)] if dense else [], {}
+            kept, last = {}, [self._last_call(context)] if dense else []
             for index, call in enumerate(self._bind([(self._step, context)] * steps + last, tokens)):
                 tokens = call(tokens)
-                kept[index] = tokens[:, self.prefix_tokens :] if index in chosen else None
+                if index in chosen:
+                    kept[index] = tokens[:, self.prefix_tokens :]
             parts = [kept[index] for index in chosen] + ([self._read(tokens, grid[0] * grid[1])] if dense else [])
             return [to_map(part, grid).to(x.dtype) for part in parts]
 

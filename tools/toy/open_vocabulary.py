@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
+from panoptic import fine_tune
 from torch import nn
 
 import spar_d2  # noqa: F401  registers data sets and models
-from spar_d2.engine.setup import clean_start, load_config, prepare
+from spar_d2.engine.setup import load_config
 from spar_d2.engine.trainer import Trainer
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
@@ -67,19 +67,10 @@ def scores_of(args: argparse.Namespace, name: str, weights: str, seed: int) -> d
         return json.loads(result.read_text())
     overrides = ["OUTPUT_DIR", str(folder), "SEED", seed, *(["MODEL.SPAR.PRETRAINED", weights] if weights else [])]
     cfg = load_config(args.config_file, [*args.opts, *overrides])
-    with clean_start(cfg.OUTPUT_DIR):
-        prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=True)
-    print(f"{name}, seed {seed}: {cfg.SOLVER.MAX_ITER} steps (log: {cfg.OUTPUT_DIR}/log.txt) ...")
-    started = time.time()
-    trainer.train()
-    if trainer.iter < trainer.max_iter:
-        raise SystemExit("stopped; run the same command again to continue")
-    print(f"{time.time() - started:.0f} s")
-    model = trainer.model.eval()
+    settings = argparse.Namespace(config_file=args.config_file, resume=True)
+    scores, model = fine_tune(cfg, settings, f"{name}, seed {seed}")
     unseen = set(cfg.MODEL.MASK_TRANSFORMER.UNSEEN)
-    found = {"single pass": summary(trainer.scores["panoptic_seg"], unseen, cfg.DATASETS.TEST[0])}
+    found = {"single pass": summary(scores, unseen, cfg.DATASETS.TEST[0])}
     if weights:
         model.inference = "sliding_window"
         found["sliding window"] = summary(Trainer.test(cfg, model)["panoptic_seg"], unseen, cfg.DATASETS.TEST[0])

@@ -24,10 +24,11 @@ def grid_places(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
     return torch.stack([y[:, None].expand(-1, width), x[None].expand(height, -1)], dim=-1).flatten(0, 1)
 
 
-def frequencies(count: int, device: torch.device) -> torch.Tensor:
-    """Return angular frequencies (count,) of positions, in geometric steps."""
+def _angles(places: torch.Tensor, count: int) -> torch.Tensor:
+    """Return angles (N, 2 * count) of places (N, 2): of rows, then of columns, at frequencies in geometric steps."""
     lowest, highest = _FREQUENCIES
-    return torch.linspace(math.log(lowest), math.log(highest), count, device=device).exp() * math.pi
+    steps = torch.linspace(math.log(lowest), math.log(highest), count, device=places.device).exp() * math.pi
+    return (places[:, :, None] * steps).flatten(1)
 
 
 def rotations(places: torch.Tensor, width: int) -> torch.Tensor:
@@ -40,7 +41,7 @@ def rotations(places: torch.Tensor, width: int) -> torch.Tensor:
     Returns:
         (2, N, d / 2): cosines and sines. The first half of the channels belongs to rows, the second to columns.
     """
-    angles = (places[:, :, None] * frequencies(width // 4, places.device)).flatten(1)
+    angles = _angles(places, width // 4)
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -58,7 +59,7 @@ class PlaceEmbedding(nn.Module):
 
     def forward(self, places: torch.Tensor) -> torch.Tensor:
         """Embed places (N, 2) to (N, C)."""
-        angles = (places[:, :, None] * frequencies(self.count, places.device)).flatten(1)
+        angles = _angles(places, self.count)
         return self.projection(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 

@@ -56,13 +56,13 @@ class ExportedMaskTransformer(ExportedEncoder):
             Class logits (B, Q, K + 1), the last class for no object; and mask logits (B, Q, h * s, w * s) for s x s
             cells in each patch, also of patches at the border that are partly outside of the image.
         """
-        _, prediction = self._predicted(image)
+        _, prediction = self._predicted((image - self.mean) / self.std)
         return self.classifier(prediction.embeddings), prediction.masks
 
-    def _predicted(self, image: torch.Tensor) -> tuple[torch.Tensor, Prediction]:
-        x = (image - self.mean) / self.std
+    def _predicted(self, x: torch.Tensor) -> tuple[torch.Tensor | None, Prediction]:
+        """Return dense features, or None if queries pass the encoder, and the prediction for normalized images."""
         if isinstance(self.head, JoinedHead):
-            return self.encoder(x), self.head(self.encoder, x)[-1]
+            return None, self.head(self.encoder, x)[-1]
         features = self.encoder.intermediates(x, self.laterals, dense=True)
         return features[-1], self.head(features)[-1]
 
@@ -80,7 +80,7 @@ class ExportedTextClasses(ExportedMaskTransformer):
                 f"MODEL.SPAR.INFERENCE must be single_pass for an export, got {model.inference}: no file has windows"
             )
         assert model.vocabulary is not None
-        self.scale, _, self.weights = model.vocabulary.two_way(torch.device("cpu"))
+        self.scale, self.weights = model.vocabulary.scale, model.vocabulary.weights
 
     def forward(  # type: ignore[override]
         self, image: torch.Tensor, text: torch.Tensor, query_class: torch.Tensor, seen: torch.Tensor
@@ -96,7 +96,9 @@ class ExportedTextClasses(ExportedMaskTransformer):
         Returns:
             As in the base class; class logits are the logarithm of the probabilities.
         """
-        dense, prediction = self._predicted(image)
+        x = (image - self.mean) / self.std
+        dense, prediction = self._predicted(x)
+        dense = self.encoder(x) if dense is None else dense
         self.classifier.set_classes(ClassVectors(text, query_class), seen.shape[0])
         cosines = self.classifier.scores(pooled_features(dense, prediction.masks, self.head.predictor.cells))
         logits = self.classifier(prediction.embeddings)

@@ -126,6 +126,22 @@ class MaskTransformer(DenseInference, nn.Module):
             results |= zip(same, self._inferred([images[i] for i in same], [batched_inputs[i] for i in same]))
         return [results[index] for index in range(len(images))]
 
+    @property
+    def class_counts(self) -> tuple[int, int]:
+        """Numbers of thing and stuff classes of inference."""
+        if self.vocabulary is None:
+            return self.things, self.stuff
+        return self.vocabulary.things, len(self.vocabulary.tested) - self.vocabulary.things
+
+    def check_classes(self, dataset: str, things: int, stuff: int) -> None:
+        """Raise ``ValueError`` if a data set, whose names the classes get, has other numbers of classes."""
+        if self.class_counts != (things, stuff):
+            needed = self.class_counts
+            raise ValueError(
+                f"DATASETS.TEST must name a data set with the model's classes, {needed[0]} things and {needed[1]} "
+                f"stuff classes; {dataset!r} has {things} and {stuff}"
+            )
+
     def set_vocabulary(self, vocabulary) -> None:
         """Change the classes of a model whose classes are words.
 
@@ -198,8 +214,7 @@ class MaskTransformer(DenseInference, nn.Module):
         probabilities = self._probabilities(x, dense, prediction)
         encoder, size = self.backbone.encoder, tuple(x.shape[2:])
         grid = encoder.grid(*size)
-        things = self.things if self.vocabulary is None else self.vocabulary.things
-        results = []
+        things, results = self.class_counts[0], []
         for number, record in enumerate(inputs):
             wanted = result_size(record)
             covered = covered_size(grid, encoder.patch_size, size, wanted)

@@ -18,6 +18,8 @@ from spar_d2.text import PanopticVocabulary, TextEmbeddings
 from spar_d2.utils.panoptic_numbers import class_values, separate_numbers
 from spar_d2.utils.transfer import send
 
+_VOCABULARIES_KEPT = 8
+
 
 class VocabularyClasses:
     """Training and test classes as words, and their text embeddings.
@@ -55,7 +57,7 @@ class VocabularyClasses:
         self.embeddings, self.trained, self.tested = embeddings, trained, tested
         self.unseen = frozenset(names.index(name) for name in unseen)
         self.scale, self.weights = scale, weights
-        self._vectors: dict[tuple, ClassVectors] = {}
+        self._ready: dict[tuple, tuple[ClassVectors, torch.Tensor]] = {}
 
     @classmethod
     def of_config(cls, cfg: CfgNode, things: int, stuff: int) -> VocabularyClasses:
@@ -96,8 +98,7 @@ class VocabularyClasses:
 
     def set(self, vocabulary: object) -> None:
         """Change the classes of inference, see :meth:`PanopticVocabulary.of`."""
-        panoptic = self.trained.panoptic
-        self.tested = PanopticVocabulary.of(vocabulary, panoptic)
+        self.tested = PanopticVocabulary.of(vocabulary, self.trained.panoptic)
 
     @contextlib.contextmanager
     def of_dataset(self, name: str) -> Iterator[None]:
@@ -111,11 +112,11 @@ class VocabularyClasses:
 
     def for_training(self, classifier: TextClassifier, device: torch.device) -> None:
         """Let a classifier use the training classes."""
-        classifier.set_classes(self._of(self.trained, device), len(self.trained))
+        classifier.set_classes(self._of(self.trained, device)[0], len(self.trained))
 
     def for_inference(self, classifier: TextClassifier, device: torch.device) -> None:
         """Let a classifier use the classes of inference."""
-        classifier.set_classes(self._of(self.tested, device), len(self.tested))
+        classifier.set_classes(self._of(self.tested, device)[0], len(self.tested))
 
     def without_unseen(self, logits: torch.Tensor) -> torch.Tensor:
         """Exclude unseen classes from training logits (..., K + 1)."""
@@ -129,18 +130,22 @@ class VocabularyClasses:
 
         A class of inference is seen if one of its words is a word of a training class.
         """
+        return self.scale, self._of(self.tested, device)[1], self.weights
+
+    def _of(self, vocabulary: PanopticVocabulary, device: torch.device) -> tuple[ClassVectors, torch.Tensor]:
+        """Return the vectors of all classes, and whether each is seen, (K,) bool; kept for the last vocabularies."""
+        key = (vocabulary.vocabulary, device)
+        if key not in self._ready:
+            if len(self._ready) > _VOCABULARIES_KEPT:
+                self._ready.clear()
+            vectors = ClassVectors(*self.embeddings(vocabulary.vocabulary)).to(device)
+            self._ready[key] = vectors, send(torch.tensor(self._seen(vocabulary)), device)
+        return self._ready[key]
+
+    def _seen(self, vocabulary: PanopticVocabulary) -> list[bool]:
         used = [number for number in range(len(self.trained)) if number not in self.unseen]
         words = {word.casefold() for number in used for word in self.trained.vocabulary.classes[number]}
-        seen = [any(word.casefold() in words for word in synonyms) for synonyms in self.tested.vocabulary.classes]
-        return self.scale, send(torch.tensor(seen), device), self.weights
-
-    def _of(self, vocabulary: PanopticVocabulary, device: torch.device) -> ClassVectors:
-        key = (vocabulary.vocabulary, device)
-        if key not in self._vectors:
-            if len(self._vectors) > 8:
-                self._vectors.clear()
-            self._vectors[key] = ClassVectors(*self.embeddings(vocabulary.vocabulary)).to(device)
-        return self._vectors[key]
+        return [any(word.casefold() in words for word in synonyms) for synonyms in vocabulary.vocabulary.classes]
 
 
 def dataset_vocabulary(name: str, panoptic: bool) -> PanopticVocabulary:
