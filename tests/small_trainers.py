@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+
+from spar_d2.engine.trainer import Trainer
 
 
 class Recorder(SimpleTrainer):
@@ -38,6 +42,29 @@ class Crash(HookBase):
     def before_step(self):
         if self.trainer.iter == self.iteration:
             raise ZeroDivisionError
+
+
+def train(cfg, resume=False, stop_at=None):
+    """Train with a config, to the end or to a crash before a step."""
+    # As the tools' set-up does, for the weights of the heads.
+    seed_all_rng(cfg.SEED)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    if stop_at is None:
+        trainer.train()
+    else:
+        trainer.register_hooks([Crash(stop_at)])
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+    return trainer
+
+
+def parameter_settings(optimizer, model):
+    """Learning rate and weight decay by the name of the parameter."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
 
 
 def assert_equal(first, second, path="checkpoint"):

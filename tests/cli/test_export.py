@@ -12,6 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from reference import ROOT, reference_image
+from tool_modules import exit_code
 
 WORDS = "grass, meadow; circle; star; été"
 CONFIG = ROOT / "configs" / "toy" / "distill.yaml"
@@ -25,12 +26,7 @@ def export(monkeypatch, tmp_path):
 
     def call(*arguments, output="out"):
         arguments = ["--config-file", CONFIG, "--vocabulary", WORDS, "--output", output, *arguments]
-        monkeypatch.setattr(sys, "argv", ["segment", *map(str, arguments)])
-        try:
-            tool.main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
+        return exit_code(tool, monkeypatch, *arguments)
 
     return call
 

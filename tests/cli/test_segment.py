@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from importlib import import_module
 
 import cv2
@@ -22,6 +21,7 @@ from spar_d2.demo.predictor import Demo, Prediction
 from spar_d2.demo.run import run
 from spar_d2.engine.setup import load_config
 from spar_d2.visualization import class_colors
+from tool_modules import exit_code
 
 CONFIG = ROOT / "configs" / "toy" / "distill.yaml"
 MODEL = [str(ROOT / "configs/toy/tiny_clip.json"), str(ROOT / "configs/toy/tiny_clip.safetensors")]
@@ -35,12 +35,7 @@ def demo(monkeypatch, tmp_path):
     tool = import_module("spar_d2.cli.segment")
 
     def call(*arguments, config=CONFIG):
-        monkeypatch.setattr(sys, "argv", ["segment", "--config-file", str(config), *map(str, arguments)])
-        try:
-            tool.main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
+        return exit_code(tool, monkeypatch, "--config-file", config, *arguments)
 
     return call
 

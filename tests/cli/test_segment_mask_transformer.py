@@ -1,7 +1,6 @@
 """`spar-d2 segment` and `spar-d2 visualize` with a MaskTransformer: learned classes and words, things and stuff."""
 
 import json
-import sys
 from importlib import import_module
 
 import numpy as np
@@ -18,6 +17,7 @@ from spar_d2.data.datasets.file_registration import register_dataset_file
 from spar_d2.demo.ground_truth import truth_reader
 from spar_d2.demo.panoptic import build_demo
 from spar_d2.engine.setup import load_config
+from tool_modules import exit_code
 
 TOY = str(ROOT / "configs/toy/mask_transformer.yaml")
 NODE = "MODEL.MASK_TRANSFORMER"
@@ -43,12 +43,7 @@ def segment(monkeypatch, tmp_path):
             state["classifier.no_object.bias"] -= 10  # otherwise, random queries see nothing
         torch.save({"model": state}, "model.pth")
         words = ["--config-file", TOY, "--weights", "model.pth", "--input", "photo.png", "--output", "out", "--json"]
-        monkeypatch.setattr(sys, "argv", ["segment", *words, "--masks", *flags, "--opts", *overrides])
-        try:
-            tool.main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
+        return exit_code(tool, monkeypatch, *words, "--masks", *flags, "--opts", *overrides)
 
     return call
 

@@ -8,6 +8,7 @@ from detectron2.config import instantiate
 from detectron2.modeling import build_model
 
 from reference import ROOT
+from small_trainers import parameter_settings
 from spar_d2.data.datasets.scenes import SCENE_SPLITS
 from spar_d2.engine import lazy
 from spar_d2.engine.setup import load_config
@@ -88,12 +89,7 @@ def test_lazy_config_and_yaml_give_the_same_optimizer_and_schedule(tiny_model, y
     first, second = build_optimizer(yaml_cfg, model), instantiate(cfg.optimizer)
     assert type(first).__mro__[-3:] == type(second).__mro__[-3:]
 
-    def by_name(optimizer) -> dict:
-        names = {id(p): name for name, p in model.named_parameters()}
-        groups = optimizer.param_groups
-        return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-
-    assert by_name(first) == by_name(second)
+    assert parameter_settings(first, model) == parameter_settings(second, model)
     assert cfg.train.max_iter == yaml_cfg.SOLVER.MAX_ITER
     assert cfg.dataloader.train.total_batch_size == yaml_cfg.SOLVER.IMS_PER_BATCH
     assert cfg.dataloader.train.dataset.names == yaml_cfg.DATASETS.TRAIN[0]

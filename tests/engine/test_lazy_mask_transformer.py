@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 
 from reference import ROOT
+from small_trainers import parameter_settings
 from spar_d2.data.datasets.scenes import SCENE_SPLITS
 from spar_d2.engine import lazy
 from spar_d2.engine.setup import load_config
@@ -65,12 +66,7 @@ def test_lazy_config_and_yaml_give_the_same_optimizer_and_schedule(overrides, ya
     first, second = build_optimizer(yaml_cfg, model), instantiate(cfg.optimizer)
     assert type(first).__mro__[-3:] == type(second).__mro__[-3:]
 
-    def by_name(optimizer) -> dict:
-        names = {id(p): name for name, p in model.named_parameters()}
-        groups = optimizer.param_groups
-        return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-
-    assert by_name(first) == by_name(second)
+    assert parameter_settings(first, model) == parameter_settings(second, model)
     assert cfg.train.max_iter == yaml_cfg.SOLVER.MAX_ITER
     multiplier, scheduler = instantiate(cfg.lr_multiplier), build_lr_scheduler(yaml_cfg, first)
     for step in (0, 1, 700, 1500, 40000, 89999):

@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 from detectron2.engine import HookBase
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from pretended_cuda import PretendedCuda
 from processes import run_in_two_processes
 from small_mask_transformers import SEMANTIC, TEXT, panoptic_record, small_config, small_model, use_all_pixels
-from small_trainers import Crash, assert_equal
+from small_trainers import assert_equal, train
 from spar_d2.data.datasets.scenes import SCENE_SPLITS
 from spar_d2.engine.trainer import Trainer
 
@@ -34,20 +33,6 @@ def config(folder, *overrides):
     small = ["INPUT.MIN_SIZE_TRAIN", "(64, 96)", "SEED", 5]
     tests = [] if "DATASETS.TEST" in overrides or SEMANTIC[0] in overrides else ["DATASETS.TEST", "()"]
     return small_config(*short, *small, *tests, "OUTPUT_DIR", str(folder), *overrides)
-
-
-def train(cfg, resume=False, stop_at=None):
-    # As the tools' set-up does, for the weights of the head.
-    seed_all_rng(cfg.SEED)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    if stop_at is None:
-        trainer.train()
-    else:
-        trainer.register_hooks([Crash(stop_at)])
-        with pytest.raises(ZeroDivisionError):
-            trainer.train()
-    return trainer
 
 
 @pytest.mark.parametrize("trainable", ["none", pytest.param("last_blocks:1", marks=pytest.mark.slow)])

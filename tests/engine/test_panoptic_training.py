@@ -4,10 +4,9 @@ import logging
 
 import pytest
 import torch
-from detectron2.utils.env import seed_all_rng
 
 from reference import ROOT
-from small_trainers import Crash, assert_equal
+from small_trainers import assert_equal, train
 from spar_d2.data.datasets.scenes import SCENE_SPLITS
 from spar_d2.engine.setup import load_config
 from spar_d2.engine.trainer import Trainer
@@ -30,20 +29,6 @@ def config(folder, *overrides):
     small = ["INPUT.MIN_SIZE_TRAIN", "(96, 128)", "DATASETS.TEST", "()", "SEED", 5]
     path = str(ROOT / "configs/toy/panoptic.yaml")
     return load_config(path, [*short, *small, "OUTPUT_DIR", str(folder), *overrides])
-
-
-def train(cfg, resume=False, stop_at=None):
-    # As the tools' set-up does, for the weights of the heads.
-    seed_all_rng(cfg.SEED)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    if stop_at is None:
-        trainer.train()
-    else:
-        trainer.register_hooks([Crash(stop_at)])
-        with pytest.raises(ZeroDivisionError):
-            trainer.train()
-    return trainer
 
 
 @pytest.mark.slow
