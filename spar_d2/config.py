@@ -120,6 +120,9 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_TRANSFORMER.TASK = "panoptic"
     # Number of queries, an upper limit of the number of segments.
     cfg.MODEL.MASK_TRANSFORMER.QUERIES = 200
+    # Share of the queries that start from the patches in which centers of things are found; the others are learned.
+    # Without things, all of them are learned.
+    cfg.MODEL.MASK_TRANSFORMER.CENTER_SHARE = 0.5
     # Channels of queries and patches in the head, its number of blocks, and their attention heads.
     cfg.MODEL.MASK_TRANSFORMER.WIDTH = 256
     cfg.MODEL.MASK_TRANSFORMER.BLOCKS = 4
@@ -128,8 +131,8 @@ def add_spar_config(cfg: CfgNode) -> None:
     # spreads up to three evenly. The dense features are always used.
     cfg.MODEL.MASK_TRANSFORMER.LATERAL_BLOCKS = ()
     # Number of the encoder's own last blocks that the queries pass, instead of blocks of the head (as in EoMT); 0 uses
-    # blocks of the head. Train these blocks (MODEL.SPAR.TRAINABLE last_blocks:N). BLOCKS, HEADS, LATERAL_BLOCKS and
-    # MASKED_ATTENTION then have no effect, and with CLASSIFIER "text", the image is encoded twice.
+    # blocks of the head. Train these blocks (MODEL.SPAR.TRAINABLE last_blocks:N). BLOCKS, HEADS, LATERAL_BLOCKS,
+    # CENTER_SHARE and MASKED_ATTENTION then have no effect, and with CLASSIFIER "text", the image is encoded twice.
     cfg.MODEL.MASK_TRANSFORMER.ENCODER_BLOCKS = 0
     # Share of the training in which queries attend only to the patches of their masks; it ends block by block, so that
     # inference needs no masks. 0 disables it.
@@ -139,6 +142,8 @@ def add_spar_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_TRANSFORMER.MASK_WEIGHT = 5.0
     cfg.MODEL.MASK_TRANSFORMER.DICE_WEIGHT = 5.0
     cfg.MODEL.MASK_TRANSFORMER.NO_OBJECT_WEIGHT = 0.1
+    # Weight of the loss of the heat map in which centers of things are found.
+    cfg.MODEL.MASK_TRANSFORMER.CENTER_WEIGHT = 1.0
     # Number of points at which a mask is compared with its segment.
     cfg.MODEL.MASK_TRANSFORMER.POINTS = 12544
     # Outputs: any of "panoptic_seg", "sem_seg" and "instances". () is "panoptic_seg", or "sem_seg" for the semantic

@@ -32,6 +32,7 @@ model = L(MaskTransformer)(
         widths=[768, 768, 768, 512],
         patch_size=16,
         queries=200,
+        center_share=0.5,
         width=256,
         blocks=4,
         heads=8,

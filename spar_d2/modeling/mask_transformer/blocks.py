@@ -13,33 +13,45 @@ from torch import nn
 _FREQUENCIES = (0.25, 4.0)
 
 
-def grid_places(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Return the places (h * w, 2) of patches, rows and columns: 0 in the center and -1..1 along the longer side.
+def axis_places(grid: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the places (h,) of rows and (w,) of columns: 0 in the center and -1..1 along the longer side.
 
     They are plain arithmetic of the grid size, which may be symbolic.
     """
-    height, width = grid
-    longest = cast(int, torch.sym_max(height, width))
+    longest = cast(int, torch.sym_max(*grid))
     y, x = ((2 * torch.arange(side, device=device) + 1 - side) / longest for side in grid)
+    return y, x
+
+
+def grid_places(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Return the places (h * w, 2) of patches, rows and columns, see :func:`axis_places`."""
+    height, width = grid
+    y, x = axis_places(grid, device)
     return torch.stack([y[:, None].expand(-1, width), x[None].expand(height, -1)], dim=-1).flatten(0, 1)
 
 
+def spread_places(count: int) -> torch.Tensor:
+    """Return places (count, 2) that are spread evenly over a square image."""
+    # Sobol's sequence cannot give 0 points.
+    return 2 * torch.quasirandom.SobolEngine(2).draw(count + 1)[:count] - 1
+
+
 def _angles(places: torch.Tensor, count: int) -> torch.Tensor:
-    """Return angles (N, 2 * count) of places (N, 2): of rows, then of columns, at frequencies in geometric steps."""
+    """Return angles (..., 2 * count) of places (..., 2): of rows, then of columns, at frequencies in geometric steps."""
     lowest, highest = _FREQUENCIES
     steps = torch.linspace(math.log(lowest), math.log(highest), count, device=places.device).exp() * math.pi
-    return (places[:, :, None] * steps).flatten(1)
+    return (places[..., None] * steps).flatten(-2)
 
 
 def rotations(places: torch.Tensor, width: int) -> torch.Tensor:
     """Compute rotary positions.
 
     Args:
-        places: (N, 2), see :func:`grid_places`.
+        places: (..., N, 2), see :func:`grid_places`.
         width: channels d of an attention head, a multiple of 4.
 
     Returns:
-        (2, N, d / 2): cosines and sines. The first half of the channels belongs to rows, the second to columns.
+        (2, ..., N, d / 2): cosines and sines. The first half of the channels belongs to rows, the second to columns.
     """
     angles = _angles(places, width // 4)
     return torch.stack([angles.cos(), angles.sin()])
@@ -58,9 +70,9 @@ class PlaceEmbedding(nn.Module):
         self.projection = nn.Linear(4 * self.count, width)
 
     def forward(self, places: torch.Tensor) -> torch.Tensor:
-        """Embed places (N, 2) to (N, C)."""
+        """Embed places (..., 2) to (..., C)."""
         angles = _angles(places, self.count)
-        return self.projection(torch.cat([angles.cos(), angles.sin()], dim=1))
+        return self.projection(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 
 class QueryBlock(nn.Module):
@@ -87,7 +99,8 @@ class QueryBlock(nn.Module):
 
         Args:
             tokens: (B, Q + N, C), Q queries and then N patches.
-            rotation: (2, Q + N, C / heads / 2), see :func:`rotations`.
+            rotation: (2, Q + N, C / heads / 2), see :func:`rotations`; or (2, B, 1, Q + N, C / heads / 2) if places
+                differ between images.
             allowed: (B, Q, N) bool, patches that each query may attend to; None: all. Queries attend to all queries,
                 and patches to everything.
         """

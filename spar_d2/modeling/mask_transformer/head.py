@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,14 @@ from timm.layers.norm import LayerNorm2d
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from spar_d2.modeling.mask_transformer.blocks import PlaceEmbedding, QueryBlock, grid_places, rotations
+from spar_d2.modeling.mask_transformer.blocks import (
+    PlaceEmbedding,
+    QueryBlock,
+    grid_places,
+    rotations,
+    spread_places,
+)
+from spar_d2.modeling.mask_transformer.centers import CenterQueries
 from spar_d2.modeling.mask_transformer.predictor import MaskPredictor, Prediction
 
 
@@ -29,6 +37,8 @@ class MaskTransformerHead(nn.Module):
         blocks: number of blocks, at least 1.
         heads: attention heads of a block.
         checkpointing: use activation checkpointing in training.
+        center_share: share of the queries, in 0..1, that start from patches, see :class:`CenterQueries`; the others are
+            learned.
 
     Raises:
         ValueError: an argument has an invalid value.
@@ -43,11 +53,14 @@ class MaskTransformerHead(nn.Module):
         blocks: int = 4,
         heads: int = 8,
         checkpointing: bool = False,
+        center_share: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("QUERIES", queries), ("BLOCKS", blocks), ("HEADS", heads)):
             if value < 1:
                 raise ValueError(f"MODEL.MASK_TRANSFORMER.{name} must be at least 1, got {value}")
+        if not 0 <= center_share <= 1:
+            raise ValueError(f"MODEL.MASK_TRANSFORMER.CENTER_SHARE must be in 0..1, got {center_share}")
         if blocks < len(widths) - 1:
             raise ValueError(
                 f"MODEL.MASK_TRANSFORMER.BLOCKS must be at least {len(widths) - 1}, the number of LATERAL_BLOCKS; "
@@ -59,9 +72,12 @@ class MaskTransformerHead(nn.Module):
             )
         self.checkpointing = checkpointing
         self._head_width = width // heads
-        self.queries = nn.Parameter(torch.randn(queries, width) * 0.02)
-        # Places of the queries, spread over the image at the start.
-        self.places = nn.Parameter(2 * torch.quasirandom.SobolEngine(2).draw(queries) - 1)
+        at_centers = round(center_share * queries)
+        learned = queries - at_centers
+        self.queries = nn.Parameter(torch.randn(learned, width) * 0.02)
+        # Places of the learned queries, spread over the image at the start.
+        self.places = nn.Parameter(spread_places(learned))
+        self.centers = CenterQueries(width, at_centers) if at_centers else None
         self.place_embedding = PlaceEmbedding(width)
         # A norm and a projection for each feature map of the encoder.
         self.laterals = nn.ModuleList(nn.Sequential(LayerNorm2d(c), nn.Conv2d(c, width, 1)) for c in widths)
@@ -82,14 +98,23 @@ class MaskTransformerHead(nn.Module):
         """
         *lower, dense = (lateral(x) for lateral, x in zip(self.laterals, features))
         grid = (dense.shape[2], dense.shape[3])
-        count = len(self.queries)
-        # Queries first, then patches: (Q + N, 2), and tokens (B, Q + N, C).
-        places = torch.cat([self.places, grid_places(grid, dense.device)])
-        rotation = rotations(places, self._head_width)
-        queries = self.queries.expand(dense.shape[0], -1, -1)
-        tokens = torch.cat([queries.to(dense.dtype), dense.flatten(2).transpose(1, 2)], dim=1)
-        tokens = tokens + self.place_embedding(places)
-        predictions = [self.predictor(tokens, count, grid, False)] if self.training else []
+        batch = dense.shape[0]
+        # (B, Q, C) and (B or 1, Q, 2)
+        queries, places = self.queries.expand(batch, -1, -1).to(dense.dtype), self.places[None]
+        centers = None
+        if self.centers is not None:
+            centers, found, found_places = self.centers(sum(lower, dense))
+            queries = torch.cat([queries, found.to(dense.dtype)], dim=1)
+            places = torch.cat([places.expand(batch, -1, -1), found_places], dim=1)
+        count = places.shape[1]
+        # Queries first, then patches: tokens (B, Q + N, C), and their places (B or 1, Q + N, 2).
+        tokens = torch.cat([queries, dense.flatten(2).transpose(1, 2)], dim=1)
+        everywhere = torch.cat([places, grid_places(grid, dense.device).expand(places.shape[0], -1, -1)], dim=1)
+        rotation = rotations(everywhere, self._head_width)[:, :, None]
+        tokens = tokens + self.place_embedding(everywhere)
+        predictions = []
+        if self.training:
+            predictions.append(replace(self.predictor(tokens, places, grid, False), centers=centers))
         for number, block in enumerate(self.blocks):
             if number < len(lower):
                 tokens = torch.cat([tokens[:, :count], tokens[:, count:] + lower[number].flatten(2).transpose(1, 2)], 1)
@@ -102,7 +127,7 @@ class MaskTransformerHead(nn.Module):
                 tokens = block(tokens, rotation, allowed)
             last = number == len(self.blocks) - 1
             if self.training or last:
-                predictions.append(self.predictor(tokens, count, grid, last))
+                predictions.append(self.predictor(tokens, places, grid, last))
         return predictions
 
     def _allowed(self, masks: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 
 from spar_d2.encoders import DenseEncoder
 from spar_d2.encoders.joined_queries import JoinedTokens, run_joined
+from spar_d2.modeling.mask_transformer.blocks import spread_places
 from spar_d2.modeling.mask_transformer.predictor import MaskPredictor, Prediction
 
 
@@ -34,6 +35,8 @@ class JoinedHead(nn.Module):
                 raise ValueError(f"MODEL.MASK_TRANSFORMER.{name} must be at least 1, got {value}")
         self.encoder_blocks = blocks
         self.queries = nn.Parameter(torch.randn(queries, encoder_width) * 0.02)
+        # Places of the queries, spread over the image at the start; only for their masks.
+        self.places = nn.Parameter(spread_places(queries))
         self.projection = nn.Sequential(nn.LayerNorm(encoder_width), nn.Linear(encoder_width, width))
         self.predictor = MaskPredictor(width, patch_size)
 
@@ -48,4 +51,4 @@ class JoinedHead(nn.Module):
         return [self._predict(tokens, grid, tokens is stages[-1]) for tokens in stages]
 
     def _predict(self, tokens: JoinedTokens, grid: tuple[int, int], last: bool) -> Prediction:
-        return self.predictor(self.projection(torch.cat(tokens, dim=1)), len(self.queries), grid, last)
+        return self.predictor(self.projection(torch.cat(tokens, dim=1)), self.places[None], grid, last)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
 
+from spar_d2.modeling.mask_transformer.centers import center_loss
 from spar_d2.modeling.mask_transformer.matching import Weights, costs, match
 from spar_d2.modeling.mask_transformer.points import look_up, placed, sample, uncertain_points
 from spar_d2.modeling.mask_transformer.targets import Targets
@@ -27,12 +28,14 @@ class Group:
         masks: (L, B, Q, h, w) mask logits.
         scale: width and height of the images relative to the area that the masks cover, at most 1.
         targets: targets of the B images, on the device of the masks.
+        centers: arguments (B, h, w) of :func:`center_loss`, or None if the head finds no centers.
     """
 
     logits: torch.Tensor
     masks: torch.Tensor
     scale: tuple[float, float]
     targets: Sequence[Targets]
+    centers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,18 @@ class Criterion:
         weights: weights of the terms.
         no_object: weight of queries without a segment in the class loss.
         points: number of points at which each mask is compared.
+        center: weight of the loss of the heat map of centers.
     """
 
     weights: Weights = Weights()
     no_object: float = 0.1
     points: int = 12544
+    center: float = 1.0
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
         """Compute {"loss_class", "loss_mask", "loss_dice"}, averaged over the segments of all images and processes.
 
+        With heat maps, there is also "loss_center", averaged over the centers.
         On a GPU, the host waits once.
         """
         found = [self._costs(group, index) for group in groups for index in range(len(group.targets))]
@@ -78,19 +84,25 @@ class Criterion:
             index = send(index, device).unbind(1)
             class_sums = class_sums + self._class_sums(group, index, ignored)
             mask_sums = mask_sums + self._mask_sums(group, index)
-        counts = torch.cat([class_sums[1].detach(), torch.full((1,), float(segments), device=device)])
+        heat = [group.centers for group in groups if group.centers is not None]
+        centers = sum(((wanted == 1).sum() for _, wanted, _ in heat), torch.zeros((), device=device))
+        counts = torch.cat([class_sums[1].detach(), torch.full((1,), float(segments), device=device), centers[None]])
         if comm.get_world_size() > 1:
             # Gradients are averaged over the processes, so that these are means, too.
             torch.distributed.all_reduce(counts)
             counts /= comm.get_world_size()
         # The mean of each stage, then the sum over stages.
-        class_loss = (class_sums[0] / counts[:-1].clamp(min=1e-6)).sum()
-        mask_loss, dice_loss = mask_sums / counts[-1].clamp(min=1)
-        return {
+        class_loss = (class_sums[0] / counts[:-2].clamp(min=1e-6)).sum()
+        mask_loss, dice_loss = mask_sums / counts[-2].clamp(min=1)
+        losses = {
             "loss_class": self.weights.classes * class_loss,
             "loss_mask": self.weights.mask * mask_loss,
             "loss_dice": self.weights.dice * dice_loss,
         }
+        if heat:
+            center_sum = torch.stack([center_loss(*maps) for maps in heat]).sum()
+            losses["loss_center"] = self.center * center_sum / counts[-1].clamp(min=1)
+        return losses
 
     @torch.no_grad()
     def _costs(self, group: Group, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from spar_d2.modeling.backbone import SPARViT
 from spar_d2.modeling.banded_upsampling import covered_size
 from spar_d2.modeling.dense_inference import DenseInference
 from spar_d2.modeling.inference_inputs import of_one_size, result_size
+from spar_d2.modeling.mask_transformer.centers import center_targets
 from spar_d2.modeling.mask_transformer.classifiers import LearnedClassifier, TextClassifier, pooled_features, two_way
 from spar_d2.modeling.mask_transformer.head import MaskTransformerHead
 from spar_d2.modeling.mask_transformer.joined_head import JoinedHead
@@ -179,7 +180,9 @@ class MaskTransformer(DenseInference, nn.Module):
         targets = [self._targets(inputs[index]).to(x.device) for index in same]
         grid, patch = self.backbone.encoder.grid(*x.shape[2:]), self.backbone.encoder.patch_size
         scale = x.shape[3] / (grid[1] * patch), x.shape[2] / (grid[0] * patch)
-        return Group(logits, torch.stack([prediction.masks for prediction in predictions]), scale, targets)
+        masks, heat = torch.stack([prediction.masks for prediction in predictions]), predictions[0].centers
+        centers = None if heat is None else (heat, *center_targets(targets, self.things, grid, patch))
+        return Group(logits, masks, scale, targets, centers)
 
     def _losses(self, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
         with torch.autocast(groups[0].masks.device.type, enabled=False):

@@ -52,7 +52,8 @@ def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
         check_joined(encoder, node.ENCODER_BLOCKS)
         head = JoinedHead(encoder.width, encoder.patch_size, node.QUERIES, node.WIDTH, node.ENCODER_BLOCKS)
     else:
-        head = MaskTransformerHead(widths, encoder.patch_size, *size, checkpointing=spar.CHECKPOINTING)
+        share = node.CENTER_SHARE if things else 0.0
+        head = MaskTransformerHead(widths, encoder.patch_size, *size, spar.CHECKPOINTING, share)
     vocabulary = None
     if node.CLASSIFIER == CLASSIFIERS[0]:
         classifier: LearnedClassifier | TextClassifier = LearnedClassifier(node.WIDTH, things + stuff)
@@ -64,7 +65,7 @@ def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
         "backbone": backbone,
         "head": head,
         "classifier": classifier,
-        "criterion": Criterion(weights, node.NO_OBJECT_WEIGHT, node.POINTS),
+        "criterion": Criterion(weights, node.NO_OBJECT_WEIGHT, node.POINTS, node.CENTER_WEIGHT),
         "things": things,
         "stuff": stuff,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -129,6 +130,7 @@ def _check(cfg: CfgNode) -> None:
         "CLASS_WEIGHT": (0, 10**6),
         "MASK_WEIGHT": (0, 10**6),
         "DICE_WEIGHT": (0, 10**6),
+        "CENTER_WEIGHT": (0, 10**6),
     }
     for key, (least, most) in ranges.items():
         if not least <= node[key] <= most:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from spar_d2.modeling.mask_transformer import MaskTransformerHead
 from spar_d2.modeling.mask_transformer.blocks import PlaceEmbedding, QueryBlock, grid_places, rotations
+from spar_d2.modeling.mask_transformer.predictor import MaskExtent
 
 QUERIES, WIDTH = 5, 16
 GRIDS = [(1, 1), (3, 5), (1, 9), (8, 7)]
@@ -30,10 +31,11 @@ def features(grid, count=2, widths=(6, 4, 10), seed=0):
     return [torch.randn(count, c, *grid, generator=generator) for c in widths]
 
 
+@pytest.mark.parametrize("center_share", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("patch", "cells"), [(4, 1), (8, 2), (14, 4), (16, 4), (32, 8)])
-def test_masks_of_any_size(grid, patch, cells):
-    (prediction,) = head(patch=patch)(features(grid))
+def test_masks_of_any_size(grid, patch, cells, center_share):
+    (prediction,) = head(patch=patch, center_share=center_share)(features(grid))
     assert prediction.embeddings.shape == (2, QUERIES, WIDTH)
     assert prediction.masks.shape == (2, QUERIES, grid[0] * cells, grid[1] * cells)
     assert prediction.masks.isfinite().all() and prediction.embeddings.isfinite().all()
@@ -45,9 +47,10 @@ def test_a_larger_image_after_a_small_one_and_back():
     assert torch.equal(first, again)
 
 
+@pytest.mark.parametrize("center_share", [0.0, 0.4])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_batch_equals_its_images(training):
-    model, maps = head().train(training), features((4, 6), 3)
+def test_a_batch_equals_its_images(training, center_share):
+    model, maps = head(center_share=center_share).train(training), features((4, 6), 3)
     masked = [True, False, True] if training else []
     together = model(maps, masked)
     for index in range(3):
@@ -71,8 +74,10 @@ def test_inference_is_never_masked():
 
 
 def test_every_parameter_and_every_feature_map_gets_a_gradient():
-    model, maps = head().train(), [x.requires_grad_() for x in features((3, 4))]
-    sum((p.masks.square().sum() + p.embeddings.sum() for p in model(maps)), torch.zeros(())).backward()
+    model, maps = head(center_share=0.4).train(), [x.requires_grad_() for x in features((3, 4))]
+    predictions = model(maps)
+    total = sum((p.masks.square().sum() + p.embeddings.sum() for p in predictions), torch.zeros(()))
+    (total + predictions[0].centers.sum()).backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     assert all(x.grad.any() for x in maps)
 
@@ -215,7 +220,7 @@ def test_empty_masks_attend_to_everything():
 def test_checkpointing_gives_the_same_gradients_with_fewer_saved_tensors():
     gradients, saved = [], []
     for checkpointing in (False, True):
-        model, numbers = head(patch=4, checkpointing=checkpointing).train(), []
+        model, numbers = head(patch=4, checkpointing=checkpointing, center_share=0.4).train(), []
         pack = lambda t, numbers=numbers: numbers.append(t.numel()) or t  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             predictions = model(features((6, 6)), [True, True, False])
@@ -228,14 +233,16 @@ def test_checkpointing_gives_the_same_gradients_with_fewer_saved_tensors():
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7)
 
 
-def test_the_mask_is_a_product_of_query_and_upsampled_patches():
-    model, maps = head(), features((3, 4))
+def test_the_mask_is_a_product_of_query_and_upsampled_patches_plus_its_extent():
+    model, maps = head(center_share=0.4), features((3, 4))
     tokens = []
     model.predictor.norm.register_forward_hook(lambda module, args, output: tokens.append(output))
+    extents = []
+    model.predictor.extent.register_forward_hook(lambda module, args, output: extents.append(output))
     (prediction,) = model(maps)
     pixels = model.predictor.upsampling(tokens[0][:, QUERIES:].transpose(1, 2).unflatten(2, (3, 4)))
     expected = F.conv2d(pixels[:1], model.predictor.mask_embedding(tokens[0][0, :QUERIES])[:, :, None, None])
-    torch.testing.assert_close(prediction.masks[:1], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(prediction.masks[:1], expected + extents[0][:1], rtol=1e-4, atol=1e-4)
     assert torch.equal(prediction.embeddings, tokens[0][:, :QUERIES])
 
 
@@ -246,3 +253,29 @@ def test_the_mask_is_a_product_of_query_and_upsampled_patches():
 def test_wrong_sizes_are_named(keys, name):
     with pytest.raises(ValueError, match=rf"MODEL\.MASK_TRANSFORMER\.{name} "):
         MaskTransformerHead([4], 16, **{"width": 32, **keys})
+
+
+def test_only_a_training_returns_centers():
+    model, maps = head(center_share=0.4), features((3, 4))
+    assert model(maps)[0].centers is None
+    first, *others = model.train()(maps)
+    assert first.centers.shape == (2, 3, 4) and all(prediction.centers is None for prediction in others)
+
+
+def test_the_extent_is_a_quadratic_function_of_the_distance_to_the_place():
+    """It has the same values, moved, for a query at another place, and is the same function on grids of any size."""
+    torch.manual_seed(0)
+    extent, embeddings = MaskExtent(WIDTH), torch.randn(1, 1, WIDTH)
+    torch.nn.init.normal_(extent.terms.weight)
+    places = grid_places((8, 8), torch.device("cpu")).view(8, 8, 2)
+    first, second = (extent(embeddings, places[at][None, None], (8, 8))[0, 0] for at in ((2, 3), (4, 6)))
+    torch.testing.assert_close(first[:6, :5], second[2:, 3:])
+    assert first[2, 3] == 0
+    terms = extent.terms(embeddings)[0, 0]
+    squares = -F.softplus(terms[2:])
+    for y, x in ((0, 0), (7, 1), (2, 4)):
+        dy, dx = 4 * (places[y, x] - places[2, 3])
+        expected = terms[0] * dy + squares[0] * dy**2 + terms[1] * dx + squares[1] * dx**2
+        torch.testing.assert_close(first[y, x], expected)
+    large = extent(embeddings, places[2, 3][None, None], (24, 24))[0, 0]
+    torch.testing.assert_close(large[1::3, 1::3], first)

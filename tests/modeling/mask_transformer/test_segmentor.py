@@ -185,9 +185,11 @@ def test_losses_of_two_sizes_are_averaged_over_segments(monkeypatch, keys, make)
     model = small_model(*keys).train()
     records = [make((40, 56), 0), make((33, 30), 1), make((40, 56), 2)]
     together, alone = model(records), [model([record]) for record in records]
-    counts = [len(model._targets(record).classes) for record in records]
-    assert list(together) == ["loss_class", "loss_mask", "loss_dice"]
-    for name in ("loss_mask", "loss_dice"):
+    targets = [model._targets(record) for record in records]
+    of_center = {} if keys else {"loss_center": [int((target.classes < THINGS).sum()) for target in targets]}
+    assert list(together) == ["loss_class", "loss_mask", "loss_dice", *of_center]
+    segments = [len(target.classes) for target in targets]
+    for name, counts in ({"loss_mask": segments, "loss_dice": segments} | of_center).items():
         expected = sum(count * losses[name] for count, losses in zip(counts, alone)) / sum(counts)
         torch.testing.assert_close(together[name], expected, rtol=1e-4, atol=1e-5)
     of_class = [losses["loss_class"] for losses in alone]
@@ -272,7 +274,7 @@ def test_weights_are_those_of_encoder_head_and_classifier(model):
     names = {name.split(".")[0] for name in model.state_dict()}
     assert names == {"backbone", "head", "classifier"}
     assert {name.split(".")[0] for name in small_model(*TEXT).state_dict()} == names
-    assert model.head.queries.shape == (QUERIES, 32)
+    assert model.head.queries.shape == (QUERIES - model.head.centers.count, 32)
     assert sum(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) == 0
     record = {"image": image((40, 56))}
     assert_same(copy.deepcopy(model)([record])[0], model([record])[0])

@@ -37,6 +37,8 @@ NODE = "MODEL.MASK_TRANSFORMER"
         (["POINTS", 0], r"POINTS must be in 1\.\."),
         (["CLASS_WEIGHT", -2.0], r"CLASS_WEIGHT must be in 0\.\."),
         (["MASK_WEIGHT", -2.0], r"MASK_WEIGHT must be in 0\.\."),
+        (["CENTER_WEIGHT", -1.0], r"CENTER_WEIGHT must be in 0\.\."),
+        (["CENTER_SHARE", 1.5], r"CENTER_SHARE must be in 0\.\.1, got 1\.5"),
         (["DICE_WEIGHT", float("inf")], r"DICE_WEIGHT must be in 0\.\."),
         (["UNSEEN", "('circle',)"], r"UNSEEN .*CLASSIFIER text"),
         (["TASK", "semantic", f"{NODE}.OUTPUTS", "('panoptic_seg',)"], r"OUTPUTS must be a list out of sem_seg"),
