@@ -123,6 +123,9 @@ def add_spar_config(cfg: CfgNode) -> None:
     # Share of the queries that start from the patches in which centers of things are found; the others are learned.
     # Without things, all of them are learned.
     cfg.MODEL.MASK_TRANSFORMER.CENTER_SHARE = 0.5
+    # Number of queries from centers in inference, for images with more things than those of the training; 0 is that of
+    # the training.
+    cfg.MODEL.MASK_TRANSFORMER.TEST_CENTERS = 0
     # Channels of queries and patches in the head, its number of blocks, and their attention heads.
     cfg.MODEL.MASK_TRANSFORMER.WIDTH = 256
     cfg.MODEL.MASK_TRANSFORMER.BLOCKS = 4

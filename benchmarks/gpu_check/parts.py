@@ -35,15 +35,16 @@ class Part:
 
 
 PARTS = (
-    Part("features", "encoders vs. CPU, other precisions, attention kernels", 45, "features.check_features", True),
-    Part("targets", "teacher and gradients vs. CPU, reproducibility", 45, "targets.check_targets", True),
+    Part("features", "encoders vs. CPU, other precisions, attention kernels", 40, "features.check_features", True),
+    Part("targets", "teacher and gradients vs. CPU, reproducibility", 40, "targets.check_targets", True),
     Part("labels", "post-processing vs. CPU", 30, "labels.check_labels", True),
     Part("compiled", "torch.compile vs. eager", 55, "compiled.check_compiled", True),
-    Part("speed-encoders", "single passes vs. the libraries", 75, "speed.measure_encoders"),
-    Part("speed-teacher", "teacher vs. straightforward implementation and student", 60, "speed.measure_teachers"),
+    Part("panoptic", "MaskTransformer vs. CPU, speed beside PanopticFPN", 40, "panoptic.check_panoptic", True),
+    Part("speed-encoders", "single passes vs. the libraries", 60, "speed.measure_encoders"),
+    Part("speed-teacher", "teacher vs. straightforward implementation and student", 55, "speed.measure_teachers"),
     Part("speed-labels", "labels vs. full maps, evaluator vs. Detectron2's", 30, "speed.measure_labels"),
     Part("speed-refinement", "refinement vs. all of an image at once", 20, "speed.measure_refinements"),
-    Part("distillation", "training with the sampled recipes", 75, "distillation.measure_distillations"),
+    Part("distillation", "training with the sampled recipes", 65, "distillation.measure_distillations"),
     Part("demo", "scores of the demo vs. CPU", 45, "demo.run_demo", True),
     Part("torchrun", "NCCL, Ctrl-C and --resume", 55, "torchrun.check_torchrun", True),
 )

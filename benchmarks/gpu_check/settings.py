@@ -47,6 +47,8 @@ class Settings:
         photos, photo_size: number and (width, height) of synthetic JPEGs.
         workers: number of worker processes.
         steps: number of steps of each training.
+        panoptic: name, config file and overrides of panoptic models, MaskTransformer first.
+        panoptic_side: side of their square images.
         demo_overrides: alternating config keys and values.
         demo_scores: (row index, expected mIoU) for the demo's table.
         resumed_steps: number of steps after the training was stopped and resumed.
@@ -76,6 +78,11 @@ class Settings:
     photo_size: tuple[int, int] = (2250, 1500)
     workers: int = 8
     steps: int = 40
+    panoptic: tuple[tuple[str, str, tuple], ...] = (
+        ("MaskTransformer", "panoptic/coco_mask_transformer_12ep.yaml", ()),
+        ("PanopticFPN", "panoptic/coco_panoptic_fpn_1x_frozen.yaml", ()),
+    )
+    panoptic_side: int = 640
     demo_overrides: tuple = ()
     demo_scores: tuple[tuple[int, float], ...] = ((0, 21.7), (1, 42.5), (2, 46.6), (3, 57.9))
     resumed_steps: int = 20
@@ -104,6 +111,11 @@ def small(device: torch.device) -> Settings:
         photo_size=(120, 80),
         workers=1,
         steps=6,
+        panoptic=(
+            ("MaskTransformer", "toy/mask_transformer.yaml", ("MODEL.MASK_TRANSFORMER.POINTS", 64)),
+            ("PanopticFPN", "toy/panoptic.yaml", ()),
+        ),
+        panoptic_side=64,
         demo_overrides=("SOLVER.MAX_ITER", 1, "SPAR.TEACHER.STRIDE", 64, "INPUT.MIN_SIZE_TEST", 64),
         # Only rows that do not depend on the training.
         demo_scores=((0, 15.0), (1, 15.6), (2, 15.6)),

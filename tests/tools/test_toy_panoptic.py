@@ -24,28 +24,42 @@ def run(tmp_path, monkeypatch):
     def call(*arguments: str) -> None:
         short = ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1", "INPUT.MIN_SIZE_TRAIN", "(64,)"]
         few = ["INPUT.MIN_SIZE_TEST", "64", "TEST.DETECTIONS_PER_IMAGE", "3", "MODEL.RPN.POST_NMS_TOPK_TEST", "10"]
-        monkeypatch.setattr(sys, "argv", ["panoptic.py", *arguments, *short, *few])
+        monkeypatch.setattr(sys, "argv", ["panoptic.py", *arguments, "--opts", *short, *few])
         tool.main()
 
     return call
+
+
+def rows(folder):
+    """Names and cells of the rows of the table."""
+    lines = (folder / "table.md").read_text().splitlines()[2:]
+    return {name.strip(): cells for name, *cells in (line.strip("|").split("|") for line in lines)}
 
 
 @pytest.mark.slow
 def test_it_compares_three_encoders_and_draws_them(run, tmp_path, capsys):
     out = tmp_path / "out"
     run("--student", str(WEIGHTS), "--output", str(out))
-    table = (out / "table.md").read_text()
-    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
-    assert names == ["untrained encoder", "pre-trained", "SPAR student"]
-    assert table.strip() in capsys.readouterr().out
-    scores = json.loads((out / "scores.json").read_text())
-    assert all(0 <= values["PQ"] <= 100 for values in scores.values())
+    assert list(rows(out)) == ["untrained encoder", "pre-trained", "SPAR student"]
+    assert (out / "table.md").read_text().strip() in capsys.readouterr().out
     # One of these is the other here.
-    assert scores["pre-trained"]["PQ"] == scores["SPAR student"]["PQ"]
+    assert rows(out)["pre-trained"] == rows(out)["SPAR student"]
     with Image.open(out / "panoptic.png") as picture:
         assert min(picture.size) > 500
-    run("--student", str(WEIGHTS), "--output", str(out), "--resume")
-    assert json.loads((out / "scores.json").read_text()) == scores
+    finished = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
+    run("--student", str(WEIGHTS), "--output", str(out))
+    assert finished == {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
+
+
+@pytest.mark.slow
+def test_it_compares_two_models_with_two_seeds(run, tmp_path):
+    configs = [str(ROOT / "configs/toy" / name) for name in ("panoptic.yaml", "mask_transformer.yaml")]
+    run("--config-file", *configs, "--encoders", "pre-trained", "--seeds", "2", "--output", str(tmp_path / "out"))
+    found = rows(tmp_path / "out")
+    assert list(found) == ["PanopticFPN, pre-trained", "MaskTransformer, pre-trained"]
+    assert all("±" in cell for cells in found.values() for cell in cells)
+    scores = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("scores.json")]
+    assert len(scores) == 4 and all(0 <= values["PQ"] <= 100 for values in scores)
 
 
 def test_without_a_student(run, tmp_path, capsys):

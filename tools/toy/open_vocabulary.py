@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
-from panoptic import fine_tune
+from panoptic import fine_tune, spread
 from torch import nn
 
 import spar_d2  # noqa: F401  registers data sets and models
@@ -67,8 +67,7 @@ def scores_of(args: argparse.Namespace, name: str, weights: str, seed: int) -> d
         return json.loads(result.read_text())
     overrides = ["OUTPUT_DIR", str(folder), "SEED", seed, *(["MODEL.SPAR.PRETRAINED", weights] if weights else [])]
     cfg = load_config(args.config_file, [*args.opts, *overrides])
-    settings = argparse.Namespace(config_file=args.config_file, resume=True)
-    scores, model = fine_tune(cfg, settings, f"{name}, seed {seed}")
+    scores, model = fine_tune(cfg, args.config_file, f"{name}, seed {seed}")
     unseen = set(cfg.MODEL.MASK_TRANSFORMER.UNSEEN)
     found = {"single pass": summary(scores, unseen, cfg.DATASETS.TEST[0])}
     if weights:
@@ -108,11 +107,6 @@ class random_classes:
 
     def __exit__(self, *_) -> None:
         del self.model._probabilities
-
-
-def spread(values: list[float]) -> str:
-    """Format mean and standard deviation."""
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
 #!/usr/bin/env python
-"""Fine-tune PanopticFPN on the toy data set with three encoders, compare them, and draw their predictions."""
+"""Fine-tune panoptic models on the toy data set with three encoders, compare them, and draw their predictions.
+
+Each config is trained with each encoder and seed; the table has means and standard deviations. Finished trainings are
+kept in the output folder, and others are resumed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -15,28 +21,38 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection
 from torch import nn
 
 import spar_d2  # noqa: F401  registers data sets and models
+from spar_d2.checkpoint.checkpointer import Checkpointer
 from spar_d2.data.mappers import read_segments
 from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import Trainer
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
-from spar_d2.utils.io import as_json, write_text
+from spar_d2.utils.io import write_json, write_text
 from spar_d2.utils.tables import format_table
 from spar_d2.visualization import draw_panels
 
 STUDENT = Path("output/demo/student.safetensors")
 SHOWN_SCENES = (4, 1, 10)
 COLUMNS = ("PQ", "SQ", "RQ", "PQ_th", "PQ_st")
+ENCODERS = ("untrained encoder", "pre-trained", "SPAR student")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--config-file", default=get_config_file("toy/panoptic.yaml"), help="training config")
-    parser.add_argument("--student", type=Path, default=STUDENT, help="student weights from tools/run_demo.py")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the trainings")
-    parser.add_argument("--output", type=Path, default=Path("output/demo_panoptic"), help="output folder")
-    parser.add_argument("--resume", action="store_true", help="resume from existing checkpoints")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    configs = [get_config_file("toy/panoptic.yaml")]
+    add(
+        "--config-file",
+        nargs="+",
+        default=configs,
+        metavar="FILE",
+        help="training configs (default: toy/panoptic.yaml)",
+    )
+    add("--student", type=Path, default=STUDENT, help="student weights from tools/run_demo.py (default: %(default)s)")
+    add("--encoders", nargs="+", choices=ENCODERS, default=ENCODERS, help="encoders to compare (default: all)")
+    add("--seeds", type=int, default=1, metavar="N", help="number of trainings with different seeds (default: 1)")
+    add("--output", type=Path, default=Path("output/demo_panoptic"), help="output folder (default: %(default)s)")
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config keys to override")
     return parser.parse_args()
 
 
@@ -44,46 +60,89 @@ def main() -> None:
     args = parse_args()
     started = time.time()
     with readable_errors():
-        base = load_config(args.config_file, args.opts)
+        if args.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+        runs = {(config, encoder): [] for config in args.config_file for encoder in args.encoders}
+        for seed in range(args.seeds):
+            for config, encoder in runs:
+                cfg = config_of(args, config, encoder, seed)
+                runs[config, encoder].append(scores_of(cfg, config))
+        names = row_names(args, runs)
+        table = markdown(dict(zip(names, runs.values())))
+        write_text(table + "\n", args.output / "table.md")
+        configs = (config_of(args, *run, 0) for run in runs)
+        models = {name: trained(cfg) for name, cfg in zip(names, configs)}
+        draw(cfg.DATASETS.TEST[0], models, args.output / "panoptic.png")
+    print(f"\n{table}\n\nThe table and a figure are in {args.output}; total time {time.time() - started:.0f} s.")
+
+
+def row_names(args: argparse.Namespace, runs: Iterable[tuple[str, str]]) -> list[str]:
+    """Name the rows by encoder, and by model if there are several configs."""
+    models = {config: load_config(config, args.opts).MODEL.META_ARCHITECTURE for config in args.config_file}
+    if len(set(models.values())) < len(models):
+        models = {config: Path(config).stem for config in models}
+    return [encoder if len(models) == 1 else f"{models[config]}, {encoder}" for config, encoder in runs]
+
+
+def config_of(args: argparse.Namespace, config: str, encoder: str, seed: int) -> CfgNode:
+    """Load the config of a training.
+
+    Raises:
+        FileNotFoundError: there is no student.
+    """
+    folder = args.output / Path(config).stem / f"{encoder.lower().replace(' ', '_')}_{seed}"
+    overrides: list = ["OUTPUT_DIR", str(folder), "SEED", seed]
+    if encoder == ENCODERS[0]:
+        overrides += ["MODEL.SPAR.PRETRAINED", ""]
+    elif encoder == ENCODERS[2]:
         if not args.student.is_file():
             raise FileNotFoundError(
                 f"--student: {args.student} does not exist; tools/run_demo.py (make demo) creates it"
             )
-        weights = {
-            "untrained encoder": "",
-            "pre-trained": base.MODEL.SPAR.PRETRAINED,
-            "SPAR student": str(args.student),
-        }
-        scores, models = {}, {}
-        for name, path in weights.items():
-            folder = args.output / name.lower().replace(" ", "_")
-            overrides = ["MODEL.SPAR.PRETRAINED", path, "OUTPUT_DIR", str(folder), "SEED", args.seed]
-            cfg = load_config(args.config_file, [*args.opts, *overrides])
-            scores[name], models[name] = fine_tune(cfg, args, name)
-        table = markdown(scores)
-        for name, content in (("table.md", table + "\n"), ("scores.json", as_json(scores, indent=1))):
-            write_text(content, args.output / name)
-        draw(base.DATASETS.TEST[0], models, args.output / "panoptic.png")
-    print(f"\n{table}\n\nThe table and a figure are in {args.output}; total time {time.time() - started:.0f} s.")
+        overrides += ["MODEL.SPAR.PRETRAINED", str(args.student)]
+    return load_config(config, [*args.opts, *overrides])
 
 
-def fine_tune(cfg: CfgNode, args: argparse.Namespace, name: str) -> tuple[dict[str, float], nn.Module]:
-    """Train with a config; returns the scores and the model."""
+def scores_of(cfg: CfgNode, config: str) -> dict[str, float]:
+    """Train with a config, unless this was done before, and return the scores."""
+    result = Path(cfg.OUTPUT_DIR) / "scores.json"
+    if not result.is_file():
+        write_json(fine_tune(cfg, config, cfg.OUTPUT_DIR)[0], result, indent=1)
+    return json.loads(result.read_text())
+
+
+def fine_tune(cfg: CfgNode, config: str, name: str) -> tuple[dict[str, float], nn.Module]:
+    """Train with a config, or resume a training; returns the scores and the model."""
     with clean_start(cfg.OUTPUT_DIR):
-        prepare(cfg, argparse.Namespace(config_file=args.config_file, eval_only=False), quiet=True)
+        prepare(cfg, argparse.Namespace(config_file=config, eval_only=False), quiet=True)
         trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+        trainer.resume_or_load(resume=True)
     print(f"{name}: {cfg.SOLVER.MAX_ITER} steps (log: {cfg.OUTPUT_DIR}/log.txt) ...")
     trainer.train()
     if trainer.iter < trainer.max_iter:
-        raise SystemExit("stopped; run the same command with --resume to continue")
+        raise SystemExit("stopped; run the same command again to continue")
     return trainer.scores["panoptic_seg"], trainer.model.eval()
 
 
-def markdown(scores: dict[str, dict[str, float]]) -> str:
-    """Format the scores as a table with one row per encoder."""
-    rows = [[name, *(f"{values[column]:.1f}" for column in COLUMNS)] for name, values in scores.items()]
-    return format_table(["encoder", *COLUMNS], rows)
+def trained(cfg: CfgNode) -> nn.Module:
+    """Load a trained model."""
+    model = Trainer.build_model(cfg)
+    Checkpointer(model).load(str(Path(cfg.OUTPUT_DIR) / "model_final.pth"))
+    return model.eval()
+
+
+def markdown(runs: dict[str, list[dict[str, float]]]) -> str:
+    """Format the scores as a table with one row per model: means and standard deviations over the seeds."""
+    rows = [
+        [name, *(spread([scores[column] for scores in several]) for column in COLUMNS)]
+        for name, several in runs.items()
+    ]
+    return format_table(["model", *COLUMNS], rows)
+
+
+def spread(values: list[float]) -> str:
+    """Format the mean and, of several values, the standard deviation."""
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 @torch.no_grad()

@@ -26,7 +26,10 @@ def run(*words: object) -> None:
 
 def main() -> None:
     run("-m", "spar_d2.cli", "toy")
-    run("tools/toy/panoptic.py", "--student", STUDENT)
+    run(
+        *("tools/toy/panoptic.py", "--config-file", "toy/panoptic.yaml", "toy/mask_transformer.yaml"),
+        *("--student", STUDENT, "--encoders", "pre-trained", "SPAR student"),
+    )
     run("-m", "spar_d2.cli", "probe", "--student", STUDENT, "--output", OUTPUT / "demo_probe")
     # Enlarged, so that the names of classes are readable; it is encoded at its original size.
     with Image.open(scenes_root() / "val" / "0010.png") as scene:

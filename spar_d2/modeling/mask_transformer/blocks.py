@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # Frequencies of the rotary positions: lowest and highest, in periods over half of the longer image side.
-_FREQUENCIES = (0.25, 4.0)
+_FREQUENCIES = (0.25, 12.0)
 
 
 def axis_places(grid: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +37,7 @@ def spread_places(count: int) -> torch.Tensor:
 
 
 def _angles(places: torch.Tensor, count: int) -> torch.Tensor:
-    """Return angles (..., 2 * count) of places (..., 2): of rows, then of columns, at frequencies in geometric steps."""
+    """Return angles (..., 2 * count) of places (..., 2): of rows, then columns, at frequencies in geometric steps."""
     lowest, highest = _FREQUENCIES
     steps = torch.linspace(math.log(lowest), math.log(highest), count, device=places.device).exp() * math.pi
     return (places[..., None] * steps).flatten(-2)

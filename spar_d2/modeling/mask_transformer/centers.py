@@ -48,11 +48,12 @@ class CenterQueries(nn.Module):
     Args:
         width: channels C of queries and patches.
         count: number of queries Q.
+        test_count: number of queries Q in inference, which may be changed at any time; 0 for the same number.
     """
 
-    def __init__(self, width: int, count: int) -> None:
+    def __init__(self, width: int, count: int, test_count: int = 0) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.test_count = count, test_count or count
         last = nn.Conv2d(width, 1, 1)
         nn.init.constant_(last.bias, -math.log(1 / _PRIOR - 1))
         self.heat = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, width, 3, padding=1), nn.GELU(), last)
@@ -64,15 +65,16 @@ class CenterQueries(nn.Module):
         Args:
             patches: (B, C, h, w). If there are fewer patches than queries, zeros in the center of the image are added.
         """
+        count = self.count if self.training else self.test_count
         logits = self.heat(patches)
         scores = logits.detach().float()
         scores = scores - _NO_PEAK * (F.max_pool2d(scores, 3, stride=1, padding=1) > scores)
         # At least Q patches: those that are added come last.
-        added = (0, 0, 0, self.count)
-        scores = F.pad(scores.flatten(1), (0, self.count), value=-2 * _NO_PEAK)
+        added = (0, 0, 0, count)
+        scores = F.pad(scores.flatten(1), (0, count), value=-2 * _NO_PEAK)
         tokens = F.pad(patches.flatten(2).transpose(1, 2), added)
         places = F.pad(grid_places((patches.shape[2], patches.shape[3]), patches.device), added)
-        best = scores.topk(self.count, dim=1).indices
+        best = scores.topk(count, dim=1).indices
         chosen = tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[2]))
         return Centers(logits[:, 0], self.content(chosen), places[best])
 
@@ -90,8 +92,8 @@ def center_targets(
         patch_size: side of a patch in pixels.
 
     Returns:
-        Heat maps (B, h, w) in 0..1: 1 in patches with the center of mass of a thing, decreasing around them as a Gaussian
-        that is wider for larger things. And (B, h, w) bool: whether a pixel of the patch has a label.
+        Heat maps (B, h, w) in 0..1: 1 in patches with the center of mass of a thing, decreasing around them as a
+        Gaussian that is wider for larger things. And (B, h, w) bool: whether a pixel of the patch has a label.
     """
     maps, labeled = [], []
     for target in targets:

@@ -39,6 +39,7 @@ class MaskTransformerHead(nn.Module):
         checkpointing: use activation checkpointing in training.
         center_share: share of the queries, in 0..1, that start from patches, see :class:`CenterQueries`; the others are
             learned.
+        test_centers: number of queries from patches in inference; 0 for that of the training.
 
     Raises:
         ValueError: an argument has an invalid value.
@@ -54,6 +55,7 @@ class MaskTransformerHead(nn.Module):
         heads: int = 8,
         checkpointing: bool = False,
         center_share: float = 0.0,
+        test_centers: int = 0,
     ) -> None:
         super().__init__()
         for name, value in (("QUERIES", queries), ("BLOCKS", blocks), ("HEADS", heads)):
@@ -61,6 +63,8 @@ class MaskTransformerHead(nn.Module):
                 raise ValueError(f"MODEL.MASK_TRANSFORMER.{name} must be at least 1, got {value}")
         if not 0 <= center_share <= 1:
             raise ValueError(f"MODEL.MASK_TRANSFORMER.CENTER_SHARE must be in 0..1, got {center_share}")
+        if test_centers < 0:
+            raise ValueError(f"MODEL.MASK_TRANSFORMER.TEST_CENTERS must be at least 0, got {test_centers}")
         if blocks < len(widths) - 1:
             raise ValueError(
                 f"MODEL.MASK_TRANSFORMER.BLOCKS must be at least {len(widths) - 1}, the number of LATERAL_BLOCKS; "
@@ -77,7 +81,7 @@ class MaskTransformerHead(nn.Module):
         self.queries = nn.Parameter(torch.randn(learned, width) * 0.02)
         # Places of the learned queries, spread over the image at the start.
         self.places = nn.Parameter(spread_places(learned))
-        self.centers = CenterQueries(width, at_centers) if at_centers else None
+        self.centers = CenterQueries(width, at_centers, test_centers) if at_centers else None
         self.place_embedding = PlaceEmbedding(width)
         # A norm and a projection for each feature map of the encoder.
         self.laterals = nn.ModuleList(nn.Sequential(LayerNorm2d(c), nn.Conv2d(c, width, 1)) for c in widths)

@@ -53,7 +53,7 @@ def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
         head = JoinedHead(encoder.width, encoder.patch_size, node.QUERIES, node.WIDTH, node.ENCODER_BLOCKS)
     else:
         share = node.CENTER_SHARE if things else 0.0
-        head = MaskTransformerHead(widths, encoder.patch_size, *size, spar.CHECKPOINTING, share)
+        head = MaskTransformerHead(widths, encoder.patch_size, *size, spar.CHECKPOINTING, share, node.TEST_CENTERS)
     vocabulary = None
     if node.CLASSIFIER == CLASSIFIERS[0]:
         classifier: LearnedClassifier | TextClassifier = LearnedClassifier(node.WIDTH, things + stuff)

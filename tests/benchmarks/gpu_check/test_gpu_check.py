@@ -35,6 +35,7 @@ TABLES = {
     "targets": {"Teacher": "what", "Reproducibility": "what", "Gradients": "what"},
     "labels": {"Kernel for labels": "what", "Labels": "compared"},
     "compiled": {"Compiled blocks": "what"},
+    "panoptic": {"MaskTransformer": "what", "Panoptic models": "model", "Panoptic losses": "what"},
     "speed-encoders": {"Single passes": "encoder"},
     "speed-teacher": {"Teacher, stride 24, and student": "encoder"},
     "speed-labels": {"From features of vit_nano_patch8_dinov3 to labels": "words", "Semantic evaluator": "size"},
@@ -251,7 +252,7 @@ class Event:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the whole tool runs")
-@pytest.mark.parametrize("name", ["labels", "distillation"])
+@pytest.mark.parametrize("name", ["labels", "panoptic", "distillation"])
 def test_code_for_gpus_runs_on_a_pretended_one(name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     modes = []

@@ -120,7 +120,9 @@ def test_the_loss_equals_the_formula():
         expected -= (1 - p) ** 2 * math.log(p) if target == 1 else (1 - target) ** 4 * p**2 * math.log(1 - p)
     everything = torch.ones_like(targets).bool()
     assert float(center_loss(logits, targets, everything)) == pytest.approx(expected, rel=1e-5)
-    assert center_loss(torch.tensor([[[-300.0, 300.0]]]), torch.tensor([[[1.0, 0.0]]]), everything[:1, :1, :2]).isfinite()
+    assert center_loss(
+        torch.tensor([[[-300.0, 300.0]]]), torch.tensor([[[1.0, 0.0]]]), everything[:1, :1, :2]
+    ).isfinite()
 
 
 def test_the_model_learns_the_centers_of_things():
@@ -156,3 +158,14 @@ def test_semantic_models_have_no_center_queries():
 def test_all_queries_may_be_center_queries():
     model = small_model("MODEL.MASK_TRANSFORMER.CENTER_SHARE", 1.0)
     assert model([{"image": image((8, 8))}])[0]["panoptic_seg"][0].shape == (8, 8)
+
+
+def test_inference_may_have_other_numbers_of_center_queries():
+    half = ("MODEL.MASK_TRANSFORMER.CENTER_SHARE", 0.5)
+    model = small_model(*half, "MODEL.MASK_TRANSFORMER.TEST_CENTERS", 30)
+    x = model._normalize(image((40, 56)))[None]
+    assert model._predictions(x)[1][-1].masks.shape[1] == 6 + 30
+    assert model.train()._predictions(x)[1][-1].masks.shape[1] == 6 + 6
+    model.eval().head.centers.test_count = 6
+    same = small_model(*half)
+    assert torch.equal(model._predictions(x)[1][-1].masks, same._predictions(x)[1][-1].masks)

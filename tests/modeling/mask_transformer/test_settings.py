@@ -38,6 +38,7 @@ NODE = "MODEL.MASK_TRANSFORMER"
         (["CLASS_WEIGHT", -2.0], r"CLASS_WEIGHT must be in 0\.\."),
         (["MASK_WEIGHT", -2.0], r"MASK_WEIGHT must be in 0\.\."),
         (["CENTER_WEIGHT", -1.0], r"CENTER_WEIGHT must be in 0\.\."),
+        (["TEST_CENTERS", -1], r"TEST_CENTERS must be at least 0, got -1"),
         (["CENTER_SHARE", 1.5], r"CENTER_SHARE must be in 0\.\.1, got 1\.5"),
         (["DICE_WEIGHT", float("inf")], r"DICE_WEIGHT must be in 0\.\."),
         (["UNSEEN", "('circle',)"], r"UNSEEN .*CLASSIFIER text"),
