@@ -22,6 +22,7 @@ import spar_d2  # noqa: F401  registers data sets and models
 from spar_d2.engine.setup import load_config
 from spar_d2.evaluation.panoptic.quality import panoptic_quality
 from spar_d2.evaluation.panoptic.scores import PanopticCounts
+from spar_d2.modeling.mask_transformer.centers import CenterQueries
 from spar_d2.toy.scenes import GROUNDS, SCENE_CLASSES, draw_scene, large_scene
 from spar_d2.utils.errors import readable_errors
 from spar_d2.utils.io import write_text
@@ -49,7 +50,7 @@ def main() -> None:
         for run in args.runs:
             model = trained(load_config(str(run / "config.yaml"), ["OUTPUT_DIR", str(run)]))
             for kind in ("larger scenes", "enlarged scenes"):
-                for way in WAYS:
+                for way in WAYS if centers_of(model) else (WAYS[0], WAYS[2]):
                     scores = [quality(model, kind, factor, way, args.scenes) for factor in args.factors]
                     rows.append([run.name, kind, way, *(f"{score:.1f}" for score in scores)])
         table = format_table(["model", "images", "input", *(f"{factor:g}x" for factor in args.factors)], rows)
@@ -73,8 +74,9 @@ def example(kind: str, factor: float, index: int) -> tuple[np.ndarray, np.ndarra
 @torch.no_grad()
 def quality(model: nn.Module, kind: str, factor: float, way: str, count: int) -> float:
     """Compute the PQ on images of a size."""
-    centers = model.head.centers
-    centers.test_count = round(centers.count * max(1.0, factor**2 if way == WAYS[1] else 1.0))
+    centers = centers_of(model)
+    if centers is not None:
+        centers.test_count = round(centers.count * max(1.0, factor**2 if way == WAYS[1] else 1.0))
     counts = PanopticCounts.zeros(range(len(SCENE_CLASSES)))
     for index in tqdm(range(count), desc=f"{kind}, {factor:g}x", leave=False, disable=None):
         image, truth, classes = example(kind, factor, index)
@@ -88,6 +90,11 @@ def quality(model: nn.Module, kind: str, factor: float, way: str, count: int) ->
         }
         counts += panoptic_quality(ids.numpy(), found, truth, classes.items(), counts.categories)
     return 100 * counts.scores(range(len(GROUNDS), len(SCENE_CLASSES)))["All"]["pq"]
+
+
+def centers_of(model: nn.Module) -> CenterQueries | None:
+    """Return the part that makes queries of centers, if a model has it."""
+    return next((part for part in model.modules() if isinstance(part, CenterQueries)), None)
 
 
 def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -55,6 +55,7 @@ class CenterQueries(nn.Module):
         super().__init__()
         self.count, self.test_count = count, test_count or count
         last = nn.Conv2d(width, 1, 1)
+        assert last.bias is not None
         nn.init.constant_(last.bias, -math.log(1 / _PRIOR - 1))
         self.heat = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, width, 3, padding=1), nn.GELU(), last)
         self.content = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
