@@ -1,4 +1,4 @@
-"""Mask head: light transformer blocks over learned queries and patch features."""
+"""Mask head: light transformer blocks over queries and patch features."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spar_d2.modeling.mask_transformer.predictor import MaskPredictor, Predictio
 
 
 class MaskTransformerHead(nn.Module):
-    """Learned queries and patch features, which exchange information in a few blocks and then give masks.
+    """Queries and patch features, which exchange information in a few blocks and then give masks.
 
     It follows the idea of encoder-only mask transformers (EoMT, arXiv:2503.19108) with light blocks after a frozen ViT:
     there is neither a pyramid nor a pixel decoder. Intermediate features of the encoder are added before the blocks.
@@ -102,20 +102,8 @@ class MaskTransformerHead(nn.Module):
         """
         *lower, dense = (lateral(x) for lateral, x in zip(self.laterals, features))
         grid = (dense.shape[2], dense.shape[3])
-        batch = dense.shape[0]
-        # (B, Q, C) and (B or 1, Q, 2)
-        queries, places = self.queries.expand(batch, -1, -1).to(dense.dtype), self.places[None]
-        centers = None
-        if self.centers is not None:
-            centers, found, found_places = self.centers(sum(lower, dense))
-            queries = torch.cat([queries, found.to(dense.dtype)], dim=1)
-            places = torch.cat([places.expand(batch, -1, -1), found_places], dim=1)
-        count = places.shape[1]
-        # Queries first, then patches: tokens (B, Q + N, C), and their places (B or 1, Q + N, 2).
-        tokens = torch.cat([queries, dense.flatten(2).transpose(1, 2)], dim=1)
-        everywhere = torch.cat([places, grid_places(grid, dense.device).expand(places.shape[0], -1, -1)], dim=1)
-        rotation = rotations(everywhere, self._head_width)[:, :, None]
-        tokens = tokens + self.place_embedding(everywhere)
+        tokens, places, everywhere, centers = self._tokens(dense, lower)
+        count, rotation = places.shape[1], rotations(everywhere, self._head_width)[:, :, None]
         predictions = []
         if self.training:
             predictions.append(replace(self.predictor(tokens, places, grid, False), centers=centers))
@@ -133,6 +121,24 @@ class MaskTransformerHead(nn.Module):
             if self.training or last:
                 predictions.append(self.predictor(tokens, places, grid, last))
         return predictions
+
+    def _tokens(
+        self, dense: torch.Tensor, lower: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the tokens (B, Q + N, C) of queries and then patches (B, C, h, w), before the first block.
+
+        Also returns the places of the queries (B or 1, Q, 2), those of all tokens, and logits of centers, if any.
+        """
+        batch, centers = dense.shape[0], None
+        queries, places = self.queries.expand(batch, -1, -1).to(dense.dtype), self.places[None]
+        if self.centers is not None:
+            centers, found, found_places = self.centers(sum(lower, dense))
+            queries = torch.cat([queries, found.to(dense.dtype)], dim=1)
+            places = torch.cat([places.expand(batch, -1, -1), found_places], dim=1)
+        tokens = torch.cat([queries, dense.flatten(2).transpose(1, 2)], dim=1)
+        grid = grid_places((dense.shape[2], dense.shape[3]), dense.device)
+        everywhere = torch.cat([places, grid.expand(places.shape[0], -1, -1)], dim=1)
+        return tokens + self.place_embedding(everywhere), places, everywhere, centers
 
     def _allowed(self, masks: torch.Tensor) -> torch.Tensor:
         """Return the patches (B, Q, N) bool inside of each mask; all of them for masks that are empty."""
