@@ -156,6 +156,9 @@ def add_spar_config(cfg: CfgNode) -> None:
     # their mask.
     cfg.MODEL.MASK_TRANSFORMER.OBJECT_THRESHOLD = 0.8
     cfg.MODEL.MASK_TRANSFORMER.OVERLAP_THRESHOLD = 0.8
+    # Queries are also ignored if the IoU of their mask with that of a query with a larger class probability is above
+    # this value; 1 disables it.
+    cfg.MODEL.MASK_TRANSFORMER.DUPLICATE_THRESHOLD = 0.7
     # "learned" for a linear layer, or "text" to compare queries and the features inside of their masks with text
     # embeddings. The classes of inference are then MODEL.SPAR.VOCABULARY, by default those of the test data set.
     cfg.MODEL.MASK_TRANSFORMER.CLASSIFIER = "learned"

@@ -78,7 +78,10 @@ def test_without_a_student(run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_seen_and_unseen_classes(run, tmp_path, monkeypatch):
-    out, short = tmp_path / "out", ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1", "INPUT.MIN_SIZE_TRAIN", "(64,)"]
+    out, short = (
+        tmp_path / "out",
+        ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1", "INPUT.MIN_SIZE_TRAIN", "(64,)"],
+    )
     options = ["--student", str(WEIGHTS), "--seeds", "1", "--output", str(out)]
     monkeypatch.setattr(sys, "argv", ["open_vocabulary.py", *options, *short, "INPUT.MIN_SIZE_TEST", "64"])
     load_tool("toy/open_vocabulary").main()

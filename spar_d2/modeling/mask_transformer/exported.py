@@ -207,6 +207,7 @@ def write_model_classes(
         "mask_cells": model.head.predictor.cells,
         "object_threshold": model.object_threshold,
         "overlap_threshold": model.overlap_threshold,
+        "duplicate_threshold": model.duplicate_threshold,
         "classes": [{"name": name, "thing": thing} for name, thing in pairs],
     }
     written = [stem.with_name(f"{stem.name}.json")]

@@ -11,6 +11,9 @@ from spar_d2.modeling.banded_upsampling import ScoreMap, UpsampledScores
 from spar_d2.modeling.postprocessing import query_areas
 from spar_d2.utils.transfer import send
 
+# Number of mask cells that are compared at a time.
+_CELLS = 2**16
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -33,7 +36,9 @@ class Queries:
     def _upsampled(self, chosen: torch.Tensor | slice, values: int = 0) -> UpsampledScores:
         return UpsampledScores([ScoreMap(self.masks[chosen].permute(1, 2, 0), self.covered)], self.size, values)
 
-    def panoptic(self, object_threshold: float, overlap_threshold: float) -> tuple[torch.Tensor, list[dict]]:
+    def panoptic(
+        self, object_threshold: float, overlap_threshold: float, duplicate_threshold: float = 1.0
+    ) -> tuple[torch.Tensor, list[dict]]:
         """Compute a panoptic segmentation, as MaskFormer does. The host waits twice.
 
         Each pixel belongs to the query with the largest product of class and mask probability. Segments of one stuff
@@ -42,6 +47,9 @@ class Queries:
         Args:
             object_threshold: queries with a smaller class probability are ignored.
             overlap_threshold: queries are ignored if less than this share of their mask remains to them.
+            duplicate_threshold: queries are ignored if the IoU of their mask with that of a query with a larger class
+                probability is above it. Otherwise, such queries would divide the pixels of a segment among them, and
+                could all be ignored.
 
         Returns:
             Segment ids (H, W) int32, 0 for none; and Detectron2's list of segments with "id", "isthing",
@@ -53,6 +61,8 @@ class Queries:
         if not len(chosen):
             return owners.int(), []
         scores, classes = scores[chosen], classes[chosen]
+        # Negative scores never win a pixel.
+        scores = scores.masked_fill(self._duplicates(chosen, scores, duplicate_threshold), -1.0)
         whole = torch.zeros(len(chosen), dtype=torch.int64, device=self.masks.device)
         for place, logits in self._upsampled(chosen).bands():
             inside = logits.sigmoid_()
@@ -63,6 +73,19 @@ class Queries:
         table = torch.stack([areas.double(), whole.double(), classes.double(), scores.double()]).T.tolist()
         numbers, segments = self._segments(table, overlap_threshold)
         return send(torch.tensor(numbers, dtype=torch.int32), owners.device)[owners], segments
+
+    def _duplicates(self, chosen: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
+        """Return which of the chosen queries (n,) have a mask with a larger IoU than the threshold with a better one.
+
+        All pairs are compared at once ("fast NMS" of YOLACT, arXiv:1904.02689), so that the host does not wait.
+        """
+        inside = (self.masks[chosen] > 0).flatten(1)
+        shared = torch.zeros(len(chosen), len(chosen), device=inside.device)
+        for cells in inside.split(_CELLS, dim=1):
+            shared = shared + cells.float() @ cells.float().T
+        areas, order = shared.diagonal(), torch.arange(len(chosen), device=inside.device)
+        better = (scores > scores[:, None]) | ((scores == scores[:, None]) & (order < order[:, None]))
+        return ((shared > threshold * (areas + areas[:, None] - shared)) & better).any(1)
 
     def _segments(self, table: list[list[float]], overlap_threshold: float) -> tuple[list[int], list[dict]]:
         """Return the segment id of each query, with 0 for pixels of none at the end, and the segments."""

@@ -48,7 +48,7 @@ class MaskTransformer(DenseInference, nn.Module):
         ignore_label: label of pixels without a class.
         outputs: any of "panoptic_seg", "sem_seg" and "instances".
         labels: whether "sem_seg_labels" (H, W) replaces "sem_seg" (classes, H, W).
-        object_threshold, overlap_threshold: see :meth:`Queries.panoptic`.
+        object_threshold, overlap_threshold, duplicate_threshold: see :meth:`Queries.panoptic`.
         detections: maximum number of instances.
         vocabulary: text embeddings and classes; required with a :class:`TextClassifier`, otherwise None.
         inference: inference mode of the dense features that are pooled for unseen classes.
@@ -79,6 +79,7 @@ class MaskTransformer(DenseInference, nn.Module):
         labels: bool = False,
         object_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
+        duplicate_threshold: float = 0.7,
         detections: int = 100,
         vocabulary: VocabularyClasses | None = None,
         inference: str = "single_pass",
@@ -93,7 +94,8 @@ class MaskTransformer(DenseInference, nn.Module):
         self.things, self.stuff, self.task = things, stuff, task
         self.laterals, self.masked_attention, self.max_iter = tuple(laterals), masked_attention, max_iter
         self.ignore_label, self.outputs, self.labels = ignore_label, tuple(outputs), labels
-        self.object_threshold, self.overlap_threshold, self.detections = object_threshold, overlap_threshold, detections
+        self.object_threshold, self.overlap_threshold = object_threshold, overlap_threshold
+        self.duplicate_threshold, self.detections = duplicate_threshold, detections
         # Not a module: text towers do not belong to the model.
         self.vocabulary = vocabulary
         self._set_inference_mode(inference, window, stride, window_batch)
@@ -239,7 +241,9 @@ class MaskTransformer(DenseInference, nn.Module):
     def _outputs(self, queries: Queries) -> dict:
         result: dict = {}
         if "panoptic_seg" in self.outputs:
-            result["panoptic_seg"] = queries.panoptic(self.object_threshold, self.overlap_threshold)
+            result["panoptic_seg"] = queries.panoptic(
+                self.object_threshold, self.overlap_threshold, self.duplicate_threshold
+            )
         if "instances" in self.outputs:
             result["instances"] = queries.instances(self.detections)
         if "sem_seg" in self.outputs and self.labels and self.task != TASKS[0]:

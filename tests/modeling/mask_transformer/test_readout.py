@@ -10,6 +10,7 @@ from detectron2.structures import BitMasks
 
 from live_memory import LiveMemory
 from spar_d2.modeling import banded_upsampling
+from spar_d2.modeling.mask_transformer import readout
 from spar_d2.modeling.mask_transformer.readout import Queries
 
 SIZES = [(24, 40), (23, 37), (1, 1), (50, 3)]
@@ -40,7 +41,24 @@ def full_masks(queries: Queries) -> torch.Tensor:
     return result
 
 
-def plain_panoptic(queries: Queries, object_threshold: float, overlap_threshold: float):
+def without_duplicates(queries: Queries, kept: list[tuple], threshold: float) -> list[tuple]:
+    """Leave out queries whose mask is nearly that of one with a larger score, or of one before it with the same."""
+    inside = queries.masks > 0
+    result = []
+    for at, (query, number, score) in enumerate(kept):
+        for other_at, (other, _, other_score) in enumerate(kept):
+            union = int((inside[query] | inside[other]).sum())
+            is_better = other_score > score or (other_score == score and other_at < at)
+            if is_better and union and int((inside[query] & inside[other]).sum()) / union > threshold:
+                break
+        else:
+            result.append((query, number, score))
+    return result
+
+
+def plain_panoptic(
+    queries: Queries, object_threshold: float, overlap_threshold: float, duplicate_threshold: float = 1.0
+):
     """As MaskFormer's inference code, pixel by pixel."""
     masks, nothing = full_masks(queries).numpy(), queries.probabilities.shape[1] - 1
     kept = []
@@ -48,6 +66,7 @@ def plain_panoptic(queries: Queries, object_threshold: float, overlap_threshold:
         number = int(np.argmax(row))
         if number != nothing and row[number] >= object_threshold:
             kept.append((query, number, row[number]))
+    kept = without_duplicates(queries, kept, duplicate_threshold)
     owners = np.full(queries.size, -1)
     for y, x in itertools.product(*map(range, queries.size)):
         best = max(kept, key=lambda entry: entry[2] * masks[entry[0], y, x], default=None)
@@ -78,7 +97,9 @@ def bands(request, monkeypatch):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("thresholds", [(0.0, 0.0), (0.3, 0.5), (0.3, 0.8), (0.5, 1.0)])
+@pytest.mark.parametrize(
+    "thresholds", [(0.0, 0.0), (0.3, 0.5), (0.3, 0.8), (0.5, 1.0), (0.0, 0.3, 0.3), (0.2, 0.0, 0.0)]
+)
 def test_panoptic_equals_a_plain_one(bands, size, thresholds):
     shown = 0
     for seed in range(4):
@@ -95,6 +116,24 @@ def test_panoptic_equals_a_plain_one(bands, size, thresholds):
             assert {**found, "score": 0} == {**wanted, "score": 0}
         shown += len(segments)
     assert shown or thresholds[1] == 1.0
+
+
+@pytest.mark.parametrize("cells", [None, 7])
+def test_two_queries_on_one_thing_give_one_segment(cells, monkeypatch):
+    """Without the threshold, they would share its pixels, and none of them would keep enough of its mask."""
+    if cells:
+        monkeypatch.setattr(readout, "_CELLS", cells)
+    probabilities = torch.tensor([[0.9, 0.0, 0.1], [0.9, 0.0, 0.1], [0.0, 0.8, 0.2]])
+    masks = torch.full((3, 8, 8), -9.0)
+    masks[:2, 2:6, 2:6] = torch.tensor([5.0, 6.0, 5.0, 6.0])
+    masks[1, 2:6, 2:6] = torch.tensor([6.0, 5.0, 6.0, 5.0])
+    masks[2, :, 6:] = 9.0
+    queries = Queries(probabilities, masks, (8.0, 8.0), (8, 8), 1)
+    ids, segments = queries.panoptic(0.5, 0.8)
+    assert [segment["isthing"] for segment in segments] == [False]
+    ids, segments = queries.panoptic(0.5, 0.8, 0.7)
+    assert [(segment["isthing"], segment["area"]) for segment in segments] == [(True, 16), (False, 16)]
+    assert (ids[2:6, 2:6] == 1).all() and (ids[:, 6:] == 2).all()
 
 
 def boxes_of_queries(boxes, numbers, classes=5, things=2, size=(8, 12), sure=0.9) -> Queries:

@@ -30,6 +30,7 @@ NODE = "MODEL.MASK_TRANSFORMER"
         (["LATERAL_BLOCKS", "(0, 1, 2)"], r"BLOCKS must be at least 3, .*got 2"),
         (["MASKED_ATTENTION", 1.5], r"MASKED_ATTENTION must be in 0\.\.1, got 1\.5"),
         (["OBJECT_THRESHOLD", -0.1], r"OBJECT_THRESHOLD must be in 0\.\.1"),
+        (["DUPLICATE_THRESHOLD", 1.1], r"DUPLICATE_THRESHOLD must be in 0\.\.1"),
         (["OVERLAP_THRESHOLD", 2.0], r"OVERLAP_THRESHOLD must be in 0\.\.1"),
         (["NO_OBJECT_WEIGHT", float("nan")], r"NO_OBJECT_WEIGHT must be in 0\.\.1"),
         (["SEEN_WEIGHT", 1.1], r"SEEN_WEIGHT must be in 0\.\.1"),
