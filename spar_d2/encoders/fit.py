@@ -21,6 +21,7 @@ def check_fit(
     source: str,
     key: str = KEY,
     known: Iterable[str] | None = None,
+    advice: str = "",
 ) -> None:
     """Check that weights fit the state dict of a model.
 
@@ -31,6 +32,7 @@ def check_fit(
         source: file or tag of the weights, for error messages.
         key: config key or argument that ``source`` comes from, for error messages.
         known: keys that may be in ``tensors``; default: the keys of ``expected``.
+        advice: end of the error message, for weights of other parts than an encoder.
 
     Raises:
         RuntimeError: needed keys are missing, keys are unknown, shapes differ, or values are invalid (see
@@ -51,10 +53,10 @@ def check_fit(
         if items
     ]
     if problems:
-        raise RuntimeError(
-            f"{key}: {source} does not fit the model: {'; '.join(problems)}. {describe_weights(tensors)} "
-            "Set MODEL.SPAR.ENCODER to the model of these weights, or choose other weights"
+        advice = advice or (
+            f"{describe_weights(tensors)} Set MODEL.SPAR.ENCODER to the model of these weights, or choose other weights"
         )
+        raise RuntimeError(f"{key}: {source} does not fit the model: {'; '.join(problems)}. {advice}")
     check_values(expected, tensors, source, key)
 
 

@@ -57,15 +57,15 @@ def run_joined(
         for call in encoder._bind([(encoder._step, context)] * (count - blocks), tokens):
             tokens = call(tokens)
         prefix, patches = encoder.prefix_tokens, tokens.shape[1] - encoder.prefix_tokens
-        tokens = torch.cat([tokens, queries.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
+        tokens = torch.cat([tokens, queries.to(tokens.dtype).expand(tokens.shape[0], -1, -1)], dim=1)
         steps = [(encoder._step, _with_queries(encoder, context, len(queries)))] * blocks
         last = list(encoder.blocks)[-blocks:]
         # Gradients of the queries flow through frozen blocks, too, so that these have no copies in another precision.
         joined = [tokens]
         for call in bind_blocks(last, steps, torch.is_grad_enabled(), None, {}, encoder._checkpointing):
             joined.append(call(joined[-1]))
-    split = [part[:, prefix:].split([patches, len(queries)], dim=1) for part in joined]
-    return [JoinedTokens(after.to(x.dtype), before.to(x.dtype)) for before, after in split], grid
+    end = prefix + patches
+    return [JoinedTokens(part[:, end:].to(x.dtype), part[:, prefix:end].to(x.dtype)) for part in joined], grid
 
 
 def _with_queries(encoder: DenseEncoder, context: Context, count: int) -> Context:

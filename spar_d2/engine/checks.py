@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from spar_d2.data.build import MASK_TRANSFORMER
 from spar_d2.encoders.precision import PRECISIONS
 from spar_d2.modeling.build import precision_from_config
 
@@ -47,6 +48,20 @@ def check_config(cfg: CfgNode) -> None:
         raise ValueError(
             "SPAR.TEACHER.CACHE_DIR requires SPAR.DATA.FROZEN True, because cached targets are valid only if the "
             "augmentation of each image never changes"
+        )
+
+
+def check_outputs(cfg: CfgNode, dataset: str, evaluator_type: str) -> None:
+    """Raise ``ValueError`` if a MaskTransformer does not have the output that a data set is evaluated by."""
+    if cfg.MODEL.META_ARCHITECTURE != MASK_TRANSFORMER:
+        return
+    node = cfg.MODEL.MASK_TRANSFORMER
+    outputs = node.OUTPUTS or ("panoptic_seg" if node.TASK == "panoptic" else "sem_seg",)
+    needed = "panoptic_seg" if evaluator_type.endswith("panoptic_seg") else "sem_seg"
+    if needed not in outputs:
+        raise ValueError(
+            f"MODEL.MASK_TRANSFORMER.OUTPUTS must contain {needed} for the evaluation on {dataset!r}; got "
+            f"{tuple(outputs)} with TASK {node.TASK}. Change the keys, or DATASETS.TEST"
         )
 
 

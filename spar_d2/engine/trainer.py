@@ -34,7 +34,7 @@ from spar_d2.distillation.fill_cache import check_room
 from spar_d2.encoders import DenseEncoder, find_encoder
 from spar_d2.encoders.origin import Origin
 from spar_d2.engine import resumption
-from spar_d2.engine.checks import check_config, check_sides, mixed_precision
+from spar_d2.engine.checks import check_config, check_outputs, check_sides, mixed_precision
 from spar_d2.engine.ema import ModelEma
 from spar_d2.engine.feature_pictures import FeaturePictures
 from spar_d2.engine.hooks import (
@@ -260,6 +260,7 @@ class Trainer(DefaultTrainer):
         if cfg.MODEL.META_ARCHITECTURE != MaskTransformer.__name__:  # it is tested with the words of each data set
             check_vocabulary(cfg, dataset_name)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type") or ""
+        check_outputs(cfg, dataset_name, kind)
         output = {
             "output_dir": os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
             "dump_predictions": cfg.SPAR.TEST.DUMP_PREDICTIONS,

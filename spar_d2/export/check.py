@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 
 from spar_d2.encoders import DenseEncoder
 from spar_d2.export.modules import EXPORTED, ExportedEncoder
@@ -104,16 +105,28 @@ def _compared(
             expected, torch_seconds = _timed(model, *inputs.values())
         found, seconds = _timed(session.run, None, arrays)
         expected = expected if isinstance(expected, tuple) else (expected,)
-        parts = []
-        for one, wanted in zip(found, expected, strict=True):
-            one, wanted = np.asarray(one), wanted.numpy()
+        pairs = [(np.asarray(one), wanted.numpy()) for one, wanted in zip(found, expected, strict=True)]
+        for one, wanted in pairs:
             if one.shape != wanted.shape:
                 raise RuntimeError(
                     f"{path}: an image of {size[1]}x{size[0]} gives {one.shape} instead of {wanted.shape}"
                 )
-            parts.append(_differences(one, wanted))
+        parts = [_differences(one, wanted) for one, wanted in _in_the_same_order(pairs)]
         differences, cosines, same = zip(*parts)
         yield Comparison(size, max(differences), min(cosines), min(same), seconds, torch_seconds)
+
+
+def _in_the_same_order(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Sort the found queries as the expected ones, if there are queries.
+
+    Queries are in the order of the scores of their centers, of which some may be equal up to rounding.
+    """
+    if len(pairs) != 2:
+        return pairs
+    # (Q, cells) of one image
+    found, expected = (torch.from_numpy(masks[0]).float().flatten(1) for masks in pairs[1])
+    order = linear_sum_assignment(torch.cdist(expected, found).numpy())[1]
+    return [(one[:, order], wanted) for one, wanted in pairs]
 
 
 def _differences(found: np.ndarray, expected: np.ndarray) -> tuple[float, float, float]:

@@ -58,6 +58,7 @@ def read_for_model(model: nn.Module, path: str, averages: bool = True, whole: bo
                 _check_expected(model, path)
             else:
                 logger.warning("%s: %s has no weights for the encoder, which keeps its initial weights", KEY, path)
+        _check_parts(model, target_state, state, path)
         check_values(target_state, {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}, path, KEY)
         return {**(content if inner is not content else {}), "model": state}
     tensors = take_state_dict(content, path, KEY)
@@ -65,6 +66,23 @@ def read_for_model(model: nn.Module, path: str, averages: bool = True, whole: bo
         logger.warning("%s: %s has no weights for the encoder, which keeps its initial weights", KEY, path)
         return {**content, "model": inner}
     return {"model": _encoder_weights(model, tensors, path)}
+
+
+def _check_parts(
+    model: nn.Module, target_state: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], path: str
+) -> None:
+    """Raise ``RuntimeError`` if the file has other weights of a part that must fit as a whole.
+
+    Such a part has the end of the error message as ``fit_advice``. Other parts, such as classifiers, may be replaced.
+    """
+    for prefix, part in model.named_modules():
+        if hasattr(part, "fit_advice"):
+            needed, found = (
+                {name: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+                for tensors in (target_state, state)
+            )
+            if found:
+                check_fit(needed, found, needed, path, KEY, advice=str(part.fit_advice))
 
 
 def _encoder_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:

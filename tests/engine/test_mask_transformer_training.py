@@ -73,6 +73,20 @@ def test_wrong_numbers_of_classes_are_an_error_at_the_start(tmp_path, head, coun
         Trainer(config(tmp_path / "run", f"MODEL.{head}.NUM_CLASSES", 7))
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["MODEL.MASK_TRANSFORMER.OUTPUTS", "('sem_seg',)", "DATASETS.TEST", "('spar_scenes_panoptic_val',)"],
+        ["DATASETS.TEST", "('spar_scenes_val',)"],
+    ],
+)
+def test_outputs_that_cannot_be_evaluated_are_an_error_at_the_start(tmp_path, keys):
+    with pytest.raises(
+        ValueError, match=r"MODEL\.MASK_TRANSFORMER\.OUTPUTS must contain .*_seg for .*spar_scenes.*_val"
+    ):
+        Trainer(config(tmp_path, *keys))
+
+
 def test_label_maps_are_no_panoptic_labels(tmp_path):
     keys = ["DATASETS.TRAIN", "('spar_scenes_train',)"]
     with pytest.raises(ValueError, match=r"DATASETS\.TRAIN: MaskTransformer .*have no annotations"):

@@ -146,6 +146,15 @@ def the_example_of_the_documentation_runs(folder, monkeypatch):
     assert all(mask.shape == (40, 71) and 0 <= score <= 1 for _, score, mask in variables["found"])
 
 
+def test_queries_in_another_order_are_compared_with_the_same_ones():
+    logits, masks = np.random.default_rng(0).normal(size=(1, 9, 4)), np.random.default_rng(1).normal(size=(1, 9, 5, 6))
+    order = np.random.default_rng(2).permutation(9)
+    pairs = check._in_the_same_order([(logits[:, order], logits), (masks[:, order], masks)])
+    assert [check._differences(*pair)[0] for pair in pairs] == [0, 0]
+    pairs = check._in_the_same_order([(logits[:, order] + 1, logits), (masks[:, order], masks)])
+    assert check._differences(*pairs[0])[0] > 0.1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -23,8 +23,8 @@ def run(tmp_path, monkeypatch):
     tool = load_tool("toy/panoptic")
     monkeypatch.setattr(tool, "SHOWN_SCENES", (0, 1))
 
-    def call(*arguments: str) -> None:
-        short = ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1", "INPUT.MIN_SIZE_TRAIN", "(64,)"]
+    def call(*arguments: str, steps: str = "1") -> None:
+        short = ["SOLVER.MAX_ITER", steps, "SOLVER.IMS_PER_BATCH", "1", "INPUT.MIN_SIZE_TRAIN", "(64,)"]
         few = ["INPUT.MIN_SIZE_TEST", "64", "TEST.DETECTIONS_PER_IMAGE", "3", "MODEL.RPN.POST_NMS_TOPK_TEST", "10"]
         monkeypatch.setattr(sys, "argv", ["panoptic.py", *arguments, "--opts", *short, *few])
         tool.main()
@@ -51,6 +51,9 @@ def test_it_compares_three_encoders_and_draws_them(run, tmp_path, capsys):
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
     run("--student", str(WEIGHTS), "--output", str(out))
     assert finished == {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
+    with pytest.raises(SystemExit):
+        run("--student", str(WEIGHTS), "--output", str(out), steps="2")
+    assert "has a finished training with other keys" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -60,7 +63,7 @@ def test_it_compares_two_models_with_two_seeds_and_at_other_sizes(run, tmp_path,
     found = rows(tmp_path / "out")
     assert list(found) == ["PanopticFPN, pre-trained", "MaskTransformer, pre-trained"]
     assert all("±" in cell for cells in found.values() for cell in cells)
-    scores = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("scores.json")]
+    scores = [json.loads(path.read_text())["scores"] for path in (tmp_path / "out").rglob("scores.json")]
     assert len(scores) == 4 and all(0 <= values["PQ"] <= 100 for values in scores)
     runs = [str(next((tmp_path / "out").rglob(f"{name}/pre-trained_0"))) for name in ("panoptic", "mask_transformer")]
     sizes = ["--factors", "0.5", "2", "--scenes", "1", "--output", str(tmp_path / "sizes")]

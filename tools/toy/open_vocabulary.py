@@ -8,13 +8,12 @@ features. A last row gives the masks of the first model random classes.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
-from panoptic import fine_tune, spread
+from panoptic import fine_tune, finished_scores, spread, store_scores
 from torch import nn
 
 import spar_d2  # noqa: F401  registers data sets and models
@@ -22,7 +21,7 @@ from spar_d2.engine.setup import load_config
 from spar_d2.engine.trainer import Trainer
 from spar_d2.model_zoo import get_config_file
 from spar_d2.utils.errors import readable_errors
-from spar_d2.utils.io import write_json, write_text
+from spar_d2.utils.io import write_text
 from spar_d2.utils.tables import format_table
 
 COLUMNS = ("PQ seen", "PQ unseen", "PQ things", "PQ stuff")
@@ -44,6 +43,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with readable_errors():
+        if args.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
         if not args.student.is_file():
             raise FileNotFoundError(f"--student: {args.student} does not exist; make demo creates it")
         rows: dict[str, list[dict]] = {}
@@ -61,12 +62,17 @@ def main() -> None:
 
 def scores_of(args: argparse.Namespace, name: str, weights: str, seed: int) -> dict[str, dict[str, float]]:
     """Train and test one model; finished runs are read from their file."""
-    folder = args.output / f"{name}_{seed}"
-    result = folder / "scores.json"
-    if result.is_file():
-        return json.loads(result.read_text())
-    overrides = ["OUTPUT_DIR", str(folder), "SEED", seed, *(["MODEL.SPAR.PRETRAINED", weights] if weights else [])]
+    overrides = [
+        "OUTPUT_DIR",
+        str(args.output / f"{name}_{seed}"),
+        "SEED",
+        seed,
+        *(["MODEL.SPAR.PRETRAINED", weights] if weights else []),
+    ]
     cfg = load_config(args.config_file, [*args.opts, *overrides])
+    finished, keys = finished_scores(cfg), cfg.dump()
+    if finished is not None:
+        return finished
     scores, model = fine_tune(cfg, args.config_file, f"{name}, seed {seed}")
     unseen = set(cfg.MODEL.MASK_TRANSFORMER.UNSEEN)
     found = {"single pass": summary(scores, unseen, cfg.DATASETS.TEST[0])}
@@ -76,7 +82,7 @@ def scores_of(args: argparse.Namespace, name: str, weights: str, seed: int) -> d
     else:
         with random_classes(model):
             found["random classes"] = summary(Trainer.test(cfg, model)["panoptic_seg"], unseen, cfg.DATASETS.TEST[0])
-    write_json(found, result)
+    store_scores(found, keys, cfg.OUTPUT_DIR)
     return found
 
 

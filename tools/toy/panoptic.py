@@ -105,10 +105,32 @@ def config_of(args: argparse.Namespace, config: str, encoder: str, seed: int) ->
 
 def scores_of(cfg: CfgNode, config: str) -> dict[str, float]:
     """Train with a config, unless this was done before, and return the scores."""
+    finished = finished_scores(cfg)
+    if finished is None:
+        keys = cfg.dump()
+        finished = fine_tune(cfg, config, cfg.OUTPUT_DIR)[0]
+        store_scores(finished, keys, cfg.OUTPUT_DIR)
+    return finished
+
+
+def finished_scores(cfg: CfgNode) -> dict | None:
+    """Return the scores of a finished training, or None.
+
+    Raises:
+        ValueError: it was a training with other keys.
+    """
     result = Path(cfg.OUTPUT_DIR) / "scores.json"
     if not result.is_file():
-        write_json(fine_tune(cfg, config, cfg.OUTPUT_DIR)[0], result, indent=1)
-    return json.loads(result.read_text())
+        return None
+    content = json.loads(result.read_text())
+    if content["keys"] != cfg.dump():
+        raise ValueError(f"--output: {cfg.OUTPUT_DIR} has a finished training with other keys; choose another folder")
+    return content["scores"]
+
+
+def store_scores(scores: dict, keys: str, folder: str) -> None:
+    """Write the scores of a finished training, with the config before the training."""
+    write_json({"scores": scores, "keys": keys}, Path(folder) / "scores.json", indent=1)
 
 
 def fine_tune(cfg: CfgNode, config: str, name: str) -> tuple[dict[str, float], nn.Module]:

@@ -47,7 +47,14 @@ def main() -> None:
     args = parse_args()
     rows = []
     with readable_errors():
+        if args.scenes < 1:
+            raise ValueError(f"--scenes must be at least 1, got {args.scenes}")
+        if not all(0 < factor <= 100 for factor in args.factors):
+            raise ValueError(f"--factors must be above 0 and at most 100, got {args.factors}")
         for run in args.runs:
+            for name in ("config.yaml", "model_final.pth"):
+                if not (run / name).is_file():
+                    raise FileNotFoundError(f"FOLDER: {run} has no {name}; name the OUTPUT_DIR of a finished training")
             model = trained(load_config(str(run / "config.yaml"), ["OUTPUT_DIR", str(run)]))
             for kind in ("larger scenes", "enlarged scenes"):
                 for way in WAYS if centers_of(model) else (WAYS[0], WAYS[2]):

@@ -21,8 +21,6 @@ _FOCUS, _NEAR = 2, 4
 # Standard deviation of the target around a center, relative to the square root of the area, and its least value in
 # patches.
 _SPREAD, _LEAST_SPREAD = 1 / 6, 0.5
-# Patches that are no peak come after all peaks.
-_NO_PEAK = 1e4
 
 
 class Centers(NamedTuple):
@@ -68,11 +66,12 @@ class CenterQueries(nn.Module):
         """
         count = self.count if self.training else self.test_count
         logits = self.heat(patches)
-        scores = logits.detach().float()
-        scores = scores - _NO_PEAK * (F.max_pool2d(scores, 3, stride=1, padding=1) > scores)
+        # 1..2 for peaks, and 0..1 for other patches.
+        scores = logits.detach().float().sigmoid()
+        scores = scores + (F.max_pool2d(scores, 3, stride=1, padding=1) == scores)
         # At least Q patches: those that are added come last.
         added = (0, 0, 0, count)
-        scores = F.pad(scores.flatten(1), (0, count), value=-2 * _NO_PEAK)
+        scores = F.pad(scores.flatten(1), (0, count), value=-1.0)
         tokens = F.pad(patches.flatten(2).transpose(1, 2), added)
         places = F.pad(grid_places((patches.shape[2], patches.shape[3]), patches.device), added)
         best = scores.topk(count, dim=1).indices
@@ -104,7 +103,8 @@ def center_targets(
         offsets = []
         for side, other, count in ((1, 2, grid[0]), (2, 1, grid[1])):
             pixels = torch.arange(masks.shape[side], device=masks.device) + 0.5
-            center = masks.sum(other).float() @ pixels / area.clamp(min=1)
+            # Not a matrix product, which mixed precision would round, or even make infinite.
+            center = (masks.sum(other).float() * pixels).sum(1) / area.clamp(min=1)
             offsets.append(torch.arange(count, device=masks.device) - (center / patch_size).floor()[:, None])
         distance = offsets[0].square()[:, :, None] + offsets[1].square()[:, None]
         spread = (_SPREAD * area.sqrt() / patch_size).clamp(min=_LEAST_SPREAD)[:, None, None]

@@ -19,7 +19,7 @@ from spar_d2.modeling.mask_transformer.blocks import (
     spread_places,
 )
 from spar_d2.modeling.mask_transformer.centers import CenterQueries
-from spar_d2.modeling.mask_transformer.predictor import MaskPredictor, Prediction
+from spar_d2.modeling.mask_transformer.predictor import FIT_ADVICE, MaskPredictor, Prediction
 
 
 class MaskTransformerHead(nn.Module):
@@ -45,6 +45,8 @@ class MaskTransformerHead(nn.Module):
         ValueError: an argument has an invalid value.
     """
 
+    fit_advice = FIT_ADVICE
+
     def __init__(
         self,
         widths: Sequence[int],
@@ -63,8 +65,11 @@ class MaskTransformerHead(nn.Module):
                 raise ValueError(f"MODEL.MASK_TRANSFORMER.{name} must be at least 1, got {value}")
         if not 0 <= center_share <= 1:
             raise ValueError(f"MODEL.MASK_TRANSFORMER.CENTER_SHARE must be in 0..1, got {center_share}")
-        if test_centers < 0:
-            raise ValueError(f"MODEL.MASK_TRANSFORMER.TEST_CENTERS must be at least 0, got {test_centers}")
+        if test_centers < 0 or (test_centers and not round(center_share * queries)):
+            raise ValueError(
+                "MODEL.MASK_TRANSFORMER.TEST_CENTERS must be at least 0, and 0 if CENTER_SHARE is 0; "
+                f"got {test_centers} and {center_share}"
+            )
         if blocks < len(widths) - 1:
             raise ValueError(
                 f"MODEL.MASK_TRANSFORMER.BLOCKS must be at least {len(widths) - 1}, the number of LATERAL_BLOCKS; "

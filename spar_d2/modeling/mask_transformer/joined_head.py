@@ -8,7 +8,7 @@ from torch import nn
 from spar_d2.encoders import DenseEncoder
 from spar_d2.encoders.joined_queries import JoinedTokens, run_joined
 from spar_d2.modeling.mask_transformer.blocks import spread_places
-from spar_d2.modeling.mask_transformer.predictor import MaskPredictor, Prediction
+from spar_d2.modeling.mask_transformer.predictor import FIT_ADVICE, MaskPredictor, Prediction
 
 
 class JoinedHead(nn.Module):
@@ -27,6 +27,8 @@ class JoinedHead(nn.Module):
     Raises:
         ValueError: an argument has an invalid value.
     """
+
+    fit_advice = FIT_ADVICE
 
     def __init__(self, encoder_width: int, patch_size: int, queries: int, width: int, blocks: int) -> None:
         super().__init__()

@@ -17,6 +17,8 @@ _MASK_STRIDE = 4
 # Unit of length of the terms of :class:`MaskExtent`, relative to half of the longer image side, and the input of
 # softplus for its square terms at the start.
 _UNIT, _SQUARE = 0.25, -2.0
+# End of the error message for weights of a head with other settings.
+FIT_ADVICE = "Use the values of MODEL.MASK_TRANSFORMER that it was trained with; its config.yaml has them"
 
 
 @dataclass(frozen=True)

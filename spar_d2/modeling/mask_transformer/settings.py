@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from spar_d2.modeling.mask_transformer.joined_head import JoinedHead
 from spar_d2.modeling.mask_transformer.losses import Criterion
 from spar_d2.modeling.mask_transformer.matching import Weights
 from spar_d2.modeling.mask_transformer.vocabulary_classes import VocabularyClasses
+
+logger = logging.getLogger(__name__)
 
 TASKS = ("panoptic", "semantic")
 CLASSIFIERS = ("learned", "text")
@@ -50,10 +53,16 @@ def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
     head: MaskTransformerHead | JoinedHead
     if node.ENCODER_BLOCKS:
         check_joined(encoder, node.ENCODER_BLOCKS)
+        if not any(p.requires_grad for block in encoder.blocks[-node.ENCODER_BLOCKS :] for p in block.parameters()):
+            logger.warning(
+                "MODEL.MASK_TRANSFORMER.ENCODER_BLOCKS: the last %d blocks do not know queries, and "
+                "MODEL.SPAR.TRAINABLE %s does not train them; use last_blocks:%d or all for a training",
+                *(node.ENCODER_BLOCKS, spar.TRAINABLE, node.ENCODER_BLOCKS),
+            )
         head = JoinedHead(encoder.width, encoder.patch_size, node.QUERIES, node.WIDTH, node.ENCODER_BLOCKS)
     else:
-        share = node.CENTER_SHARE if things else 0.0
-        head = MaskTransformerHead(widths, encoder.patch_size, *size, spar.CHECKPOINTING, share, node.TEST_CENTERS)
+        share, tested = (node.CENTER_SHARE, node.TEST_CENTERS) if things else (0.0, 0)
+        head = MaskTransformerHead(widths, encoder.patch_size, *size, spar.CHECKPOINTING, share, tested)
     vocabulary = None
     if node.CLASSIFIER == CLASSIFIERS[0]:
         classifier: LearnedClassifier | TextClassifier = LearnedClassifier(node.WIDTH, things + stuff)
@@ -121,6 +130,8 @@ def _check(cfg: CfgNode) -> None:
     if isinstance(node.OUTPUTS, str) or not set(node.OUTPUTS) <= set(allowed):
         raise ValueError(f"{prefix}.OUTPUTS must be a list out of {', '.join(allowed)}; got {node.OUTPUTS!r}")
     ranges = {
+        "CENTER_SHARE": (0, 1),
+        "TEST_CENTERS": (0, 10**6),
         "MASKED_ATTENTION": (0, 1),
         "OBJECT_THRESHOLD": (0, 1),
         "OVERLAP_THRESHOLD": (0, 1),
@@ -139,6 +150,11 @@ def _check(cfg: CfgNode) -> None:
             raise ValueError(f"{prefix}.{key} must be in {least}..{most}, got {node[key]}")
     if node.UNSEEN and node.CLASSIFIER != CLASSIFIERS[1]:
         raise ValueError(f"{prefix}.UNSEEN leaves classes out of the training; it needs {prefix}.CLASSIFIER text")
+    if cfg.TEST.DETECTIONS_PER_IMAGE < 0:
+        raise ValueError(f"TEST.DETECTIONS_PER_IMAGE must be at least 0, got {cfg.TEST.DETECTIONS_PER_IMAGE}")
+    for key, used in (("TEST.AUG.ENABLED", cfg.TEST.AUG.ENABLED), ("MODEL.SPAR.REFINE", cfg.MODEL.SPAR.REFINE)):
+        if used:
+            raise ValueError(f"{key} is not supported by MaskTransformer; got {used!r}")
     if cfg.MODEL.SPAR.REFERENCE_COMPAT:
         raise ValueError("MODEL.SPAR.REFERENCE_COMPAT must be False for MaskTransformer: it crops or stretches images")
     if cfg.MODEL.SPAR.OUTPUT not in ("labels", "scores"):

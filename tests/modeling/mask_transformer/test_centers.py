@@ -37,6 +37,14 @@ def test_the_best_peaks_come_first_whatever_is_beside_them():
     torch.testing.assert_close(tokens[0], module.content(chosen))
 
 
+def test_close_scores_beside_a_peak_keep_their_order():
+    heat = -4 - torch.arange(30) * 1e-4
+    module, patches = queries(30, grid=(1, 30))
+    patches[0, 0] = heat
+    places = grid_places((1, 30), torch.device("cpu"))
+    assert torch.equal(module(patches).places[0], places)
+
+
 def test_patches_beside_peaks_follow_when_there_are_no_more_peaks():
     module, patches = queries(4, [(0, 0, 3.0), (0, 1, 2.0), (0, 2, 1.0)], (1, 4))
     places = grid_places((1, 4), torch.device("cpu"))
@@ -97,6 +105,18 @@ def test_heat_maps_equal_plain_ones(segments, size, patch):
     assert found.shape == (3, *grid) and labeled.all()
     for targets, heat in zip(several, found):
         torch.testing.assert_close(heat.double(), plain_targets(targets, 4, grid, patch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixed_precision_does_not_move_centers(dtype):
+    masks = torch.zeros(3, 640, 640, dtype=torch.bool)
+    masks[0, 100:200, 300:400] = masks[1, 400:600, 400:630] = masks[2, 20:30, 40:55] = True
+    targets = [Targets(torch.tensor([0, 1, 2]), masks, torch.ones(640, 640, dtype=torch.bool))]
+    expected, _ = center_targets(targets, 3, (40, 40), 16)
+    with torch.autocast("cpu", dtype):
+        found, _ = center_targets(targets, 3, (40, 40), 16)
+    assert (expected[0] == 1).nonzero().tolist() == [[1, 2], [9, 21], [31, 32]]
+    assert torch.equal(found, expected)
 
 
 def test_patches_without_a_label_have_no_effect():

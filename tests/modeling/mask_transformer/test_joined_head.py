@@ -8,6 +8,7 @@ from reference import example_encoder
 from small_mask_transformers import TEXT, image, panoptic_record, small_model
 from spar_d2.encoders import FAMILIES
 from spar_d2.encoders.joined_queries import run_joined
+from spar_d2.modeling.mask_transformer.exported import exported_mask_transformer
 
 JOINED = ["MODEL.MASK_TRANSFORMER.ENCODER_BLOCKS", 2]
 # Its blocks are those of the dinov3 repository.
@@ -81,3 +82,21 @@ def test_numbers_of_blocks_out_of_range_are_named(blocks):
 def test_encoders_of_the_dinov3_repository_are_refused():
     with pytest.raises(ValueError, match=r"ENCODER_BLOCKS must be 0 for DINOtxtEncoder"):
         run_joined(example_encoder("DINOv3.txt"), torch.zeros(1, 3, 32, 32), torch.zeros(1, 8), 1)
+
+
+@pytest.mark.parametrize(("trainable", "count"), [("none", 1), ("last_blocks:2", 0), ("last_blocks:1", 0)])
+def test_blocks_that_are_not_trained_are_told(trainable, count, caplog):
+    small_model(*JOINED, "MODEL.SPAR.TRAINABLE", trainable)
+    assert sum("ENCODER_BLOCKS: the last 2 blocks do not know queries" in text for text in caplog.messages) == count
+
+
+@pytest.mark.slow
+def test_it_is_exported_for_any_size():
+    module = exported_mask_transformer(small_model(*JOINED, "MODEL.SPAR.TRAINABLE", "last_blocks:2"))
+    sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.rand(2, 3, 33, 41) * 255,), dynamic_shapes=(sizes,)).module()
+        for shape in ((4, 3, 16, 16), (3, 3, 40, 96), (2, 3, 65, 17)):
+            x = torch.rand(shape) * 255
+            for found, expected in zip(program(x), module(x), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
