@@ -142,12 +142,19 @@ def refined_rows(cfg: CfgNode, args: argparse.Namespace, methods: dict[str, Meth
     base = next((methods[row] for row in ("student", "single_pass") if row in chosen), None)
     if base is None:
         raise ValueError("--refine requires the row student or single_pass: add one of them to --rows")
+    if cfg.MODEL.SPAR.REFINE:
+        raise ValueError(
+            "MODEL.SPAR.REFINE must be empty with --refine, which names the refined rows; "
+            f"got {cfg.MODEL.SPAR.REFINE!r}"
+        )
     for value in args.refine:
         steps = parse_refine(value)
         if not steps:
             raise ValueError('--refine: the rows without refinement are those of --rows; remove ""')
         if "anyup" in steps and not cfg.MODEL.SPAR.ANYUP:
             raise ValueError(f"--refine {value} requires the weights of AnyUp: --opts MODEL.SPAR.ANYUP FILE")
+        if "anyup" in steps and not Path(cfg.MODEL.SPAR.ANYUP).is_file():
+            raise FileNotFoundError(f"MODEL.SPAR.ANYUP: there is no weight file {cfg.MODEL.SPAR.ANYUP}")
     return [
         Method(f"{base.name} + {value}", [*base.overrides, "MODEL.SPAR.REFINE", value], base.weights)
         for value in args.refine

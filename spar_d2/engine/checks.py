@@ -49,6 +49,13 @@ def check_config(cfg: CfgNode) -> None:
             "SPAR.TEACHER.CACHE_DIR requires SPAR.DATA.FROZEN True, because cached targets are valid only if the "
             "augmentation of each image never changes"
         )
+    images = solver.MAX_ITER * solver.IMS_PER_BATCH
+    if spar.DISTILL.ENABLED and spar.TEACHER.PROJECTION and images <= spar.TEACHER.PROJECTION_IMAGES:
+        raise ValueError(
+            "SPAR.TEACHER.PROJECTION_IMAGES must be less than the images of the training, because nothing is learned "
+            f"before they have been seen; got {spar.TEACHER.PROJECTION_IMAGES} of {images} (SOLVER.MAX_ITER times "
+            "SOLVER.IMS_PER_BATCH)"
+        )
 
 
 def check_outputs(cfg: CfgNode, dataset: str, evaluator_type: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 from detectron2.config import CfgNode
@@ -177,7 +177,7 @@ def upsampled(cfg: CfgNode) -> DenseTeacher:
 
 def _base(cfg: CfgNode) -> DenseTeacher:
     base = cfg.SPAR.TEACHER.BASE
-    teacher = None if base in _REFINED else as_teacher(_builder(base, "SPAR.TEACHER.BASE")(cfg))
+    teacher = None if base in _REFINED else as_teacher(_builder(base, "SPAR.TEACHER.BASE", _REFINED)(cfg))
     if not hasattr(teacher, "encoder"):
         raise ValueError(
             "SPAR.TEACHER.BASE must be a kind whose teacher has an encoder, such as sliding, self_correlation or an "
@@ -234,9 +234,9 @@ def _member(cfg: CfgNode, words: Sequence[str], encoders: dict[tuple, DenseEncod
     return MirroredTeacher(teacher) if mirror else teacher
 
 
-def _builder(kind: str, key: str):
+def _builder(kind: str, key: str, excluded: Collection[str] = ()):
     if kind not in TEACHER_REGISTRY:
-        kinds = ", ".join(sorted(kind for kind, _ in TEACHER_REGISTRY))
+        kinds = ", ".join(sorted({kind for kind, _ in TEACHER_REGISTRY} - set(excluded)))
         raise ValueError(
             f"{key} must be one of {kinds}, or a function that a module of --import registers with "
             f"TEACHER_REGISTRY.register(); got {kind!r}"

@@ -131,8 +131,9 @@ def _nearest(guide: torch.Tensor, patch: float, neighbours: int) -> tuple[torch.
     width = guide.shape[2]
     # (D, h, w) -> (N, D)
     features = guide.flatten(1).T
-    # Divided by large values first, so that the squares in the norm stay finite.
-    features = features / torch.linalg.vector_norm(features, math.inf, dim=1, keepdim=True).clamp_(min=1)
+    # Divided by the largest value first, so that the squares in the norm are neither infinite nor 0.
+    largest = torch.linalg.vector_norm(features, math.inf, dim=1, keepdim=True)
+    features = features / largest.masked_fill_(largest == 0, 1)
     features /= features.norm(dim=1, keepdim=True).clamp_(min=_SHORTEST)
     patches = len(features)
     place = torch.arange(patches, device=guide.device)

@@ -132,8 +132,23 @@ def test_the_message_after_ctrl_c_explains_how_to_continue(evaluate, voc, monkey
     ],
 )
 def test_wrong_flags_are_one_line(evaluate, arguments, message, capsys):
+    is_error(evaluate, arguments, (), message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("value", "opts", "message"),
+    [
+        ("lposs", ["MODEL.SPAR.REFINE", "lposs+"], "MODEL.SPAR.REFINE must be empty with --refine"),
+        ("anyup", ["MODEL.SPAR.ANYUP", "no.pth"], "MODEL.SPAR.ANYUP: there is no weight file no.pth"),
+    ],
+)
+def test_wrong_keys_of_refinements_are_told_before_the_first_row(evaluate, voc, value, opts, message, capsys):
+    is_error(evaluate, ["--rows", "single_pass", "--refine", value, "--limit", "1"], opts, message, capsys)
+
+
+def is_error(evaluate, arguments, opts, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        evaluate(*arguments)
+        evaluate(*arguments, opts=opts)
     assert stopped.value.code == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line

@@ -13,6 +13,7 @@ from spar_d2.distillation import DistillationHook
 from spar_d2.distillation.fill_cache import fill_cache
 from spar_d2.encoders import build_encoder
 from spar_d2.encoders.origin import read_origin
+from spar_d2.engine.checks import check_config
 from spar_d2.engine.dry_run import estimate
 from spar_d2.engine.trainer import Trainer
 from spar_d2.modeling.build import teacher_from_config
@@ -302,6 +303,17 @@ def test_samples_are_projected_without_bias(tiny_cfg):
     torch.testing.assert_close(whole.weighted_sum, hook.target(x), rtol=1e-4, atol=1e-5)
     part = hook.projection(hook.teacher.samples([x], 1, shifts)[0])
     assert torch.equal(part.weighted_sum[:, :, part.weight[0, 0] == 0].abs().max(), torch.tensor(0.0))
+
+
+def test_a_training_that_only_fits_the_projection_is_refused(tiny_cfg):
+    cfg = tiny_cfg.clone()
+    cfg.SPAR.TEACHER.PROJECTION, cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH = "least_squares", 8, 4
+    with pytest.raises(
+        ValueError, match=r"SPAR\.TEACHER\.PROJECTION_IMAGES must be less than .* got 32 of 32 \(SOLVER"
+    ):
+        check_config(cfg)
+    cfg.SOLVER.MAX_ITER = 9
+    check_config(cfg)
 
 
 def test_wrong_projections_are_named():

@@ -90,6 +90,12 @@ def test_classes_of_zeros_stay_zero_and_do_not_disturb_others():
     assert not lposs(scores.permute(1, 2, 0), guide, 16)[..., 1].any()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-13, 1e6, 1e30])
+def test_the_length_of_the_guide_has_no_effect(scale):
+    scores, guide = draw(5, 5, 2), draw(8, 5, 5)
+    torch.testing.assert_close(lposs(scores, guide * scale, 16), lposs(scores, guide, 16), rtol=1e-4, atol=1e-4)
+
+
 def test_a_converged_class_keeps_its_value_while_others_go_on():
     # Constant on a constant image of one neighborhood: an eigenvector, which one step solves.
     scores = torch.stack([torch.ones(5, 5), draw(5, 5)])

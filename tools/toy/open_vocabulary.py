@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
-from panoptic import fine_tune, finished_scores, spread, store_scores
+from panoptic import digest, fine_tune, finished_scores, spread, store_scores
 from torch import nn
 
 import spar_d2  # noqa: F401  registers data sets and models
@@ -70,7 +70,7 @@ def scores_of(args: argparse.Namespace, name: str, weights: str, seed: int) -> d
         *(["MODEL.SPAR.PRETRAINED", weights] if weights else []),
     ]
     cfg = load_config(args.config_file, [*args.opts, *overrides])
-    finished, keys = finished_scores(cfg), cfg.dump()
+    finished, keys = finished_scores(cfg), digest(cfg)
     if finished is not None:
         return finished
     scores, model = fine_tune(cfg, args.config_file, f"{name}, seed {seed}")

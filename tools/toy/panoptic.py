@@ -8,6 +8,7 @@ kept in the output folder, and others are resumed.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Iterable
@@ -107,7 +108,7 @@ def scores_of(cfg: CfgNode, config: str) -> dict[str, float]:
     """Train with a config, unless this was done before, and return the scores."""
     finished = finished_scores(cfg)
     if finished is None:
-        keys = cfg.dump()
+        keys = digest(cfg)
         finished = fine_tune(cfg, config, cfg.OUTPUT_DIR)[0]
         store_scores(finished, keys, cfg.OUTPUT_DIR)
     return finished
@@ -123,13 +124,17 @@ def finished_scores(cfg: CfgNode) -> dict | None:
     if not result.is_file():
         return None
     content = json.loads(result.read_text())
-    if content["keys"] != cfg.dump():
+    if content["keys"] != digest(cfg):
         raise ValueError(f"--output: {cfg.OUTPUT_DIR} has a finished training with other keys; choose another folder")
     return content["scores"]
 
 
+def digest(cfg: CfgNode) -> str:
+    return hashlib.sha256(cfg.dump().encode()).hexdigest()
+
+
 def store_scores(scores: dict, keys: str, folder: str) -> None:
-    """Write the scores of a finished training, with the config before the training."""
+    """Write the scores of a finished training, with the digest of the config before the training."""
     write_json({"scores": scores, "keys": keys}, Path(folder) / "scores.json", indent=1)
 
 

@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="FOLDER", help="OUTPUT_DIR of a training: config.yaml, model_final.pth")
     add("--factors", nargs="+", type=float, default=[0.5, 1.0, 2.0, 3.0], metavar="K", help="(default: %(default)s)")
-    add("--scenes", type=int, default=40, metavar="N", help="number of images of each size (default: %(default)s)")
+    add("--scenes", type=int, default=20, metavar="N", help="number of images of each size (default: %(default)s)")
     add("--output", type=Path, default=Path("output/panoptic_sizes"), help="output folder (default: %(default)s)")
     return parser.parse_args()
 
@@ -60,6 +60,7 @@ def main() -> None:
                 for way in WAYS if centers_of(model) else (WAYS[0], WAYS[2]):
                     scores = [quality(model, kind, factor, way, args.scenes) for factor in args.factors]
                     rows.append([run.name, kind, way, *(f"{score:.1f}" for score in scores)])
+                    print(*rows[-1], sep=", ", flush=True)
         table = format_table(["model", "images", "input", *(f"{factor:g}x" for factor in args.factors)], rows)
         write_text(table + "\n", args.output / "table.md")
     print(f"\n{table}\n\nThe table (PQ) is in {args.output}.")
