@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +100,8 @@ def _measure(record: Record, settings: Settings, name: str, model: nn.Module) ->
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             model.eval()(inputs[:1])
 
-    _warm_up(step, inference)
+    step()
+    inference()
     seconds = median_seconds([step, inference], settings.repeats, device, settings.limit)
     record.add("Panoptic models", TABLE, Speed(name, count, side, *seconds, peak_bytes(step, device)))
     finite = all(bool(loss.isfinite()) for loss in losses.values())
@@ -109,11 +109,6 @@ def _measure(record: Record, settings: Settings, name: str, model: nn.Module) ->
     if name == settings.panoptic[0][0]:
         check_waits(record, f"{name}, losses", forward, device, _STEP_WAITS)
         check_waits(record, f"{name}, image", inference, device, _IMAGE_WAITS)
-
-
-def _warm_up(*functions: Callable[[], None]) -> None:
-    for function in functions:
-        function()
 
 
 def _config(name: str, overrides: tuple) -> CfgNode:

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from spar_d2.data.build import MASK_TRANSFORMER
 from spar_d2.encoders.precision import PRECISIONS
 from spar_d2.modeling.build import precision_from_config
+from spar_d2.modeling.mask_transformer.settings import chosen_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +64,12 @@ def check_outputs(cfg: CfgNode, dataset: str, evaluator_type: str) -> None:
     if cfg.MODEL.META_ARCHITECTURE != MASK_TRANSFORMER:
         return
     node = cfg.MODEL.MASK_TRANSFORMER
-    outputs = node.OUTPUTS or ("panoptic_seg" if node.TASK == "panoptic" else "sem_seg",)
+    outputs = chosen_outputs(node)
     needed = "panoptic_seg" if evaluator_type.endswith("panoptic_seg") else "sem_seg"
     if needed not in outputs:
         raise ValueError(
             f"MODEL.MASK_TRANSFORMER.OUTPUTS must contain {needed} for the evaluation on {dataset!r}; got "
-            f"{tuple(outputs)} with TASK {node.TASK}. Change the keys, or DATASETS.TEST"
+            f"{outputs} with TASK {node.TASK}. Change the keys, or DATASETS.TEST"
         )
 
 

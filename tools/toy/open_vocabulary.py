@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from panoptic import digest, fine_tune, finished_scores, spread, store_scores
+from panoptic import fine_tune, measured_once, spread
 from torch import nn
 
 import spar_d2  # noqa: F401  registers data sets and models
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def scores_of(args: argparse.Namespace, name: str, weights: str, seed: int) -> dict[str, dict[str, float]]:
-    """Train and test one model; finished runs are read from their file."""
+    """Return the scores of one model, which is trained and tested unless this was done before."""
     overrides = [
         "OUTPUT_DIR",
         str(args.output / f"{name}_{seed}"),
@@ -70,19 +71,20 @@ def scores_of(args: argparse.Namespace, name: str, weights: str, seed: int) -> d
         *(["MODEL.SPAR.PRETRAINED", weights] if weights else []),
     ]
     cfg = load_config(args.config_file, [*args.opts, *overrides])
-    finished, keys = finished_scores(cfg), digest(cfg)
-    if finished is not None:
-        return finished
-    scores, model = fine_tune(cfg, args.config_file, f"{name}, seed {seed}")
+    return measured_once(cfg, lambda: tested(args, cfg, f"{name}, seed {seed}", bool(weights)))
+
+
+def tested(args: argparse.Namespace, cfg: CfgNode, name: str, is_student: bool) -> dict[str, dict[str, float]]:
+    """Train and test one model."""
+    scores, model = fine_tune(cfg, args.config_file, name)
     unseen = set(cfg.MODEL.MASK_TRANSFORMER.UNSEEN)
     found = {"single pass": summary(scores, unseen, cfg.DATASETS.TEST[0])}
-    if weights:
+    if is_student:
         model.inference = "sliding_window"
         found["sliding window"] = summary(Trainer.test(cfg, model)["panoptic_seg"], unseen, cfg.DATASETS.TEST[0])
     else:
         with random_classes(model):
             found["random classes"] = summary(Trainer.test(cfg, model)["panoptic_seg"], unseen, cfg.DATASETS.TEST[0])
-    store_scores(found, keys, cfg.OUTPUT_DIR)
     return found
 
 

@@ -8,10 +8,10 @@ kept in the output folder, and others are resumed.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import functools
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cv2
@@ -27,6 +27,7 @@ from spar_d2.data.mappers import read_segments
 from spar_d2.engine.setup import clean_start, load_config, prepare
 from spar_d2.engine.trainer import Trainer
 from spar_d2.model_zoo import get_config_file
+from spar_d2.utils.content_cache import digest
 from spar_d2.utils.errors import readable_errors
 from spar_d2.utils.io import write_json, write_text
 from spar_d2.utils.tables import format_table
@@ -67,7 +68,8 @@ def main() -> None:
         for seed in range(args.seeds):
             for config, encoder in runs:
                 cfg = config_of(args, config, encoder, seed)
-                runs[config, encoder].append(scores_of(cfg, config))
+                train = functools.partial(fine_tuned_scores, cfg, config)
+                runs[config, encoder].append(measured_once(cfg, train))
         names = row_names(args, runs)
         table = markdown(dict(zip(names, runs.values())))
         write_text(table + "\n", args.output / "table.md")
@@ -104,38 +106,20 @@ def config_of(args: argparse.Namespace, config: str, encoder: str, seed: int) ->
     return load_config(config, [*args.opts, *overrides])
 
 
-def scores_of(cfg: CfgNode, config: str) -> dict[str, float]:
-    """Train with a config, unless this was done before, and return the scores."""
-    finished = finished_scores(cfg)
-    if finished is None:
-        keys = digest(cfg)
-        finished = fine_tune(cfg, config, cfg.OUTPUT_DIR)[0]
-        store_scores(finished, keys, cfg.OUTPUT_DIR)
-    return finished
-
-
-def finished_scores(cfg: CfgNode) -> dict | None:
-    """Return the scores of a finished training, or None.
+def measured_once(cfg: CfgNode, measure: Callable[[], dict]) -> dict:
+    """Return the scores that ``measure`` returned for a config, which are stored in its output folder.
 
     Raises:
-        ValueError: it was a training with other keys.
+        ValueError: the folder has the scores of another config.
     """
-    result = Path(cfg.OUTPUT_DIR) / "scores.json"
+    # A training may change the config.
+    result, keys = Path(cfg.OUTPUT_DIR) / "scores.json", digest(cfg.dump())
     if not result.is_file():
-        return None
+        write_json({"scores": measure(), "keys": keys}, result, indent=1)
     content = json.loads(result.read_text())
-    if content["keys"] != digest(cfg):
+    if content["keys"] != keys:
         raise ValueError(f"--output: {cfg.OUTPUT_DIR} has a finished training with other keys; choose another folder")
     return content["scores"]
-
-
-def digest(cfg: CfgNode) -> str:
-    return hashlib.sha256(cfg.dump().encode()).hexdigest()
-
-
-def store_scores(scores: dict, keys: str, folder: str) -> None:
-    """Write the scores of a finished training, with the digest of the config before the training."""
-    write_json({"scores": scores, "keys": keys}, Path(folder) / "scores.json", indent=1)
 
 
 def fine_tune(cfg: CfgNode, config: str, name: str) -> tuple[dict[str, float], nn.Module]:
@@ -149,6 +133,11 @@ def fine_tune(cfg: CfgNode, config: str, name: str) -> tuple[dict[str, float], n
     if trainer.iter < trainer.max_iter:
         raise SystemExit("stopped; run the same command again to continue")
     return trainer.scores["panoptic_seg"], trainer.model.eval()
+
+
+def fine_tuned_scores(cfg: CfgNode, config: str) -> dict[str, float]:
+    """Train with a config; returns the scores."""
+    return fine_tune(cfg, config, cfg.OUTPUT_DIR)[0]
 
 
 def trained(cfg: CfgNode) -> nn.Module:

@@ -65,7 +65,8 @@ class MaskTransformerHead(nn.Module):
                 raise ValueError(f"MODEL.MASK_TRANSFORMER.{name} must be at least 1, got {value}")
         if not 0 <= center_share <= 1:
             raise ValueError(f"MODEL.MASK_TRANSFORMER.CENTER_SHARE must be in 0..1, got {center_share}")
-        if test_centers < 0 or (test_centers and not round(center_share * queries)):
+        at_centers = round(center_share * queries)
+        if test_centers < 0 or (test_centers and not at_centers):
             raise ValueError(
                 "MODEL.MASK_TRANSFORMER.TEST_CENTERS must be at least 0, and 0 if CENTER_SHARE is 0; "
                 f"got {test_centers} and {center_share}"
@@ -81,7 +82,6 @@ class MaskTransformerHead(nn.Module):
             )
         self.checkpointing = checkpointing
         self._head_width = width // heads
-        at_centers = round(center_share * queries)
         learned = queries - at_centers
         self.queries = nn.Parameter(torch.randn(learned, width) * 0.02)
         # Places of the learned queries, spread over the image at the start.

@@ -84,7 +84,7 @@ def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
         "masked_attention": node.MASKED_ATTENTION,
         "max_iter": cfg.SOLVER.MAX_ITER,
         "ignore_label": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
-        "outputs": node.OUTPUTS or (OUTPUTS[0] if panoptic else OUTPUTS[1],),
+        "outputs": chosen_outputs(node),
         "labels": spar.OUTPUT == "labels",
         "object_threshold": node.OBJECT_THRESHOLD,
         "overlap_threshold": node.OVERLAP_THRESHOLD,
@@ -96,6 +96,11 @@ def settings(cfg: CfgNode, backbone: Any) -> dict[str, Any]:
         "stride": cfg.SPAR.TEACHER.STRIDE,
         "window_batch": cfg.SPAR.TEACHER.BATCH_SIZE,
     }
+
+
+def chosen_outputs(node: CfgNode) -> tuple[str, ...]:
+    """Return the outputs of a model by its keys ``MODEL.MASK_TRANSFORMER``."""
+    return tuple(node.OUTPUTS) or (OUTPUTS[0] if node.TASK == TASKS[0] else OUTPUTS[1],)
 
 
 def lateral_blocks(encoder: DenseEncoder, chosen: Sequence[int], limit: int) -> list[int]:
